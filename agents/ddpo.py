@@ -1,0 +1,274 @@
+"""DDPO (Black et al. 2023; handbook 3.3.2, corrected): policy gradient over every denoising step.
+
+    (1)  grad J = E sum_t grad log p_theta(x_s | x_t, c) A(x_0, c)
+    (2)  SF:  one step on -sum_t log p A     IS:  several on -sum_t min(r A, clip(r, 1 - c, 1 + c) A), r_t = p / p_old
+    (3)  KL to the reference: sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk,
+         taken off the reward (``kl_reward``) and/or added to the loss (``kl_loss``)
+
+States and actions are stored by the rollout and enter as constants. log p is the sum over features; with
+``clip_per_dim`` the ratio of the clip is exp((log p - log p_old) / d), for d features, so that one clip range fits all
+sizes. A step without noise (the last one, to clean data) has no density: it is excluded, and with it the pathwise part
+of the gradient through that step. All transitions of an update are flattened into calls of ``micro_batch`` rows.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlfusion.advantage import RunningAdvantage, group_relative
+from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.gaussian import Gaussian
+from rlfusion.learner import Optimization, average
+from rlfusion.objectives import clipped_surrogate, score_function
+from rlfusion.policy import Policy, require_stochastic
+from rlfusion.seeding import stream
+from rlfusion.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of DDPO.
+
+    Attributes:
+        form: "is" (importance sampling, several epochs, clipped) or "sf" (score function, one on-policy step).
+        lr: learning rate of AdamW.
+        epochs: passes over each rollout; "sf" allows 1.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks; "sf" allows 1.
+        clip: clip range c of the ratio.
+        clip_per_dim: divide the log-ratio by the number of features before the clip.
+        advantage: "prompt" (running mean and std of the prompt), "group" (of the batch's group), "none" (the reward).
+        advantage_window: rewards that the running statistics of a prompt keep.
+        advantage_clip: advantages are limited to +- this.
+        kl_reward: coefficient of the KL taken off the reward, in reward units a nat.
+        kl_loss: coefficient of the KL added to the loss, in advantage units a nat.
+        step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses.
+        micro_batch: transitions in one network call; gradients accumulate over calls.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    form: Literal["is", "sf"] = "is"
+    lr: float = 3e-4
+    epochs: int = 2
+    updates_per_epoch: int = 1
+    clip: float = 0.2
+    clip_per_dim: bool = False
+    advantage: Literal["prompt", "group", "none"] = "prompt"
+    advantage_window: int = 256
+    advantage_clip: float = 5.0
+    kl_reward: float = 0.0
+    kl_loss: float = 0.0
+    step_fraction: float = 1.0
+    micro_batch: int = 2048
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.form == "sf" and (self.epochs, self.updates_per_epoch) != (1, 1):
+            raise ConfigError(
+                f"epochs = {self.epochs}, updates_per_epoch = {self.updates_per_epoch}: "
+                "form 'sf' is on-policy and takes one step a rollout, expected 1 and 1 (or form 'is')"
+            )
+        for name in (
+            "lr",
+            "epochs",
+            "updates_per_epoch",
+            "clip",
+            "advantage_window",
+            "advantage_clip",
+            "micro_batch",
+            "max_grad_norm",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
+        if not 0 < self.step_fraction <= 1:
+            raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
+        for name in ("kl_reward", "kl_loss", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+
+    def plan(self) -> str:
+        """What happens to each rollout, in a line."""
+        if self.form == "sf":
+            return "on-policy: each rollout gives 1 update; the ratio is 1 by construction and nothing is clipped"
+        updates = self.epochs * self.updates_per_epoch
+        first = (
+            "the first is on-policy (ratio 1), the others are clipped at" if updates > 1 else "on-policy, clip unused:"
+        )
+        return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}"
+
+
+class Learner:
+    """DDPO over one policy and time grid. ``update`` takes a ``Trajectory`` of that grid."""
+
+    def __init__(self, policy: Policy, times: Tensor, config: Config, seed: int = 0) -> None:
+        """``times`` (K+1,) is the chain's grid; ``seed`` keys the draws of steps and walks.
+
+        Raises:
+            ConfigError: no step of the chain is stochastic.
+        """
+        self.policy, self.config, self.seed = policy, config, seed
+        self.trainable = require_stochastic(policy, times).nonzero().flatten()
+        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.running = RunningAdvantage(window=config.advantage_window)
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_reward or config.kl_loss else None
+        self.iteration = 0
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """Make the updates of one rollout.
+
+        Returns:
+            reward, reward_std, advantage_std, loss, log_ratio_max, clip_fraction, approx_kl, grad_norm; with a
+            reference also kl (nats a walk at the states of the rollout, before the update).
+
+        Raises:
+            NumericalError: a reward or a gradient is not finite; no update has been made from it.
+        """
+        if not bool(batch.reward.isfinite().all()):
+            raise NumericalError(
+                f"rewards {(~batch.reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite"
+            )
+        reference = self._reference_means(batch) if self.reference else None
+        kl = self._walk_kl(batch, reference) if reference is not None else None
+        reward = batch.reward if kl is None else batch.reward - self.config.kl_reward * kl
+        advantage = self.advantages(reward, batch.group)
+        records, norms = [], []
+        for epoch in range(self.config.epochs):
+            draw = stream(self.seed, "ddpo", self.iteration, epoch)
+            order = torch.from_numpy(draw.permutation(len(batch)))
+            for walks in order.tensor_split(self.config.updates_per_epoch):
+                records += self.accumulate(batch, advantage, *self._transitions(walks, draw), reference)
+                norms.append(self.optimization.step())
+        self.iteration += 1
+        metrics = {
+            "reward": batch.reward.mean().item(),
+            "reward_std": batch.reward.std(correction=0).item(),
+            "advantage_std": advantage.std(correction=0).item(),
+            **_summary(records),
+            "grad_norm": sum(norms) / len(norms),
+        }
+        return metrics if kl is None else metrics | {"kl": kl.mean().item()}
+
+    def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
+        """(B,) advantages by the configured rule, limited to +- advantage_clip unless the rule is "none"."""
+        if self.config.advantage == "none":
+            return reward
+        rule = self.running if self.config.advantage == "prompt" else group_relative
+        return rule(reward, group).clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def accumulate(
+        self,
+        batch: Trajectory,
+        advantage: Tensor,
+        walk: Tensor,
+        step: Tensor,
+        reference: Tensor | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Accumulate the gradient of Eq. (2) and (3) over the transitions (walk[i], step[i]), i = 1..N.
+
+        The loss is the mean over walks of the sum over stochastic steps, whatever subset of them was drawn.
+        """
+        scale = len(self.trainable) / len(walk)
+        records = []
+        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
+            record = self._loss(batch, advantage, walk[rows], step[rows], reference)
+            (record["loss"].sum() * scale).backward()
+            records.append({name: value.detach() for name, value in record.items()})
+        return records
+
+    def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
+        """log p_theta - log p_old of the transitions, (N,): what the preflight wants to be 0 at the acting weights."""
+        return self._distribution(batch, walk, step)[1]
+
+    def _distribution(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Tensor, Tensor]:
+        obs, action = batch.transitions(walk, step)
+        distribution = self.policy(obs)
+        log_prob = distribution.log_prob(action)
+        old = batch.log_prob[walk.to(action.device), step.to(action.device)]
+        return distribution, log_prob - old, log_prob
+
+    def _loss(
+        self, batch: Trajectory, advantage: Tensor, walk: Tensor, step: Tensor, reference: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Loss and statistics of each transition, (N,) each."""
+        distribution, log_ratio, log_prob = self._distribution(batch, walk, step)
+        a = advantage[walk.to(advantage.device)]
+        measured = log_ratio / distribution.mean[0].numel() if self.config.clip_per_dim else log_ratio
+        if self.config.form == "sf":
+            loss = score_function(log_prob, a)
+        else:
+            loss = clipped_surrogate(measured, a, self.config.clip)
+        if reference is not None and self.config.kl_loss:
+            loss = loss + self.config.kl_loss * distribution.kl(self._at(distribution, reference, walk, step))
+        outside = ((measured.exp() - 1).abs() > self.config.clip).float()
+        return {
+            "loss": loss,
+            "clip_fraction": outside,
+            "log_ratio": log_ratio,
+            "approx_kl": log_ratio.expm1() - log_ratio,
+        }
+
+    @staticmethod
+    def _at(distribution: Gaussian, reference: Tensor, walk: Tensor, step: Tensor) -> Gaussian:
+        """The reference's transition at (walk, step); it has the std of the policy's, the kernel being one."""
+        device = reference.device
+        return Gaussian(reference[walk.to(device), step.to(device)], distribution.std)
+
+    def _transitions(self, walks: Tensor, draw) -> tuple[Tensor, Tensor]:
+        """(walk, step), (N,) each: for each walk its own random share of the stochastic steps."""
+        count = max(1, round(self.config.step_fraction * len(self.trainable)))
+        if count == len(self.trainable):
+            return walks.repeat_interleave(count), self.trainable.repeat(len(walks))
+        chosen = draw.permuted(self.trainable.numpy()[None].repeat(len(walks), 0), axis=1)[:, :count]
+        return walks.repeat_interleave(count), torch.from_numpy(chosen.copy()).flatten()
+
+    def _all_transitions(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
+        walks = torch.arange(len(batch))
+        return walks.repeat_interleave(len(self.trainable)), self.trainable.repeat(len(batch))
+
+    @torch.no_grad()
+    def _reference_means(self, batch: Trajectory) -> Tensor:
+        """The reference's mean at every stochastic transition, (B, K, *)."""
+        means = torch.zeros_like(batch.x[:, 1:])
+        walk, step = self._all_transitions(batch)
+        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
+            obs, _ = batch.transitions(walk[rows], step[rows])
+            means[walk[rows].to(means.device), step[rows].to(means.device)] = self.reference(obs).mean
+        return means
+
+    @torch.no_grad()
+    def _walk_kl(self, batch: Trajectory, reference: Tensor) -> Tensor:
+        """Eq. (3), (B,)."""
+        total = torch.zeros(len(batch), device=batch.x.device)
+        walk, step = self._all_transitions(batch)
+        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
+            distribution = self.policy(batch.transitions(walk[rows], step[rows])[0])
+            kl = distribution.kl(self._at(distribution, reference, walk[rows], step[rows]))
+            total.index_add_(0, walk[rows].to(total.device), kl)
+        return total
+
+    def state_dict(self) -> dict:
+        state = {
+            "optimization": self.optimization.state_dict(),
+            "running": self.running.state_dict(),
+            "iteration": self.iteration,
+        }
+        return state if self.reference is None else state | {"reference": self.reference.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        self.running.load_state_dict(state["running"])
+        self.iteration = state["iteration"]
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+
+
+def _summary(records: list[dict[str, Tensor]]) -> dict[str, float]:
+    joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
+    widest = joined.pop("log_ratio").abs().max()
+    return average([{name: value.mean() for name, value in joined.items()}]) | {"log_ratio_max": widest.item()}

@@ -1,0 +1,72 @@
+"""Advantages: pure functions of rewards and groups.
+
+(1)  A_i = (R_i - mean of its group) / (std of its group + eps)                                    population std
+(2)  running form (Black et al. 2023, section 5.4): mean and std over the last ``window`` rewards of the same prompt
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def normalize(reward: Tensor, mean: Tensor, std: Tensor, eps: float = 1e-6) -> Tensor:
+    """(reward - mean) / (std + eps), all (B,)."""
+    return (reward - mean) / (std + eps)
+
+
+def group_moments(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std of each sample's group, (B,) each, in float64.
+
+    Raises:
+        ValueError: reward and group are not both (B,).
+    """
+    if reward.ndim != 1 or reward.shape != group.shape:
+        raise ValueError(f"reward and group are (B,): got {tuple(reward.shape)} and {tuple(group.shape)}")
+    _, inverse, count = group.unique(return_inverse=True, return_counts=True)
+    total = torch.zeros(len(count), dtype=torch.float64, device=reward.device)
+    mean = (total.index_add(0, inverse, reward.double()) / count)[inverse]
+    var = (total.index_add(0, inverse, (reward.double() - mean).square()) / count)[inverse]
+    return mean, var.sqrt()
+
+
+def group_relative(reward: Tensor, group: Tensor) -> Tensor:
+    """Eq. (1), (B,), in the dtype of ``reward``. A group of one, or of equal rewards, gets 0."""
+    mean, std = group_moments(reward, group)
+    return normalize(reward.double(), mean, std).to(reward)
+
+
+@dataclass
+class RunningAdvantage:
+    """Eq. (2): normalises by the recent rewards of the same group; its state is saved with the learner.
+
+    Attributes:
+        window: how many of its last rewards each group keeps.
+        min_count: a group with fewer is normalised by all rewards of the batch instead.
+    """
+
+    window: int = 256
+    min_count: int = 8
+
+    def __post_init__(self) -> None:
+        self.history: dict[int, Tensor] = {}
+
+    def __call__(self, reward: Tensor, group: Tensor) -> Tensor:
+        """Take in the rewards (B,) of a batch, then answer its advantages (B,)."""
+        rewards, groups = reward.detach().double().cpu(), group.cpu()
+        for g in groups.unique().tolist():
+            kept = torch.cat([self.history.get(g, rewards[:0]), rewards[groups == g]])
+            self.history[g] = kept[-self.window :]
+        fallback = torch.stack([rewards.mean(), rewards.std(correction=0)])
+        moments = {
+            g: torch.stack([h.mean(), h.std(correction=0)]) if len(h) >= self.min_count else fallback
+            for g, h in self.history.items()
+        }
+        mean, std = torch.stack([moments[g] for g in groups.tolist()]).unbind(1)
+        return normalize(rewards, mean, std).to(reward)
+
+    def state_dict(self) -> dict:
+        return {"history": {str(g): h for g, h in self.history.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history = {int(g): h for g, h in state["history"].items()}

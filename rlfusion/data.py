@@ -1,0 +1,149 @@
+"""Data: samples in [-1, 1] as (N, C, H, W) float32, with integer labels (N,).
+
+``digits`` is scikit-learn's copy of the UCI handwritten digits: 1,797 real 8x8 images of 10 classes, 0..16 grey levels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfusion.errors import ConfigError
+from rlfusion.seeding import Key, stream
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples x (N, C, H, W) in [-1, 1], labels (N,) int64 in 0..classes-1, and the names of the classes."""
+
+    x: Tensor
+    label: Tensor
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4 or self.label.shape != self.x.shape[:1]:
+            raise ConfigError(
+                f"samples are (N, C, H, W), labels (N,): got {tuple(self.x.shape)}, {tuple(self.label.shape)}"
+            )
+        if len(self.label) and not 0 <= int(self.label.min()) <= int(self.label.max()) < len(self.names):
+            raise ConfigError(f"labels lie in 0..{len(self.names) - 1}: got {self.label.min()}..{self.label.max()}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return tuple(self.x.shape[1:])
+
+    def split(self, held_out: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+        """(training, held-out) parts, stratified by class: ``held_out`` is the second's share of each class."""
+        rest, out = [], []
+        for c in range(self.classes):
+            index = stream(seed, "split", c).permutation((self.label == c).nonzero().flatten().numpy())
+            cut = round(held_out * len(index))
+            out.append(index[:cut])
+            rest.append(index[cut:])
+        return self._take(np.sort(np.concatenate(rest))), self._take(np.sort(np.concatenate(out)))
+
+    def _take(self, index: np.ndarray) -> "Dataset":
+        at = torch.from_numpy(index)
+        return Dataset(self.x[at], self.label[at], self.names)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]: how a pixel-space latent becomes an image. Values outside are the image's black and white."""
+    return ((x + 1) / 2).clamp(0, 1)
+
+
+def digits() -> Dataset:
+    """The 1,797 handwritten digits, 1x8x8."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x = torch.from_numpy(bunch.images.astype(np.float32))[:, None] / 8 - 1
+    return Dataset(x, torch.from_numpy(bunch.target.astype(np.int64)), tuple(str(i) for i in range(10)))
+
+
+def folder(path: Path, size: int) -> Dataset:
+    """Images below ``path``, resized (bicubic, shorter side) and centre-cropped to size x size RGB.
+
+    Each sub-folder is a class named by the folder; images lying directly in ``path`` are one class.
+
+    Raises:
+        ConfigError: no folder, no image in it, or an image that cannot be read (named).
+    """
+    if not path.is_dir():
+        raise ConfigError(f"data folder {str(path)!r} does not exist")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ConfigError(f"data folder {str(path)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    owners = [f.relative_to(path).parts[0] if f.parent != path else "" for f in files]
+    names = tuple(sorted(set(owners)))
+    x = np.stack([_read_image(f, size) for f in files])
+    label = torch.tensor([names.index(o) for o in owners])
+    return Dataset(torch.from_numpy(x), label, tuple(n or "all" for n in names))
+
+
+def _read_image(file: Path, size: int) -> np.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"image {str(file)!r} cannot be read: {error}") from error
+    return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def npz(path: Path) -> Dataset:
+    """An ``.npz`` with ``images``, uint8 (N, H, W[, C]) or (N, C, H, W) float in [-1, 1], and optional ``labels`` (N,).
+
+    Raises:
+        ConfigError: no file, no ``images``, or another dtype, shape or range.
+    """
+    if not path.is_file():
+        raise ConfigError(f"data file {str(path)!r} does not exist")
+    with np.load(path, allow_pickle=False) as held:
+        if "images" not in held:
+            raise ConfigError(f"{str(path)!r} holds {sorted(held)}: expected an array 'images' (and optional 'labels')")
+        images = held["images"]
+        labels = held["labels"] if "labels" in held else np.zeros(len(images), np.int64)
+    if images.dtype == np.uint8 and images.ndim in (3, 4):
+        x = (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    elif np.issubdtype(images.dtype, np.floating) and images.ndim == 4 and np.abs(images).max() <= 1:
+        x = images.astype(np.float32)
+    else:
+        raise ConfigError(
+            f"'images' in {str(path)!r} is {images.dtype} {images.shape}: "
+            "expected uint8 (N, H, W[, C]) or float (N, C, H, W) in [-1, 1]"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),):
+        raise ConfigError(
+            f"'labels' in {str(path)!r} is {labels.dtype} {labels.shape}: expected integers ({len(images)},)"
+        )
+    names = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
+    return Dataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(labels.astype(np.int64)), names)
+
+
+def load(data: str, size: int = 32) -> Dataset:
+    """A data set by name or path: "digits", an ``.npz`` file, or a folder of images (brought to ``size``)."""
+    if data == "digits":
+        return digits()
+    return npz(Path(data)) if data.endswith(".npz") else folder(Path(data), size)
+
+
+def batch_indices(total: int, batch: int, step: int, *key: Key) -> np.ndarray:
+    """The indices (batch,) of one training step: epoch by epoch in a keyed random order, a pure function of ``step``."""
+    first = step * batch
+    epochs = range(first // total, (first + batch - 1) // total + 1)
+    order = np.concatenate([stream(*key, "epoch", e).permutation(total) for e in epochs])
+    return order[first - epochs[0] * total :][:batch]

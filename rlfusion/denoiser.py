@@ -1,0 +1,49 @@
+"""A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
+
+from torch import Tensor, nn
+
+from rlfusion.parameterization import Prediction, predict, row
+from rlfusion.schedule import Schedule, level
+from rlfusion.tensors import Cond, cast, cat_cond, map_cond
+
+
+class Denoiser(nn.Module):
+    """``(x_t, t, cond) -> Prediction(x0, eps)``.
+
+    ``net(x, t, cond)`` gets x (B, ...), t (B,) in [0, 1] in x's dtype, and the condition; it answers y shaped like x.
+    """
+
+    def __init__(self, net: nn.Module, schedule: Schedule, kind: str) -> None:
+        super().__init__()
+        row(kind)
+        self.net, self.schedule, self.kind = net, schedule, kind
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
+        y = self.net(x, cast(t, x).expand(len(x)), cond)
+        return predict(self.kind, y.to(x), x, level(self.schedule, t, x))
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance as a wrapper with a denoiser's call (Ho & Salimans 2022; handbook 2.3, corrected).
+
+        e = (1 + w) e_c - w e_0,     w = ``weight``     (diffusers' guidance_scale is 1 + w)
+
+    The same affine combination holds for x0 and eps. Both halves are one network call of 2 B rows. ``null`` is the
+    condition of one sample, batch 1, that means "no condition".
+    """
+
+    def __init__(self, denoiser: nn.Module, weight: float, null: Cond) -> None:
+        super().__init__()
+        self.denoiser, self.weight, self.null = denoiser, weight, null
+        self.schedule: Schedule = denoiser.schedule
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        null = map_cond(lambda c: c.to(x.device).expand(len(x), *c.shape[1:]), self.null)
+        both = self.denoiser(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2) if t.ndim else t, cat_cond([cond, null]))
+        x0, eps = (self.combine(*half.chunk(2)) for half in both)
+        return Prediction(x0, eps)
+
+    def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """(1 + w) conditional - w unconditional."""
+        return (1 + self.weight) * conditional - self.weight * unconditional

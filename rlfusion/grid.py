@@ -1,0 +1,53 @@
+"""Time grids: the K + 1 falling times 1 = t_0 > t_1 > ... > t_K = 0 of a sampling chain, float64.
+
+On a discrete schedule of T times the spacings are those of the field (Lin et al. 2023, Table 2), in our time k / T:
+
+    trailing   k = round(T, T - T/K, T - 2T/K, ...)      leading   k = 1 + (T // K) {K-1, ..., 0}
+    linspace   k = 1 + round(linspace(T - 1, 0, K))
+
+each followed by 0. On a continuous schedule only trailing, the even grid, exists. (diffusers counts code times k - 1.)
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfusion.errors import ConfigError
+from rlfusion.schedule import Schedule
+
+Spacing = Literal["trailing", "leading", "linspace"]
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """``steps`` denoising steps (network calls), spaced as the module says."""
+
+    steps: int = 20
+    spacing: Spacing = "trailing"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps = {self.steps}: expected at least 1")
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The K + 1 falling times on ``schedule``, float64, on the CPU.
+
+        Raises:
+            ConfigError: more steps than the schedule has times, or a discrete spacing on a continuous schedule.
+        """
+        total = schedule.resolution
+        if total is None:
+            if self.spacing != "trailing":
+                raise ConfigError(f"spacing {self.spacing!r} needs a discrete schedule: expected 'trailing' here")
+            return torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+        if self.steps > total:
+            raise ConfigError(f"steps = {self.steps}: expected at most the schedule's {total} times")
+        k = {
+            "trailing": lambda: np.round(np.arange(self.steps, 0, -1) * total / self.steps),
+            "leading": lambda: 1 + np.arange(self.steps)[::-1] * (total // self.steps),
+            "linspace": lambda: 1 + np.round(np.linspace(0, total - 1, self.steps))[::-1],
+        }[self.spacing]()
+        return torch.from_numpy(np.append(k, 0).astype(np.float64)) / total

@@ -1,0 +1,1 @@
+"""Networks: the embedded default, and classifiers that judge."""

@@ -1,0 +1,55 @@
+"""A residual MLP for small images: the embedded default, 0.2 M parameters on 8x8 digits."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
+    """(B,) times in [0, 1] -> (B, width): sines and cosines at geometric frequencies from 1 to ``largest`` (float32)."""
+    half = width // 2
+    rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
+    angle = t.float()[:, None] * rates
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class Block(nn.Module):
+    """h + W2 act((1 + scale) norm(h) + shift), with scale and shift from the embedding of time and class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulate = nn.Linear(width, 2 * width)
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulate(embedding).chunk(2, 1)
+        inner = self.inner(torch.addcmul(self.norm(h) + shift, self.norm(h), scale))
+        return h + self.outer(nn.functional.silu(inner))
+
+
+class ResidualMLP(nn.Module):
+    """``net(x, t, label)``: x (B, *shape), t (B,), label (B,) int64 in 0..classes, where ``classes`` means no class."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.shape, self.classes = tuple(shape), classes
+        size = math.prod(self.shape)
+        self.width = width
+        self.time = nn.Linear(width, width)
+        self.label = nn.Embedding(classes + 1, width)
+        self.enter = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.leave = nn.Linear(width, size)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        embedding = nn.functional.silu(self.time(fourier(t, self.width)) + self.label(label))
+        h = self.enter(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.leave(h).reshape(x.shape)

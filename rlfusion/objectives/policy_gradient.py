@@ -1,0 +1,28 @@
+"""Policy-gradient losses of single transitions (handbook 3.3.2, corrected; Black et al. 2023; Schulman et al. 2017).
+
+    (1)  score function (DDPO_SF):       loss = -log p_theta(x_s | x_t) A
+    (2)  importance sampling (DDPO_IS):  loss = -min(r A, clip(r, 1 - c, 1 + c) A),   r = p_theta / p_old
+
+A is a constant: no gradient flows into it. At theta = theta_old both have the gradient -A grad log p_theta.
+"""
+
+from torch import Tensor
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    if len(set(shapes.values())) > 1 or any(len(s) != 1 for s in shapes.values()):
+        raise ValueError(f"expected (N,) each: got {shapes}")
+
+
+def score_function(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """Eq. (1), (N,)."""
+    _same_shape(log_prob=log_prob, advantage=advantage)
+    return -log_prob * advantage.detach()
+
+
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Eq. (2), (N,), from log r = log p_theta - log p_old."""
+    _same_shape(log_ratio=log_ratio, advantage=advantage)
+    ratio, a = log_ratio.exp(), advantage.detach()
+    return -(ratio * a).minimum(ratio.clamp(1 - clip, 1 + clip) * a)

@@ -1,0 +1,63 @@
+"""A diffusion model as a policy: an observation in, a Gaussian over the next latent out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.errors import ConfigError
+from rlfusion.gaussian import Gaussian
+from rlfusion.kernel import Kernel, transition
+from rlfusion.schedule import Schedule, level
+from rlfusion.tensors import Cond
+
+
+class Observation(NamedTuple):
+    """The state: x = x_t (B, ...), its time t, the next time s < t (() or (B,), float64), the condition."""
+
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    cond: Cond = None
+
+
+class Policy(nn.Module):
+    """Denoiser + kernel. ``denoiser`` is a ``Denoiser`` or a wrapper with its call and its ``schedule``."""
+
+    def __init__(self, denoiser: nn.Module, kernel: Kernel) -> None:
+        super().__init__()
+        self.denoiser, self.kernel = denoiser, kernel
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    def forward(self, obs: Observation) -> Gaussian:
+        x, t, s, cond = obs
+        dt = (s - t).reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else s - t
+        at, to = level(self.schedule, t, x), level(self.schedule, s, x)
+        return transition(self.kernel, self.denoiser(x, t, cond), at, to, dt)
+
+    def stds(self, times: Tensor) -> Tensor:
+        """S of each of the K steps of ``times`` (K+1,), float64 (K,): 0 marks a step without a log-probability."""
+        t, s = times[:-1], times[1:]
+        return self.kernel.coefficients(self.schedule(t), self.schedule(s), s - t).std.expand(len(t))
+
+    def prior_std(self, times: Tensor) -> float:
+        """The standard deviation sigma(t_0) of the noise where the chain begins."""
+        return float(self.schedule(times[:1]).sigma)
+
+
+def require_stochastic(policy: Policy, times: Tensor) -> Tensor:
+    """The steps that have a log-probability, bool (K,).
+
+    Raises:
+        ConfigError: none has: a policy gradient cannot train such a chain.
+    """
+    mask = policy.stds(times) > 0
+    if not bool(torch.any(mask)):
+        raise ConfigError(
+            f"{policy.kernel} has no noise at any of the {len(mask)} steps, so no log-probability: "
+            "a policy gradient needs eta > 0 (or noise > 0)"
+        )
+    return mask

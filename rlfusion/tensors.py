@@ -1,0 +1,52 @@
+"""Small tensor helpers that every other module may use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Cond = Any
+"""A condition: ``None``, a tensor (B, ...), or a dict of such tensors."""
+
+
+def map_cond(fn: Callable[[Tensor], Tensor], cond: Cond) -> Cond:
+    """Apply ``fn`` to every tensor of a condition.
+
+    Raises:
+        TypeError: the condition is neither None, a tensor, nor a dict of conditions.
+    """
+    if cond is None:
+        return None
+    if isinstance(cond, Tensor):
+        return fn(cond)
+    if isinstance(cond, dict):
+        return {key: map_cond(fn, value) for key, value in cond.items()}
+    raise TypeError(f"a condition is None, a tensor or a dict of tensors, not {type(cond).__name__}")
+
+
+def cat_cond(conds: list[Cond]) -> Cond:
+    """Concatenate conditions of one structure along the batch."""
+    first = conds[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {key: cat_cond([c[key] for c in conds]) for key in first}
+    return torch.cat(conds)
+
+
+def sum_features(x: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the sum over everything but the batch."""
+    return x.flatten(1).sum(1)
+
+
+def mean_features(x: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the mean over everything but the batch."""
+    return x.flatten(1).mean(1)
+
+
+def cast(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A float64 coefficient, made on the CPU, in the dtype and on the device of ``like``, without a device sync."""
+    if coefficient.ndim == 0 and like.device.type != "cpu":
+        return torch.full((), coefficient.item(), dtype=like.dtype, device=like.device)
+    return coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
