@@ -142,7 +142,7 @@ def load(data: str, size: int = 32) -> Dataset:
 
 
 def batch_indices(total: int, batch: int, step: int, *key: Key) -> np.ndarray:
-    """The indices (batch,) of one training step: epoch by epoch in a keyed random order, a pure function of ``step``."""
+    """The indices (batch,) of one training step: epoch by epoch in a keyed random order, pure in ``step``."""
     first = step * batch
     epochs = range(first // total, (first + batch - 1) // total + 1)
     order = np.concatenate([stream(*key, "epoch", e).permutation(total) for e in epochs])

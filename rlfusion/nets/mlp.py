@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
-    """(B,) times in [0, 1] -> (B, width): sines and cosines at geometric frequencies from 1 to ``largest`` (float32)."""
+    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
     half = width // 2
     rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
     angle = t.float()[:, None] * rates
