@@ -35,8 +35,8 @@ class Config:
     Attributes:
         form: "is" (importance sampling, several epochs, clipped) or "sf" (score function, one on-policy step).
         lr: learning rate of AdamW.
-        epochs: passes over each rollout; "sf" allows 1.
-        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks; "sf" allows 1.
+        epochs: passes over each rollout; None is 2, or the 1 that "sf" allows.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks; None is 4, or 1 for "sf".
         clip: clip range c of the ratio.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
         advantage: "prompt" (running mean and std of the prompt), "group" (of the batch's group), "none" (the reward).
@@ -52,23 +52,26 @@ class Config:
     """
 
     form: Literal["is", "sf"] = "is"
-    lr: float = 3e-4
-    epochs: int = 2
-    updates_per_epoch: int = 1
+    lr: float = 1e-3
+    epochs: int | None = None
+    updates_per_epoch: int | None = None
     clip: float = 0.2
     clip_per_dim: bool = False
     advantage: Literal["prompt", "group", "none"] = "prompt"
     advantage_window: int = 256
     advantage_clip: float = 5.0
     kl_reward: float = 0.0
-    kl_loss: float = 0.0
+    kl_loss: float = 0.2
     step_fraction: float = 1.0
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    ema_decay: float = 0.0
+    ema_decay: float = 0.95
 
     def __post_init__(self) -> None:
+        for name, usual in (("epochs", 2), ("updates_per_epoch", 4)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 1 if self.form == "sf" else usual)
         if self.form == "sf" and (self.epochs, self.updates_per_epoch) != (1, 1):
             raise ConfigError(
                 f"epochs = {self.epochs}, updates_per_epoch = {self.updates_per_epoch}: "
@@ -124,18 +127,24 @@ class Learner:
 
         Returns:
             reward, reward_std, advantage_std, loss, log_ratio_max, clip_fraction, approx_kl, grad_norm; with a
-            reference also kl (nats a walk at the states of the rollout, before the update).
+            reference also kl (nats a walk at the states of the rollout, averaged over its updates).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
+            ConfigError: more updates an epoch than walks.
         """
+        if len(batch) < self.config.updates_per_epoch:
+            raise ConfigError(
+                f"updates_per_epoch = {self.config.updates_per_epoch}: expected at most its {len(batch)} walks"
+            )
         if not bool(batch.reward.isfinite().all()):
             raise NumericalError(
                 f"rewards {(~batch.reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite"
             )
         reference = self._reference_means(batch) if self.reference else None
-        kl = self._walk_kl(batch, reference) if reference is not None else None
-        reward = batch.reward if kl is None else batch.reward - self.config.kl_reward * kl
+        reward = batch.reward
+        if self.config.kl_reward:
+            reward = reward - self.config.kl_reward * self._walk_kl(batch, reference)
         advantage = self.advantages(reward, batch.group)
         records, norms = [], []
         for epoch in range(self.config.epochs):
@@ -145,14 +154,13 @@ class Learner:
                 records += self.accumulate(batch, advantage, *self._transitions(walks, draw), reference)
                 norms.append(self.optimization.step())
         self.iteration += 1
-        metrics = {
+        return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
             "advantage_std": advantage.std(correction=0).item(),
-            **_summary(records),
+            **_summary(records, len(self.trainable)),
             "grad_norm": sum(norms) / len(norms),
         }
-        return metrics if kl is None else metrics | {"kl": kl.mean().item()}
 
     def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
         """(B,) advantages by the configured rule, limited to +- advantage_clip unless the rule is "none"."""
@@ -203,15 +211,16 @@ class Learner:
             loss = score_function(log_prob, a)
         else:
             loss = clipped_surrogate(measured, a, self.config.clip)
-        if reference is not None and self.config.kl_loss:
-            loss = loss + self.config.kl_loss * distribution.kl(self._at(distribution, reference, walk, step))
-        outside = ((measured.exp() - 1).abs() > self.config.clip).float()
-        return {
+        record = {
             "loss": loss,
-            "clip_fraction": outside,
+            "clip_fraction": ((measured.exp() - 1).abs() > self.config.clip).float(),
             "log_ratio": log_ratio,
             "approx_kl": log_ratio.expm1() - log_ratio,
         }
+        if reference is None:
+            return record
+        kl = distribution.kl(self._at(distribution, reference, walk, step))
+        return record | {"loss": loss + self.config.kl_loss * kl, "kl": kl}
 
     @staticmethod
     def _at(distribution: Gaussian, reference: Tensor, walk: Tensor, step: Tensor) -> Gaussian:
@@ -244,7 +253,7 @@ class Learner:
     @torch.no_grad()
     def _walk_kl(self, batch: Trajectory, reference: Tensor) -> Tensor:
         """Eq. (3), (B,)."""
-        total = torch.zeros(len(batch), device=batch.x.device)
+        total = torch.zeros(len(batch), dtype=batch.log_prob.dtype, device=batch.x.device)
         walk, step = self._all_transitions(batch)
         for rows in torch.arange(len(walk)).split(self.config.micro_batch):
             distribution = self.policy(batch.transitions(walk[rows], step[rows])[0])
@@ -268,7 +277,10 @@ class Learner:
             self.reference.load_state_dict(state["reference"])
 
 
-def _summary(records: list[dict[str, Tensor]]) -> dict[str, float]:
+def _summary(records: list[dict[str, Tensor]], steps: int) -> dict[str, float]:
+    """Means over transitions, of kl over walks of ``steps`` transitions, and the largest |log ratio|."""
     joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
     widest = joined.pop("log_ratio").abs().max()
+    if "kl" in joined:
+        joined["kl"] = steps * joined["kl"]
     return average([{name: value.mean() for name, value in joined.items()}]) | {"log_ratio_max": widest.item()}

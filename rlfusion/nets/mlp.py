@@ -48,7 +48,7 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        embedding = nn.functional.silu(self.time(fourier(t, self.width)) + self.label(label))
+        embedding = nn.functional.silu(self.time(fourier(t, self.width).to(x)) + self.label(label))
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -1,0 +1,122 @@
+"""From a name and its options to a reward.
+
+A name is, in this order, a row of ``REWARDS``, ``package.module:name``, or an entry point of the group
+``rlfusion.rewards``. What it names is one of
+
+    a reward    a module, or a callable with just two required positional parameters, (samples, cond); options set
+                the others
+    a factory   a class, or a callable with another number of them; it is called with the options by keyword
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from rlfusion.errors import ConfigError, unknown
+from rlfusion.rewards.base import Reward
+from rlfusion.rewards.class_logprob import ClassLogProb
+from rlfusion.rewards.ink import ink
+from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from rlfusion.rewards.symmetry import symmetry
+from rlfusion.rewards.weighted import WeightedSum
+
+GROUP = "rlfusion.rewards"
+REWARDS: dict[str, Callable[..., Any]] = {
+    "ink": ink,
+    "symmetry": symmetry,
+    "jpeg_compressibility": JpegCompressibility,
+    "jpeg_incompressibility": JpegIncompressibility,
+    "class_logprob": ClassLogProb,
+}
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def build(reward: str | Mapping[str, float], options: Options | None = None) -> Reward:
+    """One reward by name, or the ``WeightedSum`` of several by ``{name: weight}``.
+
+    ``options`` holds the settings of each by its name: ``{"jpeg_compressibility": {"quality": 80}}``.
+
+    Raises:
+        ConfigError: an unknown name or option (with the nearest one), a missing or unusable option, options for a
+            reward that is not in use, or a thing that is no reward.
+    """
+    names = [reward] if isinstance(reward, str) else list(reward)
+    options = options or {}
+    for name in options:
+        if name not in names:
+            raise unknown("reward in the options", name, names)
+    built = {name: _build(name, options.get(name) or {}) for name in names}
+    return built[reward] if isinstance(reward, str) else WeightedSum(built, reward)
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The reward or factory that ``name`` stands for.
+
+    Raises:
+        ConfigError: nothing has that name, or what has it cannot be called.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    found = _from_module(name) if ":" in name else _from_entry_point(name)
+    if not callable(found):
+        raise ConfigError(f"reward {name!r} is {type(found).__name__}: expected a function, a class or a callable")
+    return found
+
+
+def _from_module(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"reward {name!r}: expected package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module was found, something that it needs was not
+        raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+    if attribute not in vars(module):
+        raise unknown(f"name in module {module_name!r}", attribute, [n for n in vars(module) if n[0] != "_"])
+    return vars(module)[attribute]
+
+
+def _from_entry_point(name: str) -> Any:
+    points = entry_points(group=GROUP)
+    if name not in points.names:
+        raise ConfigError(f"{unknown('reward', name, {*REWARDS, *points.names})} (or package.module:name)")
+    return points[name].load()
+
+
+def _build(name: str, options: Mapping[str, Any]) -> Reward:
+    found = find(name)
+    parameters = inspect.signature(found).parameters.values()
+    required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    is_reward = isinstance(found, nn.Module) or (not inspect.isclass(found) and len(required) == 2)
+    settings = [p for p in parameters if not (is_reward and p in required)]
+    _require_options(name, options, settings)
+    if is_reward:
+        return functools.partial(found, **options) if options else found
+    made = found(**options)
+    if not callable(made):
+        raise ConfigError(f"reward {name!r} made {type(made).__name__}: expected a callable (samples, cond) -> (B,)")
+    return made
+
+
+def _require_options(name: str, options: Mapping[str, Any], settings: list[inspect.Parameter]) -> None:
+    """Every option is a setting, every setting without a default is an option."""
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {p.name: p for p in settings if p.kind in by_keyword}
+    for option in options:
+        if option not in known and not any(p.kind is p.VAR_KEYWORD for p in settings):
+            if not known:
+                raise ConfigError(f"reward {name!r} takes no options: got {option!r}")
+            raise unknown(f"option of reward {name!r}", option, known)
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
+    if missing:
+        raise ConfigError(
+            f"reward {name!r} needs the options {missing} (a reward itself takes two parameters, samples and cond)"
+        )

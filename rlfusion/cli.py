@@ -1,0 +1,155 @@
+"""The command line: ``rlfusion finetune | pretrain | sample | evaluate``.
+
+Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what was expected, the nearest valid name),
+4 numerical failure, 75 stopped by a signal after saving (resume with --resume).
+"""
+
+import difflib
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlfusion.errors import ConfigError, NumericalError, unknown
+
+DONE, BAD_CONFIG, NUMERICAL, STOPPED = 0, 2, 4, 75
+
+GUIDE = """\
+Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
+
+  rlfusion finetune                          the main job: pretrain on digits (once), improve by DDPO
+  rlfusion finetune --reward ink             another reward; also your own, --reward package.module:name
+  rlfusion finetune --rollout.workers 2      the same result, collected by 2 Ray workers
+  rlfusion finetune --resume runs/NAME       go on where a stopped or killed run was
+  rlfusion finetune --config runs/NAME/config.yaml --seed 1
+                                             the same settings again, with changes
+  rlfusion pretrain                          a model alone; --data FOLDER or FILE.npz for your own images
+  rlfusion sample --checkpoint runs/NAME     a picture of its samples
+  rlfusion evaluate --checkpoint runs/NAME   its quality in figures
+  tensorboard --logdir runs                  all runs, with before/after grids
+
+Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    sys.path.insert(0, "")  # a user's package.module:name may lie in the working directory
+    try:
+        return _run(arguments)
+    except (ConfigError, ArgumentError) as error:
+        print(f"rlfusion: {_one_line(error)}", file=sys.stderr)
+        return BAD_CONFIG
+    except NumericalError as error:
+        print("\n".join(["rlfusion: numerical failure: " + str(error), *_notes(error)]), file=sys.stderr)
+        return NUMERICAL
+
+
+def _run(arguments: list[str]) -> int:
+    from rlfusion.run import StopRequested
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(GUIDE)
+        return DONE
+    if arguments[0] == "--version":
+        from rlfusion import __version__
+
+        print(__version__)
+        return DONE
+    if arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS)
+    try:
+        COMMANDS[arguments[0]](arguments[1:])
+    except StopRequested as stop:
+        print(f"rlfusion: stopped by {stop}; all work is saved, go on with --resume", file=sys.stderr)
+        return STOPPED
+    return DONE
+
+
+def _job(kind: str, arguments: list[str]) -> None:
+    """finetune or pretrain: a new run, or an old one to resume."""
+    from rlfusion import commands, config
+
+    settings_type = {"finetune": config.Finetune, "pretrain": config.Pretrain}[kind]
+    run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain}[kind]
+    if "--resume" in arguments:
+        run(*_resumed(settings_type, kind, arguments))
+        return
+    settings = parse(settings_type, kind, arguments)
+    run(*commands.new_run(settings, settings.default_name))
+
+
+def _resumed(settings_type: type, kind: str, arguments: list[str]) -> tuple[Any, Path]:
+    if len(arguments) != 2 or arguments[0] != "--resume":
+        raise ConfigError("--resume takes the run's folder and nothing else: its settings are those of its config.yaml")
+    folder = Path(arguments[1])
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
+    return parse(settings_type, kind, ["--config", str(folder / "config.yaml")]), folder
+
+
+def _sample(arguments: list[str]) -> None:
+    from rlfusion import commands, config
+
+    commands.run_sample(parse(config.Sample, "sample", arguments))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from rlfusion import commands, config
+
+    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "finetune": partial(_job, "finetune"),
+    "pretrain": partial(_job, "pretrain"),
+    "sample": _sample,
+    "evaluate": _evaluate,
+}
+
+
+def parse(settings: type, command: str, arguments: list[str]) -> Any:
+    """The settings dataclass of a command from its arguments and ``--config`` files.
+
+    Raises:
+        ConfigError: an unknown key or an unusable value, in one line.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"rlfusion {command}", description=settings.__doc__.splitlines()[0], exit_on_error=False
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's config.yaml"
+    )
+    parser.add_class_arguments(settings, as_group=False)
+    keys = [action.dest for action in parser._actions]
+    try:
+        held = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), keys)) from error
+    values = vars(held)
+    values.pop("config")
+    return settings(**values)
+
+
+def _explain(text: str, keys: list[str]) -> str:
+    """jsonargparse's message with the nearest key, where a key is unknown."""
+    found = re.search(r"[Uu]nrecognized arguments: *-*([\w.]+)|[Kk]ey ['\"]?([\w.]+)['\"]? is not expected", text)
+    if not found:
+        return text
+    key = found.group(1) or found.group(2)
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+    return f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))

@@ -1,0 +1,119 @@
+"""What each command of ``rlfusion.cli`` does with its settings."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rlfusion import checkpoint, config, models
+from rlfusion.data import load
+from rlfusion.errors import ConfigError
+from rlfusion.evaluate import require_independent
+from rlfusion.finetune import HEADLINES, finetune
+from rlfusion.measure import Judged, draw, make_reward, measure
+from rlfusion.pretraining import pretrain
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, locked, new_folder, pick_device
+from rlfusion.tracking import grid, save_png
+
+COLUMNS = 10
+
+
+def run_finetune(settings: config.Finetune, folder: Path) -> None:
+    """Fine-tune in ``folder``, and print the result."""
+    begin = time.monotonic()
+    with Signals() as signals, locked(folder, wait=False):
+        result = finetune(settings, folder, signals, Progress())
+    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {time.monotonic() - begin:.0f} s")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    for name in HEADLINES:
+        table.add_row(name, f"{result['before'][name]:.4g}", f"{result['after'][name]:.4g}")
+    console = Console()
+    console.print(table)
+    _where(console, folder, "samples/before.png, samples/after.png, model/, summary.json, metrics.jsonl, config.yaml")
+
+
+def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
+    """Pretrain in ``folder``, and print the evaluation."""
+    begin = time.monotonic()
+    with Signals() as signals, locked(folder, wait=False):
+        result = pretrain(settings, folder, signals, Progress())
+    console = Console()
+    if result:
+        _print(console, result, f"{settings.train.steps} steps, {time.monotonic() - begin:.0f} s")
+    else:
+        console.print("no evaluation: it needs data of two classes or more")
+    _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
+
+
+def run_sample(settings: config.Sample) -> None:
+    """Draw samples and write the picture."""
+    torch.set_num_threads(settings.threads)
+    denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
+    if settings.label and settings.label not in card.names:
+        raise ConfigError(f"label = {settings.label!r}: expected one of {', '.join(card.names)}")
+    device = next(denoiser.parameters()).device
+    label = torch.arange(settings.count, device=device) % card.classes
+    if settings.label:
+        label = torch.full_like(label, card.names.index(settings.label))
+    samples = draw(policy, times, label, card.shape, settings.seed, "sample")
+    columns = card.classes if 1 < card.classes <= 2 * COLUMNS and not settings.label else COLUMNS
+    save_png(Path(settings.out), grid(samples, min(columns, settings.count), settings.scale))
+    Console().print(f"{settings.count} samples in {settings.out}", markup=False)
+
+
+def run_evaluate(settings: config.Evaluate) -> None:
+    """Measure a model, print the figures, and write them if asked."""
+    torch.set_num_threads(settings.threads)
+    _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
+    data = load(settings.data, settings.size)
+    if (data.shape, data.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"data = {settings.data!r}: its samples are {data.shape} of {data.classes} classes, "
+            f"the model's {card.shape} of {card.classes}"
+        )
+    device, root = pick_device(settings.device), Path(settings.root)
+    judged = Judged.of(data, settings.held_out, root, device)
+    reward = None
+    if settings.reward:
+        reward = make_reward(settings.reward, settings.reward_options, judged.train, root)
+        require_independent(judged.judge, reward)
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+    result = measure(policy, times, judged, reward, str(settings.reward), settings.evaluation, settings.seed)
+    _print(Console(), result, settings.checkpoint)
+    if settings.out:
+        checkpoint.write_json_atomic(Path(settings.out), result)
+
+
+def new_run(settings: Any, name: str) -> tuple[Any, Path]:
+    """A new folder for a run, holding its complete settings as ``config.yaml``; the settings with the folder's name."""
+    folder = new_folder(Path(settings.root), settings.name or name)
+    settings = replace(settings, name=folder.name)
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    return settings, folder
+
+
+def _sampler(path: str, chain: config.Chain, device: str) -> tuple[Any, ...]:
+    denoiser, card = models.load(Path(path))
+    denoiser = denoiser.to(pick_device(device))
+    return denoiser, card, chain.policy(denoiser, torch.tensor([card.classes])), chain.times(denoiser)
+
+
+def _print(console: Console, result: dict[str, float], title: str) -> None:
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+
+
+def _where(console: Console, folder: Path, what: str) -> None:
+    console.print(f"in {folder}: {what}", markup=False, soft_wrap=True)
+    console.print(f"see it: tensorboard --logdir {folder.parent}", markup=False, soft_wrap=True)

@@ -1,0 +1,305 @@
+"""The settings of each command: frozen dataclasses, read from YAML and the command line, written back as YAML.
+
+All counts are global (prompts, samples per prompt, updates per rollout): no result depends on the number of workers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from rlfusion import models, pretrain, spec
+from rlfusion.agents import ddpo
+from rlfusion.denoiser import Denoiser, Guided
+from rlfusion.errors import ConfigError
+from rlfusion.grid import Spacing, TimeGrid
+from rlfusion.kernel import DDIM, DDPM, FlowSDE, Kernel
+from rlfusion.policy import Policy
+from rlfusion.rollout import Limits, Settings
+
+KERNELS: Mapping[str, Callable[..., Kernel]] = {"DDIM": DDIM, "DDPM": DDPM, "FlowSDE": FlowSDE}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The sampling chain, which is the MDP.
+
+    Attributes:
+        steps: denoising steps (network calls) of an episode.
+        spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
+        kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...).
+        guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0; 0 is none. diffusers' scale is 1 + w.
+    """
+
+    steps: int = 20
+    spacing: Spacing = "trailing"
+    kernel: str = "DDIM(eta=1.0)"
+    guidance: float = 0.0
+
+    def make_kernel(self) -> Kernel:
+        """The kernel that ``kernel`` writes."""
+        return spec.parse(self.kernel, KERNELS, "kernel")
+
+    @property
+    def grid(self) -> TimeGrid:
+        """The time grid."""
+        return TimeGrid(self.steps, self.spacing)
+
+    def times(self, denoiser: Denoiser) -> Tensor:
+        """The K + 1 falling times on the denoiser's schedule."""
+        return self.grid.times(denoiser.schedule)
+
+    def policy(self, denoiser: Denoiser, null: Any) -> Policy:
+        """The policy over this chain; ``null`` is the condition (1,) of "no condition"."""
+        model = Guided(denoiser, self.guidance, null) if self.guidance else denoiser
+        return Policy(model, self.make_kernel())
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How many walks are collected, and by how many workers.
+
+    Attributes:
+        prompts: distinct prompts (classes) of a rollout.
+        samples_per_prompt: walks of each.
+        item: walks of one work item; a work item is what one worker does at a time.
+        workers: Ray actors that collect; 0 collects in this process, without Ray.
+        lag: rollouts that may be collected ahead of the weights; each walk then has weights up to ``lag`` updates old.
+    """
+
+    prompts: int = 10
+    samples_per_prompt: int = 24
+    item: int = 120
+    workers: int = 0
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "prompts", "samples_per_prompt", "item")
+        for name in ("workers", "lag"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Settings of the Ray workers, where ``rollout.workers`` is not 0.
+
+    Attributes:
+        address: of a running Ray cluster; empty starts a private one on this machine, on its loopback alone.
+        cpus_per_worker: CPU cores that each worker reserves.
+        gpus_per_worker: GPUs, or a fraction of one, that each worker reserves.
+        limits: deadlines and retries.
+    """
+
+    address: str = ""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of the evaluation on fixed seeds.
+
+    Attributes:
+        samples: how many; the classes take turns.
+        every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+    """
+
+    samples: int = 1000
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 50:
+            raise ConfigError(f"samples = {self.samples}: expected at least 50")
+        if self.every < 0:
+            raise ConfigError(f"every = {self.every}: expected a number >= 0")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a denoiser by supervision.
+
+    Attributes:
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        seed: keys every random draw.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        data: "digits", a folder of images, or an .npz file.
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, for evaluation.
+        model: the denoiser.
+        train: the training.
+        chain: the sampler of the evaluation and the grid.
+        evaluation: the evaluation.
+        checkpoint_every: optimiser steps between checkpoints.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    model: models.Config = field(default_factory=models.Config)
+    train: pretrain.Config = field(default_factory=pretrain.Config)
+    chain: Chain = field(default_factory=Chain)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        _check_positive(self, "size", "threads", "checkpoint_every")
+
+    @property
+    def default_name(self) -> str:
+        return f"pretrain-{Path(self.data).stem}-{self.model.kind}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Improve a model for a reward by DDPO. Without a base model, one is pretrained first and kept in root/cache.
+
+    Attributes:
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        seed: keys every random draw of the fine-tuning.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        base: folder of the model to start from (a run or its model folder); empty pretrains one as ``pretrain`` says.
+        pretrain: how the base model is made where ``base`` is empty; its name and root are not used. The default
+            trains on labels of which 60 % are random, so that the base follows its prompt in part of its samples.
+        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
+            mapping of such names to weights.
+        reward_options: settings of each named reward.
+        updates: rollouts, each followed by the learner's updates.
+        chain: the sampling chain that is trained.
+        rollout: how many walks are collected, and by how many workers.
+        ray: the workers.
+        agent: settings of DDPO.
+        evaluation: the evaluation.
+        checkpoint_every: rollouts between checkpoints.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    base: str = ""
+    pretrain: Pretrain = field(default_factory=lambda: Pretrain(train=pretrain.Config(label_noise=0.6)))
+    reward: str | dict[str, float] = "class_logprob"
+    reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    updates: int = 40
+    chain: Chain = field(default_factory=Chain)
+    rollout: Rollout = field(default_factory=Rollout)
+    ray: Ray = field(default_factory=Ray)
+    agent: ddpo.Config = field(default_factory=ddpo.Config)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "threads", "updates", "checkpoint_every")
+        if self.agent.form == "sf" and self.rollout.lag:
+            raise ConfigError(f"lag = {self.rollout.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
+
+    @property
+    def settings(self) -> Settings:
+        """The backend's settings."""
+        ray = self.ray
+        return Settings(
+            self.rollout.workers, ray.cpus_per_worker, ray.gpus_per_worker, self.threads, ray.address, ray.limits
+        )
+
+    @property
+    def reward_name(self) -> str:
+        """The reward in a word, for tables and folder names."""
+        names = [self.reward] if isinstance(self.reward, str) else list(self.reward)
+        return "+".join(name.partition("(")[0].rpartition(":")[2] for name in names)
+
+    @property
+    def default_name(self) -> str:
+        return f"ddpo-{self.agent.form}-{self.reward_name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples of a model as one image grid.
+
+    Attributes:
+        checkpoint: folder of a model or of a run.
+        out: the PNG to write.
+        count: samples; the classes take turns unless ``label`` is given.
+        label: the class of every sample, by name; empty for all in turn.
+        seed: keys the noise.
+        chain: the sampler.
+        device: "cpu", "cuda", or "auto".
+        threads: CPU threads of torch.
+        scale: pixels of the picture for one of a sample.
+    """
+
+    checkpoint: str
+    out: str = "grid.png"
+    count: int = 100
+    label: str = ""
+    seed: int = 0
+    chain: Chain = field(default_factory=Chain)
+    device: str = "auto"
+    threads: int = 1
+    scale: int = 4
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "count", "threads", "scale")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model: reward, agreement with the prompt, Frechet distance, precision, recall, diversity.
+
+    Attributes:
+        checkpoint: folder of a model or of a run.
+        reward: as of finetune; empty measures no reward.
+        reward_options: settings of each named reward.
+        data: the real data to compare with, as of pretrain.
+        size: images of a folder are brought to size x size.
+        held_out: share of each class that the model did not train on.
+        root: folder whose cache holds the judge.
+        out: a JSON file to write; empty writes none.
+        seed: keys the noise.
+        chain: the sampler.
+        evaluation: the evaluation.
+        device: "cpu", "cuda", or "auto".
+        threads: CPU threads of torch.
+    """
+
+    checkpoint: str
+    reward: str | dict[str, float] = ""
+    reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    root: str = "runs"
+    out: str = ""
+    seed: int = 0
+    chain: Chain = field(default_factory=Chain)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    device: str = "auto"
+    threads: int = 1
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} = {getattr(config, name)}: expected a number > 0")
+
+
+def to_yaml(config: Any) -> str:
+    """The complete settings as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)

@@ -1,0 +1,96 @@
+"""Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion import classifier, evaluate
+from rlfusion.config import Evaluation
+from rlfusion.data import Dataset, to_pixels
+from rlfusion.policy import Policy
+from rlfusion.rewards import Reward, build, score
+from rlfusion.sampling import chain_noise, sample
+from rlfusion.seeding import Key
+
+CHUNK = 500
+GRID_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The data that samples are compared with, and the judge that compares them."""
+
+    train: Dataset
+    held_out: Dataset
+    judge: classifier.Classifier
+
+    @classmethod
+    def of(cls, data: Dataset, held_out: float, root: Path, device: torch.device) -> "Judged":
+        """Split ``data`` and train the judge on the training part, or find it in the cache below ``root``."""
+        train, rest = data.split(held_out)
+        judge = classifier.load(classifier.cached(train, classifier.JUDGE, root))
+        return cls(train, rest, judge.to(device))
+
+
+def make_reward(
+    reward: str | dict[str, float], options: dict[str, dict[str, Any]], train: Dataset, root: Path
+) -> Reward:
+    """The reward that settings name. A class_logprob without weights gets the classifier of ``train``, from the cache.
+
+    Raises:
+        ConfigError: an unknown reward or option.
+    """
+    names = [reward] if isinstance(reward, str) else list(reward)
+    if "class_logprob" in names and not options.get("class_logprob", {}).get("weights"):
+        weights = str(classifier.cached(train, classifier.REWARD, root))
+        options = {**options, "class_logprob": {**options.get("class_logprob", {}), "weights": weights}}
+    return build(reward, options)
+
+
+def reward_parts(reward: Reward) -> dict[str, Tensor]:
+    """The tensors that a reward holds, by name: what a worker needs beside the settings to build it again."""
+    return dict(reward.state_dict()) if isinstance(reward, nn.Module) else {}
+
+
+def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
+    """Samples (N, C, H, W) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
+    parts = []
+    for rows in torch.arange(len(label)).split(CHUNK):
+        noise = chain_noise(key, rows.tolist(), len(times) - 1, shape).to(label.device)
+        parts.append(to_pixels(sample(policy, noise, times, label[rows.to(label.device)])))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy,
+    times: Tensor,
+    judged: Judged,
+    reward: Reward | None,
+    reward_name: str,
+    settings: Evaluation,
+    seed: int,
+) -> dict[str, float]:
+    """reward and reward_std (where there is a reward) and all of ``evaluate.Report``, by name.
+
+    Raises:
+        NumericalError: a sample or a reward is not finite.
+    """
+    device = next(policy.parameters()).device
+    label = torch.arange(settings.samples, device=device) % judged.train.classes
+    samples = draw(policy, times, label, judged.train.shape, seed, "evaluation")
+    result = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict()
+    if reward is None:
+        return result
+    value = score(reward, samples, label, reward_name)
+    return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
+
+
+def grid_samples(policy: Policy, times: Tensor, classes: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Samples on the fixed seeds of the grid, ``GRID_ROWS`` a class, class by class along the columns."""
+    device = next(policy.parameters()).device
+    label = torch.arange(GRID_ROWS * classes, device=device) % classes
+    return draw(policy, times, label, shape, seed, "grid").cpu()

@@ -1,0 +1,102 @@
+"""The job of ``rlfusion pretrain``, and the base model that a fine-tuning without one makes and keeps."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from rlfusion import checkpoint, models
+from rlfusion.config import Pretrain, to_yaml
+from rlfusion.data import Dataset, load
+from rlfusion.measure import Judged, grid_samples, measure
+from rlfusion.pretrain import Learner
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, locked, pick_device, train
+from rlfusion.tracking import Tracker, grid, save_png
+
+CACHE_FORMAT = 1
+"""Rises when pretraining changes, so that base models cached before are not taken for new ones."""
+
+
+LOG_EVERY = 20
+
+
+def fit(config: Pretrain, data: Dataset, folder: Path, signals: Signals, progress: Progress) -> models.Card:
+    """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
+
+    Raises:
+        NumericalError: a gradient is not finite; the last checkpoint stands.
+        StopRequested: a signal came; all work is saved.
+    """
+    card = models.Card(config.model, data.shape, data.names)
+    denoiser = models.build(card, config.seed).to(pick_device(config.device))
+    learner = Learner(denoiser, data, config.train, config.seed)
+    found = checkpoint.latest(folder / "checkpoints")
+    start = found.step if found else 0
+    if found:
+        learner.load_state_dict(checkpoint.load(found.path))
+    tracker = Tracker(folder, start)
+
+    def save(step: int) -> None:
+        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
+
+    total = config.train.steps
+    steps = train(learner, iter(range(start, total)), start, total, config.checkpoint_every, save, signals)
+    with progress.bar("pretraining", total, start) as bar:
+        for step, metrics in steps:
+            bar.advance(loss=metrics["loss"])
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+                tracker.scalars(step + 1, "pretrain", metrics)
+    with learner.optimization.ema.averaged():
+        models.save(folder / "model", denoiser, card)
+    tracker.close()
+    return card
+
+
+def base_model(config: Pretrain, root: Path, signals: Signals, progress: Progress) -> Path:
+    """The folder of the model that ``config`` describes: from ``root/cache``, or pretrained there now."""
+    data = load(config.data, config.size)
+    folder = root / "cache" / f"base-{_digest(config, data)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait=True, say=progress.say):
+        if not (folder / "model" / "model.json").is_file():
+            (folder / "config.yaml").write_text(to_yaml(config))
+            fit(config, data.split(config.held_out)[0], folder, signals, progress)
+    return folder / "model"
+
+
+def _digest(config: Pretrain, data: Dataset) -> str:
+    """16 hex digits over all that the weights depend on."""
+    same = replace(config, root="", name="", chain=Pretrain().chain, evaluation=Pretrain().evaluation)
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, asdict(same)], sort_keys=True).encode())
+    digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
+    """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation.
+
+    Where the data has fewer than two classes there is no judge: only the grid is drawn.
+    """
+    torch.set_num_threads(config.threads)
+    data = load(config.data, config.size)
+    config.chain.make_kernel()
+    card = fit(config, data.split(config.held_out)[0], folder, signals, progress)
+    device = pick_device(config.device)
+    denoiser = models.load(folder)[0].to(device)
+    policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
+    times = config.chain.times(denoiser)
+    picture = grid(grid_samples(policy, times, card.classes, card.shape, config.seed), card.classes)
+    save_png(folder / "samples" / "grid.png", picture)
+    tracker = Tracker(folder, config.train.steps)
+    tracker.image(config.train.steps, "samples", picture)
+    result: dict[str, float] = {}
+    if card.classes > 1:
+        judged = Judged.of(data, config.held_out, Path(config.root), device)
+        result = measure(policy, times, judged, None, "", config.evaluation, config.seed)
+        tracker.scalars(config.train.steps, "evaluation", result)
+        checkpoint.write_json_atomic(folder / "evaluation.json", result)
+    tracker.close()
+    return result

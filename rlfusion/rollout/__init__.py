@@ -1,0 +1,36 @@
+"""Rollouts: work items, and the backends that run them.
+
+with make_backend(Recipe("package.module:build", config, blobs), Settings(workers=2)) as backend:
+    trajectories = backend.collect(plan(...), Weights.of(policy, version))
+"""
+
+from rlfusion.rollout.backend import Backend, Pending, Settings
+from rlfusion.rollout.item import WorkItem, plan, version_for
+from rlfusion.rollout.local import Local
+from rlfusion.rollout.scheduler import Limits, RolloutError
+from rlfusion.rollout.task import Recipe, Task, run_item
+
+__all__ = [
+    "Backend",
+    "Limits",
+    "Local",
+    "Pending",
+    "Recipe",
+    "RolloutError",
+    "Settings",
+    "Task",
+    "WorkItem",
+    "make_backend",
+    "plan",
+    "run_item",
+    "version_for",
+]
+
+
+def make_backend(recipe: Recipe, settings: Settings) -> Backend:
+    """The backend of ``settings``: in this process for 0 workers, else Ray, which only then is imported."""
+    if settings.workers == 0:
+        return Local(recipe.build())
+    from rlfusion.rollout.ray_backend import RayBackend
+
+    return RayBackend(recipe, settings)

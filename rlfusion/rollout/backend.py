@@ -1,0 +1,78 @@
+"""The one interface of all rollout backends: items and weights in, trajectories out, in the order of the items."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rlfusion.errors import ConfigError
+from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.scheduler import Limits
+from rlfusion.trajectory import Trajectory
+from rlfusion.weights import Weights, WeightsError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where rollouts run.
+
+    Attributes:
+        workers: Ray workers; 0 runs in this process, without Ray.
+        cpus_per_worker: CPU cores that each reserves.
+        gpus_per_worker: GPUs that each reserves; a fraction shares one.
+        threads: torch threads of a worker; equal results need equal numbers on both sides.
+        address: of a running Ray cluster; "" starts a private one that listens on this machine's loopback alone.
+        limits: deadlines and retries.
+    """
+
+    workers: int = 0
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    threads: int = 1
+    address: str = ""
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("cpus_per_worker", 0), ("gpus_per_worker", 0), ("threads", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}")
+
+
+Pending = Callable[[], list[Trajectory]]
+"""Waits for submitted items and returns their trajectories in order, or raises what stopped them."""
+
+
+class Backend(ABC):
+    """Runs work items. Use it as a context manager, or call ``close``."""
+
+    @abstractmethod
+    def submit(self, items: Sequence[WorkItem], weights: Weights) -> Pending:
+        """Begin ``items`` under ``weights``; a worker pool goes on while the caller does other work.
+
+        Raises:
+            WeightsError: an item asks for another version than ``weights`` has.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop what runs and give everything back; a second call does nothing."""
+
+    def collect(self, items: Sequence[WorkItem], weights: Weights) -> list[Trajectory]:
+        """The trajectory of each item, in the order of the items."""
+        return self.submit(items, weights)()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_versions(items: Sequence[WorkItem], weights: Weights) -> None:
+    """Raise WeightsError unless every item asks for the version that ``weights`` has."""
+    for item in items:
+        if item.version != weights.version:
+            raise WeightsError(f"{item}: got weights of version {weights.version}")

@@ -1,0 +1,159 @@
+"""What is the same for all work items, and what an item does: walk the chains and score their ends.
+
+(1)  x_0 = sigma(t_0) z_0,     x_{k+1} ~ p_theta(. | x_k, c) = mean + S z_{k+1},     log p of each step,
+     with z the noise stream of the sample (``item``, Eq. 2) and the chain held by ``rlfusion.envs``
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from rlfusion.envs import DenoisingVectorEnv
+from rlfusion.errors import ConfigError
+from rlfusion.grid import TimeGrid
+from rlfusion.policy import Policy
+from rlfusion.rewards import Reward
+from rlfusion.rollout.item import WorkItem
+from rlfusion.sampling import chain_noise
+from rlfusion.tensors import Cond
+from rlfusion.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Task:
+    """A policy, its chain and its reward.
+
+    Attributes:
+        policy: acts; the backend loads the weights of each item into it, so nothing else may own it.
+        grid: the time grid of the chain.
+        shape: of one latent.
+        conditions: one a prompt, int64 (P,) or float (P, ...); None for an unconditional model.
+        decode: latents (B, *shape) to samples (B, C, H, W) in [0, 1].
+        reward: (samples, cond) -> (B,).
+        reward_name: what errors call it.
+        device: where the policy is and works.
+    """
+
+    policy: Policy
+    grid: TimeGrid
+    shape: tuple[int, ...]
+    conditions: Tensor | None
+    decode: Callable[[Tensor], Tensor]
+    reward: Reward
+    reward_name: str
+    device: str = "cpu"
+
+    @cached_property
+    def times(self) -> Tensor:
+        """The K + 1 times of the chain."""
+        return self.grid.times(self.policy.schedule)
+
+    @property
+    def prompts(self) -> int:
+        """P, 1 where there are no conditions."""
+        return 1 if self.conditions is None else len(self.conditions)
+
+    def environment(self, count: int) -> DenoisingVectorEnv:
+        """The MDP of ``count`` chains, torch in and out."""
+        return DenoisingVectorEnv(
+            count,
+            reward=self._named_reward,
+            schedule=self.policy.schedule,
+            grid=self.grid,
+            shape=self.shape,
+            conditions=self.conditions,
+            decode=self.decode,
+            backend="torch",
+            device=self.device,
+            autoreset_mode=AutoresetMode.DISABLED,
+        )
+
+    @cached_property
+    def _named_reward(self) -> Reward:
+        """The reward as the environment, which checks it, calls it in errors."""
+
+        def reward(samples: Tensor, cond: Cond) -> Tensor:
+            return self.reward(samples, cond)
+
+        reward.__name__ = self.reward_name
+        return reward
+
+
+@torch.no_grad()
+def run_item(task: Task, item: WorkItem) -> Trajectory:
+    """Eq. (1) for the samples of ``item`` under the weights that ``task.policy`` has, as a trajectory on its device.
+
+    Raises:
+        RewardError, NumericalError: a sample or reward is unusable; a note names the item.
+    """
+    try:
+        return _walk(task, item)
+    except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
+        error.add_note(f"in {item}")
+        raise
+
+
+def _walk(task: Task, item: WorkItem) -> Trajectory:
+    env, steps = task.environment(len(item)), len(task.times) - 1
+    noise = chain_noise((item.seed, "rollout", item.iteration), item.samples, steps, task.shape).to(task.device)
+    group = torch.tensor(item.groups)
+    options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
+    obs, _ = env.reset(options=options)
+    x, log_prob, cond, reward = [obs.x], [], obs.cond, None
+    for k in range(steps):
+        distribution = task.policy(obs)
+        action = distribution.sample(noise[:, k + 1])
+        log_prob.append(distribution.log_prob(action))
+        obs, reward, _, _, _ = env.step(action)
+        x.append(action)
+    return Trajectory(
+        torch.stack(x, 1), task.times, torch.stack(log_prob, 1), reward, group.to(task.device), cond, item.version
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a process makes its task, from plain data alone: what crosses to a worker instead of our objects.
+
+    Attributes:
+        builder: "package.module:function", called as function(config, blobs) -> Task.
+        config: JSON-able; the builder sees it as JSON gives it back (lists for tuples).
+        blobs: safetensors blobs (``rlfusion.weights.pack``) by name, such as the frozen parts of a model.
+    """
+
+    builder: str
+    config: dict[str, Any]
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def from_text(cls, builder: str, text: str, blobs: Mapping[str, bytes]) -> Self:
+        """The recipe whose config has this JSON ``text``."""
+        return cls(builder, json.loads(text), blobs)
+
+    def build(self) -> Task:
+        """Call the builder.
+
+        Raises:
+            ConfigError: no such function, or a config that JSON cannot hold.
+        """
+        module, _, name = self.builder.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"builder {self.builder!r}: expected package.module:function ({error})") from error
+        return function(json.loads(self.text), self.blobs)
+
+    @property
+    def text(self) -> str:
+        """The config as JSON."""
+        try:
+            return json.dumps(self.config, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the config of builder {self.builder!r} is not JSON: {error}") from error

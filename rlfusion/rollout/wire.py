@@ -1,0 +1,23 @@
+"""A trajectory as plain data, a JSON text and one safetensors blob: how it crosses between processes."""
+
+import json
+from dataclasses import fields
+
+from torch import Tensor
+
+from rlfusion.nested import flatten, restore
+from rlfusion.trajectory import Trajectory
+from rlfusion.weights import pack, unpack
+
+
+def to_wire(trajectory: Trajectory) -> tuple[str, bytes]:
+    """All of a trajectory, whatever its condition."""
+    tensors: dict[str, Tensor] = {}
+    held = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}
+    record = flatten(held, "trajectory", tensors)
+    return json.dumps(record), pack(tensors)
+
+
+def from_wire(record: str, blob: bytes) -> Trajectory:
+    """The trajectory that ``to_wire`` wrote, on the CPU."""
+    return Trajectory(**restore(json.loads(record), unpack(blob)))

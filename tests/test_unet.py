@@ -1,0 +1,95 @@
+"""The U-Net: its call, what it depends on, recomputation, compilation, refusals."""
+
+import pytest
+import torch
+
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError
+from rlfusion.nets.unet import UNet
+from rlfusion.schedule import Cosine
+
+SMALL = {"width": 8, "multipliers": (1, 2), "depth": 1, "attention": (1,)}
+
+
+def unet(shape=(3, 8, 8), **settings) -> UNet:
+    """With weights that are nowhere 0, so that every path counts."""
+    torch.manual_seed(0)
+    net = UNet(shape, classes=4, **SMALL | settings)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def inputs(n=3, shape=(3, 8, 8)):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, *shape, generator=g), torch.rand(n, generator=g), torch.arange(n) % 5
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (4, 4, 12)])
+def test_it_answers_in_the_shape_of_x_and_starts_at_zero(shape):
+    assert unet(shape)(*inputs(shape=shape)).shape == (3, *shape)
+    fresh = UNet(shape, classes=4, **SMALL)
+    assert fresh(*inputs(shape=shape)).count_nonzero() == 0
+
+
+def test_rows_are_independent_and_time_and_class_matter():
+    net, (x, t, label) = unet(), inputs()
+    y = net(x, t, label)
+    torch.testing.assert_close(net(x[1:2], t[1:2], label[1:2]), y[1:2], rtol=1e-4, atol=1e-5)
+    assert ((net(x, t + 0.1, label) - y).abs().amax((1, 2, 3)) > 1e-4).all()
+    assert ((net(x, t, (label + 1) % 5) - y).abs().amax((1, 2, 3)) > 1e-4).all()
+
+
+def test_every_pixel_sees_every_pixel_and_every_weight_learns():
+    net, (x, t, label) = unet(), inputs()
+    x.requires_grad_()
+    net(x, t, label)[0, 0, 0, 0].backward()
+    assert (x.grad[0] != 0).all()
+    net.zero_grad()
+    net(*inputs(5)).square().sum().backward()
+    silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_recomputation_changes_memory_and_nothing_else():
+    kept, recomputed, seen = unet(), unet(recompute=True), []
+    for net in (kept, recomputed):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):
+            loss = net(*inputs()).square().sum()
+        loss.backward()
+        seen.append(sum(saved))
+    assert seen[1] < 0.5 * seen[0]
+    for a, b in zip(kept.parameters(), recomputed.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_it_compiles_to_one_graph_and_runs_in_bfloat16():
+    net, batch = unet(), inputs()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*batch), net(*batch))
+    x, t, label = batch
+    low = unet().bfloat16()(x.bfloat16(), t, label)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), net(*batch), rtol=0.1, atol=0.3)
+
+
+def test_it_is_the_network_of_a_denoiser():
+    x, _, label = inputs()
+    prediction = Denoiser(unet(), Cosine(), "v")(x, torch.tensor(0.3, dtype=torch.float64), label)
+    assert prediction.x0.shape == prediction.eps.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"shape": (3, 7, 8)}, "multiples of 2"),
+        ({"shape": (8, 8)}, r"\(C, H, W\)"),
+        ({"width": 12}, "width = 12"),
+        ({"attention": (2,)}, "attention"),
+        ({"multipliers": (1, 0)}, "multipliers"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        unet(**settings)
