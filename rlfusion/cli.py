@@ -73,6 +73,8 @@ def _run(arguments: list[str]) -> int:
 def _job(kind: str, arguments: list[str]) -> None:
     """finetune or pretrain: a new run, or an old one to resume."""
     from rlfusion import commands, config
+    from rlfusion.finetune import check as check_finetune
+    from rlfusion.pretraining import check as check_pretrain
 
     settings_type = {"finetune": config.Finetune, "pretrain": config.Pretrain}[kind]
     run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain}[kind]
@@ -80,6 +82,8 @@ def _job(kind: str, arguments: list[str]) -> None:
         run(*_resumed(settings_type, kind, arguments))
         return
     settings = parse(settings_type, kind, arguments)
+    check = {"finetune": check_finetune, "pretrain": check_pretrain}[kind]
+    check(settings)
     run(*commands.new_run(settings, settings.default_name))
 
 
@@ -121,7 +125,10 @@ def parse(settings: type, command: str, arguments: list[str]) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(
-        prog=f"rlfusion {command}", description=settings.__doc__.splitlines()[0], exit_on_error=False
+        prog=f"rlfusion {command}",
+        description=settings.__doc__.splitlines()[0],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's config.yaml"
@@ -137,9 +144,16 @@ def parse(settings: type, command: str, arguments: list[str]) -> Any:
     return settings(**values)
 
 
+TYPE_NAMES = re.compile(r"typing\.|<class '|'>")
+
+
 def _explain(text: str, keys: list[str]) -> str:
     """jsonargparse's message with the nearest key, where a key is unknown."""
-    found = re.search(r"[Uu]nrecognized arguments: *-*([\w.]+)|[Kk]ey ['\"]?([\w.]+)['\"]? is not expected", text)
+    wrong = re.match(r'Parser key "([\w.]+)":\s*Expected an? (.*)\. Got value: (.*)', text, re.DOTALL)
+    if wrong:
+        key, expected, value = wrong.groups()
+        return f"{key} = {value}: expected {TYPE_NAMES.sub('', expected)}"
+    found = re.search(r"[Uu]nrecognized arguments: *-*([\w.]+)|(?:Key|Option) ['\"]?([\w.]+)['\"]? is not", text)
     if not found:
         return text
     key = found.group(1) or found.group(2)

@@ -120,43 +120,63 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Train a denoiser by supervision.
+class Base:
+    """What a pretrained model is, whoever trains it and wherever.
 
     Attributes:
-        root: folder of all runs, and of what they share (root/cache).
-        name: of the run's folder below root; empty makes one from the settings.
         seed: keys every random draw.
-        device: "cpu", "cuda", or "auto" (cuda where there is one).
-        threads: CPU threads of torch.
         data: "digits", a folder of images, or an .npz file.
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, for evaluation.
         model: the denoiser.
         train: the training.
-        chain: the sampler of the evaluation and the grid.
-        evaluation: the evaluation.
         checkpoint_every: optimiser steps between checkpoints.
     """
 
-    root: str = "runs"
-    name: str = ""
     seed: int = 0
-    device: str = "auto"
-    threads: int = 1
     data: str = "digits"
     size: int = 32
     held_out: float = 0.25
     model: models.Config = field(default_factory=models.Config)
     train: pretrain.Config = field(default_factory=pretrain.Config)
-    chain: Chain = field(default_factory=Chain)
-    evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-        _check_positive(self, "size", "threads", "checkpoint_every")
+        _check_positive(self, "size", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Pretrain(Base):
+    """Train a denoiser by supervision.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, or an .npz file.
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, for evaluation.
+        model: the denoiser.
+        train: the training.
+        checkpoint_every: optimiser steps between checkpoints.
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        chain: the sampler of the evaluation and the grid.
+        evaluation: the evaluation.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+    chain: Chain = field(default_factory=Chain)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "threads")
 
     @property
     def default_name(self) -> str:
@@ -174,8 +194,8 @@ class Finetune:
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
         base: folder of the model to start from (a run or its model folder); empty pretrains one as ``pretrain`` says.
-        pretrain: how the base model is made where ``base`` is empty; its name and root are not used. The default
-            trains on labels of which 60 % are random, so that the base follows its prompt in part of its samples.
+        pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
+            the labels are random, so that the base follows its prompt in part of its samples only.
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
             mapping of such names to weights.
         reward_options: settings of each named reward.
@@ -194,7 +214,7 @@ class Finetune:
     device: str = "auto"
     threads: int = 1
     base: str = ""
-    pretrain: Pretrain = field(default_factory=lambda: Pretrain(train=pretrain.Config(label_noise=0.6)))
+    pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     updates: int = 40

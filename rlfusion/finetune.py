@@ -25,7 +25,7 @@ from rlfusion.evaluate import require_independent
 from rlfusion.measure import Judged, grid_samples, make_reward, measure, reward_parts
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import base_model
+from rlfusion.pretraining import base_model, card_of
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build
 from rlfusion.rollout import Backend, Pending, Recipe, Task, make_backend, plan, version_for
@@ -61,20 +61,24 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
 
 def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.device) -> Recipe:
     """What every worker builds its task from. The learned parts of the reward travel as bytes, not as a path."""
-    options = {name: dict(held) for name, held in config.reward_options.items()}
-    names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
-    if "class_logprob" in names:
-        options["class_logprob"] = {"shape": card.shape, "classes": card.classes}
     described = {
         "card": asdict(card),
         "chain": asdict(config.chain),
         "reward": config.reward,
-        "reward_options": options,
+        "reward_options": _worker_options(config, card),
         "reward_name": config.reward_name,
         "device": device.type,
         "threads": config.threads,
     }
     return Recipe("rlfusion.finetune:build_task", described, {"reward": pack(reward_parts(reward))})
+
+
+def _worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, Any]]:
+    """The options with which a reward is built where its learned parts arrive as bytes."""
+    names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
+    if "class_logprob" not in names:
+        return config.reward_options
+    return {**config.reward_options, "class_logprob": {"shape": list(card.shape), "classes": card.classes}}
 
 
 class Collector:
@@ -167,6 +171,26 @@ class Job:
         checkpoint.save(self.folder / "checkpoints", step, state)
 
 
+def check(config: Finetune) -> None:
+    """Refuse what cannot work, before any work: device, base model, data, chain, learner, reward.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    made = card_of(config.pretrain)
+    card = models.load_card(Path(config.base)) if config.base else made
+    if (made.shape, made.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"base = {config.base!r} makes {card.shape} of {card.classes} classes: "
+            f"pretrain.data = {config.pretrain.data!r} has {made.shape}, {made.classes}"
+        )
+    denoiser = models.build(card)
+    policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
+    ddpo.Learner(policy, config.chain.times(denoiser), config.agent, config.seed)
+    build(config.reward, _worker_options(config, card))
+
+
 def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, progress: Progress) -> Job:
     """Find or make the base model, the judge and the reward, and build the learner with the base model's weights.
 
@@ -175,17 +199,12 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     """
     root, device = Path(config.root), pick_device(config.device)
     config.chain.make_kernel()
-    base = Path(config.base) if config.base else base_model(config.pretrain, root, signals, progress)
+    base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
     denoiser, card = models.load(base)
     policy = config.chain.policy(denoiser.to(device), torch.tensor([card.classes]))
     times = config.chain.times(denoiser)
     learner = ddpo.Learner(policy, times, config.agent, config.seed)
     data = load(config.pretrain.data, config.pretrain.size)
-    if (data.shape, data.names) != (card.shape, card.names):
-        raise ConfigError(
-            f"the base model makes {card.shape} of {card.classes} classes: "
-            f"data {config.pretrain.data!r} has {data.shape}, {data.classes}"
-        )
     judged = Judged.of(data, config.pretrain.held_out, root, device)
     reward = make_reward(config.reward, config.reward_options, judged.train, root)
     require_independent(judged.judge, reward)

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from rlfusion import checkpoint, models
-from rlfusion.config import Pretrain, to_yaml
+from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
 from rlfusion.measure import Judged, grid_samples, measure
 from rlfusion.pretrain import Learner
@@ -23,7 +23,9 @@ CACHE_FORMAT = 1
 LOG_EVERY = 20
 
 
-def fit(config: Pretrain, data: Dataset, folder: Path, signals: Signals, progress: Progress) -> models.Card:
+def fit(
+    config: Base, data: Dataset, folder: Path, device: torch.device, signals: Signals, progress: Progress
+) -> models.Card:
     """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
 
     Raises:
@@ -31,7 +33,7 @@ def fit(config: Pretrain, data: Dataset, folder: Path, signals: Signals, progres
         StopRequested: a signal came; all work is saved.
     """
     card = models.Card(config.model, data.shape, data.names)
-    denoiser = models.build(card, config.seed).to(pick_device(config.device))
+    denoiser = models.build(card, config.seed).to(device)
     learner = Learner(denoiser, data, config.train, config.seed)
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
@@ -55,7 +57,7 @@ def fit(config: Pretrain, data: Dataset, folder: Path, signals: Signals, progres
     return card
 
 
-def base_model(config: Pretrain, root: Path, signals: Signals, progress: Progress) -> Path:
+def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:
     """The folder of the model that ``config`` describes: from ``root/cache``, or pretrained there now."""
     data = load(config.data, config.size)
     folder = root / "cache" / f"base-{_digest(config, data)}"
@@ -63,16 +65,36 @@ def base_model(config: Pretrain, root: Path, signals: Signals, progress: Progres
     with locked(folder, wait=True, say=progress.say):
         if not (folder / "model" / "model.json").is_file():
             (folder / "config.yaml").write_text(to_yaml(config))
-            fit(config, data.split(config.held_out)[0], folder, signals, progress)
+            fit(config, data.split(config.held_out)[0], folder, device, signals, progress)
     return folder / "model"
 
 
-def _digest(config: Pretrain, data: Dataset) -> str:
+def _digest(config: Base, data: Dataset) -> str:
     """16 hex digits over all that the weights depend on."""
-    same = replace(config, root="", name="", chain=Pretrain().chain, evaluation=Pretrain().evaluation)
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, asdict(same)], sort_keys=True).encode())
+    same = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, same], sort_keys=True).encode())
     digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check(config: Pretrain) -> models.Card:
+    """Refuse what cannot work, before any work: data, device, network, schedule, kernel. Returns the model's card.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    card = card_of(config)
+    denoiser = models.build(card)
+    config.chain.make_kernel()
+    config.chain.times(denoiser)
+    return card
+
+
+def card_of(config: Base) -> models.Card:
+    """The card of the model that ``config`` makes."""
+    data = load(config.data, config.size)
+    return models.Card(config.model, data.shape, data.names)
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
@@ -83,8 +105,8 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     torch.set_num_threads(config.threads)
     data = load(config.data, config.size)
     config.chain.make_kernel()
-    card = fit(config, data.split(config.held_out)[0], folder, signals, progress)
     device = pick_device(config.device)
+    card = fit(config, data.split(config.held_out)[0], folder, device, signals, progress)
     denoiser = models.load(folder)[0].to(device)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
     times = config.chain.times(denoiser)
