@@ -38,6 +38,8 @@ class Config:
         epochs: passes over each rollout; None is 2, or the 1 that "sf" allows.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks; None is 4, or 1 for "sf".
         clip: clip range c of the ratio.
+        dual_clip: limit of the ratio where the advantage is negative and the clip does not hold it (Ye et al. 2020); a
+            single outlier cannot then fill the gradient. None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
         advantage: "prompt" (running mean and std of the prompt), "group" (of the batch's group), "none" (the reward).
         advantage_window: rewards that the running statistics of a prompt keep.
@@ -56,6 +58,7 @@ class Config:
     epochs: int | None = None
     updates_per_epoch: int | None = None
     clip: float = 0.2
+    dual_clip: float | None = 3.0
     clip_per_dim: bool = False
     advantage: Literal["prompt", "group", "none"] = "prompt"
     advantage_window: int = 256
@@ -69,37 +72,39 @@ class Config:
     ema_decay: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, usual in (("epochs", 2), ("updates_per_epoch", 4)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, 1 if self.form == "sf" else usual)
-        if self.form == "sf" and (self.epochs, self.updates_per_epoch) != (1, 1):
+        if self.form == "sf" and self.schedule != (1, 1):
             raise ConfigError(
-                f"epochs = {self.epochs}, updates_per_epoch = {self.updates_per_epoch}: "
+                f"epochs, updates_per_epoch = {self.schedule}: "
                 "form 'sf' is on-policy and takes one step a rollout, expected 1 and 1 (or form 'is')"
             )
-        for name in (
-            "lr",
-            "epochs",
-            "updates_per_epoch",
-            "clip",
-            "advantage_window",
-            "advantage_clip",
-            "micro_batch",
-            "max_grad_norm",
-        ):
+        if min(self.schedule) < 1:
+            raise ConfigError(f"epochs, updates_per_epoch = {self.schedule}: expected at least 1")
+        for name in ("lr", "clip", "advantage_window", "advantage_clip", "micro_batch", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip:
+            raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip = {1 + self.clip}, or null")
         if not 0 < self.step_fraction <= 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
         for name in ("kl_reward", "kl_loss", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
 
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """(passes over a rollout, optimiser steps in a pass), the form's own where they are None."""
+        usual = (1, 1) if self.form == "sf" else (2, 4)
+        return (
+            usual[0] if self.epochs is None else self.epochs,
+            usual[1] if self.updates_per_epoch is None else self.updates_per_epoch,
+        )
+
     def plan(self) -> str:
         """What happens to each rollout, in a line."""
         if self.form == "sf":
             return "on-policy: each rollout gives 1 update; the ratio is 1 by construction and nothing is clipped"
-        updates = self.epochs * self.updates_per_epoch
+        epochs, updates_per_epoch = self.schedule
+        updates = epochs * updates_per_epoch
         first = (
             "the first is on-policy (ratio 1), the others are clipped at" if updates > 1 else "on-policy, clip unused:"
         )
@@ -133,10 +138,9 @@ class Learner:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
             ConfigError: more updates an epoch than walks.
         """
-        if len(batch) < self.config.updates_per_epoch:
-            raise ConfigError(
-                f"updates_per_epoch = {self.config.updates_per_epoch}: expected at most its {len(batch)} walks"
-            )
+        epochs, updates_per_epoch = self.config.schedule
+        if len(batch) < updates_per_epoch:
+            raise ConfigError(f"updates_per_epoch = {updates_per_epoch}: expected at most the {len(batch)} walks")
         if not bool(batch.reward.isfinite().all()):
             raise NumericalError(
                 f"rewards {(~batch.reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite"
@@ -147,10 +151,10 @@ class Learner:
             reward = reward - self.config.kl_reward * self._walk_kl(batch, reference)
         advantage = self.advantages(reward, batch.group)
         records, norms = [], []
-        for epoch in range(self.config.epochs):
+        for epoch in range(epochs):
             draw = stream(self.seed, "ddpo", self.iteration, epoch)
             order = torch.from_numpy(draw.permutation(len(batch)))
-            for walks in order.tensor_split(self.config.updates_per_epoch):
+            for walks in order.tensor_split(updates_per_epoch):
                 records += self.accumulate(batch, advantage, *self._transitions(walks, draw), reference)
                 norms.append(self.optimization.step())
         self.iteration += 1
@@ -210,7 +214,7 @@ class Learner:
         if self.config.form == "sf":
             loss = score_function(log_prob, a)
         else:
-            loss = clipped_surrogate(measured, a, self.config.clip)
+            loss = clipped_surrogate(measured, a, self.config.clip, self.config.dual_clip)
         record = {
             "loss": loss,
             "clip_fraction": ((measured.exp() - 1).abs() > self.config.clip).float(),

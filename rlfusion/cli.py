@@ -153,10 +153,11 @@ def _explain(text: str, keys: list[str]) -> str:
     if wrong:
         key, expected, value = wrong.groups()
         return f"{key} = {value}: expected {TYPE_NAMES.sub('', expected)}"
+    inside = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
     found = re.search(r"[Uu]nrecognized arguments: *-*([\w.]+)|(?:Key|Option) ['\"]?([\w.]+)['\"]? is not", text)
-    if not found:
+    if not found and not inside:
         return text
-    key = found.group(1) or found.group(2)
+    key = ".".join(inside.groups()) if inside else found.group(1) or found.group(2)
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
     return f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 

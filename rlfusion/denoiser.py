@@ -1,8 +1,11 @@
 """A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor, nn
 
-from rlfusion.parameterization import Prediction, predict, row
+from rlfusion.parameterization import Prediction, Solution, predict, row, solve
 from rlfusion.schedule import Schedule, level
 from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
@@ -10,7 +13,8 @@ from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 class Denoiser(nn.Module):
     """``(x_t, t, cond) -> Prediction(x0, eps)``.
 
-    ``net(x, t, cond)`` gets x (B, ...), t (B,) in [0, 1] in x's dtype, and the condition; it answers y shaped like x.
+    ``net(x, t, cond)`` gets x (B, ...), t (B,) in [0, 1] in float32 or better, and the condition; it answers y
+    shaped like x.
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, kind: str) -> None:
@@ -20,8 +24,18 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
-        y = self.net(x, cast(t, x).expand(len(x)), cond)
-        return predict(self.kind, y.to(x), x, level(self.schedule, t, x))
+        at = cast(t, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
+        y = self.net(x, at.expand(len(x)), cond)
+        if t.ndim == 0:
+            return predict(_solution(self.kind, self.schedule, t.item()), y.to(x), x)
+        return predict(solve(self.kind, level(self.schedule, t, x)), y.to(x), x)
+
+
+@lru_cache(maxsize=4096)
+def _solution(kind: str, schedule: Schedule, t: float) -> Solution:
+    """The solution at a time that a whole batch shares: the same few in every rollout."""
+    at = torch.tensor(t, dtype=torch.float64)
+    return solve(kind, level(schedule, at, at))
 
 
 class Guided(nn.Module):

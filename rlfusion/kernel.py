@@ -44,8 +44,13 @@ class Kernel(Protocol):
 
 
 def transition(kernel: Kernel, p: Prediction, t: Level, s: Level, dt: Tensor) -> Gaussian:
-    """Eq. (1). The coefficients are made in float64 and cast to the prediction's dtype and device last."""
-    a, b, std = kernel.coefficients(t, s, dt)
+    """Eq. (1), with the kernel's coefficients of the step."""
+    return apply(kernel.coefficients(t, s, dt), p)
+
+
+def apply(coefficients: Coefficients, p: Prediction) -> Gaussian:
+    """Eq. (1). Coefficients are float64, and are cast to the prediction's dtype and device here, last."""
+    a, b, std = coefficients
     return Gaussian(cast(a, p.x0) * p.x0 + cast(b, p.eps) * p.eps, cast(std, p.x0))
 
 

@@ -55,8 +55,17 @@ def target(kind: str, x0: Tensor, eps: Tensor, l: Level) -> Tensor:
     return cast(a, x0) * x0 + cast(b, x0) * eps
 
 
-def predict(kind: str, y: Tensor, x: Tensor, l: Level) -> Prediction:
-    """Eq. (2): a network's answer ``y`` at ``x`` = x_t as (x0, eps). Coefficients in float64, cast last.
+class Solution(NamedTuple):
+    """The coefficients of Eq. (2), float64: x0 = x0_x x_t + x0_y y, eps = eps_x x_t + eps_y y."""
+
+    x0_x: Tensor
+    x0_y: Tensor
+    eps_x: Tensor
+    eps_y: Tensor
+
+
+def solve(kind: str, l: Level) -> Solution:
+    """Eq. (2) at a level.
 
     Raises:
         ValueError: the kind does not determine (x0, eps) at this level (det = 0, or an infinite row).
@@ -68,9 +77,13 @@ def predict(kind: str, y: Tensor, x: Tensor, l: Level) -> Prediction:
             f"kind {kind!r} does not determine x0 and eps for alpha in {_range(l.alpha)}, sigma in {_range(l.sigma)}: "
             "use another kind or leave out that time"
         )
-    x0 = cast(b / det, x) * x - cast(l.sigma / det, x) * y
-    eps = cast(l.alpha / det, x) * y - cast(a / det, x) * x
-    return Prediction(x0, eps)
+    return Solution(b / det, -l.sigma / det, -a / det, l.alpha / det)
+
+
+def predict(solution: Solution, y: Tensor, x: Tensor) -> Prediction:
+    """Eq. (2): a network's answer ``y`` at ``x`` = x_t as (x0, eps). The coefficients are cast here, last."""
+    c = Solution(*(cast(coefficient, x) for coefficient in solution))
+    return Prediction(c.x0_x * x + c.x0_y * y, c.eps_x * x + c.eps_y * y)
 
 
 def _range(x: Tensor) -> str:

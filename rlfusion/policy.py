@@ -1,5 +1,6 @@
 """A diffusion model as a policy: an observation in, a Gaussian over the next latent out."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError
 from rlfusion.gaussian import Gaussian
-from rlfusion.kernel import Kernel, transition
+from rlfusion.kernel import Coefficients, Kernel, apply, transition
 from rlfusion.schedule import Schedule, level
 from rlfusion.tensors import Cond
 
@@ -34,9 +35,11 @@ class Policy(nn.Module):
 
     def forward(self, obs: Observation) -> Gaussian:
         x, t, s, cond = obs
-        dt = (s - t).reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else s - t
-        at, to = level(self.schedule, t, x), level(self.schedule, s, x)
-        return transition(self.kernel, self.denoiser(x, t, cond), at, to, dt)
+        prediction = self.denoiser(x, t, cond)
+        if t.ndim == 0:
+            return apply(_step_coefficients(self.kernel, self.schedule, t.item(), s.item()), prediction)
+        dt = (s - t).reshape(-1, *[1] * (x.ndim - 1))
+        return transition(self.kernel, prediction, level(self.schedule, t, x), level(self.schedule, s, x), dt)
 
     def stds(self, times: Tensor) -> Tensor:
         """S of each of the K steps of ``times`` (K+1,), float64 (K,): 0 marks a step without a log-probability."""
@@ -46,6 +49,13 @@ class Policy(nn.Module):
     def prior_std(self, times: Tensor) -> float:
         """The standard deviation sigma(t_0) of the noise where the chain begins."""
         return float(self.schedule(times[:1]).sigma)
+
+
+@lru_cache(maxsize=4096)
+def _step_coefficients(kernel: Kernel, schedule: Schedule, t: float, s: float) -> Coefficients:
+    """The coefficients of a step that a whole batch takes: the same few in every rollout."""
+    at, to = torch.tensor([t, s], dtype=torch.float64)
+    return kernel.coefficients(schedule(at), schedule(to), to - at)
 
 
 def require_stochastic(policy: Policy, times: Tensor) -> Tensor:

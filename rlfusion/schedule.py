@@ -12,7 +12,7 @@ Times are float64 tensors on the CPU: the coefficients of every step are made th
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -46,14 +46,24 @@ def level(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
     Raises:
         ValueError: a time outside [0, 1], or of a shape that is neither () nor (B,).
     """
+    if t.ndim == 0:
+        return _at(schedule, t.item())
     t = t.double()
     if t.ndim == 1 and len(t) in (1, len(like)):
         t = t.reshape(-1, *[1] * (like.ndim - 1))
-    elif t.ndim != 0:
+    else:
         raise ValueError(f"times are () or (B,): got {tuple(t.shape)} for a batch {tuple(like.shape)}")
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"times lie in [0, 1]: got {t.min().item():g} to {t.max().item():g}")
     return schedule(t)
+
+
+@lru_cache(maxsize=4096)
+def _at(schedule: Schedule, t: float) -> Level:
+    """The level of a time that a whole batch shares: the same few in every rollout."""
+    if not 0 <= t <= 1:
+        raise ValueError(f"times lie in [0, 1]: got {t:g}")
+    return schedule(torch.tensor(t, dtype=torch.float64))
 
 
 def _from_log_ab(log_ab: Tensor, d_log_ab: Tensor) -> Level:

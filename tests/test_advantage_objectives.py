@@ -101,6 +101,25 @@ def test_clipped_surrogate_by_hand(ratio, a, loss, slope):
     assert log_ratio.grad.item() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "a", "loss", "slope"),
+    [
+        (2.0, -1.0, 2.0, 2.0),
+        (5.0, -1.0, 3.0, 0.0),
+        (5.0, 1.0, -1.2, 0.0),
+        (0.5, 1.0, -0.5, -0.5),
+        (math.exp(200), -2.0, 6.0, 0.0),
+    ],
+)
+def test_dual_clip_by_hand(ratio, a, loss, slope):
+    """c = .2, c2 = 3: the loss of a negative advantage ends at 3 |A|, and an outlier has no gradient."""
+    log_ratio = tensor(math.log(ratio)).requires_grad_()
+    got = clipped_surrogate(log_ratio, tensor(a), 0.2, 3.0)
+    assert got.item() == pytest.approx(loss)
+    got.backward()
+    assert log_ratio.grad.item() == pytest.approx(slope)
+
+
 @pytest.mark.parametrize("loss", [score_function, lambda x, a: clipped_surrogate(x, a, 0.2)])
 @pytest.mark.parametrize("shapes", [((3,), (3, 1)), ((3,), (4,)), ((), ()), ((2, 2), (2, 2))])
 def test_losses_check_their_ranks(loss, shapes):
