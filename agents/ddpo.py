@@ -41,7 +41,8 @@ class Config:
         dual_clip: limit of the ratio where the advantage is negative and the clip does not hold it (Ye et al. 2020); a
             single outlier cannot then fill the gradient. None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
-        advantage: "prompt" (running mean and std of the prompt), "group" (of the batch's group), "none" (the reward).
+        advantage: normalise rewards by mean and std of the prompt's walks of this rollout ("group"), of its recent
+            ones ("prompt", for few walks of a prompt; it lags behind a fast rise), or not at all ("none").
         advantage_window: rewards that the running statistics of a prompt keep.
         advantage_clip: advantages are limited to +- this.
         kl_reward: coefficient of the KL taken off the reward, in reward units a nat.
@@ -60,7 +61,7 @@ class Config:
     clip: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
-    advantage: Literal["prompt", "group", "none"] = "prompt"
+    advantage: Literal["prompt", "group", "none"] = "group"
     advantage_window: int = 256
     advantage_clip: float = 5.0
     kl_reward: float = 0.0
@@ -69,7 +70,7 @@ class Config:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    ema_decay: float = 0.95
+    ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
         if self.form == "sf" and self.schedule != (1, 1):

@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
 
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
 """
+
+RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +80,7 @@ def _job(kind: str, arguments: list[str]) -> None:
 
     settings_type = {"finetune": config.Finetune, "pretrain": config.Pretrain}[kind]
     run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain}[kind]
-    if "--resume" in arguments:
+    if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(*_resumed(settings_type, kind, arguments))
         return
     settings = parse(settings_type, kind, arguments)
@@ -88,9 +90,10 @@ def _job(kind: str, arguments: list[str]) -> None:
 
 
 def _resumed(settings_type: type, kind: str, arguments: list[str]) -> tuple[Any, Path]:
-    if len(arguments) != 2 or arguments[0] != "--resume":
+    words = [*arguments[0].split("=", 1), *arguments[1:]]
+    if len(words) != 2 or words[0] != "--resume":
         raise ConfigError("--resume takes the run's folder and nothing else: its settings are those of its config.yaml")
-    folder = Path(arguments[1])
+    folder = Path(words[1])
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
     return parse(settings_type, kind, ["--config", str(folder / "config.yaml")]), folder
@@ -122,11 +125,12 @@ def parse(settings: type, command: str, arguments: list[str]) -> Any:
     Raises:
         ConfigError: an unknown key or an unusable value, in one line.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
         description=settings.__doc__.splitlines()[0],
+        epilog=RESUMING if command in ("finetune", "pretrain") else None,
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -136,12 +140,25 @@ def parse(settings: type, command: str, arguments: list[str]) -> Any:
     parser.add_class_arguments(settings, as_group=False)
     keys = [action.dest for action in parser._actions]
     try:
-        held = parser.instantiate(parser.parse_args(arguments))
+        given = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), keys)) from error
-    values = vars(held)
-    values.pop("config")
-    return settings(**values)
+    for group in sorted({key.rpartition(".")[0] for key in keys} - {""}):
+        if not isinstance(given[group], Namespace):
+            raise ConfigError(f"{group} = {given[group]!r}: expected a mapping of settings")
+    try:
+        values = vars(parser.instantiate(given))
+        values.pop("config")
+        return settings(**values)
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), given.items())) from error
+
+
+def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:
+    """A dataclass's own "name = value: ..." with the whole dotted key, where one setting alone fits."""
+    said = re.match(r"(\w+) = (.*?): ", text)
+    fits = [key for key, value in given if said and [key.rpartition(".")[2], str(value)] == list(said.groups())]
+    return fits[0].removesuffix(said[1]) + text if said and len(fits) == 1 else text
 
 
 TYPE_NAMES = re.compile(r"typing\.|<class '|'>")

@@ -217,18 +217,22 @@ class Finetune:
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    updates: int = 40
+    updates: int = 24
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     ray: Ray = field(default_factory=Ray)
     agent: ddpo.Config = field(default_factory=ddpo.Config)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoint_every: int = 10
+    checkpoint_every: int = 8
 
     def __post_init__(self) -> None:
         _check_positive(self, "threads", "updates", "checkpoint_every")
         if self.agent.form == "sf" and self.rollout.lag:
             raise ConfigError(f"lag = {self.rollout.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
+        walks, parts = self.rollout.prompts * self.rollout.samples_per_prompt, self.agent.schedule[1]
+        if parts > walks:
+            raise ConfigError(f"updates_per_epoch = {parts}: expected at most the {walks} walks of a rollout")
+        _ = self.settings  # refuses what no backend can use
 
     @property
     def settings(self) -> Settings:

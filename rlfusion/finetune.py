@@ -22,10 +22,10 @@ from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
-from rlfusion.measure import Judged, grid_samples, make_reward, measure, reward_parts
+from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable, reward_parts
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import base_model, card_of
+from rlfusion.pretraining import base_model
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build
 from rlfusion.rollout import Backend, Pending, Recipe, Task, make_backend, plan, version_for
@@ -78,7 +78,9 @@ def _worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, 
     names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
     if "class_logprob" not in names:
         return config.reward_options
-    return {**config.reward_options, "class_logprob": {"shape": list(card.shape), "classes": card.classes}}
+    given = config.reward_options.get("class_logprob", {})
+    untrained = {**given, "weights": None, "shape": list(card.shape), "classes": card.classes}
+    return {**config.reward_options, "class_logprob": untrained}
 
 
 class Collector:
@@ -168,6 +170,7 @@ class Job:
         """A checkpoint of all that resuming needs."""
         older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
         state = {"learner": self.learner.state_dict(), "older_weights": older}
+        self.tracker.flush()
         checkpoint.save(self.folder / "checkpoints", step, state)
 
 
@@ -178,17 +181,20 @@ def check(config: Finetune) -> None:
         ConfigError: says which setting and why.
     """
     pick_device(config.device)
-    made = card_of(config.pretrain)
+    data = load(config.pretrain.data, config.pretrain.size)
+    require_judgeable(data, config.pretrain.held_out)
+    made = models.Card(config.pretrain.model, data.shape, data.names)
     card = models.load_card(Path(config.base)) if config.base else made
     if (made.shape, made.names) != (card.shape, card.names):
         raise ConfigError(
             f"base = {config.base!r} makes {card.shape} of {card.classes} classes: "
             f"pretrain.data = {config.pretrain.data!r} has {made.shape}, {made.classes}"
         )
-    denoiser = models.build(card)
+    denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
     ddpo.Learner(policy, config.chain.times(denoiser), config.agent, config.seed)
-    build(config.reward, _worker_options(config, card))
+    given = config.reward_options.get("class_logprob", {}).get("weights")
+    build(config.reward, config.reward_options if given else _worker_options(config, card))
 
 
 def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, progress: Progress) -> Job:
@@ -225,6 +231,10 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     torch.set_num_threads(config.threads)
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
+    finished = folder / "summary.json"
+    if start == config.updates and finished.is_file():
+        progress.say(f"{folder} is finished: this is its result")
+        return json.loads(finished.read_text())
     job = prepare(config, folder, Tracker(folder, start), signals, progress)
     progress.say(f"plan: {config.agent.plan()}")
     with make_backend(recipe(config, job.card, job.reward, pick_device(config.device)), config.settings) as backend:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import NumericalError
+from rlfusion.errors import ConfigError, NumericalError
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -35,7 +35,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema decay = {decay}: expected 0 <= decay < 1")
+            raise ConfigError(f"ema_decay = {decay}: expected 0 <= ema_decay < 1")
         self.module, self.decay, self.count = module, decay, 0
         self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
 

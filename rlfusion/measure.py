@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from rlfusion import classifier, evaluate
 from rlfusion.config import Evaluation
 from rlfusion.data import Dataset, to_pixels
+from rlfusion.errors import ConfigError
+from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, build, score
 from rlfusion.sampling import chain_noise, sample
@@ -33,6 +35,21 @@ class Judged:
         train, rest = data.split(held_out)
         judge = classifier.load(classifier.cached(train, classifier.JUDGE, root))
         return cls(train, rest, judge.to(device))
+
+
+def require_judgeable(data: Dataset, held_out: float) -> None:
+    """Refuse data on which no judge can be trained or no report made.
+
+    Raises:
+        ConfigError: fewer than two classes, images below 8x8, or a part of the split that is too small.
+    """
+    classifier.Classifier(classifier.JUDGE.kind, data.shape, data.classes)
+    train, rest = data.split(held_out)
+    if min(len(train), len(rest)) < SMALLEST or int(rest.label.bincount().max()) < 2:
+        raise ConfigError(
+            f"held_out = {held_out} splits the data into {len(train)} for training and {len(rest)} to compare with: "
+            f"expected {SMALLEST} of each at least, and two of one class"
+        )
 
 
 def make_reward(

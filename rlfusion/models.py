@@ -1,6 +1,7 @@
 """Models: how a denoiser is described, built, saved and loaded.
 
-A model folder holds ``weights.safetensors`` and ``model.json``: everything that is needed to build the denoiser again.
+A model folder holds ``weights.safetensors`` and ``model.json``: everything that is needed to build the denoiser again,
+and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that out.)
 """
 
 import json
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlfusion import schedule, spec
@@ -20,6 +20,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
+from rlfusion.weights import pack, sha256, unpack
 
 FORMAT = "rlfusion-model-1"
 
@@ -61,6 +62,7 @@ class Card:
 
     @classmethod
     def from_json(cls, card: dict) -> "Card":
+        """The card whose ``asdict`` went through JSON; other keys are ignored."""
         return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]))
 
 
@@ -73,9 +75,12 @@ def build(card: Card, seed: int = 0) -> Denoiser:
     config = card.config
     name, settings = spec.split(config.net)
     factory = spec.lookup(NETS, name, "network")
+    given = {"shape": card.shape, "classes": card.classes}
+    if settings.keys() & given:
+        raise ConfigError(f"net = {config.net!r}: shape and classes come from the data, expected other settings")
     state = torch.get_rng_state()
     torch.manual_seed(integer(seed, "initial weights"))
-    net = spec.call(factory, {"shape": card.shape, "classes": card.classes, **settings}, f"network {name!r}")
+    net = spec.call(factory, {**settings, **given}, f"network {name!r}")
     torch.set_rng_state(state)
     return Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
 
@@ -83,11 +88,11 @@ def build(card: Card, seed: int = 0) -> Denoiser:
 def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     """Write a model folder; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    save_file(tensors, folder / "weights.safetensors.tmp")
-    os.replace(folder / "weights.safetensors.tmp", folder / "weights.safetensors")
-    (folder / "model.json.tmp").write_text(json.dumps({"format": FORMAT, **asdict(card)}, indent=1))
-    os.replace(folder / "model.json.tmp", folder / "model.json")
+    blob = pack(denoiser.state_dict())
+    about = {"format": FORMAT, **asdict(card), "sha256": sha256(blob)}
+    for name, content in (("weights.safetensors", blob), ("model.json", json.dumps(about, indent=1).encode())):
+        (folder / f"{name}.tmp").write_bytes(content)
+        os.replace(folder / f"{name}.tmp", folder / name)
 
 
 def find(path: Path) -> Path:
@@ -106,25 +111,40 @@ def load_card(path: Path) -> Card:
     """The card of the model that ``path`` names.
 
     Raises:
-        ConfigError: no model there, or one of another format.
+        ConfigError: no model there, one of another format, or a file that cannot be understood.
     """
-    folder = find(path)
-    held = json.loads((folder / "model.json").read_text())
-    if held.get("format") != FORMAT:
-        raise ConfigError(f"{str(folder)!r} has format {held.get('format')!r}: expected {FORMAT!r}")
-    return Card.from_json(held)
+    held, file = _read_about(path)
+    try:
+        return Card.from_json(held)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{str(file)!r} is no model's description: {type(error).__name__}: {error}") from error
+
+
+def _read_about(path: Path) -> tuple[dict, Path]:
+    """The content and the path of ``model.json``."""
+    file = find(path) / "model.json"
+    try:
+        held = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise ConfigError(f"{str(file)!r} is of another format: expected {FORMAT!r}")
+    return held, file
 
 
 def load(path: Path) -> tuple[Denoiser, Card]:
     """The denoiser and card of the model that ``path`` names.
 
     Raises:
-        ConfigError: no model there, unreadable weights, or weights of another architecture.
+        ConfigError: no model there, weights that are not the saved ones, or weights of another architecture.
     """
     card, file = load_card(path), find(path) / "weights.safetensors"
-    denoiser = build(card)
+    denoiser, stated = build(card), _read_about(path)[0].get("sha256")
     try:
-        denoiser.load_state_dict(load_file(file))
+        blob = file.read_bytes()
+        if stated is not None and sha256(blob) != stated:
+            raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in model.json")
+        denoiser.load_state_dict(unpack(blob))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"weights {str(file)!r} cannot be loaded: {error}") from error
     return denoiser, card

@@ -10,7 +10,8 @@ import torch
 from rlfusion import checkpoint, models
 from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
-from rlfusion.measure import Judged, grid_samples, measure
+from rlfusion.errors import ConfigError
+from rlfusion.measure import Judged, grid_samples, measure, require_judgeable
 from rlfusion.pretrain import Learner
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, locked, pick_device, train
@@ -42,6 +43,7 @@ def fit(
     tracker = Tracker(folder, start)
 
     def save(step: int) -> None:
+        tracker.flush()
         checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
 
     total = config.train.steps
@@ -84,17 +86,16 @@ def check(config: Pretrain) -> models.Card:
         ConfigError: says which setting and why.
     """
     pick_device(config.device)
-    card = card_of(config)
+    data = load(config.data, config.size)
+    if data.classes > 1:
+        require_judgeable(data, config.held_out)
+    elif not len(data.split(config.held_out)[0]):
+        raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
+    card = models.Card(config.model, data.shape, data.names)
     denoiser = models.build(card)
     config.chain.make_kernel()
     config.chain.times(denoiser)
     return card
-
-
-def card_of(config: Base) -> models.Card:
-    """The card of the model that ``config`` makes."""
-    data = load(config.data, config.size)
-    return models.Card(config.model, data.shape, data.names)
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:

@@ -22,7 +22,9 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         tree = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(tree, ast.Call) or tree.args or any(k.arg is None for k in tree.keywords):
+        called = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args
+        keys = [k.arg for k in tree.keywords] if called else [None]
+        if None in keys or len(set(keys)) < len(keys):
             raise ValueError("not keyword arguments")
         return name, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
     except (SyntaxError, ValueError) as error:
@@ -55,7 +57,7 @@ def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) ->
     """``factory`` called with keyword ``settings``, each checked against its signature.
 
     Raises:
-        ConfigError: a setting that the factory does not have, or a missing one.
+        ConfigError: a setting that the factory does not have, a missing one, or a value that it cannot use.
     """
     signature = inspect.signature(factory)
     for key in settings:
@@ -65,4 +67,7 @@ def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) ->
         signature.bind(**settings)
     except TypeError as error:
         raise ConfigError(f"{what}: {error}") from error
-    return factory(**settings)
+    try:
+        return factory(**settings)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"{what} cannot be made with {dict(settings)}: {error}") from error

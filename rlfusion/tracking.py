@@ -12,29 +12,34 @@ class Tracker:
     """Scalars and pictures of one run, by step, into ``folder``.
 
     Steps count the updates done. A run that resumes with ``step`` done first forgets what was written for later ones
-    (with 0 done, all), so that no step is there twice.
+    (with 0 done, all), and what is written again for earlier ones is dropped, so that no step is there twice.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.file = folder / "metrics.jsonl"
-        self._truncate(step)
+        self._kept = self._truncate(step)
         self._lines = self.file.open("a")
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, max_queue=1000, flush_secs=20)
 
-    def _truncate(self, step: int) -> None:
+    def _truncate(self, step: int) -> set[str]:
+        """Keep the whole lines up to ``step``, none for 0, and return them."""
         if not self.file.exists():
-            return
+            return set()
         whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in whole if 0 < step >= json.loads(line)["step"]]
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self.file)
+        return set(kept)
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and one TensorBoard scalar ``group/name`` each."""
-        self._lines.write(json.dumps({"step": step, **{f"{group}/{k}": v for k, v in values.items()}}) + "\n")
+        line = json.dumps({"step": step, **{f"{group}/{k}": v for k, v in values.items()}}) + "\n"
+        if line in self._kept:
+            return
+        self._lines.write(line)
         self._lines.flush()
         for name, value in values.items():
             self._writer.add_scalar(f"{group}/{name}", value, step)
@@ -56,8 +61,12 @@ class Tracker:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value)
 
+    def flush(self) -> None:
+        """Write out what is held back: before a checkpoint says that these steps are done."""
+        self._writer.flush()
+
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write out what is held back, and end."""
         self._lines.close()
         self._writer.close()
 
@@ -69,7 +78,8 @@ def grid(samples: Tensor, columns: int, scale: int = 4, gap: int = 1) -> Tensor:
     canvas = torch.full((rows * columns, c, h + gap, w + gap), 0.5)
     canvas[:n, :, :h, :w] = samples.detach().cpu()
     picture = canvas.reshape(rows, columns, c, h + gap, w + gap).permute(2, 0, 3, 1, 4)
-    picture = picture.reshape(c, rows * (h + gap), columns * (w + gap))[:, :-gap, :-gap]
+    picture = picture.reshape(c, rows * (h + gap), columns * (w + gap))
+    picture = picture[:, : rows * (h + gap) - gap, : columns * (w + gap) - gap]
     return picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 

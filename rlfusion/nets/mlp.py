@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from rlfusion.errors import ConfigError
+
 
 def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
     """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
@@ -36,6 +38,8 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3) -> None:
         super().__init__()
+        if width < 2 or width % 2 or depth < 0:
+            raise ConfigError(f"width = {width}, depth = {depth}: expected an even width >= 2 and a depth >= 0")
         self.shape, self.classes = tuple(shape), classes
         size = math.prod(self.shape)
         self.width = width

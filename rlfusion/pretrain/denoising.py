@@ -57,6 +57,11 @@ class Config:
         for name in ("label_dropout", "label_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
 
 
 def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:

@@ -1,0 +1,29 @@
+"""What tests of the application share: one root whose cache holds the tiny base model and the classifiers."""
+
+from pathlib import Path
+
+import pytest
+from processes import rlfusion
+
+TINY = (
+    *("--pretrain.train.steps", 60, "--pretrain.train.batch", 32, "--pretrain.checkpoint_every", 20),
+    *("--pretrain.model.net", "ResidualMLP(width=32, depth=1)", "--chain.steps", 4),
+    *("--updates", 6, "--checkpoint_every", 3, "--evaluation.samples", 60),
+    *("--rollout.prompts", 4, "--rollout.samples_per_prompt", 6, "--rollout.item", 10, "--agent.micro_batch", 64),
+)
+"""Settings of a finetune that takes a second."""
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory) -> Path:
+    """A root with one finished run, ``first``, and a full cache."""
+    cwd = tmp_path_factory.mktemp("app")
+    result = rlfusion(cwd, "finetune", "--root", cwd / "runs", "--name", "first", *TINY)
+    assert result.code == 0, result.err
+    return cwd / "runs"
+
+
+@pytest.fixture(scope="session")
+def classifiers(tiny_root) -> list[Path]:
+    """The cached judge and reward classifier, to be linked into other roots."""
+    return sorted((tiny_root / "cache").glob("classifier-*"))
