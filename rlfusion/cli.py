@@ -52,8 +52,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from rlfusion.run import StopRequested
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print(GUIDE)
         return DONE
@@ -64,6 +62,8 @@ def _run(arguments: list[str]) -> int:
         return DONE
     if arguments[0] not in COMMANDS:
         raise unknown("command", arguments[0], COMMANDS)
+    from rlfusion.run import StopRequested
+
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except StopRequested as stop:

@@ -95,7 +95,9 @@ def new_run(settings: Any, name: str) -> tuple[Any, Path]:
     """A new folder for a run, holding its complete settings as ``config.yaml``; the settings with the folder's name."""
     folder = new_folder(Path(settings.root), settings.name or name)
     settings = replace(settings, name=folder.name)
-    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    part = folder / ".config.yaml.part"  # renamed, so that a run killed here leaves no half of its settings
+    part.write_text(config.to_yaml(settings))
+    part.replace(folder / "config.yaml")
     return settings, folder
 
 

@@ -53,7 +53,8 @@ class Guided(nn.Module):
         self.schedule: Schedule = denoiser.schedule
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        null = map_cond(lambda c: c.to(x.device).expand(len(x), *c.shape[1:]), self.null)
+        self.null = map_cond(lambda c: c.to(x.device), self.null)  # moves once; a copy a step would stall a GPU
+        null = map_cond(lambda c: c.expand(len(x), *c.shape[1:]), self.null)
         both = self.denoiser(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2) if t.ndim else t, cat_cond([cond, null]))
         x0, eps = (self.combine(*half.chunk(2)) for half in both)
         return Prediction(x0, eps)

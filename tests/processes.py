@@ -66,13 +66,13 @@ class Process:
             raise TimeoutError(f"still running after {PATIENCE:g} s; stderr: {self.err.read_text()}")
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
-    def when(self, reached: Callable[[], bool], number: int) -> Result:
-        """Send signal ``number`` as soon as ``reached()``, and wait for the end."""
+    def once(self, reached: Callable[[], bool], number: int) -> "Process":
+        """Send signal ``number`` as soon as ``reached()``."""
         deadline = time.monotonic() + PATIENCE
         while self.process.is_alive() and not reached() and time.monotonic() < deadline:
             time.sleep(0.002)
         self.signal(number)
-        return self.wait()
+        return self
 
     def after(self, seconds: float, number: int) -> Result:
         """Send signal ``number`` after ``seconds`` unless it has ended by then, and wait for the end."""
@@ -93,7 +93,7 @@ def rlfusion(cwd: Path, *arguments: object) -> Result:
 def kill_until_done(
     start: Callable[[], Process], resume: Callable[[], Process], seed: int, least: int, longest: float, number: int
 ) -> int:
-    """Signal ``number`` at seeded random moments, at least ``least`` times, then let it end. Returns how often it hit."""
+    """Signal ``number`` at ``least`` seeded random moments, then let it end. Returns how often it hit."""
     draw, hits, process = random.Random(seed), 0, start()
     while hits < least:
         result = process.after(draw.uniform(0.0, longest), number)

@@ -180,13 +180,6 @@ def test_a_bad_setting_in_a_file_is_found_at_any_depth(content, said, tmp_path):
     assert all(part in str(caught.value) for part in said), caught.value
 
 
-def test_a_name_that_two_settings_share_is_told_by_its_value():
-    with pytest.raises(ConfigError, match=r"^chain\.steps = 0|^steps = 0"):
-        cli.parse(config.Finetune, "finetune", ["--chain.steps", "0"]).chain.times(
-            models.build(models.Card(models.Config(), (1, 8, 8), ("a", "b")))
-        )
-
-
 def test_every_setting_is_explained():
     """Each field of each settings class has a line in its docstring, which --help shows."""
     for settings in DEFAULT.values():

@@ -1,0 +1,168 @@
+"""Imports run one way: the source of every module is read, and whatever would bend the order is named."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
+
+LAYERS = [
+    "errors tensors seeding nested numerics progress",
+    "schedule gaussian spec",
+    "parameterization grid",
+    "denoiser kernel",
+    "policy",
+    "sampling trajectory",
+    "advantage objectives",
+    "learner nets data weights",
+    "classifier evaluate models checkpoint tracking",
+    "rewards run",
+    "envs",
+    "rollout",
+    "agents pretrain",
+    "config preflight",
+    "measure",
+    "pretraining",
+    "finetune",
+    "commands",
+    "cli",
+]
+"""Each module or package imports from lines above its own. Design, section 4; where the code is finer, as it is:
+``weights`` (bytes of tensors) needs nothing; ``models`` and ``checkpoint`` know no configuration; ``tracking`` and
+``progress`` know nothing of the library, ``run`` knows only what a learner is; ``measure`` reads settings."""
+
+LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}
+
+HOMES = {
+    "ray": {"rlfusion.rollout.ray_backend"},
+    "torch.utils.tensorboard": {"rlfusion.tracking"},
+    "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
+    | {"rlfusion.rollout.task"},
+    "sklearn": {"rlfusion.data"},
+    "jsonargparse": {"rlfusion.cli"},
+    "rich": {"rlfusion.commands", "rlfusion.progress"},
+    "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
+    "yaml": {"rlfusion.config"},
+    **{name: set() for name in ("open_clip", "diffusers", "transformers", "stable_baselines3", "scipy")},
+    **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
+}
+"""The only modules that may import a library."""
+
+
+class Import(NamedTuple):
+    """One imported module; ``lazy`` within a function, ``typing`` only for the type checker."""
+
+    target: str
+    lazy: bool
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the distribution by its name."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(module: str) -> Iterator[Import]:
+    """What a module imports; ``from package import name`` is the submodule where there is one."""
+    tree = ast.parse(MODULES[module].read_text())
+    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (Import(name if name in MODULES else node.module, node in lazy) for name in names)
+
+
+def unit(module: str) -> str:
+    """The module or package directly below rlfusion."""
+    return module.split(".")[1]
+
+
+def ours(module: str) -> list[Import]:
+    return [i for i in imports(module) if i.target.startswith("rlfusion.")]
+
+
+def test_every_module_has_its_layer():
+    assert {unit(m) for m in MODULES if m != "rlfusion"} == set(LAYER)
+    assert len(LAYER) == sum(len(line.split()) for line in LAYERS)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "rlfusion"])
+def test_imports_run_one_way(module):
+    wrong = [
+        i.target
+        for i in ours(module)
+        if unit(i.target) != unit(module) and LAYER[unit(i.target)] >= LAYER[unit(module)]
+    ]
+    assert not wrong, f"{module} (layer {LAYER[unit(module)]}) imports {wrong}"
+
+
+def test_there_are_no_cycles_even_through_functions():
+    graph = {m: {i.target for i in imports(m) if i.target in MODULES and i.target != m} for m in MODULES}
+    for m in MODULES:
+        package = m.rpartition(".")[0]
+        graph[m].discard(package) if m != "rlfusion" else None
+    while leaves := [m for m, targets in graph.items() if not targets & graph.keys()]:
+        for m in leaves:
+            del graph[m]
+    assert not graph, f"a cycle among {sorted(graph)}"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_stays_in_its_room(library):
+    found = {m for m in MODULES for i in imports(m) if f"{i.target}.".startswith(f"{library}.")}
+    assert found <= HOMES[library]
+    assert not HOMES[library] or found, f"no module imports {library}: is the list still right?"
+
+
+def test_agents_do_not_import_agents():
+    agents = [m for m in MODULES if m.startswith("rlfusion.agents.")]
+    assert agents
+    assert not [(m, i.target) for m in agents for i in ours(m) if i.target in agents]
+
+
+def test_the_top_folders_are_never_imported_by_their_bare_names():
+    bare = {"envs", "rewards", "agents"}
+    assert not [(m, i.target) for m in MODULES for i in imports(m) if i.target.split(".")[0] in bare]
+
+
+def test_heavy_libraries_are_loaded_only_where_they_are_used():
+    at_import = {i.target.split(".")[0] for m in MODULES for i in imports(m) if not i.lazy and "ray_backend" not in m}
+    assert not at_import & {"ray", "tensorboard", "sklearn", "jsonargparse"}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_rlfusion_is_quick_and_loads_nothing():
+    code = (
+        "import sys, time; begin = time.process_time(); import rlfusion; taken = time.process_time() - begin\n"
+        "print(taken, *sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'numpy', 'gymnasium', 'ray'}))"
+    )
+    taken, *loaded = min((run_python(code).split() for _ in range(3)), key=lambda words: float(words[0]))
+    assert loaded == []
+    assert float(taken) < 0.2
+
+
+def test_refusing_a_command_and_the_guide_need_no_torch():
+    code = (
+        "import sys; from rlfusion.cli import main; codes = main(['fintune']), main(['--help'])\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    assert run_python(code).splitlines()[-1] == "(2, 0) False"
