@@ -2,8 +2,10 @@
 
     (1)  grad J = E sum_t grad log p_theta(x_s | x_t, c) A(x_0, c)
     (2)  SF:  one step on -sum_t log p A     IS:  several on -sum_t min(r A, clip(r, 1 - c, 1 + c) A), r_t = p / p_old
-    (3)  KL to the reference: sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk,
-         taken off the reward (``kl_reward``) and/or added to the loss (``kl_loss``)
+    (3)  ``kl_loss`` adds sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk; its
+         gradient leaves out how the states themselves depend on theta
+    (4)  ``kl_reward`` takes sum_t [ log p_old - log p_ref ](x_s | x_t) of the walk off its reward: the whole KL of the
+         walks, sampled, so that an action pays for its own share
 
 States and actions are stored by the rollout and enter as constants. log p is the sum over features; with
 ``clip_per_dim`` the ratio of the clip is exp((log p - log p_old) / d), for d features, so that one clip range fits all
@@ -45,8 +47,8 @@ class Config:
             ones ("prompt", for few walks of a prompt; it lags behind a fast rise), or not at all ("none").
         advantage_window: rewards that the running statistics of a prompt keep.
         advantage_clip: advantages are limited to +- this.
-        kl_reward: coefficient of the KL taken off the reward, in reward units a nat.
-        kl_loss: coefficient of the KL added to the loss, in advantage units a nat.
+        kl_reward: coefficient of Eq. (4), in reward units a nat.
+        kl_loss: coefficient of Eq. (3), in advantage units a nat.
         step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses.
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
@@ -146,10 +148,8 @@ class Learner:
             raise NumericalError(
                 f"rewards {(~batch.reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite"
             )
-        reference = self._reference_means(batch) if self.reference else None
-        reward = batch.reward
-        if self.config.kl_reward:
-            reward = reward - self.config.kl_reward * self._walk_kl(batch, reference)
+        reference, log_ratio = self._refer(batch) if self.reference else (None, 0.0)
+        reward = batch.reward - self.config.kl_reward * log_ratio
         advantage = self.advantages(reward, batch.group)
         records, norms = [], []
         for epoch in range(epochs):
@@ -241,30 +241,21 @@ class Learner:
         chosen = draw.permuted(self.trainable.numpy()[None].repeat(len(walks), 0), axis=1)[:, :count]
         return walks.repeat_interleave(count), torch.from_numpy(chosen.copy()).flatten()
 
-    def _all_transitions(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
-        walks = torch.arange(len(batch))
-        return walks.repeat_interleave(len(self.trainable)), self.trainable.repeat(len(batch))
-
     @torch.no_grad()
-    def _reference_means(self, batch: Trajectory) -> Tensor:
-        """The reference's mean at every stochastic transition, (B, K, *)."""
-        means = torch.zeros_like(batch.x[:, 1:])
-        walk, step = self._all_transitions(batch)
+    def _refer(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
+        """The reference's mean at every stochastic transition (B, K, *), and Eq. (4) of every walk (B,)."""
+        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros(len(batch), len(self.trainable)).to(batch.reward)
+        walk = torch.arange(len(batch)).repeat_interleave(len(self.trainable))
+        column = torch.arange(len(self.trainable)).repeat(len(batch))
         for rows in torch.arange(len(walk)).split(self.config.micro_batch):
-            obs, _ = batch.transitions(walk[rows], step[rows])
-            means[walk[rows].to(means.device), step[rows].to(means.device)] = self.reference(obs).mean
-        return means
-
-    @torch.no_grad()
-    def _walk_kl(self, batch: Trajectory, reference: Tensor) -> Tensor:
-        """Eq. (3), (B,)."""
-        total = torch.zeros(len(batch), dtype=batch.log_prob.dtype, device=batch.x.device)
-        walk, step = self._all_transitions(batch)
-        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
-            distribution = self.policy(batch.transitions(walk[rows], step[rows])[0])
-            kl = distribution.kl(self._at(distribution, reference, walk[rows], step[rows]))
-            total.index_add_(0, walk[rows].to(total.device), kl)
-        return total
+            at, k = walk[rows].to(means.device), self.trainable[column[rows]]
+            obs, action = batch.transitions(walk[rows], k)
+            distribution = self.reference(obs)
+            k = k.to(means.device)
+            means[at, k] = distribution.mean
+            old = batch.log_prob[at, k]
+            ratio[at, column[rows].to(means.device)] = (old - distribution.log_prob(action)).to(ratio)
+        return means, ratio.sum(1)
 
     def state_dict(self) -> dict:
         state = {

@@ -5,17 +5,19 @@ Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what 
 """
 
 import difflib
+import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlfusion.errors import ConfigError, NumericalError, unknown
 
-DONE, BAD_CONFIG, NUMERICAL, STOPPED = 0, 2, 4, 75
+DONE, BAD_CONFIG, NUMERICAL, STOPPED, INTERRUPTED = 0, 2, 4, 75, 130
 
 GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
@@ -40,7 +42,7 @@ RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    sys.path.insert(0, "")  # a user's package.module:name may lie in the working directory
+    sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
     try:
         return _run(arguments)
     except (ConfigError, ArgumentError) as error:
@@ -49,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     except NumericalError as error:
         print("\n".join(["rlfusion: numerical failure: " + str(error), *_notes(error)]), file=sys.stderr)
         return NUMERICAL
+    except KeyboardInterrupt:
+        print("rlfusion: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _run(arguments: list[str]) -> int:
@@ -96,19 +101,31 @@ def _resumed(settings_type: type, kind: str, arguments: list[str]) -> tuple[Any,
     folder = Path(words[1])
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
-    return parse(settings_type, kind, ["--config", str(folder / "config.yaml")]), folder
+    settings = parse(settings_type, kind, ["--config", str(folder / "config.yaml")])
+    return replace(settings, root=str(folder.parent)), folder
 
 
 def _sample(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_sample(parse(config.Sample, "sample", arguments))
+    commands.run_sample(parse(config.Sample, "sample", arguments, _chain_of(arguments)))
 
 
 def _evaluate(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments))
+    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _chain_of(arguments)))
+
+
+def _chain_of(arguments: list[str]) -> dict[str, Any]:
+    """The chain that the model of ``--checkpoint`` was made with, as defaults."""
+    from rlfusion.models import load_card
+
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if "--checkpoint" not in words[:-1]:
+        return {}
+    chain = load_card(Path(words[words.index("--checkpoint") + 1])).chain
+    return {f"chain.{name}": value for name, value in chain.items()}
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -119,8 +136,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def parse(settings: type, command: str, arguments: list[str]) -> Any:
-    """The settings dataclass of a command from its arguments and ``--config`` files.
+def parse(settings: type, command: str, arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    """The settings dataclass of a command from its arguments and ``--config`` files; ``defaults`` by dotted key.
 
     Raises:
         ConfigError: an unknown key or an unusable value, in one line.
@@ -138,6 +155,7 @@ def parse(settings: type, command: str, arguments: list[str]) -> Any:
         "--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's config.yaml"
     )
     parser.add_class_arguments(settings, as_group=False)
+    parser.set_defaults(dict(defaults or {}))
     keys = [action.dest for action in parser._actions]
     try:
         given = parser.parse_args(arguments)

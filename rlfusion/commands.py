@@ -17,7 +17,7 @@ from rlfusion.finetune import HEADLINES, finetune
 from rlfusion.measure import Judged, draw, make_reward, measure
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
-from rlfusion.run import Signals, locked, new_folder, pick_device
+from rlfusion.run import Signals, locked, new_folder, pick_device, set_numerics
 from rlfusion.tracking import grid, save_png
 
 COLUMNS = 10
@@ -26,7 +26,7 @@ COLUMNS = 10
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
     """Fine-tune in ``folder``, and print the result."""
     begin = time.monotonic()
-    with Signals() as signals, locked(folder, wait=False):
+    with Signals() as signals, locked(folder):
         result = finetune(settings, folder, signals, Progress())
     table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {time.monotonic() - begin:.0f} s")
     for name in ("", "before", "after"):
@@ -41,7 +41,7 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     """Pretrain in ``folder``, and print the evaluation."""
     begin = time.monotonic()
-    with Signals() as signals, locked(folder, wait=False):
+    with Signals() as signals, locked(folder):
         result = pretrain(settings, folder, signals, Progress())
     console = Console()
     if result:
@@ -53,7 +53,7 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
 
 def run_sample(settings: config.Sample) -> None:
     """Draw samples and write the picture."""
-    torch.set_num_threads(settings.threads)
+    set_numerics(settings.threads, pick_device(settings.device))
     denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
     if settings.label and settings.label not in card.names:
         raise ConfigError(f"label = {settings.label!r}: expected one of {', '.join(card.names)}")
@@ -69,7 +69,7 @@ def run_sample(settings: config.Sample) -> None:
 
 def run_evaluate(settings: config.Evaluate) -> None:
     """Measure a model, print the figures, and write them if asked."""
-    torch.set_num_threads(settings.threads)
+    set_numerics(settings.threads, pick_device(settings.device))
     _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
     data = load(settings.data, settings.size)
     if (data.shape, data.names) != (card.shape, card.names):
@@ -93,6 +93,8 @@ def run_evaluate(settings: config.Evaluate) -> None:
 
 def new_run(settings: Any, name: str) -> tuple[Any, Path]:
     """A new folder for a run, holding its complete settings as ``config.yaml``; the settings with the folder's name."""
+    if settings.name and Path(settings.name).name != settings.name:
+        raise ConfigError(f"name = {settings.name!r}: expected the name of a folder, without a path")
     folder = new_folder(Path(settings.root), settings.name or name)
     settings = replace(settings, name=folder.name)
     part = folder / ".config.yaml.part"  # renamed, so that a run killed here leaves no half of its settings

@@ -227,6 +227,13 @@ class Finetune:
 
     def __post_init__(self) -> None:
         _check_positive(self, "threads", "updates", "checkpoint_every")
+        if self.agent.advantage == "group" and self.rollout.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {self.rollout.samples_per_prompt}: expected at least 2, to compare in a prompt "
+                "(or agent.advantage = prompt)"
+            )
+        if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
+            raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         if self.agent.form == "sf" and self.rollout.lag:
             raise ConfigError(f"lag = {self.rollout.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
         walks, parts = self.rollout.prompts * self.rollout.samples_per_prompt, self.agent.schedule[1]
@@ -263,7 +270,7 @@ class Sample:
         count: samples; the classes take turns unless ``label`` is given.
         label: the class of every sample, by name; empty for all in turn.
         seed: keys the noise.
-        chain: the sampler.
+        chain: the sampler; the command line's default is the one that the model was made with.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
         scale: pixels of the picture for one of a sample.
@@ -297,7 +304,7 @@ class Evaluate:
         root: folder whose cache holds the judge.
         out: a JSON file to write; empty writes none.
         seed: keys the noise.
-        chain: the sampler.
+        chain: the sampler; the command line's default is the one that the model was made with.
         evaluation: the evaluation.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
@@ -316,6 +323,11 @@ class Evaluate:
     evaluation: Evaluation = field(default_factory=Evaluation)
     device: str = "auto"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "size", "threads")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
 
 
 def _check_positive(config: Any, *names: str) -> None:

@@ -112,11 +112,15 @@ def npz(path: Path) -> Dataset:
     """
     if not path.is_file():
         raise ConfigError(f"data file {str(path)!r} does not exist")
-    with np.load(path, allow_pickle=False) as held:
-        if "images" not in held:
-            raise ConfigError(f"{str(path)!r} holds {sorted(held)}: expected an array 'images' (and optional 'labels')")
-        images = held["images"]
-        labels = held["labels"] if "labels" in held else np.zeros(len(images), np.int64)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = dict(file)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"data file {str(path)!r} cannot be read as .npz: {error}") from error
+    if "images" not in held:
+        raise ConfigError(f"{str(path)!r} holds {sorted(held)}: expected an array 'images' (and optional 'labels')")
+    images = held["images"]
+    labels = held["labels"] if "labels" in held else np.zeros(len(images), np.int64)
     if images.dtype == np.uint8 and images.ndim in (3, 4):
         x = (images if images.ndim == 4 else images[..., None]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     elif np.issubdtype(images.dtype, np.floating) and images.ndim == 4 and np.abs(images).max() <= 1:

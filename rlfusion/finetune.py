@@ -7,7 +7,7 @@ uninterrupted run did, bit for bit, and no queue is saved.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,65 +22,22 @@ from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
-from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable, reward_parts
+from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import base_model
+from rlfusion.pretraining import base_model, require_solvable
 from rlfusion.progress import Progress
-from rlfusion.rewards import Reward, build
-from rlfusion.rollout import Backend, Pending, Recipe, Task, make_backend, plan, version_for
-from rlfusion.run import Signals, pick_device, train
+from rlfusion.rewards import Reward, build, score
+from rlfusion.rollout import Backend, Pending, make_backend, plan, version_for
+from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.tasks import recipe, worker_options
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import Trajectory, concatenate
 from rlfusion.weights import Weights, pack, sha256, unpack
 
 PREFLIGHT_SAMPLES = 64
+TRIED = 4
 HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
-
-
-def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
-    """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
-    torch.set_num_threads(config["threads"])
-    card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
-    denoiser = models.build(card).to(config["device"])
-    reward = build(config["reward"], config["reward_options"])
-    if isinstance(reward, torch.nn.Module):
-        reward.load_state_dict(unpack(blobs["reward"]))
-        reward.to(config["device"])
-    return Task(
-        policy=chain.policy(denoiser, torch.tensor([card.classes])),
-        grid=chain.grid,
-        shape=card.shape,
-        conditions=torch.arange(card.classes),
-        decode=to_pixels,
-        reward=reward,
-        reward_name=config["reward_name"],
-        device=config["device"],
-    )
-
-
-def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.device) -> Recipe:
-    """What every worker builds its task from. The learned parts of the reward travel as bytes, not as a path."""
-    described = {
-        "card": asdict(card),
-        "chain": asdict(config.chain),
-        "reward": config.reward,
-        "reward_options": _worker_options(config, card),
-        "reward_name": config.reward_name,
-        "device": device.type,
-        "threads": config.threads,
-    }
-    return Recipe("rlfusion.finetune:build_task", described, {"reward": pack(reward_parts(reward))})
-
-
-def _worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, Any]]:
-    """The options with which a reward is built where its learned parts arrive as bytes."""
-    names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
-    if "class_logprob" not in names:
-        return config.reward_options
-    given = config.reward_options.get("class_logprob", {})
-    untrained = {**given, "weights": None, "shape": list(card.shape), "classes": card.classes}
-    return {**config.reward_options, "class_logprob": untrained}
 
 
 class Collector:
@@ -91,6 +48,7 @@ class Collector:
 
     def __init__(self, backend: Backend, config: Finetune, prompts: int, start: int) -> None:
         self.backend, self.config, self.prompts, self.start = backend, config, prompts, start
+        self.device = pick_device(config.device)
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
 
@@ -116,7 +74,7 @@ class Collector:
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""
         for step in range(self.start, self.config.updates):
-            yield concatenate(self.pending.pop(step)())
+            yield concatenate(self.pending.pop(step)()).to(self.device)
 
     def still_needed(self, done: int) -> dict[int, Weights]:
         """The older versions that steps after ``done`` act under: empty at a regular checkpoint."""
@@ -191,10 +149,12 @@ def check(config: Finetune) -> None:
             f"pretrain.data = {config.pretrain.data!r} has {made.shape}, {made.classes}"
         )
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
+    require_solvable(denoiser, config.chain)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
     ddpo.Learner(policy, config.chain.times(denoiser), config.agent, config.seed)
     given = config.reward_options.get("class_logprob", {}).get("weights")
-    build(config.reward, config.reward_options if given else _worker_options(config, card))
+    reward = build(config.reward, config.reward_options if given else worker_options(config, card))
+    score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)
 
 
 def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, progress: Progress) -> Job:
@@ -228,7 +188,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     Raises:
         ConfigError, NumericalError, StopRequested: as the exit codes of the command say.
     """
-    torch.set_num_threads(config.threads)
+    set_numerics(config.threads, pick_device(config.device))
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
     finished = folder / "summary.json"
@@ -268,7 +228,11 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
 def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
     item = collector.items(-1, weights.version)[0]
     small = replace(item, groups=item.groups[:PREFLIGHT_SAMPLES])
-    found = preflight(job.learner, concatenate(collector.backend.collect([small], weights)))
+    found = preflight(job.learner, concatenate(collector.backend.collect([small], weights)).to(collector.device))
+    if found["reward_std"] == 0:
+        progress.say(
+            "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
+        )
     progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 
@@ -296,7 +260,7 @@ def _finish(job: Job, before: dict[str, float]) -> dict[str, Any]:
     after = job.evaluate(total)
     job.picture(total, "after")
     with job.learner.optimization.ema.averaged():
-        models.save(folder / "model", job.denoiser, job.card)
+        models.save(folder / "model", job.denoiser, replace(job.card, chain=asdict(job.config.chain)))
     walks = job.config.rollout.prompts * job.config.rollout.samples_per_prompt
     result = {"before": before, "after": after, "queries": walks * total}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in HEADLINES})

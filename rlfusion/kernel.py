@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, unknown
 from rlfusion.gaussian import Gaussian
 from rlfusion.parameterization import Prediction
 from rlfusion.schedule import Level
@@ -67,6 +67,10 @@ class DDPM:
     """
 
     variance: Literal["small", "large"] = "small"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large"):
+            raise unknown("variance", str(self.variance), ["small", "large"])
 
     @property
     def stochastic(self) -> bool:

@@ -7,8 +7,9 @@ and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -50,11 +51,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names."""
+    """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, and
+    the settings of the chain that it was made with (``config.Chain``; empty for none in particular).
+    """
 
     config: Config
     shape: tuple[int, ...]
     names: tuple[str, ...]
+    chain: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -63,7 +67,7 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]))
+        return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), card.get("chain", {}))
 
 
 def build(card: Card, seed: int = 0) -> Denoiser:

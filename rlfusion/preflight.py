@@ -2,7 +2,7 @@
 
 (1)  at the acting weights the importance ratio is 1:  max |log p_theta - log p_old| < clip / 10
 (2)  no two walks begin with the same noise
-(3)  every reward is finite (a reward that is not is refused where it is scored), and not all are equal
+(3)  every reward is finite (a reward that is not is refused where it is scored)
 (4)  some step of the chain has noise (refused when the learner is built)
 """
 
@@ -21,7 +21,7 @@ def preflight(learner: ddpo.Learner, batch: Trajectory) -> dict[str, float]:
 
     Raises:
         NumericalError: (1) fails: rollout and learner disagree about the policy.
-        ConfigError: (2) or (3) fails.
+        ConfigError: (2) fails.
     """
     gap = max_log_ratio(learner, batch)
     allowed = learner.config.clip / 10
@@ -35,10 +35,6 @@ def preflight(learner: ddpo.Learner, batch: Trajectory) -> dict[str, float]:
     if len(starts.unique(dim=0)) != len(starts):
         raise ConfigError("two walks of one rollout begin with the same noise: their seeds are not distinct")
     spread = batch.reward.std(correction=0).item()
-    if len(batch) > 1 and spread == 0:
-        raise ConfigError(
-            f"all {len(batch)} rewards of the first batch are {batch.reward[0].item():g}: nothing to learn from"
-        )
     return {"log_ratio_max": gap, "reward": batch.reward.mean().item(), "reward_std": spread}
 
 

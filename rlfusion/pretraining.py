@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from rlfusion import checkpoint, models
-from rlfusion.config import Base, Pretrain, to_yaml
+from rlfusion.config import Base, Chain, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
+from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.measure import Judged, grid_samples, measure, require_judgeable
+from rlfusion.parameterization import solve
 from rlfusion.pretrain import Learner
 from rlfusion.progress import Progress
-from rlfusion.run import Signals, locked, pick_device, train
+from rlfusion.run import Signals, locked, pick_device, set_numerics, train
 from rlfusion.tracking import Tracker, grid, save_png
 
 CACHE_FORMAT = 1
@@ -25,15 +27,20 @@ LOG_EVERY = 20
 
 
 def fit(
-    config: Base, data: Dataset, folder: Path, device: torch.device, signals: Signals, progress: Progress
-) -> models.Card:
+    config: Base,
+    card: models.Card,
+    data: Dataset,
+    folder: Path,
+    device: torch.device,
+    signals: Signals,
+    progress: Progress,
+) -> None:
     """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
 
     Raises:
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    card = models.Card(config.model, data.shape, data.names)
     denoiser = models.build(card, config.seed).to(device)
     learner = Learner(denoiser, data, config.train, config.seed)
     found = checkpoint.latest(folder / "checkpoints")
@@ -56,7 +63,6 @@ def fit(
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
     tracker.close()
-    return card
 
 
 def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:
@@ -64,10 +70,11 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
     data = load(config.data, config.size)
     folder = root / "cache" / f"base-{_digest(config, data)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=True, say=progress.say):
+    with locked(folder, signals, progress.say):
         if not (folder / "model" / "model.json").is_file():
             (folder / "config.yaml").write_text(to_yaml(config))
-            fit(config, data.split(config.held_out)[0], folder, device, signals, progress)
+            card = models.Card(config.model, data.shape, data.names)
+            fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     return folder / "model"
 
 
@@ -93,9 +100,22 @@ def check(config: Pretrain) -> models.Card:
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
     card = models.Card(config.model, data.shape, data.names)
     denoiser = models.build(card)
-    config.chain.make_kernel()
-    config.chain.times(denoiser)
+    require_solvable(denoiser, config.chain)
     return card
+
+
+def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
+    """Refuse a chain on which the network's kind cannot be read at every step (eps at pure noise, say).
+
+    Raises:
+        ConfigError: names the kind and the level.
+    """
+    chain.make_kernel()
+    for t in chain.times(denoiser)[:-1]:
+        try:
+            solve(denoiser.kind, denoiser.schedule(t))
+        except ValueError as error:
+            raise ConfigError(f"model.kind = {denoiser.kind}, schedule = {denoiser.schedule}: {error}") from error
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
@@ -103,11 +123,12 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
 
     Where the data has fewer than two classes there is no judge: only the grid is drawn.
     """
-    torch.set_num_threads(config.threads)
+    set_numerics(config.threads, pick_device(config.device))
     data = load(config.data, config.size)
     config.chain.make_kernel()
     device = pick_device(config.device)
-    card = fit(config, data.split(config.held_out)[0], folder, device, signals, progress)
+    card = models.Card(config.model, data.shape, data.names, asdict(config.chain))
+    fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     denoiser = models.load(folder)[0].to(device)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
     times = config.chain.times(denoiser)

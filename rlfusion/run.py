@@ -70,10 +70,11 @@ def train(
         metrics = learner.update(batch)
         yield step, metrics
         done = step + 1
-        if done % every == 0 or done == total or signals.requested:
+        stop = signals.requested
+        if done % every == 0 or done == total or stop:
             save(done)
-        if done < total:
-            signals.check()
+        if stop and done < total:
+            raise StopRequested(stop)
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -91,20 +92,24 @@ def new_folder(root: Path, name: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool, say: Callable[[str], None] = print) -> Iterator[None]:
+def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold ``folder`` against other processes; the lock goes with the process, however it ends.
 
+    With ``signals``, which may end the wait, it waits while another process holds it; without, it does not.
+
     Raises:
-        ConfigError: another process holds it, and ``wait`` is false or the wait outlasted an hour.
+        ConfigError: another process holds it, and the wait, if any, outlasted an hour.
+        StopRequested: a signal came while it waited.
     """
     with (folder / ".lock").open("w") as file:
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
         while not _try_lock(file):
-            if not wait or time.monotonic() > deadline:
+            if signals is None or time.monotonic() > deadline:
                 raise ConfigError(f"{str(folder)!r} is in use by another process")
             if not told:
                 say(f"waiting for another process that works in {folder}")
             told = True
+            signals.check()
             time.sleep(0.5)
         yield
 
@@ -115,6 +120,17 @@ def _try_lock(file: Any) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def set_numerics(threads: int, device: torch.device) -> None:
+    """CPU threads of torch; and on a GPU the settings under which it repeats itself bit for bit, and rollout and
+    learner agree: no TF32, deterministic kernels (where there is none, torch warns).
+    """
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def pick_device(device: str) -> torch.device:

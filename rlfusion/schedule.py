@@ -112,6 +112,10 @@ class Cosine:
 
     offset: float = 0.008
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.offset, int | float) or not 0 <= self.offset < 1:
+            raise ConfigError(f"offset = {self.offset!r}: expected a number in [0, 1)")
+
     @property
     def resolution(self) -> None:
         return None

@@ -12,6 +12,7 @@ from chains import Capture, affine, all_transitions, class_walks, collect, flat_
 from rlfusion.agents.ddpo import Config, Learner
 from rlfusion.grid import TimeGrid
 from rlfusion.kernel import DDIM, FlowSDE
+from rlfusion.sampling import walk
 from rlfusion.schedule import DDPM as Table
 from rlfusion.schedule import Rectified
 
@@ -192,16 +193,30 @@ def test_the_gradient_of_the_kl_loss_is_its_finite_difference():
     np.testing.assert_allclose(got, difference, rtol=1e-6)
 
 
-def test_the_kl_in_the_reward_is_taken_off_by_hand():
-    policy, batch = one_transition(0.0)
-    reference = affine(REFERENCE, **ddim_chain()[1])
-    got = update_gradient(batch, Config(form="sf", kl_reward=0.7, **PLAIN), policy, reference)
-    left = batch.reward - 0.7 * torch.from_numpy(walk_kl(np.array(THETA), np.array(REFERENCE), batch.x.numpy()))
-    by_hand = update_gradient(type(batch)(**vars(batch) | {"reward": left}), Config(form="sf", **PLAIN), policy)
-    torch.testing.assert_close(got, by_hand, rtol=1e-9, atol=1e-12)
-    learner = Learner(policy, batch.times, Config(kl_reward=0.7, **PLAIN))
-    learner.reference.load_state_dict(reference.state_dict())
-    assert learner.update(batch)["kl"] == pytest.approx(float((batch.reward - left).mean() / 0.7))
+def path_kl_gradient(made: dict, n: int = 400_000) -> np.ndarray:
+    """The gradient of E sum_t KL(p_theta || p_ref) over the walks of theta: pathwise, so states depend on theta too."""
+    policy, reference = affine(THETA, **made), affine(REFERENCE, **made)
+    noise = torch.randn(n, STEPS + 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    total = torch.zeros(n, dtype=torch.float64)
+    for step in walk(policy, noise, TimeGrid(STEPS).times(made["schedule"])):
+        if bool((step.transition.std > 0).all()):
+            total = total + step.transition.kl(reference(step.obs))
+    total.mean().backward()
+    return flat_gradient(policy).numpy()
+
+
+def test_the_kl_in_the_reward_has_the_gradient_of_the_kl_of_the_walks():
+    made = ddim_chain()[1]
+    policy, times = affine(THETA, **made), TimeGrid(STEPS).times(made["schedule"])
+    learner = Learner(policy, times, Config(form="sf", kl_reward=1.0, **PLAIN))
+    learner.reference.load_state_dict(affine(REFERENCE, **made).state_dict())
+    learner.optimization, g = Capture(policy), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        noise = torch.randn(8000, STEPS + 1, 2, generator=g, dtype=torch.float64)
+        learner.update(collect(policy, times, noise, lambda x: torch.zeros(len(x), dtype=torch.float64)))
+    descent = torch.stack(learner.optimization.gradients).numpy()
+    error = descent.std(0, ddof=1) / math.sqrt(len(descent))
+    assert_equal_in_expectation((descent.mean(0), error), path_kl_gradient(made))
 
 
 def test_states_and_actions_are_constants():

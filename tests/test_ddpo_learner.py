@@ -17,7 +17,16 @@ from rlfusion.schedule import Cosine
 from rlfusion.trajectory import Trajectory, concatenate
 
 TIMES = TimeGrid(4).times(Cosine())
-RICH = Config(epochs=2, updates_per_epoch=2, step_fraction=0.7, kl_loss=0.05, kl_reward=0.02, ema_decay=0.9, lr=1e-2)
+RICH = Config(
+    advantage="prompt",
+    epochs=2,
+    updates_per_epoch=2,
+    step_fraction=0.7,
+    kl_loss=0.05,
+    kl_reward=0.02,
+    ema_decay=0.9,
+    lr=1e-2,
+)
 
 ONE = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0, "ema_decay": 0.0, "lr": 3e-4}
 

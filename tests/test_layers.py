@@ -29,6 +29,7 @@ LAYERS = [
     "config preflight",
     "measure",
     "pretraining",
+    "tasks",
     "finetune",
     "commands",
     "cli",

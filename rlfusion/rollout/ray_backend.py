@@ -239,7 +239,7 @@ def cluster(address: str = "", cpus: int = 1, gpus: int = 0) -> Iterator[None]:
             }
             try:
                 with _undisturbed_signals():
-                    ray.init(address="local", **options)
+                    _start_private(options)
                 if ray.util.get_node_ip_address() != "127.0.0.1":
                     raise RolloutError(f"Ray would listen on {ray.util.get_node_ip_address()}: expected 127.0.0.1")
                 yield
@@ -247,6 +247,18 @@ def cluster(address: str = "", cpus: int = 1, gpus: int = 0) -> Iterator[None]:
                 ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_private(options: dict[str, Any]) -> None:
+    """Start Ray on this machine; it raises bare exceptions where it is too slow to come up.
+
+    Raises:
+        RolloutError: it did not start.
+    """
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:
+        raise RolloutError(f"Ray did not start on this machine: {error}") from error
 
 
 @contextmanager

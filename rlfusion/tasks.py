@@ -1,0 +1,60 @@
+"""How the settings of a fine-tuning become the task of a worker: from plain data and bytes alone, wherever it runs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rlfusion import models
+from rlfusion.config import Chain, Finetune
+from rlfusion.data import to_pixels
+from rlfusion.measure import reward_parts
+from rlfusion.rewards import Reward, build
+from rlfusion.rollout import Recipe, Task
+from rlfusion.weights import pack, unpack
+
+
+def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
+    """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
+    torch.set_num_threads(config["threads"])
+    card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
+    denoiser = models.build(card).to(config["device"])
+    reward = build(config["reward"], config["reward_options"])
+    if isinstance(reward, torch.nn.Module):
+        reward.load_state_dict(unpack(blobs["reward"]))
+        reward.to(config["device"])
+    return Task(
+        policy=chain.policy(denoiser, torch.tensor([card.classes])),
+        grid=chain.grid,
+        shape=card.shape,
+        conditions=torch.arange(card.classes),
+        decode=to_pixels,
+        reward=reward,
+        reward_name=config["reward_name"],
+        device=config["device"],
+    )
+
+
+def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.device) -> Recipe:
+    """What every worker builds its task from. The learned parts of the reward travel as bytes, not as a path."""
+    described = {
+        "card": asdict(card),
+        "chain": asdict(config.chain),
+        "reward": config.reward,
+        "reward_options": worker_options(config, card),
+        "reward_name": config.reward_name,
+        "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
+        "threads": config.threads,
+    }
+    return Recipe("rlfusion.tasks:build_task", described, {"reward": pack(reward_parts(reward))})
+
+
+def worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, Any]]:
+    """The options with which a reward is built where its learned parts arrive as bytes."""
+    names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
+    if "class_logprob" not in names:
+        return config.reward_options
+    given = config.reward_options.get("class_logprob", {})
+    untrained = {**given, "weights": None, "shape": list(card.shape), "classes": card.classes}
+    return {**config.reward_options, "class_logprob": untrained}
