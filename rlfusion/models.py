@@ -26,9 +26,14 @@ FORMAT = "rlfusion-model-1"
 
 SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "DDPM": schedule.DDPM,
+    "ScaledLinear": schedule.ScaledLinear,
+    "VP": schedule.VP,
     "Cosine": schedule.Cosine,
+    "ZeroSNR": schedule.ZeroSNR,
     "Rectified": schedule.Rectified,
     "Trig": schedule.Trig,
+    "Karras": schedule.Karras,
+    "Geometric": schedule.Geometric,
 }
 NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet}
 
@@ -39,7 +44,8 @@ class Config:
 
     Attributes:
         net: the network, ResidualMLP(width=..., depth=...) or UNet(...).
-        schedule: the noise schedule, one of DDPM(), Cosine(), Rectified(), Trig().
+        schedule: the noise schedule, one of DDPM(), ScaledLinear(), VP(), Cosine(), ZeroSNR(base=...), Rectified(),
+            Trig(), Karras(), Geometric().
         kind: what the network predicts: x0, eps, v, score or flow.
     """
 
