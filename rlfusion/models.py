@@ -46,7 +46,8 @@ class Config:
         net: the network, ResidualMLP(width=..., depth=...) or UNet(...).
         schedule: the noise schedule, one of DDPM(), ScaledLinear(), VP(), Cosine(), ZeroSNR(base=...), Rectified(),
             Trig(), Karras(), Geometric().
-        kind: what the network predicts: x0, eps, v, score or flow.
+        kind: what the network predicts: x0, eps, v, v_handbook, score, flow, InstaFlow(), TrigFlow(sigma_data=...),
+            EDM(sigma_data=...) or CM(sigma_data=..., t_min=...).
     """
 
     net: str = "ResidualMLP(width=128, depth=3)"
