@@ -95,7 +95,7 @@ def test_renoise_is_eq_26_and_the_ddim_of_eta_max():
     assert coefficients(DDIM(most), Table(), 0.75, 0.3) == pytest.approx(
         coefficients(Renoise(), Table(), 0.75, 0.3), abs=1e-7
     )
-    with pytest.raises(ConfigError, match="at most sigma = 0.002"):
+    with pytest.raises(ConfigError, match=r"at most sigma = 0\.002"):
         coefficients(Renoise(0.003), Karras(), 1.0, 0.0)
 
 

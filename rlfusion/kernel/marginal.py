@@ -1,4 +1,4 @@
-"""Kernels with A = alpha_s, in the letters of Eq. (1) of ``kernel.base``. But for the large variance, B^2 + S^2 = sigma_s^2.
+"""Kernels with A = alpha_s (Eq. (1) of ``kernel.base``) and, but for the large variance, B^2 + S^2 = sigma_s^2.
 
 (2)  r = alpha_t sigma_s / (alpha_s sigma_t),     DDPM posterior:  B = r sigma_s,  small S^2 = sigma_s^2 (1 - r^2),
      large S^2 = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2           (handbook Eq. 8-10; = 1 - ab_t / ab_s for VP)
