@@ -60,7 +60,7 @@ class FlowSDE:
 
 @dataclass(frozen=True)
 class ReverseSDE:
-    """The reverse SDE of the schedule's own path (Song et al. 2021; handbook 2.1, Eq. 4), Eq. (6): VP, VE and others.
+    """The reverse SDE of the schedule's own path (Song et al. 2021; handbook Eq. 2, 3), Eq. (6): VP, VE and others.
 
     Where alpha = 0 (zero terminal SNR, flows at t = 1) g is infinite and the step is refused.
     """
