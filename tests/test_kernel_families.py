@@ -115,7 +115,7 @@ def test_cps_keeps_the_coefficients_between_ddim_and_renoise(schedule):
 
 @pytest.mark.parametrize("noise", [0.0, 0.6, 1.0])
 def test_reverse_sde_is_euler_maruyama_of_the_printed_sde(noise):
-    """handbook Eq. 3 (Eq. 4 for noise = 0): dx = [f x - (1 + noise^2) / 2 g^2 score] dt + noise g dw, from beta(t) and sigma(t) alone."""
+    """handbook Eq. 2-4: dx = [f x - (1 + noise^2) / 2 g^2 score] dt + noise g dw, from beta(t) or sigma(t) alone."""
     x0, eps = gaussians(2)
     for t, s in ((1.0, 0.9), (0.6, 0.55), (0.1, 0.09)):
         t, s = torch.tensor(t).double(), torch.tensor(s).double()
