@@ -16,11 +16,13 @@ from rlfusion.agents import ddpo
 from rlfusion.denoiser import Denoiser, Guided
 from rlfusion.errors import ConfigError
 from rlfusion.grid import Spacing, TimeGrid
-from rlfusion.kernel import DDIM, DDPM, FlowSDE, Kernel
+from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.policy import Policy
 from rlfusion.rollout import Limits, Settings
 
-KERNELS: Mapping[str, Callable[..., Kernel]] = {"DDIM": DDIM, "DDPM": DDPM, "FlowSDE": FlowSDE}
+KERNELS: Mapping[str, Callable[..., Kernel]] = {
+    kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Chain:
     Attributes:
         steps: denoising steps (network calls) of an episode.
         spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
-        kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...).
+        kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
+            Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
         guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0; 0 is none. diffusers' scale is 1 + w.
     """
 

@@ -5,7 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from rlfusion.parameterization import Prediction, Solution, predict, row, solve
+from rlfusion.kinds import Kind
+from rlfusion.parameterization import Prediction, Solution, conditioning, named, predict, solve
 from rlfusion.schedule import Schedule, level
 from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
@@ -13,26 +14,32 @@ from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 class Denoiser(nn.Module):
     """``(x_t, t, cond) -> Prediction(x0, eps)``.
 
-    ``net(x, t, cond)`` gets x (B, ...), t (B,) in [0, 1] in float32 or better, and the condition; it answers y
-    shaped like x.
+    ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
+    like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
     """
 
-    def __init__(self, net: nn.Module, schedule: Schedule, kind: str) -> None:
+    def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind) -> None:
         super().__init__()
-        row(kind)
+        named(kind)
         self.net, self.schedule, self.kind = net, schedule, kind
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
-        at = cast(t, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
-        y = self.net(x, at.expand(len(x)), cond)
+        y = self.answer(x, t, cond).to(x)
         if t.ndim == 0:
-            return predict(_solution(self.kind, self.schedule, t.item()), y.to(x), x)
-        return predict(solve(self.kind, level(self.schedule, t, x)), y.to(x), x)
+            return predict(_solution(self.kind, self.schedule, t.item()), y, x)
+        return predict(solve(self.kind, level(self.schedule, t, x)), y, x)
+
+    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
+        l = level(self.schedule, t, x)
+        at = conditioning(self.kind, t, l).reshape(-1)
+        at = cast(at, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
+        return self.net(cast(named(self.kind).scale(l), x) * x, at.expand(len(x)), cond)
 
 
 @lru_cache(maxsize=4096)
-def _solution(kind: str, schedule: Schedule, t: float) -> Solution:
+def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
     """The solution at a time that a whole batch shares: the same few in every rollout."""
     at = torch.tensor(t, dtype=torch.float64)
     return solve(kind, level(schedule, at, at))

@@ -51,3 +51,13 @@ class TimeGrid:
             "linspace": lambda: 1 + np.round(np.linspace(0, total - 1, self.steps))[::-1],
         }[self.spacing]()
         return torch.from_numpy(np.append(k, 0).astype(np.float64)) / total
+
+
+def repeated(times: Tensor, count: int) -> Tensor:
+    """The chain with ``count`` steps at every time of ``times`` (K+1,), the last one too: (count (K + 1) + 1,).
+
+    For annealed Langevin dynamics: with times 1 .. 0 there are ``count`` moves at each of the K + 1 noise levels.
+    """
+    if count < 1:
+        raise ConfigError(f"count = {count}: expected at least 1")
+    return torch.cat([times.repeat_interleave(count), times[-1:]])

@@ -27,9 +27,14 @@ FORMAT = "rlfusion-model-1"
 
 SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "DDPM": schedule.DDPM,
+    "ScaledLinear": schedule.ScaledLinear,
+    "VP": schedule.VP,
     "Cosine": schedule.Cosine,
+    "ZeroSNR": schedule.ZeroSNR,
     "Rectified": schedule.Rectified,
     "Trig": schedule.Trig,
+    "Karras": schedule.Karras,
+    "Geometric": schedule.Geometric,
 }
 NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet}
 
@@ -40,8 +45,10 @@ class Config:
 
     Attributes:
         net: the network, ResidualMLP(width=..., depth=...) or UNet(...).
-        schedule: the noise schedule, one of DDPM(), Cosine(), Rectified(), Trig().
-        kind: what the network predicts: x0, eps, v, score or flow.
+        schedule: the noise schedule, one of DDPM(), ScaledLinear(), VP(), Cosine(), ZeroSNR(base=...), Rectified(),
+            Trig(), Karras(), Geometric().
+        kind: what the network predicts: x0, eps, v, v_handbook, score, flow, InstaFlow(), TrigFlow(sigma_data=...),
+            EDM(sigma_data=...) or CM(sigma_data=..., t_min=...).
     """
 
     net: str = "ResidualMLP(width=128, depth=3)"

@@ -14,9 +14,11 @@ FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion
 
 LAYERS = [
     "errors tensors seeding nested numerics progress",
-    "schedule gaussian spec",
-    "parameterization grid",
-    "denoiser kernel",
+    "gaussian spec",
+    "schedule",
+    "kinds grid",
+    "parameterization",
+    "denoiser kernel consistency solvers",
     "policy",
     "sampling trajectory",
     "advantage objectives",

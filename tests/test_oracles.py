@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlfusion.objectives import weighted_mse
-from rlfusion.parameterization import KINDS, Prediction, target
+from rlfusion.parameterization import KINDS, Prediction, named, target
 from rlfusion.schedule import Trig, level
 
 PLANE = oracles.Mixture(
@@ -88,7 +88,7 @@ def test_the_best_predictor_reaches_the_loss_floor_and_no_other_is_below(kind):
     best = Prediction(*(torch.from_numpy(f(x, a, b)) for f in (law.x0, law.eps)))
     truth = target(kind, torch.from_numpy(x0), torch.from_numpy(eps), at)
     losses = [float(weighted_mse(target(kind, best.x0 * c, best.eps, at), truth).mean()) for c in (1.0, 0.7, 1.3)]
-    c0, c1 = (float(c) for c in KINDS[kind](at))
+    c0, c1 = (float(c) for c in named(kind).row(at))
     floor = oracles.loss_floor(lam, c0, c1, a, b) / 2
     assert losses[0] == pytest.approx(floor, rel=0.02)
     assert kind in ("eps", "score") or min(losses[1:]) > floor * 1.02

@@ -5,7 +5,7 @@ import torch
 
 from rlfusion.denoiser import Denoiser, Guided
 from rlfusion.errors import ConfigError
-from rlfusion.parameterization import KINDS, predict, row, solve, target
+from rlfusion.parameterization import KINDS, named, predict, solve, target
 from rlfusion.schedule import DDPM, Cosine, Rectified, Trig, level
 
 SCHEDULES = [DDPM(), Cosine(), Rectified(), Trig()]
@@ -83,7 +83,7 @@ def test_v_and_flow_hold_at_both_ends(kind, schedule, t):
 
 def test_unknown_kind_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'eps'"):
-        row("epsi")
+        named("epsi")
     with pytest.raises(ConfigError, match="eps2"):
         Denoiser(torch.nn.Identity(), Trig(), "eps2")
 

@@ -94,7 +94,7 @@ class Learner:
         x0, label, t, eps = self.draw(batch)
         l = level(self.denoiser.schedule, t, x0)
         x = l.alpha.to(x0) * x0 + l.sigma.to(x0) * eps
-        y = self.denoiser.net(x, t.to(x0), label)
+        y = self.denoiser.answer(x, t, label)
         loss = weighted_mse(y, target(self.denoiser.kind, x0, eps, l)).mean()
         loss.backward()
         lr = self.rate(batch)

@@ -1,0 +1,43 @@
+"""A diffusion model as a consistency function, by a wrapper with a denoiser's call (Luo et al. 2023; handbook 2.3).
+
+    (1)  f = c_skip x_t + c_out x0_hat,   c_skip = sd^2 / (s^2 + sd^2),   c_out = s / sqrt(s^2 + sd^2),   s = scaling k
+
+k = T t - 1 is the code time, 0 at the first time of the table: there f = x_t, the boundary condition. A consistency
+model in the sense of Song et al. 2023 is no wrapper but the kind ``kinds.CM``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.errors import ConfigError
+from rlfusion.parameterization import Prediction
+from rlfusion.schedule import Schedule, level
+from rlfusion.tensors import Cond, cast
+
+
+class LCM(nn.Module):
+    """Eq. (1) around ``denoiser``, on a discrete schedule; eps is (x_t - alpha f) / sigma, t >= 1 / T.
+
+    Raises:
+        ConfigError: the schedule has no discrete times.
+    """
+
+    def __init__(self, denoiser: nn.Module, sigma_data: float = 0.5, scaling: float = 10.0) -> None:
+        super().__init__()
+        self.schedule: Schedule = denoiser.schedule
+        if self.schedule.resolution is None:
+            raise ConfigError(f"{self.schedule} has no discrete times: expected a table, as DDPM() or ScaledLinear()")
+        self.denoiser, self.sigma_data, self.scaling = denoiser, sigma_data, scaling
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        l = level(self.schedule, t, x)
+        skip, out = (cast(c.reshape(l.alpha.shape), x) for c in self.boundary(t))
+        f = skip * x + out * self.denoiser(x, t, cond).x0
+        return Prediction(f, (x - cast(l.alpha, x) * f) / cast(l.sigma, x))
+
+    def boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out) of Eq. (1), float64, shaped as ``t``."""
+        s = self.scaling * (t.double() * self.schedule.resolution - 1)
+        s = torch.where(s.abs() < 1e-6, torch.zeros_like(s), s)  # k / T * T is not k in floating point
+        norm = s.square() + self.sigma_data**2
+        return self.sigma_data**2 / norm, s * norm.rsqrt()
