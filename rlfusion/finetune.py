@@ -8,6 +8,7 @@ uninterrupted run did, bit for bit, and no queue is saved.
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,14 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if start == config.updates and finished.is_file():
         progress.say(f"{folder} is finished: this is its result")
         return json.loads(finished.read_text())
-    job = prepare(config, folder, Tracker(folder, start), signals, progress)
-    progress.say(f"plan: {config.agent.plan()}")
-    with make_backend(recipe(config, job.card, job.reward, pick_device(config.device)), config.settings) as backend:
-        collector = Collector(backend, config, job.card.classes, start)
-        before = _begin(job, collector, found.path if found else None, progress)
-        _improve(job, collector, signals, progress)
-    return _finish(job, before)
+    with closing(Tracker(folder, start)) as tracker:
+        job = prepare(config, folder, tracker, signals, progress)
+        progress.say(f"plan: {config.agent.plan()}")
+        with make_backend(recipe(config, job.card, job.reward, pick_device(config.device)), config.settings) as backend:
+            collector = Collector(backend, config, job.card.classes, start)
+            before = _begin(job, collector, found.path if found else None, progress)
+            _improve(job, collector, signals, progress)
+        return _finish(job, before)
 
 
 def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress) -> dict[str, float]:
@@ -264,6 +266,6 @@ def _finish(job: Job, before: dict[str, float]) -> dict[str, Any]:
     walks = job.config.rollout.prompts * job.config.rollout.samples_per_prompt
     result = {"before": before, "after": after, "queries": walks * total}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in HEADLINES})
-    job.tracker.close()
+    job.tracker.flush()
     checkpoint.write_json_atomic(folder / "summary.json", result)
     return result
