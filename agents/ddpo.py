@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.advantage import RunningAdvantage, group_relative
-from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.gaussian import Gaussian
 from rlfusion.learner import Optimization, average
 from rlfusion.objectives import clipped_surrogate, score_function
@@ -82,16 +82,12 @@ class Config:
             )
         if min(self.schedule) < 1:
             raise ConfigError(f"epochs, updates_per_epoch = {self.schedule}: expected at least 1")
-        for name in ("lr", "clip", "advantage_window", "advantage_clip", "micro_batch", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
+        require_positive(self, "lr", "clip", "advantage_window", "advantage_clip", "micro_batch", "max_grad_norm")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip = {1 + self.clip}, or null")
         if not 0 < self.step_fraction <= 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
-        for name in ("kl_reward", "kl_loss", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+        require_not_negative(self, "kl_reward", "kl_loss", "weight_decay")
 
     @property
     def schedule(self) -> tuple[int, int]:

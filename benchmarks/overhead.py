@@ -165,6 +165,7 @@ def show_profile(title: str, function: Callable[[], object]) -> None:
 
 
 def show(records: list[dict]) -> None:
+    """Print the table."""
     print(f"{'network':12}{'parameters':>12}{'batch':>7}{'steps':>7}   {'':10}{'floor ms':>10}{'ratio':>8}   quartiles")
     for r in records:
         for what in ("rollout", "update", "update+KL"):
@@ -174,11 +175,13 @@ def show(records: list[dict]) -> None:
 
 
 def machine(device: str) -> dict[str, str | int]:
+    """What the figures were measured on."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def main() -> None:
+    """Read the arguments, measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlfusion.data import Dataset, batch_indices, to_pixels
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.nets.classifier import Classifier
 from rlfusion.seeding import integer, stream
@@ -62,12 +62,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
-        for name in ("shift", "noise", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+        require_positive(self, "steps", "batch", "lr")
+        require_not_negative(self, "shift", "noise", "weight_decay")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlfusion import models, pretrain, spec
 from rlfusion.agents import ddpo
 from rlfusion.denoiser import Denoiser, Guided
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.grid import Spacing, TimeGrid
 from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.policy import Policy
@@ -80,10 +80,8 @@ class Rollout:
     lag: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "prompts", "samples_per_prompt", "item")
-        for name in ("workers", "lag"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+        require_positive(self, "prompts", "samples_per_prompt", "item")
+        require_not_negative(self, "workers", "lag")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Base:
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-        _check_positive(self, "size", "checkpoint_every")
+        require_positive(self, "size", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class Pretrain(Base):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self, "threads")
+        require_positive(self, "threads")
 
     @property
     def default_name(self) -> str:
@@ -229,7 +227,7 @@ class Finetune:
     checkpoint_every: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive(self, "threads", "updates", "checkpoint_every")
+        require_positive(self, "threads", "updates", "checkpoint_every")
         if self.agent.advantage == "group" and self.rollout.samples_per_prompt < 2:
             raise ConfigError(
                 f"samples_per_prompt = {self.rollout.samples_per_prompt}: expected at least 2, to compare in a prompt "
@@ -290,7 +288,7 @@ class Sample:
     scale: int = 4
 
     def __post_init__(self) -> None:
-        _check_positive(self, "count", "threads", "scale")
+        require_positive(self, "count", "threads", "scale")
 
 
 @dataclass(frozen=True)
@@ -328,15 +326,9 @@ class Evaluate:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "size", "threads")
+        require_positive(self, "size", "threads")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} = {getattr(config, name)}: expected a number > 0")
 
 
 def to_yaml(config: Any) -> str:

@@ -18,3 +18,17 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}{hint}")
+
+
+def require_positive(settings: object, *names: str) -> None:
+    """Raise ConfigError unless each named setting is a number > 0 (NaN is not)."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ConfigError(f"{name} = {getattr(settings, name)}: expected a number > 0")
+
+
+def require_not_negative(settings: object, *names: str) -> None:
+    """Raise ConfigError unless each named setting is a number >= 0 (NaN is not)."""
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise ConfigError(f"{name} = {getattr(settings, name)}: expected a number >= 0")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlfusion.data import Dataset, batch_indices
 from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import target
@@ -51,15 +51,11 @@ class Config:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
+        require_positive(self, "steps", "batch", "lr", "max_grad_norm")
         for name in ("label_dropout", "label_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
-        for name in ("warmup", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number >= 0")
+        require_not_negative(self, "warmup", "weight_decay")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
 

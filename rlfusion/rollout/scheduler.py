@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlfusion.errors import ConfigError
+from rlfusion.errors import require_positive
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Limits:
     replacements: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("item_s", "start_s", "attempts", "replacements"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a number > 0")
+        require_positive(self, "item_s", "start_s", "attempts", "replacements")
 
 
 @dataclass(frozen=True)
