@@ -29,12 +29,18 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion finetune --config runs/NAME/config.yaml --seed 1
                                              the same settings again, with changes
   rlfusion pretrain                          a model alone; --data FOLDER or FILE.npz for your own images
+  rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
   tensorboard --logdir runs                  all runs, with before/after grids
 
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
 """
+
+PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain."}
+"""The commands that take --objective, and where they keep the settings of pretraining."""
+
+OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model.kind, model.schedule, train.loss and chain"
 
 RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
 
@@ -156,9 +162,14 @@ def parse(settings: type, command: str, arguments: list[str], defaults: Mapping[
     )
     parser.add_class_arguments(settings, as_group=False)
     parser.set_defaults(dict(defaults or {}))
+    if command in PRESET_PREFIX:
+        parser.add_argument("--objective", default="", help=OBJECTIVE)
     keys = [action.dest for action in parser._actions]
     try:
         given = parser.parse_args(arguments)
+        if given.get("objective"):
+            parser.set_defaults(_preset(given.objective, PRESET_PREFIX[command]))
+            given = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), keys)) from error
     for group in sorted({key.rpartition(".")[0] for key in keys} - {""}):
@@ -167,9 +178,19 @@ def parse(settings: type, command: str, arguments: list[str], defaults: Mapping[
     try:
         values = vars(parser.instantiate(given))
         values.pop("config")
+        values.pop("objective", None)
         return settings(**values)
     except ConfigError as error:
         raise ConfigError(_located(str(error), given.items())) from error
+
+
+def _preset(objective: str, prefix: str) -> dict[str, Any]:
+    """The settings of a pretraining preset, as defaults by dotted key: a preset is shorthand, not a setting."""
+    from rlfusion.pretrain import PRESETS
+
+    if objective not in PRESETS:
+        raise unknown("objective", objective, PRESETS)
+    return {key if key.startswith("chain.") else prefix + key: value for key, value in PRESETS[objective].items()}
 
 
 def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:

@@ -181,7 +181,8 @@ class Pretrain(Base):
 
     @property
     def default_name(self) -> str:
-        return f"pretrain-{Path(self.data).stem}-{self.model.kind}-seed{self.seed}"
+        words = [spec.split(text)[0] for text in (self.model.kind, self.train.loss)]
+        return f"pretrain-{Path(self.data).stem}-{'-'.join(words)}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
-"""Supervised training of denoisers."""
+"""Supervised training of denoisers: objectives, presets and the learner."""
 
-from rlfusion.pretrain.denoising import Config, Learner
+from rlfusion.pretrain.base import Draw, Loss
+from rlfusion.pretrain.learner import Config, Learner
+from rlfusion.pretrain.losses import LOSSES, PRESETS
 
-__all__ = ["Config", "Learner"]
+__all__ = ["LOSSES", "PRESETS", "Config", "Draw", "Learner", "Loss"]

@@ -1,121 +1,54 @@
-"""Supervised denoising (handbook 2.2.2): one loss for every schedule and kind of prediction.
+"""Supervised denoising (handbook 2.2.2, 3.1): one loss for every schedule, kind of prediction, weight and law of times.
 
-    (1)  L = E_{x0, eps, t} | y_theta(x_t, t, c) - (a x0 + b eps) |^2,     x_t = alpha x0 + sigma eps
+    (1)  L = E_{x0, eps, t} w(t) | y_theta(x_t, t, c) - (a x0 + b eps) |^2,     x_t = alpha x0 + sigma eps
 
-with (a, b) the row of the kind. The condition is dropped with probability ``label_dropout``, so that one network learns
-both scores of classifier-free guidance. Draws are keyed by (seed, step): a step is a pure function of its number.
+with (a, b) the row of the kind: eps-, x0- and v-prediction, denoising score matching, NCSN, EDM, rectified flow and the
+diffusion objective of TrigFlow are rows of ``presets``, not code.
 """
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from rlfusion.data import Dataset, batch_indices
+from rlfusion import spec
 from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import Optimization
 from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import target
+from rlfusion.pretrain.base import Draw, Loss
+from rlfusion.pretrain.times import TIMES, Times
+from rlfusion.pretrain.weighting import WEIGHTS, Weight
 from rlfusion.schedule import level
-from rlfusion.seeding import stream
+from rlfusion.tensors import cast
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of supervised pretraining.
+class Denoising(Loss):
+    """Eq. (1), the mean over features.
 
     Attributes:
-        steps: optimiser steps.
-        batch: samples in a step.
-        lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
-        warmup: steps over which the learning rate rises from 0.
-        label_dropout: probability that a sample's label is replaced by "no class".
-        label_noise: share of the training samples whose label is replaced by a random class, once and for all: a base
-            model that follows its prompt only in part of its samples.
-        weight_decay: of AdamW.
-        max_grad_norm: gradient clipping.
-        ema_decay: decay of the averaged weights that are saved; 0 for none.
+        weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...).
+        times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
     """
 
-    steps: int = 3000
-    batch: int = 128
-    lr: float = 3e-3
-    warmup: int = 100
-    label_dropout: float = 0.1
-    label_noise: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    weight: str = "Own()"
+    times: str = "Uniform()"
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch", "lr", "max_grad_norm")
-        for name in ("label_dropout", "label_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
-        require_not_negative(self, "warmup", "weight_decay")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+        _ = self._weight, self._times  # refuses what no table holds
 
+    @cached_property
+    def _weight(self) -> Weight:
+        return spec.parse(self.weight, WEIGHTS, "loss weight")
 
-def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
-    """The labels (N,) with a keyed random ``share`` of them redrawn uniformly from all classes."""
-    draw = stream(seed, "label noise")
-    label = data.label.clone()
-    chosen = torch.from_numpy(draw.permutation(len(data))[: round(share * len(data))])
-    label[chosen] = torch.from_numpy(draw.integers(0, data.classes, len(chosen)))
-    return label
+    @cached_property
+    def _times(self) -> Times:
+        return spec.parse(self.times, TIMES, "distribution of times")
 
-
-class Learner:
-    """Minimises Eq. (1). ``update`` takes the number of the step; the data set is held."""
-
-    def __init__(self, denoiser: Denoiser, data: Dataset, config: Config, seed: int = 0) -> None:
-        self.denoiser, self.config, self.seed = denoiser, config, seed
-        self.device = next(denoiser.parameters()).device
-        self.x, self.no_class = data.x.to(self.device), data.classes
-        self.label = noisy_labels(data, config.label_noise, seed).to(self.device)
-        self.optimization = Optimization(
-            denoiser, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
-        )
-
-    def update(self, batch: int) -> dict[str, float]:
-        """One optimiser step: step number ``batch`` of the run.
-
-        Raises:
-            NumericalError: the gradient is not finite; the weights are as before.
-        """
-        x0, label, t, eps = self.draw(batch)
-        l = level(self.denoiser.schedule, t, x0)
-        x = l.alpha.to(x0) * x0 + l.sigma.to(x0) * eps
-        y = self.denoiser.answer(x, t, label)
-        loss = weighted_mse(y, target(self.denoiser.kind, x0, eps, l)).mean()
-        loss.backward()
-        lr = self.rate(batch)
-        for group in self.optimization.optimizer.param_groups:
-            group["lr"] = lr
-        return {"loss": loss.item(), "grad_norm": self.optimization.step(), "lr": lr}
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to 0."""
-        rise = min(1.0, (step + 1) / (self.config.warmup + 1))
-        return self.config.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x0 (B, *), label (B,), t (B,) in (0, 1), eps (B, *) of a step. Times are stratified over the batch."""
-        size, draw = self.config.batch, stream(self.seed, "pretrain", step)
-        index = torch.from_numpy(batch_indices(len(self.x), size, step, self.seed, "pretrain"))
-        dropped = torch.from_numpy(draw.random(size) < self.config.label_dropout).to(self.device)
-        t = torch.from_numpy((draw.permutation(size) + draw.random(size)) / size).clamp(1e-4, 1 - 1e-4)
-        x0 = self.x[index.to(self.device)]
-        eps = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(self.device)
-        label = self.label[index.to(self.device)].masked_fill(dropped, self.no_class)
-        return x0, label, t, eps
-
-    def state_dict(self) -> dict:
-        return self.optimization.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimization.load_state_dict(state)
+    def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
+        t = self._times(draw.u, denoiser.schedule)
+        l = level(denoiser.schedule, t, draw.x0)
+        x = cast(l.alpha, draw.x0) * draw.x0 + cast(l.sigma, draw.x0) * draw.eps
+        y = denoiser.answer(x, t, draw.cond)
+        weight = cast(self._weight(denoiser.kind, l).flatten(), y)
+        return weighted_mse(y, target(denoiser.kind, draw.x0, draw.eps, l), weight)

@@ -1,0 +1,139 @@
+"""Supervised training of a denoiser by any objective of ``losses``.
+
+The condition is dropped with probability ``label_dropout``, so that one network learns both scores of classifier-free
+guidance. Draws are keyed by (seed, step): a step is a pure function of its number and of the weights.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfusion.data import Dataset, batch_indices
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import Optimization
+from rlfusion.pretrain import losses
+from rlfusion.pretrain.base import Draw
+from rlfusion.seeding import stream
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of supervised pretraining.
+
+    Attributes:
+        loss: the objective, with its settings: Denoising(weight=..., times=...).
+        steps: optimiser steps.
+        batch: samples in a step.
+        lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
+        warmup: steps over which the learning rate rises from 0.
+        label_dropout: probability that a sample's label is replaced by "no class".
+        label_noise: share of the training samples whose label is replaced by a random class, once and for all: a base
+            model that follows its prompt only in part of its samples.
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        ema_decay: decay of the averaged weights that are saved; 0 for none.
+    """
+
+    loss: str = "Denoising()"
+    steps: int = 3000
+    batch: int = 128
+    lr: float = 3e-3
+    warmup: int = 100
+    label_dropout: float = 0.1
+    label_noise: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        losses.make(self.loss)
+        require_positive(self, "steps", "batch", "lr", "max_grad_norm")
+        for name in ("label_dropout", "label_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
+        require_not_negative(self, "warmup", "weight_decay")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+
+
+def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
+    """The labels (N,) with a keyed random ``share`` of them redrawn uniformly from all classes."""
+    draw = stream(seed, "label noise")
+    label = data.label.clone()
+    chosen = torch.from_numpy(draw.permutation(len(data))[: round(share * len(data))])
+    label[chosen] = torch.from_numpy(draw.integers(0, data.classes, len(chosen)))
+    return label
+
+
+class Learner:
+    """Minimises an objective. ``update`` takes the number of the step; the data set is held."""
+
+    def __init__(self, denoiser: Denoiser, data: Dataset, config: Config, seed: int = 0) -> None:
+        """Raises:
+        ConfigError: the objective is not defined for the denoiser.
+        """
+        self.denoiser, self.config, self.seed = denoiser, config, seed
+        self.loss = losses.make(config.loss)
+        self.loss.check(denoiser)
+        self.device = next(denoiser.parameters()).device
+        self.x, self.no_class = data.x.to(self.device), data.classes
+        self.label = noisy_labels(data, config.label_noise, seed).to(self.device)
+        self.optimization = Optimization(
+            denoiser, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+        )
+        follows = self.loss.teacher_decay(0, config.steps) is not None
+        self.teacher = copy.deepcopy(denoiser).requires_grad_(False) if follows else denoiser
+
+    def update(self, batch: int) -> dict[str, float]:
+        """One optimiser step: step number ``batch`` of the run.
+
+        Raises:
+            NumericalError: the gradient is not finite; the weights are as before.
+        """
+        loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
+        loss.backward()
+        lr = self.rate(batch)
+        for group in self.optimization.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self.optimization.step()
+        self.follow(batch)
+        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """The teacher takes in the weights, where the objective has one."""
+        decay = self.loss.teacher_decay(step, self.config.steps)
+        if decay is not None:
+            for mine, theirs in zip(self.teacher.parameters(), self.denoiser.parameters()):
+                mine.lerp_(theirs, 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: a linear rise, then a cosine to 0."""
+        rise = min(1.0, (step + 1) / (self.config.warmup + 1))
+        return self.config.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
+
+    def draw(self, step: int) -> Draw:
+        """What step ``step`` draws."""
+        size, key = self.config.batch, (self.seed, "pretrain", step)
+        random = stream(*key)
+        index = torch.from_numpy(batch_indices(len(self.x), size, step, self.seed, "pretrain")).to(self.device)
+        dropped = torch.from_numpy(random.random(size) < self.config.label_dropout).to(self.device)
+        u = torch.from_numpy((random.permutation(size) + random.random(size)) / size)
+        x0 = self.x[index]
+        eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32)).to(self.device)
+        cond = self.label[index].masked_fill(dropped, self.no_class)
+        return Draw(x0, cond, eps, u, step, self.config.steps, key, self.x)
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict()}
+        return state if self.teacher is self.denoiser else state | {"teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        if self.teacher is not self.denoiser:
+            self.teacher.load_state_dict(state["teacher"])

@@ -1,0 +1,48 @@
+"""The objectives of pretraining by name, and the presets that make a whole recipe of one word.
+
+A preset is settings: of the model (kind, schedule), of the loss, and of the chain that samples it. Each may be changed
+beside it. What a preset should reach on digits is in docs/pretraining.md.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlfusion import spec
+from rlfusion.pretrain.base import Loss
+from rlfusion.pretrain.denoising import Denoising
+
+LOSSES: Mapping[str, Callable[..., Loss]] = {"Denoising": Denoising}
+
+
+def make(loss: str) -> Loss:
+    """The objective that a text writes.
+
+    Raises:
+        ConfigError: no such objective or setting.
+    """
+    return spec.parse(loss, LOSSES, "pretraining loss")
+
+
+def _denoising(kind: str, schedule: str, loss: str = "Denoising()", **chain: Any) -> dict[str, Any]:
+    return {
+        "model.kind": kind,
+        "model.schedule": schedule,
+        "train.loss": loss,
+        **{f"chain.{name}": value for name, value in chain.items()},
+    }
+
+
+PRESETS: Mapping[str, dict[str, Any]] = {
+    "x0": _denoising("x0", "Cosine()"),
+    "eps": _denoising("eps", "DDPM()"),
+    "v": _denoising("v", "Cosine()"),
+    "min_snr": _denoising("v", "Cosine()", "Denoising(weight='MinSNR(gamma=5.0)')"),
+    "snr": _denoising("v", "DDPM()", "Denoising(weight='SNR()')"),
+    "truncated_snr": _denoising("v", "Cosine()", "Denoising(weight='TruncatedSNR()', times='Uniform(margin=0.001)')"),
+    "edm": _denoising(
+        "EDM()", "Karras()", "Denoising(times='LogNormal(mean=-1.2, std=1.2)')", steps=40, kernel="DDIM(eta=1.0)"
+    ),
+    "flow": _denoising("flow", "Rectified()"),
+    "flow_logit_normal": _denoising("flow", "Rectified()", "Denoising(times='LogitNormal()')"),
+    "trigflow": _denoising("TrigFlow()", "Trig()"),
+}

@@ -1,0 +1,85 @@
+"""How much each noise level counts: weights of the x0 error, from which those of every kind of prediction follow.
+
+    (1)  |x_0 - x_0hat|^2 = (sigma / det)^2 |y - y_theta|^2,     det = alpha b - sigma a
+    (2)  a weight w on the x0 error is the weight w (sigma / det)^2 on the network's own error
+
+With SNR = alpha^2 / sigma^2, w = SNR is the eps error, w = SNR + 1 the v error; a score network under w = SNR has the
+weight sigma^2 of NCSN (Song & Ermon 2019, Eq. 6; handbook 2.2.2).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlfusion.errors import require_positive
+from rlfusion.kinds import Kind
+from rlfusion.parameterization import solve
+from rlfusion.schedule import Level
+
+
+class Weight(Protocol):
+    """A frozen dataclass: the weight of the network's own squared error at a level, float64."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Own:
+    """1 on the network's own error: the plain loss of every kind."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return torch.ones_like(l.alpha)
+
+
+@dataclass(frozen=True)
+class SNR:
+    """w = SNR: the eps error, "simple" in Ho et al. 2020, whatever the network predicts."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l))
+
+
+@dataclass(frozen=True)
+class TruncatedSNR:
+    """w = max(SNR, 1) (Salimans & Ho 2022, section 4): the larger of the x0 and the eps error."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class SNRPlusOne:
+    """w = SNR + 1 (Salimans & Ho 2022, section 4): on a VP schedule the v error."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l) + 1)
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """w = min(SNR, gamma) (Hang et al. 2023, Eq. 6)."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "gamma")
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l).clamp(max=self.gamma))
+
+
+def _snr(l: Level) -> Tensor:
+    return (l.alpha / l.sigma).square()
+
+
+def _own(kind: str | Kind, l: Level, weight: Tensor) -> Tensor:
+    """Eq. (2): x0_y of the solution is -sigma / det."""
+    return weight * solve(kind, l).x0_y.square()
+
+
+WEIGHTS: Mapping[str, Callable[..., Weight]] = {
+    cls.__name__: cls for cls in (Own, SNR, TruncatedSNR, SNRPlusOne, MinSNR)
+}
