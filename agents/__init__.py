@@ -1,1 +1,8 @@
-"""One algorithm a file: its settings, its learner, and what it needs of the chain."""
+"""Algorithms: one file each, with its settings (``Config``) and its learner."""
+
+from collections.abc import Mapping
+
+from rlfusion.agents import ddpo
+
+AGENTS: Mapping[str, type] = {"ddpo": ddpo.Config}
+"""The settings of each algorithm by name."""

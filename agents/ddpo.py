@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from rlfusion.advantage import RunningAdvantage, group_relative
+from rlfusion.agent import Plan
+from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.gaussian import Gaussian
 from rlfusion.learner import Optimization, average
 from rlfusion.objectives import clipped_surrogate, score_function
 from rlfusion.policy import Policy, require_stochastic
+from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
 
@@ -35,6 +38,7 @@ class Config:
     """Settings of DDPO.
 
     Attributes:
+        name: the algorithm.
         form: "is" (importance sampling, several epochs, clipped) or "sf" (score function, one on-policy step).
         lr: learning rate of AdamW.
         epochs: passes over each rollout; None is 2, or the 1 that "sf" allows.
@@ -56,6 +60,7 @@ class Config:
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
+    name: Literal["ddpo"] = "ddpo"
     form: Literal["is", "sf"] = "is"
     lr: float = 1e-3
     epochs: int | None = None
@@ -88,6 +93,28 @@ class Config:
         if not 0 < self.step_fraction <= 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
         require_not_negative(self, "kl_reward", "kl_loss", "weight_decay")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for too few walks, or stale ones where the algorithm is on-policy."""
+        if self.advantage == "group" and plan.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, to compare in a prompt "
+                "(or agent.advantage = prompt)"
+            )
+        if self.form == "sf" and plan.lag:
+            raise ConfigError(f"lag = {plan.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
+        if self.schedule[1] > plan.walks:
+            raise ConfigError(
+                f"updates_per_epoch = {self.schedule[1]}: expected at most the {plan.walks} walks of a rollout"
+            )
+
+    def needs(self, steps: int) -> Needs:
+        """Every transition."""
+        return transitions()
+
+    def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
+        """Raises ConfigError where no step of the chain is stochastic."""
+        return Learner(task.policy, task.times, self, seed)
 
     @property
     def schedule(self) -> tuple[int, int]:
@@ -124,7 +151,7 @@ class Learner:
         self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
         self.running = RunningAdvantage(window=config.advantage_window)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_reward or config.kl_loss else None
-        self.iteration = 0
+        self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:
         """Make the updates of one rollout.
@@ -155,6 +182,7 @@ class Learner:
                 records += self.accumulate(batch, advantage, *self._transitions(walks, draw), reference)
                 norms.append(self.optimization.step())
         self.iteration += 1
+        self.queries += len(batch)
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
@@ -193,6 +221,25 @@ class Learner:
     def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
         """log p_theta - log p_old of the transitions, (N,): what the preflight wants to be 0 at the acting weights."""
         return self._distribution(batch, walk, step)[1]
+
+    @torch.no_grad()
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """log_ratio_max, the largest |log p_theta - log p_old| on the scale that the clip sees.
+
+        Raises:
+            NumericalError: it is not below a tenth of the clip range: rollout and learner disagree about the policy.
+        """
+        walk = torch.arange(len(batch)).repeat_interleave(len(self.trainable))
+        gap = self.log_ratio(batch, walk, self.trainable.repeat(len(batch))).abs().max().item()
+        gap = gap / batch.x[0, 0].numel() if self.config.clip_per_dim else gap
+        if not gap < self.config.clip / 10:
+            raise NumericalError(
+                f"the importance ratio is not 1 before the first update: max |log ratio| = {gap:.3g}, expected below a "
+                f"tenth of the clip range, {self.config.clip / 10:.3g}. Rollout and learner must run one network in "
+                "one precision and guidance (no dropout or batch norm in training mode); or the smallest noise of the "
+                "chain is too small"
+            )
+        return {"log_ratio_max": gap}
 
     def _distribution(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Tensor, Tensor]:
         obs, action = batch.transitions(walk, step)
@@ -258,13 +305,14 @@ class Learner:
             "optimization": self.optimization.state_dict(),
             "running": self.running.state_dict(),
             "iteration": self.iteration,
+            "queries": self.queries,
         }
         return state if self.reference is None else state | {"reference": self.reference.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
         self.running.load_state_dict(state["running"])
-        self.iteration = state["iteration"]
+        self.iteration, self.queries = state["iteration"], state["queries"]
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
 

@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
 
   rlfusion finetune                          the main job: pretrain on digits (once), improve by DDPO
+  rlfusion finetune --agent NAME             another algorithm: ddpo, ... (--agent NAME --help: its settings)
   rlfusion finetune --reward ink             another reward; also your own, --reward package.module:name
   rlfusion finetune --rollout.workers 2      the same result, collected by 2 Ray workers
   rlfusion finetune --resume runs/NAME       go on where a stopped or killed run was
@@ -85,29 +87,62 @@ def _run(arguments: list[str]) -> int:
 
 def _job(kind: str, arguments: list[str]) -> None:
     """finetune or pretrain: a new run, or an old one to resume."""
-    from rlfusion import commands, config
+    from rlfusion import commands
     from rlfusion.finetune import check as check_finetune
     from rlfusion.pretraining import check as check_pretrain
 
-    settings_type = {"finetune": config.Finetune, "pretrain": config.Pretrain}[kind]
     run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain}[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
-        run(*_resumed(settings_type, kind, arguments))
+        run(*_resumed(kind, arguments))
         return
-    settings = parse(settings_type, kind, arguments)
+    settings = settings_of(kind, arguments)
     check = {"finetune": check_finetune, "pretrain": check_pretrain}[kind]
     check(settings)
     run(*commands.new_run(settings, settings.default_name))
 
 
-def _resumed(settings_type: type, kind: str, arguments: list[str]) -> tuple[Any, Path]:
+def settings_of(kind: str, arguments: list[str]) -> Any:
+    """The settings of a job; those of a fine-tuning's agent are of the algorithm that ``--agent`` names."""
+    from rlfusion import config
+
+    if kind == "pretrain":
+        return parse(config.Pretrain, kind, arguments)
+    arguments = _long(arguments)
+    typed = config.with_agent(_agent(arguments))
+    return parse(typed, kind, arguments, make=config.Finetune)
+
+
+def _long(arguments: list[str]) -> list[str]:
+    """``--agent NAME`` as ``--agent.name NAME``; a mapping or a file of settings after ``--agent`` stays."""
+    values = [a.partition("=")[2] if "=" in a else following for a, following in pairwise([*arguments, ""])]
+    named = [re.fullmatch(r"--agent(=.*)?", a) and re.fullmatch(r"\w+", value) for a, value in zip(arguments, values)]
+    return [a.replace("--agent", "--agent.name", 1) if short else a for a, short in zip(arguments, named)]
+
+
+def _agent(arguments: list[str]) -> str:
+    """The algorithm that the arguments, or the configuration files among them, name last."""
+    import yaml
+
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    name = "ddpo"
+    for option, value in pairwise(words):
+        if option == "--agent.name":
+            name = value
+        elif option == "--config" and Path(value).is_file():
+            held = yaml.safe_load(Path(value).read_text())
+            agent = held.get("agent") if isinstance(held, dict) else None
+            name = agent.get("name", name) if isinstance(agent, dict) else name
+    return str(name)
+
+
+def _resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
     words = [*arguments[0].split("=", 1), *arguments[1:]]
     if len(words) != 2 or words[0] != "--resume":
         raise ConfigError("--resume takes the run's folder and nothing else: its settings are those of its config.yaml")
     folder = Path(words[1])
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
-    settings = parse(settings_type, kind, ["--config", str(folder / "config.yaml")])
+    settings = settings_of(kind, ["--config", str(folder / "config.yaml")])
     return replace(settings, root=str(folder.parent)), folder
 
 
@@ -142,8 +177,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def parse(settings: type, command: str, arguments: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+def parse(
+    settings: type,
+    command: str,
+    arguments: list[str],
+    defaults: Mapping[str, Any] | None = None,
+    make: type | None = None,
+) -> Any:
     """The settings dataclass of a command from its arguments and ``--config`` files; ``defaults`` by dotted key.
+    ``make`` is the class of the result where it is not ``settings``.
 
     Raises:
         ConfigError: an unknown key or an unusable value, in one line.
@@ -179,7 +221,7 @@ def parse(settings: type, command: str, arguments: list[str], defaults: Mapping[
         values = vars(parser.instantiate(given))
         values.pop("config")
         values.pop("objective", None)
-        return settings(**values)
+        return (make or settings)(**values)
     except ConfigError as error:
         raise ConfigError(_located(str(error), given.items())) from error
 

@@ -4,7 +4,7 @@ All counts are global (prompts, samples per prompt, updates per rollout): no res
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from rlfusion import models, pretrain, spec
-from rlfusion.agents import ddpo
+from rlfusion.agent import Agent, Plan
+from rlfusion.agents import AGENTS, ddpo
 from rlfusion.denoiser import Denoiser, Guided
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.grid import Spacing, TimeGrid
@@ -187,7 +188,7 @@ class Pretrain(Base):
 
 @dataclass(frozen=True)
 class Finetune:
-    """Improve a model for a reward by DDPO. Without a base model, one is pretrained first and kept in root/cache.
+    """Improve a model for a reward. Without a base model, one is pretrained first and kept in root/cache.
 
     Attributes:
         root: folder of all runs, and of what they share (root/cache).
@@ -205,7 +206,7 @@ class Finetune:
         chain: the sampling chain that is trained.
         rollout: how many walks are collected, and by how many workers.
         ray: the workers.
-        agent: settings of DDPO.
+        agent: the algorithm and its settings.
         evaluation: the evaluation.
         checkpoint_every: rollouts between checkpoints.
     """
@@ -223,24 +224,16 @@ class Finetune:
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     ray: Ray = field(default_factory=Ray)
-    agent: ddpo.Config = field(default_factory=ddpo.Config)
+    agent: Agent = field(default_factory=ddpo.Config)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 8
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")
-        if self.agent.advantage == "group" and self.rollout.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt = {self.rollout.samples_per_prompt}: expected at least 2, to compare in a prompt "
-                "(or agent.advantage = prompt)"
-            )
         if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
-        if self.agent.form == "sf" and self.rollout.lag:
-            raise ConfigError(f"lag = {self.rollout.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
-        walks, parts = self.rollout.prompts * self.rollout.samples_per_prompt, self.agent.schedule[1]
-        if parts > walks:
-            raise ConfigError(f"updates_per_epoch = {parts}: expected at most the {walks} walks of a rollout")
+        r = self.rollout
+        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.steps))
         _ = self.settings  # refuses what no backend can use
 
     @property
@@ -259,7 +252,18 @@ class Finetune:
 
     @property
     def default_name(self) -> str:
-        return f"ddpo-{self.agent.form}-{self.reward_name}-seed{self.seed}"
+        return f"{self.agent.name}-{self.reward_name}-seed{self.seed}"
+
+
+def with_agent(name: str) -> type[Finetune]:
+    """``Finetune`` as it is read from the command line: its ``agent`` has the settings of one algorithm.
+
+    Raises:
+        ConfigError: no such algorithm.
+    """
+    agent = spec.lookup(AGENTS, name, "agent")
+    field_ = ("agent", agent, field(default_factory=agent))
+    return make_dataclass("Finetune", [field_], bases=(Finetune,), frozen=True, namespace={"__doc__": Finetune.__doc__})
 
 
 @dataclass(frozen=True)

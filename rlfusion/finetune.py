@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import checkpoint, models
-from rlfusion.agents import ddpo
+from rlfusion.agent import AgentLearner
 from rlfusion.config import Chain, Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
@@ -31,7 +31,7 @@ from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, score
 from rlfusion.rollout import Backend, Pending, make_backend, plan, version_for
 from rlfusion.run import Signals, pick_device, set_numerics, train
-from rlfusion.tasks import recipe, worker_options
+from rlfusion.tasks import make_task, recipe, worker_options
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import Trajectory, concatenate
 from rlfusion.weights import Weights, pack, sha256, unpack
@@ -94,7 +94,7 @@ class Job:
     denoiser: Denoiser
     policy: Policy
     times: Tensor
-    learner: ddpo.Learner
+    learner: AgentLearner
     judged: Judged
     reward: Reward
     tracker: Tracker
@@ -152,9 +152,9 @@ def check(config: Finetune) -> None:
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     require_solvable(denoiser, config.chain)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
-    ddpo.Learner(policy, config.chain.times(denoiser), config.agent, config.seed)
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
+    config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
     score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)
 
 
@@ -170,13 +170,13 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     denoiser, card = models.load(base)
     policy = config.chain.policy(denoiser.to(device), torch.tensor([card.classes]))
     times = config.chain.times(denoiser)
-    learner = ddpo.Learner(policy, times, config.agent, config.seed)
     data = load(config.pretrain.data, config.pretrain.size)
     judged = Judged.of(data, config.pretrain.held_out, root, device)
     reward = make_reward(config.reward, config.reward_options, judged.train, root)
     require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
+    learner = config.agent.learner(make_task(config, card, policy, reward), judged.train, config.seed)
     return Job(config, folder, card, denoiser, policy, times, learner, judged, reward, tracker)
 
 
@@ -231,7 +231,7 @@ def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progr
     item = collector.items(-1, weights.version)[0]
     small = replace(item, groups=item.groups[:PREFLIGHT_SAMPLES])
     found = preflight(job.learner, concatenate(collector.backend.collect([small], weights)).to(collector.device))
-    if found["reward_std"] == 0:
+    if found.get("reward_std") == 0:
         progress.say(
             "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
         )
@@ -253,7 +253,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             job.tracker.scalars(done, "train", metrics)
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total:
                 job.evaluate(done)
-            bar.advance(reward=metrics["reward"], clipped=metrics["clip_fraction"])
+            bar.advance(reward=metrics["reward"])
 
 
 def _finish(job: Job, before: dict[str, float]) -> dict[str, Any]:
@@ -263,8 +263,7 @@ def _finish(job: Job, before: dict[str, float]) -> dict[str, Any]:
     job.picture(total, "after")
     with job.learner.optimization.ema.averaged():
         models.save(folder / "model", job.denoiser, replace(job.card, chain=asdict(job.config.chain)))
-    walks = job.config.rollout.prompts * job.config.rollout.samples_per_prompt
-    result = {"before": before, "after": after, "queries": walks * total}
+    result = {"before": before, "after": after, "queries": job.learner.queries}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in HEADLINES})
     job.tracker.flush()
     checkpoint.write_json_atomic(folder / "summary.json", result)

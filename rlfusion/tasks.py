@@ -10,8 +10,9 @@ from rlfusion import models
 from rlfusion.config import Chain, Finetune
 from rlfusion.data import to_pixels
 from rlfusion.measure import reward_parts
+from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, build
-from rlfusion.rollout import Recipe, Task
+from rlfusion.rollout import Needs, Recipe, Task
 from rlfusion.weights import pack, unpack
 
 
@@ -24,15 +25,30 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
+    policy, needs = chain.policy(denoiser, torch.tensor([card.classes])), Needs(**config["needs"])
+    return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs)
+
+
+def make_task(config: Finetune, card: models.Card, policy: Policy, reward: Reward) -> Task:
+    """The learner's own task: its policy, with the chain and the reward of the workers."""
+    device = str(next(policy.parameters()).device)
+    needs = config.agent.needs(config.chain.steps)
+    return _task(card, config.chain, policy, reward, config.reward_name, device, needs)
+
+
+def _task(
+    card: models.Card, chain: Chain, policy: Policy, reward: Reward, reward_name: str, device: str, needs: Needs
+) -> Task:
     return Task(
-        policy=chain.policy(denoiser, torch.tensor([card.classes])),
+        policy=policy,
         grid=chain.grid,
         shape=card.shape,
         conditions=torch.arange(card.classes),
         decode=to_pixels,
         reward=reward,
-        reward_name=config["reward_name"],
-        device=config["device"],
+        reward_name=reward_name,
+        device=device,
+        needs=needs,
     )
 
 
@@ -46,6 +62,7 @@ def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.de
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
+        "needs": asdict(config.agent.needs(config.chain.steps)),
     }
     return Recipe("rlfusion.tasks:build_task", described, {"reward": pack(reward_parts(reward))})
 

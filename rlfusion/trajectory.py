@@ -1,6 +1,6 @@
 """The record of a batch of walks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,28 +12,31 @@ from rlfusion.tensors import Cond, cat_cond, map_cond
 
 @dataclass(frozen=True)
 class Trajectory:
-    """B walks of K steps. B is the batch; ``*`` the shape of a latent.
+    """B walks of K steps, or the part of them that was asked for. B is the batch; ``*`` the shape of a latent.
 
     Attributes:
-        x: (B, K+1, *); x[:, 0] is the noise, x[:, -1] the sample.
+        x: (B, K+1, *): x[:, 0] is the noise, x[:, -1] the sample; or (B, 1, *), the one state that was kept.
         times: (K+1,) float64 on the CPU, falling from noise to data.
-        log_prob: (B, K) under the weights that acted, summed over features; NaN where a step has no density (S = 0).
-        reward: (B,), of the end of the walk.
+        log_prob: (B, K) under the weights that acted, summed over features; NaN where a step has no density (S = 0);
+            None where the path was not kept.
+        reward: (B,), of the end of the walk; None where it was not walked to its end.
         group: (B,) int64; rewards are compared within a group (a prompt).
         cond: the condition, batch B.
         version: the version of the weights that acted.
+        begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
     """
 
     x: Tensor
     times: Tensor
-    log_prob: Tensor
-    reward: Tensor
+    log_prob: Tensor | None
+    reward: Tensor | None
     group: Tensor
     cond: Cond
     version: int
+    begin: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.reward)
+        return len(self.group)
 
     @property
     def steps(self) -> int:
@@ -49,14 +52,18 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> Self:
         """The same record with its tensors on ``device``; times stay on the CPU."""
-        move = {name: getattr(self, name).to(device) for name in ("x", "log_prob", "reward", "group")}
-        return type(self)(
-            **move, times=self.times, cond=map_cond(lambda c: c.to(device), self.cond), version=self.version
-        )
+        move = {name: value.to(device) for name, value in _kept(self).items()}
+        return replace(self, **move, cond=map_cond(lambda c: c.to(device), self.cond))
+
+
+def _kept(t: Trajectory) -> dict[str, Tensor]:
+    """The tensors of batch B that a record has, by name."""
+    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin")}
+    return {name: value for name, value in held.items() if value is not None}
 
 
 def concatenate(parts: list[Trajectory]) -> Trajectory:
-    """One trajectory from several of the same chain and weights.
+    """One trajectory from several of the same chain, weights and kept parts.
 
     Raises:
         ValueError: the parts differ in their times or in the version of their weights.
@@ -64,5 +71,5 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
     first = parts[0]
     if any(p.version != first.version or not torch.equal(p.times, first.times) for p in parts):
         raise ValueError(f"cannot join walks of weights {sorted({p.version for p in parts})} or of different times")
-    join = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("x", "log_prob", "reward", "group")}
-    return Trajectory(**join, times=first.times, cond=cat_cond([p.cond for p in parts]), version=first.version)
+    join = {name: torch.cat([getattr(p, name) for p in parts]) for name in _kept(first)}
+    return replace(first, **join, cond=cat_cond([p.cond for p in parts]))

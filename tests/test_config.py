@@ -37,6 +37,8 @@ DEFAULT = {
 
 
 def parse(command: str, *arguments: str):
+    if command in ("finetune", "pretrain"):
+        return cli.settings_of(command, list(arguments))
     return cli.parse(type(DEFAULT[command]), command, list(arguments))
 
 

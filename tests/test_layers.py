@@ -27,6 +27,7 @@ LAYERS = [
     "rewards run",
     "envs",
     "rollout",
+    "agent",
     "agents pretrain",
     "config preflight",
     "measure",
@@ -51,7 +52,7 @@ HOMES = {
     "jsonargparse": {"rlfusion.cli"},
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
-    "yaml": {"rlfusion.config"},
+    "yaml": {"rlfusion.config", "rlfusion.cli"},
     **{name: set() for name in ("open_clip", "diffusers", "transformers", "stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
 }

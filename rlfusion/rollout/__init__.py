@@ -7,6 +7,7 @@ with make_backend(Recipe("package.module:build", config, blobs), Settings(worker
 from rlfusion.rollout.backend import Backend, Pending, Settings
 from rlfusion.rollout.item import WorkItem, plan, version_for
 from rlfusion.rollout.local import Local
+from rlfusion.rollout.needs import Needs, prefix, samples, transitions
 from rlfusion.rollout.scheduler import Limits, RolloutError
 from rlfusion.rollout.task import Recipe, Task, run_item
 
@@ -14,6 +15,7 @@ __all__ = [
     "Backend",
     "Limits",
     "Local",
+    "Needs",
     "Pending",
     "Recipe",
     "RolloutError",
@@ -22,7 +24,10 @@ __all__ = [
     "WorkItem",
     "make_backend",
     "plan",
+    "prefix",
     "run_item",
+    "samples",
+    "transitions",
     "version_for",
 ]
 

@@ -21,6 +21,7 @@ from rlfusion.grid import TimeGrid
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward
 from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.needs import Needs
 from rlfusion.sampling import chain_noise
 from rlfusion.tensors import Cond
 from rlfusion.trajectory import Trajectory
@@ -39,6 +40,7 @@ class Task:
         reward: (samples, cond) -> (B,).
         reward_name: what errors call it.
         device: where the policy is and works.
+        needs: what is run of each walk, and kept.
     """
 
     policy: Policy
@@ -49,6 +51,7 @@ class Task:
     reward: Reward
     reward_name: str
     device: str = "cpu"
+    needs: Needs = field(default_factory=Needs)
 
     @cached_property
     def times(self) -> Tensor:
@@ -101,21 +104,35 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 
 
 def _walk(task: Task, item: WorkItem) -> Trajectory:
-    env, steps = task.environment(len(item)), len(task.times) - 1
-    noise = chain_noise((item.seed, "rollout", item.iteration), item.samples, steps, task.shape).to(task.device)
-    group = torch.tensor(item.groups)
+    env, needs = task.environment(len(item)), task.needs
+    noise = chain_noise((item.seed, "rollout", item.iteration), item.samples, len(task.times) - 1, task.shape)
+    noise, group = noise.to(task.device), torch.tensor(item.groups)
+    begin = needs.begin(item)
     options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = [obs.x], [], obs.cond, None
-    for k in range(steps):
+    for k in range(len(task.times) - 1 if needs.end else int(begin.max())):
         distribution = task.policy(obs)
         action = distribution.sample(noise[:, k + 1])
-        log_prob.append(distribution.log_prob(action))
+        if needs.path:
+            log_prob.append(distribution.log_prob(action))
         obs, reward, _, _, _ = env.step(action)
-        x.append(action)
+        x = [*x, action] if needs.path else [_kept(x[0], action, begin > k)]
     return Trajectory(
-        torch.stack(x, 1), task.times, torch.stack(log_prob, 1), reward, group.to(task.device), cond, item.version
+        torch.stack(x, 1),
+        task.times,
+        torch.stack(log_prob, 1) if needs.path else None,
+        reward if needs.end else None,
+        group.to(task.device),
+        cond,
+        item.version,
+        None if needs.path else begin.to(task.device),
     )
+
+
+def _kept(x: Tensor, action: Tensor, goes_on: Tensor) -> Tensor:
+    """The state of each walk whose kept part has not begun is its newest, of the others the one it begins with."""
+    return torch.where(goes_on.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), action, x)
 
 
 @dataclass(frozen=True)
