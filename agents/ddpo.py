@@ -2,35 +2,42 @@
 
     (1)  grad J = E sum_t grad log p_theta(x_s | x_t, c) A(x_0, c)
     (2)  SF:  one step on -sum_t log p A     IS:  several on -sum_t min(r A, clip(r, 1 - c, 1 + c) A), r_t = p / p_old
-    (3)  ``kl_loss`` adds sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk; its
+    (3)  ``ratio`` "trajectory": one ratio a walk, r = prod_t r_t, exact away from theta_old where r_t alone is biased
+    (4)  ``decoupled`` (Hilton et al. 2022), for walks of older weights: the clip holds r to the weights with which the
+         update began, p_prox, and the loss has the weight p_prox / p_old
+    (5)  ``kl_loss`` adds sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk; its
          gradient leaves out how the states themselves depend on theta
-    (4)  ``kl_reward`` takes sum_t [ log p_old - log p_ref ](x_s | x_t) of the walk off its reward: the whole KL of the
+    (6)  ``kl_reward`` takes sum_t [ log p_old - log p_ref ](x_s | x_t) of the walk off its reward: the whole KL of the
          walks, sampled, so that an action pays for its own share
 
 States and actions are stored by the rollout and enter as constants. log p is the sum over features; with
 ``clip_per_dim`` the ratio of the clip is exp((log p - log p_old) / d), for d features, so that one clip range fits all
-sizes. A step without noise (the last one, to clean data) has no density: it is excluded, and with it the pathwise part
-of the gradient through that step. All transitions of an update are flattened into calls of ``micro_batch`` rows.
+sizes. All transitions of an update are flattened into calls of ``micro_batch`` rows.
+
+The last step, to clean data, has no noise and so no density. ``last_step`` "exclude" leaves it out, and with it the
+pathwise part of the gradient through it (1.05 of 11 in the handbook notes' example); "pathwise" adds that part, the
+gradient of the reward through that one step, where the reward is differentiable. (A floor of noise is a matter of the
+chain: FlowSDE and Langevin keep noise in other steps, and a schedule with sigma(0) > 0 in the last.)
 """
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlfusion.advantage import RunningAdvantage, group_relative
+from rlfusion.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.agent import Plan
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, NumericalError, require_not_negative, require_positive
-from rlfusion.gaussian import Gaussian
-from rlfusion.learner import Optimization, average
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import Optimization
 from rlfusion.objectives import clipped_surrogate, score_function
-from rlfusion.policy import Policy, require_stochastic
+from rlfusion.policy import Policy
 from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
+from rlfusion.transitions import Objective, Terms, Transitions, require_finite
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,16 @@ class Config:
         dual_clip: limit of the ratio where the advantage is negative and the clip does not hold it (Ye et al. 2020); a
             single outlier cannot then fill the gradient. None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
+        ratio: of each step, or of the whole trajectory, Eq. (3), which takes step_fraction = 1.
+        decoupled: Eq. (4); it matters where rollouts run ahead (rollout.lag >= 1).
+        last_step: what becomes of the step without noise: "exclude" or "pathwise".
         advantage: normalise rewards by mean and std of the prompt's walks of this rollout ("group"), of its recent
-            ones ("prompt", for few walks of a prompt; it lags behind a fast rise), or not at all ("none").
+            ones ("prompt", for few walks of a prompt; it lags behind a fast rise), of the whole rollout ("batch"), or
+            not at all ("none").
         advantage_window: rewards that the running statistics of a prompt keep.
         advantage_clip: advantages are limited to +- this.
-        kl_reward: coefficient of Eq. (4), in reward units a nat.
-        kl_loss: coefficient of Eq. (3), in advantage units a nat.
+        kl_reward: coefficient of Eq. (6), in reward units a nat.
+        kl_loss: coefficient of Eq. (5), in advantage units a nat.
         step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses.
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
@@ -68,7 +79,10 @@ class Config:
     clip: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
-    advantage: Literal["prompt", "group", "none"] = "group"
+    ratio: Literal["step", "trajectory"] = "step"
+    decoupled: bool = False
+    last_step: Literal["exclude", "pathwise"] = "exclude"
+    advantage: Literal["prompt", "group", "batch", "none"] = "group"
     advantage_window: int = 256
     advantage_clip: float = 5.0
     kl_reward: float = 0.0
@@ -92,6 +106,12 @@ class Config:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip = {1 + self.clip}, or null")
         if not 0 < self.step_fraction <= 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
+        if self.ratio == "trajectory" and self.step_fraction < 1:
+            raise ConfigError(f"step_fraction = {self.step_fraction}: ratio 'trajectory' is of all steps, expected 1")
+        if self.form == "sf" and (self.ratio == "trajectory" or self.decoupled):
+            raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
+        if self.last_step == "pathwise" and self.advantage == "prompt":
+            raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
         require_not_negative(self, "kl_reward", "kl_loss", "weight_decay")
 
     def check(self, plan: Plan) -> None:
@@ -114,7 +134,9 @@ class Config:
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain is stochastic."""
-        return Learner(task.policy, task.times, self, seed)
+        return Learner(
+            task.policy, task.times, self, seed, PathwiseStep(task) if self.last_step == "pathwise" else None
+        )
 
     @property
     def schedule(self) -> tuple[int, int]:
@@ -137,57 +159,81 @@ class Config:
         return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}"
 
 
+class PathwiseStep:
+    """The part of grad J that a noise-free last step carries: grad_theta R(decode(mean_theta(x_t, c)), c)."""
+
+    def __init__(self, task: Task) -> None:
+        """
+        Raises:
+            ConfigError: the last step has noise, or the reward has no gradient.
+        """
+        self.task = task
+        if bool(task.policy.stds(task.times)[-1] > 0):
+            raise ConfigError(
+                f"last_step = pathwise: the last step of {task.policy.kernel} has noise, expected exclude"
+            )
+        task.require_differentiable_reward()
+
+    def accumulate(self, batch: Trajectory, walks: Tensor, scale: Tensor, micro_batch: int) -> None:
+        """Add the descent gradient, the mean over ``walks`` of -scale R: scale (B,) is that of the advantages."""
+        for rows in walks.split(micro_batch):
+            obs, _ = batch.transitions(rows, torch.full_like(rows, batch.steps - 1))
+            reward = self.task.score(self.task.policy(obs).mean, obs.cond)
+            (-(scale[rows.to(scale.device)] * reward).sum() / len(walks)).backward()
+
+
 class Learner:
     """DDPO over one policy and time grid. ``update`` takes a ``Trajectory`` of that grid."""
 
-    def __init__(self, policy: Policy, times: Tensor, config: Config, seed: int = 0) -> None:
-        """``times`` (K+1,) is the chain's grid; ``seed`` keys the draws of steps and walks.
+    def __init__(
+        self, policy: Policy, times: Tensor, config: Config, seed: int = 0, last: PathwiseStep | None = None
+    ) -> None:
+        """``times`` (K+1,) is the chain's grid; ``seed`` keys the draws of steps and walks; ``last``
+        is the last step's part.
 
         Raises:
             ConfigError: no step of the chain is stochastic.
         """
-        self.policy, self.config, self.seed = policy, config, seed
-        self.trainable = require_stochastic(policy, times).nonzero().flatten()
+        self.policy, self.config, self.seed, self.last = policy, config, seed, last
+        self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss))
         self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
         self.running = RunningAdvantage(window=config.advantage_window)
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_reward or config.kl_loss else None
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:
         """Make the updates of one rollout.
 
         Returns:
-            reward, reward_std, advantage_std, loss, log_ratio_max, clip_fraction, approx_kl, grad_norm; with a
-            reference also kl (nats a walk at the states of the rollout, averaged over its updates).
+            reward, reward_std, advantage_std, loss, log_ratio_max, clip_fraction, approx_kl, ess (effective share of
+            the transitions under their importance weights), grad_norm; with a reference also kl (nats a walk at the
+            states of the rollout, averaged over its updates).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
             ConfigError: more updates an epoch than walks.
         """
-        epochs, updates_per_epoch = self.config.schedule
-        if len(batch) < updates_per_epoch:
-            raise ConfigError(f"updates_per_epoch = {updates_per_epoch}: expected at most the {len(batch)} walks")
-        if not bool(batch.reward.isfinite().all()):
-            raise NumericalError(
-                f"rewards {(~batch.reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite"
-            )
-        reference, log_ratio = self._refer(batch) if self.reference else (None, 0.0)
-        reward = batch.reward - self.config.kl_reward * log_ratio
+        if len(batch) < self.config.schedule[1]:
+            raise ConfigError(f"updates_per_epoch = {self.config.schedule[1]}: expected at most {len(batch)} walks")
+        require_finite(batch.reward)
+        reference = self.transitions.refer(batch) if self.transitions.reference else None
+        reward = batch.reward - (self.config.kl_reward * reference.log_ratio if reference else 0.0)
         advantage = self.advantages(reward, batch.group)
+        proximal = self._proximal(batch)
         records, norms = [], []
-        for epoch in range(epochs):
-            draw = stream(self.seed, "ddpo", self.iteration, epoch)
-            order = torch.from_numpy(draw.permutation(len(batch)))
-            for walks in order.tensor_split(updates_per_epoch):
-                records += self.accumulate(batch, advantage, *self._transitions(walks, draw), reference)
-                norms.append(self.optimization.step())
+        for walks, walk, step in self._parts(len(batch)):
+            objective = self._objective(batch, advantage, proximal, walks)
+            records += self.transitions.accumulate(batch, walk, step, objective, reference, self.config.kl_loss)
+            if self.last:
+                scale = self._scale(batch.reward, batch.group)
+                self.last.accumulate(batch, walks, scale, self.config.micro_batch)
+            norms.append(self.optimization.step())
         self.iteration += 1
         self.queries += len(batch)
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
             "advantage_std": advantage.std(correction=0).item(),
-            **_summary(records, len(self.trainable)),
+            **self.transitions.summary(records, self.config.clip, self._features(batch)),
             "grad_norm": sum(norms) / len(norms),
         }
 
@@ -195,110 +241,90 @@ class Learner:
         """(B,) advantages by the configured rule, limited to +- advantage_clip unless the rule is "none"."""
         if self.config.advantage == "none":
             return reward
-        rule = self.running if self.config.advantage == "prompt" else group_relative
-        return rule(reward, group).clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        rules = {"prompt": self.running, "group": group_relative, "batch": _batch_relative}
+        limit = self.config.advantage_clip
+        return rules[self.config.advantage](reward, group).clamp(-limit, limit)
 
-    def accumulate(
-        self,
-        batch: Trajectory,
-        advantage: Tensor,
-        walk: Tensor,
-        step: Tensor,
-        reference: Tensor | None = None,
-    ) -> list[dict[str, Tensor]]:
-        """Accumulate the gradient of Eq. (2) and (3) over the transitions (walk[i], step[i]), i = 1..N.
+    def _scale(self, reward: Tensor, group: Tensor) -> Tensor:
+        """What a unit of reward is in advantage, (B,)."""
+        if self.config.advantage == "none":
+            return torch.ones_like(reward)
+        of = group if self.config.advantage == "group" else torch.zeros_like(group)
+        return normalize(torch.ones_like(reward), torch.zeros_like(reward), group_moments(reward, of)[1]).to(reward)
 
-        The loss is the mean over walks of the sum over stochastic steps, whatever subset of them was drawn.
-        """
-        scale = len(self.trainable) / len(walk)
-        records = []
-        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
-            record = self._loss(batch, advantage, walk[rows], step[rows], reference)
-            (record["loss"].sum() * scale).backward()
-            records.append({name: value.detach() for name, value in record.items()})
-        return records
-
-    def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
-        """log p_theta - log p_old of the transitions, (N,): what the preflight wants to be 0 at the acting weights."""
-        return self._distribution(batch, walk, step)[1]
+    def _parts(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The walks of each optimiser step of an update, and the (walk, step) of their transitions."""
+        epochs, updates_per_epoch = self.config.schedule
+        steps = max(1, round(self.config.step_fraction * len(self.transitions.steps)))
+        for epoch in range(epochs):
+            draw = stream(self.seed, "ddpo", self.iteration, epoch)
+            for walks in torch.from_numpy(draw.permutation(count)).tensor_split(updates_per_epoch):
+                whole = steps == len(self.transitions.steps)
+                yield walks, *(self.transitions.all(walks) if whole else self.transitions.some(walks, steps, draw))
 
     @torch.no_grad()
+    def _proximal(self, batch: Trajectory) -> Tensor | None:
+        """log p_prox - log p_old of every transition, (B, K), of the weights with which this update begins; Eq. (4)."""
+        if not self.config.decoupled:
+            return None
+        walk, step = self.transitions.all(torch.arange(len(batch)))
+        ratio = torch.zeros_like(batch.log_prob)
+        device = ratio.device
+        ratio[walk.to(device), step.to(device)] = self.transitions.log_ratio(batch, walk, step).to(ratio)
+        return ratio
+
+    def _objective(self, batch: Trajectory, advantage: Tensor, proximal: Tensor | None, walks: Tensor) -> Objective:
+        """Eq. (2) to (4) for one optimiser step on ``walks``."""
+        features = self._features(batch)
+        if self.config.form == "sf":
+            return lambda terms: score_function(terms.log_prob, advantage[terms.walk])
+        if self.config.ratio == "trajectory":
+            return self._whole_walks(batch, advantage, proximal, walks, features)
+
+        def objective(terms: Terms) -> Tensor:
+            before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
+            loss = self._clipped((terms.log_ratio - before) / features, advantage[terms.walk])
+            return loss if proximal is None else loss * before.exp()
+
+        return objective
+
+    @torch.no_grad()
+    def _whole_walks(
+        self, batch: Trajectory, advantage: Tensor, proximal: Tensor | None, walks: Tensor, features: int
+    ) -> Objective:
+        """Eq. (3): in L = log r of the walk the loss has the slope dl/dL, and dL/d log p of each of its steps is 1."""
+        count, device = len(self.transitions.steps), advantage.device
+        ratio = self.transitions.log_ratio(batch, *self.transitions.all(walks)).reshape(-1, count).sum(1)
+        before = torch.zeros_like(ratio) if proximal is None else proximal[walks.to(device)].sum(1)
+        with torch.enable_grad():
+            total = ((ratio - before) / features).requires_grad_()
+            loss = self._clipped(total, advantage[walks.to(device)]) * before.exp()
+            (slope,) = torch.autograd.grad(loss.sum(), total)
+        slopes, values = torch.zeros_like(advantage), torch.zeros_like(advantage)
+        slopes[walks.to(device)], values[walks.to(device)] = (
+            slope.to(slopes) / features,
+            loss.detach().to(values) / count,
+        )
+
+        def objective(terms: Terms) -> Tensor:
+            return values[terms.walk] + slopes[terms.walk] * (terms.log_prob - terms.log_prob.detach())
+
+        return objective
+
+    def _features(self, batch: Trajectory) -> int:
+        """What log-ratios are divided by before the clip."""
+        return batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+
+    def _clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        return clipped_surrogate(log_ratio, advantage, self.config.clip, self.config.dual_clip)
+
     def preflight(self, batch: Trajectory) -> dict[str, float]:
         """log_ratio_max, the largest |log p_theta - log p_old| on the scale that the clip sees.
 
         Raises:
             NumericalError: it is not below a tenth of the clip range: rollout and learner disagree about the policy.
         """
-        walk = torch.arange(len(batch)).repeat_interleave(len(self.trainable))
-        gap = self.log_ratio(batch, walk, self.trainable.repeat(len(batch))).abs().max().item()
-        gap = gap / batch.x[0, 0].numel() if self.config.clip_per_dim else gap
-        if not gap < self.config.clip / 10:
-            raise NumericalError(
-                f"the importance ratio is not 1 before the first update: max |log ratio| = {gap:.3g}, expected below a "
-                f"tenth of the clip range, {self.config.clip / 10:.3g}. Rollout and learner must run one network in "
-                "one precision and guidance (no dropout or batch norm in training mode); or the smallest noise of the "
-                "chain is too small"
-            )
-        return {"log_ratio_max": gap}
-
-    def _distribution(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Tensor, Tensor]:
-        obs, action = batch.transitions(walk, step)
-        distribution = self.policy(obs)
-        log_prob = distribution.log_prob(action)
-        old = batch.log_prob[walk.to(action.device), step.to(action.device)]
-        return distribution, log_prob - old, log_prob
-
-    def _loss(
-        self, batch: Trajectory, advantage: Tensor, walk: Tensor, step: Tensor, reference: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Loss and statistics of each transition, (N,) each."""
-        distribution, log_ratio, log_prob = self._distribution(batch, walk, step)
-        a = advantage[walk.to(advantage.device)]
-        measured = log_ratio / distribution.mean[0].numel() if self.config.clip_per_dim else log_ratio
-        if self.config.form == "sf":
-            loss = score_function(log_prob, a)
-        else:
-            loss = clipped_surrogate(measured, a, self.config.clip, self.config.dual_clip)
-        record = {
-            "loss": loss,
-            "clip_fraction": ((measured.exp() - 1).abs() > self.config.clip).float(),
-            "log_ratio": log_ratio,
-            "approx_kl": log_ratio.expm1() - log_ratio,
-        }
-        if reference is None:
-            return record
-        kl = distribution.kl(self._at(distribution, reference, walk, step))
-        return record | {"loss": loss + self.config.kl_loss * kl, "kl": kl}
-
-    @staticmethod
-    def _at(distribution: Gaussian, reference: Tensor, walk: Tensor, step: Tensor) -> Gaussian:
-        """The reference's transition at (walk, step); it has the std of the policy's, the kernel being one."""
-        device = reference.device
-        return Gaussian(reference[walk.to(device), step.to(device)], distribution.std)
-
-    def _transitions(self, walks: Tensor, draw) -> tuple[Tensor, Tensor]:
-        """(walk, step), (N,) each: for each walk its own random share of the stochastic steps."""
-        count = max(1, round(self.config.step_fraction * len(self.trainable)))
-        if count == len(self.trainable):
-            return walks.repeat_interleave(count), self.trainable.repeat(len(walks))
-        chosen = draw.permuted(self.trainable.numpy()[None].repeat(len(walks), 0), axis=1)[:, :count]
-        return walks.repeat_interleave(count), torch.from_numpy(chosen.copy()).flatten()
-
-    @torch.no_grad()
-    def _refer(self, batch: Trajectory) -> tuple[Tensor, Tensor]:
-        """The reference's mean at every stochastic transition (B, K, *), and Eq. (4) of every walk (B,)."""
-        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros(len(batch), len(self.trainable)).to(batch.reward)
-        walk = torch.arange(len(batch)).repeat_interleave(len(self.trainable))
-        column = torch.arange(len(self.trainable)).repeat(len(batch))
-        for rows in torch.arange(len(walk)).split(self.config.micro_batch):
-            at, k = walk[rows].to(means.device), self.trainable[column[rows]]
-            obs, action = batch.transitions(walk[rows], k)
-            distribution = self.reference(obs)
-            k = k.to(means.device)
-            means[at, k] = distribution.mean
-            old = batch.log_prob[at, k]
-            ratio[at, column[rows].to(means.device)] = (old - distribution.log_prob(action)).to(ratio)
-        return means, ratio.sum(1)
+        return self.transitions.require_on_policy(batch, self.config.clip, self._features(batch))
 
     def state_dict(self) -> dict:
         state = {
@@ -307,20 +333,16 @@ class Learner:
             "iteration": self.iteration,
             "queries": self.queries,
         }
-        return state if self.reference is None else state | {"reference": self.reference.state_dict()}
+        reference = self.transitions.reference
+        return state if reference is None else state | {"reference": reference.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
         self.running.load_state_dict(state["running"])
         self.iteration, self.queries = state["iteration"], state["queries"]
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+        if self.transitions.reference is not None:
+            self.transitions.reference.load_state_dict(state["reference"])
 
 
-def _summary(records: list[dict[str, Tensor]], steps: int) -> dict[str, float]:
-    """Means over transitions, of kl over walks of ``steps`` transitions, and the largest |log ratio|."""
-    joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
-    widest = joined.pop("log_ratio").abs().max()
-    if "kl" in joined:
-        joined["kl"] = steps * joined["kl"]
-    return average([{name: value.mean() for name, value in joined.items()}]) | {"log_ratio_max": widest.item()}
+def _batch_relative(reward: Tensor, group: Tensor) -> Tensor:
+    return group_relative(reward, torch.zeros_like(group))

@@ -83,7 +83,7 @@ class Bench:
         )
         self.batch = self.rollout()
         self.rows = [self._rows(case.batch)] * case.steps
-        transitions = case.batch * len(self.learner.trainable)
+        transitions = case.batch * len(self.learner.transitions.steps)
         sizes = [min(case.micro_batch, transitions - i) for i in range(0, transitions, case.micro_batch)]
         self.parts = [self._rows(n) for n in sizes]
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from chains import Capture, affine, all_transitions, class_walks, collect, flat_gradient, mlp
 
-from rlfusion.agents.ddpo import Config, Learner
+from rlfusion.agents.ddpo import Config, Learner, PathwiseStep
+from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
-from rlfusion.kernel import DDIM, FlowSDE
+from rlfusion.kernel import DDIM, FlowSDE, Renoise
+from rlfusion.policy import Policy
+from rlfusion.rollout import Task
 from rlfusion.sampling import walk
 from rlfusion.schedule import DDPM as Table
-from rlfusion.schedule import Rectified
+from rlfusion.schedule import Geometric, Rectified
 
 GOAL, KAPPA, THETA, STEPS = np.array([0.6, -0.1]), 0.5, (-0.3, 0.25), 4
 PLAIN = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0, "advantage": "none", "micro_batch": 10**6}
@@ -48,14 +51,20 @@ def flow_chain() -> tuple[oracles.LinearGaussianChain, dict]:
     return chain, {"schedule": Rectified(), "kernel": FlowSDE(0.7), "kind": "flow"}
 
 
+def task_of(policy: Policy, score=reward) -> Task:
+    return Task(policy, TimeGrid(STEPS), (2,), None, lambda x: x, lambda x, _: score(x), "quadratic")
+
+
 CHAINS = {"ddim": ddim_chain, "flow": flow_chain}
 
 
-def estimate(made: dict, config: Config, acting=THETA, at=THETA, batches: int = 40, n: int = 4000):
-    """The mean gradient of J that ``update`` would ascend, and its standard error, over fresh walks of ``acting``."""
+def estimate(made: dict, config: Config, acting=THETA, at=THETA, batches: int = 40, n: int = 4000, last: bool = False):
+    """The mean gradient of J that ``update`` would ascend, and its standard error, over fresh walks of ``acting``;
+    with the last step's pathwise part if ``last``.
+    """
     actor, policy = affine(acting, **made), affine(at, **made)
     times, g = TimeGrid(STEPS).times(made["schedule"]), torch.Generator().manual_seed(0)
-    learner = Learner(policy, times, config)
+    learner = Learner(policy, times, config, 0, PathwiseStep(task_of(policy)) if last else None)
     learner.optimization = Capture(policy)
     for _ in range(batches):
         noise = torch.randn(n, STEPS + 1, 2, generator=g, dtype=torch.float64)
@@ -109,11 +118,92 @@ def test_importance_weights_correct_each_step(chain):
     assert (np.abs(got[0] - chain.gradient(np.array(at), chain.noisy)) > 4 * got[1]).any()
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_ratio_of_whole_walks_is_exact_away_from_the_acting_weights(chain):
+    """The gradient at other weights in every noisy step; the last step, which the walks took, stays as it was."""
+    chain, made = CHAINS[chain]()
+    at = (-0.22, 0.33)
+    acting = np.array([at] * (STEPS - 1) + [THETA])
+    truth = chain._derivative(acting, chain.noisy)
+    config = Config(clip=1e9, dual_clip=None, ratio="trajectory", **PLAIN)
+    assert_equal_in_expectation(estimate(made, config, at=at, batches=200), truth)
+
+
+def test_the_ratio_of_each_step_is_not():
+    chain, made = flow_chain()
+    at = (-0.22, 0.33)
+    truth = chain._derivative(np.array([at] * (STEPS - 1) + [THETA]), chain.noisy)
+    mean, error = estimate(made, Config(clip=1e9, dual_clip=None, **PLAIN), at=at, batches=200)
+    assert (np.abs(mean - truth) > 4 * error).any()
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_last_step_completes_the_gradient(chain):
+    chain, made = CHAINS[chain]()
+    config = Config(form="sf", last_step="pathwise", **PLAIN)
+    truth = chain.gradient(np.array(THETA), np.ones(STEPS, bool))
+    got = estimate(made, config, last=True)
+    assert_equal_in_expectation(got, truth)
+    assert (np.abs(got[0] - chain.gradient(np.array(THETA), chain.noisy)) > 4 * got[1]).any()
+
+
+@pytest.mark.parametrize("advantage", ["group", "batch"])
+def test_the_last_step_is_in_units_of_the_advantage(advantage):
+    """Rewards ten times as large are the same update."""
+    policy, noise = affine(THETA, **ddim_chain()[1]), torch.randn(40, STEPS + 1, 2, dtype=torch.float64)
+    settings = {**PLAIN, "advantage": advantage, "form": "sf", "last_step": "pathwise", "advantage_clip": 1e9}
+    gradients = []
+    for scale in (1.0, 10.0):
+
+        def score(x, scale=scale):
+            return scale * reward(x)
+
+        batch = collect(policy, TimeGrid(STEPS).times(policy.schedule), noise, score)
+        learner = Learner(policy, batch.times, Config(**settings), 0, PathwiseStep(task_of(policy, score)))
+        learner.optimization = Capture(policy)
+        learner.update(batch)
+        gradients += learner.optimization.gradients
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
+
+
+def test_a_last_step_that_cannot_be_differentiated_is_refused():
+    policy = affine(THETA, **ddim_chain()[1])
+    with pytest.raises(ConfigError, match="'quadratic' has no gradient"):
+        PathwiseStep(task_of(policy, lambda x: reward(x).detach()))
+    with pytest.raises(ConfigError, match="has noise"):
+        PathwiseStep(task_of(affine(THETA, Geometric(), Renoise(), "x0")))
+
+
+def walks_of_other_weights():
+    """(policy, walks of another): as rollouts ahead of the weights give."""
+    policy, other = mlp().double(), mlp().double()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return policy, class_walks(other)
+
+
+def test_the_decoupled_clip_holds_to_the_weights_where_the_update_begins():
+    """There the ratio to p_prox is 1: nothing is clipped, and the gradient is that of unclipped importance sampling."""
+    policy, batch = walks_of_other_weights()
+    free = update_gradient(batch, Config(clip=1e9, dual_clip=None, **PLAIN), policy)
+    settings = {"clip": 1e-6, "dual_clip": None, **PLAIN}
+    torch.testing.assert_close(update_gradient(batch, Config(decoupled=True, **settings), policy), free)
+    assert not torch.allclose(update_gradient(batch, Config(**settings), policy), free, rtol=1e-2)
+
+
+def test_the_decoupled_ratio_of_whole_walks():
+    policy, batch = walks_of_other_weights()
+    free = update_gradient(batch, Config(clip=1e9, dual_clip=None, ratio="trajectory", **PLAIN), policy)
+    settings = {"clip": 1e-6, "dual_clip": None, "ratio": "trajectory", **PLAIN}
+    torch.testing.assert_close(update_gradient(batch, Config(decoupled=True, **settings), policy), free)
+
+
 def update_gradient(batch, config: Config, policy, reference=None) -> torch.Tensor:
     """The gradient of ``update``'s loss; the reference, where there is one, is ``reference`` instead of the start."""
     learner = Learner(policy, batch.times, config)
     if reference is not None:
-        learner.reference.load_state_dict(reference.state_dict())
+        learner.transitions.reference.load_state_dict(reference.state_dict())
     learner.optimization = Capture(policy)
     learner.update(batch)
     return learner.optimization.gradients[0]
@@ -125,7 +215,7 @@ def test_both_forms_agree_at_the_acting_weights():
     sf, is_ = (update_gradient(batch, Config(form=form, **PLAIN), policy) for form in ("sf", "is"))
     torch.testing.assert_close(sf, is_, rtol=1e-6, atol=1e-9)
     walk, step = all_transitions(batch)
-    ratio = Learner(policy, batch.times, Config()).log_ratio(batch, walk, step)
+    ratio = Learner(policy, batch.times, Config()).transitions.log_ratio(batch, walk, step)
     assert ratio.abs().max() < 1e-5
 
 
@@ -209,7 +299,7 @@ def test_the_kl_in_the_reward_has_the_gradient_of_the_kl_of_the_walks():
     made = ddim_chain()[1]
     policy, times = affine(THETA, **made), TimeGrid(STEPS).times(made["schedule"])
     learner = Learner(policy, times, Config(form="sf", kl_reward=1.0, **PLAIN))
-    learner.reference.load_state_dict(affine(REFERENCE, **made).state_dict())
+    learner.transitions.reference.load_state_dict(affine(REFERENCE, **made).state_dict())
     learner.optimization, g = Capture(policy), torch.Generator().manual_seed(0)
     for _ in range(60):
         noise = torch.randn(8000, STEPS + 1, 2, generator=g, dtype=torch.float64)

@@ -57,7 +57,8 @@ def test_a_saved_learner_continues_bit_for_bit():
         assert torch.equal(straight.optimization.ema.shadow[name], resumed.optimization.ema.shadow[name]), name
     assert straight.running.history.keys() == resumed.running.history.keys() == {0, 1, 2, 3}
     assert all(torch.equal(h, resumed.running.history[g]) for g, h in straight.running.history.items())
-    assert all(torch.equal(v, resumed.reference.state_dict()[k]) for k, v in straight.reference.state_dict().items())
+    kept, found = (learner.transitions.reference.state_dict() for learner in (straight, resumed))
+    assert all(torch.equal(value, found[name]) for name, value in kept.items())
 
 
 def test_an_update_raises_what_the_reward_measures():

@@ -221,8 +221,8 @@ def test_ddpo_takes_every_kernel_and_schedule(kernel, schedule):
     batch = collect(policy, times, noise, lambda x: x.mean((1, 2, 3)))
     learner = Learner(policy, times, Config(epochs=1, updates_per_epoch=1))
     walk, step = all_transitions(batch)
-    assert len(walk) == 12 * len(learner.trainable) >= 12 * 3
-    assert learner.log_ratio(batch, walk, step).abs().max() < 1e-9
+    assert len(walk) == 12 * len(learner.transitions.steps) >= 12 * 3
+    assert learner.transitions.log_ratio(batch, walk, step).abs().max() < 1e-9
     before = policy.denoiser.net.theta.detach().clone()
     metrics = learner.update(batch)
     assert np.isfinite(list(metrics.values())).all()

@@ -27,7 +27,7 @@ LAYERS = [
     "rewards run",
     "envs",
     "rollout",
-    "agent",
+    "agent transitions",
     "agents pretrain",
     "config preflight",
     "measure",

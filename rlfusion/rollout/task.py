@@ -6,6 +6,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +20,11 @@ from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward
+from rlfusion.rewards import Reward, score
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.needs import Needs
 from rlfusion.sampling import chain_noise
-from rlfusion.tensors import Cond
+from rlfusion.tensors import Cond, map_cond
 from rlfusion.trajectory import Trajectory
 
 
@@ -77,6 +78,20 @@ class Task:
             device=self.device,
             autoreset_mode=AutoresetMode.DISABLED,
         )
+
+    def score(self, x: Tensor, cond: Cond) -> Tensor:
+        """The checked reward (B,) of latents (B, *shape), with its gradient where it has one."""
+        return score(self.reward, self.decode(x), cond, self.reward_name)
+
+    def require_differentiable_reward(self) -> None:
+        """Raise ConfigError unless the reward's gradient reaches the latents (tried on two of noise)."""
+        x = torch.linspace(-0.9, 0.9, 2 * math.prod(self.shape)).reshape(2, *self.shape).to(self.device)
+        x.requires_grad_()
+        cond = None if self.conditions is None else self.conditions[:1].expand(2, *self.conditions.shape[1:])
+        with torch.enable_grad():
+            reward = self.score(x, map_cond(lambda c: c.to(x.device), cond))
+        if not reward.requires_grad:
+            raise ConfigError(f"reward {self.reward_name!r} has no gradient: expected a differentiable reward")
 
     @cached_property
     def _named_reward(self) -> Reward:
