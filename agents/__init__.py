@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo
+from rlfusion.agents import ddpo, grpo
 
-AGENTS: Mapping[str, type] = {"ddpo": ddpo.Config}
+AGENTS: Mapping[str, type] = {"ddpo": ddpo.Config, "grpo": grpo.Config}
 """The settings of each algorithm by name."""

@@ -71,16 +71,17 @@ class Transitions:
         objective: Objective,
         reference: Reference | None = None,
         kl: float = 0.0,
+        summed: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of ``objective`` + ``kl`` * Eq. (2) over the transitions (walk[i], step[i]).
 
-        The loss is the mean over walks of the sum over stochastic steps, whatever subset of them was drawn: N rows
-        stand for N / (stochastic steps) walks.
+        The loss is the mean over walks of the sum over ``summed`` steps: all stochastic ones by default, for which any
+        random subset of them then stands.
 
         Returns:
             Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
         """
-        scale = len(self.steps) / len(walk)
+        scale = (summed or len(self.steps)) / len(walk)
         records = []
         for rows in torch.arange(len(walk)).split(self.micro_batch):
             distribution, terms = self._terms(batch, walk[rows], step[rows])

@@ -3,6 +3,7 @@
     (1)  score function (DDPO_SF):       loss = -log p_theta(x_s | x_t) A
     (2)  importance sampling (DDPO_IS):  loss = -min(r A, clip(r, 1 - c, 1 + c) A),   r = p_theta / p_old
 
+         the range may be lopsided, clip(r, 1 - c_low, 1 + c_high) (Yu et al. 2025)
     (3)  dual clip (Ye et al. 2020):     r is held below c2 > 1 + c, which bounds the loss where A < 0
 
 A is a constant: no gradient flows into it. At theta = theta_old both have the gradient -A grad log p_theta.
@@ -25,9 +26,14 @@ def score_function(log_prob: Tensor, advantage: Tensor) -> Tensor:
     return -log_prob * advantage.detach()
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None) -> Tensor:
-    """Eq. (2), and (3) where ``dual_clip`` is given, (N,), from log r = log p_theta - log p_old."""
+def clipped_surrogate(
+    log_ratio: Tensor, advantage: Tensor, clip: float | tuple[float, float], dual_clip: float | None = None
+) -> Tensor:
+    """Eq. (2), and (3) where ``dual_clip`` is given, (N,), from log r = log p_theta - log p_old; ``clip`` is c or
+    (c_low, c_high).
+    """
     _same_shape(log_ratio=log_ratio, advantage=advantage)
     held = log_ratio if dual_clip is None else log_ratio.clamp(max=math.log(dual_clip))
     ratio, a = held.exp(), advantage.detach()
-    return -(ratio * a).minimum(ratio.clamp(1 - clip, 1 + clip) * a)
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    return -(ratio * a).minimum(ratio.clamp(1 - low, 1 + high) * a)

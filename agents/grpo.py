@@ -1,0 +1,205 @@
+"""Group-relative policy optimisation of a denoising chain (Flow-GRPO: Liu et al. 2025; DanceGRPO: Xue et al. 2025).
+
+    (1)  A_i = (R_i - mean of its prompt's walks) / std            ``std``: of the prompt's walks, of all, or 1
+    (2)  loss = -sum_{t in W} min(r A, clip(r, 1 - c_low, 1 + c_high) A) + kl_loss KL(p_theta || p_ref),   r = p / p_old
+    (3)  W, the trained steps: all stochastic ones, or a window of ``window`` of them which moves ``window_stride``
+         steps from noise towards data every ``window_every`` rollouts, and begins anew at the end (Li et al. 2025,
+         MixGRPO, whose walks however are deterministic outside the window)
+
+No value function: a prompt's walks are each other's baseline. On a flow model the papers' chain is
+``--chain.kernel FlowSDE(noise=0.7)``; any stochastic kernel will do. log p is the sum over features (the released codes
+take the mean, with clip 1e-4: ``clip_per_dim``).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlfusion.advantage import group_moments, normalize
+from rlfusion.agent import Plan
+from rlfusion.data import Dataset
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import Optimization
+from rlfusion.objectives import clipped_surrogate
+from rlfusion.policy import Policy
+from rlfusion.rollout import Needs, Task, transitions
+from rlfusion.seeding import stream
+from rlfusion.trajectory import Trajectory
+from rlfusion.transitions import Terms, Transitions, require_finite
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of GRPO.
+
+    Attributes:
+        name: the algorithm.
+        lr: learning rate of AdamW.
+        epochs: passes over each rollout.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks.
+        clip_low: c_low of Eq. (2).
+        clip_high: c_high of Eq. (2).
+        dual_clip: limit of the ratio where the advantage is negative; None is none.
+        clip_per_dim: divide the log-ratio by the number of features before the clip.
+        std: by what Eq. (1) divides: "group", "batch", or "none".
+        advantage_clip: advantages are limited to +- this.
+        kl_loss: coefficient of the KL to the base model, in advantage units a nat.
+        window: trained steps, Eq. (3); 0 trains all.
+        window_stride: steps by which the window moves.
+        window_every: rollouts between its moves.
+        micro_batch: transitions in one network call; gradients accumulate over calls.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    name: Literal["grpo"] = "grpo"
+    lr: float = 1e-3
+    epochs: int = 2
+    updates_per_epoch: int = 4
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = 3.0
+    clip_per_dim: bool = False
+    std: Literal["group", "batch", "none"] = "group"
+    advantage_clip: float = 5.0
+    kl_loss: float = 0.05
+    window: int = 0
+    window_stride: int = 1
+    window_every: int = 1
+    micro_batch: int = 2048
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
+        require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm")
+        require_not_negative(self, "kl_loss", "window", "weight_decay")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+            raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for groups of one, or fewer walks than updates."""
+        if plan.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, a group to compare"
+            )
+        if self.updates_per_epoch > plan.walks:
+            raise ConfigError(
+                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
+            )
+
+    def needs(self, steps: int) -> Needs:
+        """Every transition."""
+        return transitions()
+
+    def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
+        """Raises ConfigError where no step of the chain is stochastic, or fewer than the window."""
+        return Learner(task.policy, task.times, self, seed)
+
+    def plan(self) -> str:
+        """What happens to each rollout, in a line."""
+        updates = self.epochs * self.updates_per_epoch
+        trained = f"a moving window of {self.window} steps" if self.window else "all stochastic steps"
+        return (
+            f"each rollout gives {updates} update(s) on {trained}, clipped at -{self.clip_low:g}, +{self.clip_high:g}"
+        )
+
+
+class Learner:
+    """GRPO over one policy and time grid. ``update`` takes a ``Trajectory`` of that grid."""
+
+    def __init__(self, policy: Policy, times: Tensor, config: Config, seed: int = 0) -> None:
+        """``times`` (K+1,) is the chain's grid; ``seed`` keys the order of the walks.
+
+        Raises:
+            ConfigError: no step of the chain is stochastic, or fewer than the window.
+        """
+        self.policy, self.config, self.seed = policy, config, seed
+        self.transitions = Transitions(policy, times, config.micro_batch, config.kl_loss > 0)
+        if config.window > len(self.transitions.steps):
+            raise ConfigError(
+                f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
+            )
+        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.iteration = self.queries = 0
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """Make the updates of one rollout.
+
+        Returns:
+            reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_max,
+            clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over all stochastic steps).
+
+        Raises:
+            NumericalError: a reward or a gradient is not finite; no update has been made from it.
+        """
+        require_finite(batch.reward)
+        reference = self.transitions.refer(batch) if self.transitions.reference else None
+        advantage, steps = self.advantages(batch.reward, batch.group), self.trained(self.iteration)
+        features = batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+        c = self.config
+
+        def objective(terms: Terms) -> Tensor:
+            clip = (c.clip_low, c.clip_high)
+            return clipped_surrogate(terms.log_ratio / features, advantage[terms.walk], clip, c.dual_clip)
+
+        records, norms = [], []
+        for epoch in range(c.epochs):
+            order = stream(self.seed, "grpo", self.iteration, epoch).permutation(len(batch))
+            for walks in torch.from_numpy(order).tensor_split(c.updates_per_epoch):
+                walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
+                part = self.transitions.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
+                records += part
+                norms.append(self.optimization.step())
+        self.iteration += 1
+        self.queries += len(batch)
+        return {
+            "reward": batch.reward.mean().item(),
+            "reward_std": batch.reward.std(correction=0).item(),
+            "advantage_std": advantage.std(correction=0).item(),
+            "window_first": float(steps[0]),
+            **self.transitions.summary(records, max(c.clip_low, c.clip_high), features),
+            "grad_norm": sum(norms) / len(norms),
+        }
+
+    def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
+        """Eq. (1), (B,), limited to +- advantage_clip."""
+        mean, std = group_moments(reward, group)
+        if self.config.std == "batch":
+            std = reward.double().std(correction=0).expand_as(std)
+        scaled = normalize(reward.double(), mean, std) if self.config.std != "none" else reward.double() - mean
+        return scaled.clamp(-self.config.advantage_clip, self.config.advantage_clip).to(reward)
+
+    def trained(self, iteration: int) -> Tensor:
+        """The steps of Eq. (3) in a rollout, falling in noise."""
+        steps, size = self.transitions.steps, self.config.window
+        if not size:
+            return steps
+        places = -(-(len(steps) - size) // self.config.window_stride) + 1
+        first = iteration // self.config.window_every % places * self.config.window_stride
+        first = min(first, len(steps) - size)
+        return steps[first : first + size]
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """log_ratio_max; raises NumericalError unless the ratio is 1 at the acting weights."""
+        features = batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+        return self.transitions.require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
+
+    def state_dict(self) -> dict:
+        state = {
+            "optimization": self.optimization.state_dict(),
+            "iteration": self.iteration,
+            "queries": self.queries,
+        }
+        reference = self.transitions.reference
+        return state if reference is None else state | {"reference": reference.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        self.iteration, self.queries = state["iteration"], state["queries"]
+        if self.transitions.reference is not None:
+            self.transitions.reference.load_state_dict(state["reference"])
