@@ -17,7 +17,9 @@ from rlfusion.agents import AGENTS, ddpo
 from rlfusion.denoiser import Denoiser, Guided
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.grid import Spacing, TimeGrid
+from rlfusion.guard import Config as Guards
 from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
+from rlfusion.monitor import Config as Monitoring
 from rlfusion.policy import Policy
 from rlfusion.rollout import Limits, Settings
 
@@ -207,6 +209,8 @@ class Finetune:
         rollout: how many walks are collected, and by how many workers.
         ray: the workers.
         agent: the algorithm and its settings.
+        guard: what is done about updates that go wrong.
+        monitor: what is watched beside the reward.
         evaluation: the evaluation.
         checkpoint_every: rollouts between checkpoints.
     """
@@ -225,6 +229,8 @@ class Finetune:
     rollout: Rollout = field(default_factory=Rollout)
     ray: Ray = field(default_factory=Ray)
     agent: Agent = field(default_factory=ddpo.Config)
+    guard: Guards = field(default_factory=Guards)
+    monitor: Monitoring = field(default_factory=Monitoring)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 8
 

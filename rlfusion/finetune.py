@@ -23,17 +23,19 @@ from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
+from rlfusion.guard import Guarded
 from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
 from rlfusion.pretraining import base_model, require_solvable
 from rlfusion.progress import Progress
-from rlfusion.rewards import Reward, build, score
+from rlfusion.rewards import Reward, build, find, score
 from rlfusion.rollout import Backend, Pending, make_backend, plan, version_for
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.tasks import make_task, recipe, worker_options
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import Trajectory, concatenate
+from rlfusion.watch import Watch
 from rlfusion.weights import Weights, pack, sha256, unpack
 
 PREFLIGHT_SAMPLES = 64
@@ -98,6 +100,19 @@ class Job:
     judged: Judged
     reward: Reward
     tracker: Tracker
+    guarded: Guarded
+    watch: Watch
+
+    def look(self, done: int, progress: Progress) -> str:
+        """Let the monitor look at the averaged weights; why the training shall stop here, or ""."""
+        if not self.watch.due(done):
+            return ""
+        with self.learner.optimization.ema.averaged():
+            seen, alarms = self.watch.look(done)
+        self.tracker.scalars(done, "monitor", seen)
+        for said in alarms:
+            progress.say(f"monitor, after {done} updates: {said}")
+        return self.watch.stops(alarms)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure the averaged weights with the chain's own sampler, and log it."""
@@ -128,7 +143,7 @@ class Job:
     def save(self, step: int, collector: Collector) -> None:
         """A checkpoint of all that resuming needs."""
         older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
-        state = {"learner": self.learner.state_dict(), "older_weights": older}
+        state = {"learner": self.guarded.state_dict(), "older_weights": older, "watch": self.watch.state_dict()}
         self.tracker.flush()
         checkpoint.save(self.folder / "checkpoints", step, state)
 
@@ -155,6 +170,8 @@ def check(config: Finetune) -> None:
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
     config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
+    for name in config.monitor.held_out:
+        find(name)
     score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)
 
 
@@ -177,7 +194,14 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
     learner = config.agent.learner(make_task(config, card, policy, reward), judged.train, config.seed)
-    return Job(config, folder, card, denoiser, policy, times, learner, judged, reward, tracker)
+    card = replace(card, chain=asdict(config.chain))
+
+    def save_best() -> None:
+        models.save(folder / "best", denoiser, card)
+
+    watch = Watch(config, folder, policy, times, judged, reward, save_best)
+    guarded = Guarded(learner, config.guard, folder)
+    return Job(config, folder, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, watch)
 
 
 def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progress) -> dict[str, Any]:
@@ -193,7 +217,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
     finished = folder / "summary.json"
-    if start == config.updates and finished.is_file():
+    if finished.is_file():
         progress.say(f"{folder} is finished: this is its result")
         return json.loads(finished.read_text())
     with closing(Tracker(folder, start)) as tracker:
@@ -202,8 +226,8 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         with make_backend(recipe(config, job.card, job.reward, pick_device(config.device)), config.settings) as backend:
             collector = Collector(backend, config, job.card.classes, start)
             before = _begin(job, collector, found.path if found else None, progress)
-            _improve(job, collector, signals, progress)
-        return _finish(job, before)
+            done = _improve(job, collector, signals, progress)
+        return _finish(job, before, done)
 
 
 def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress) -> dict[str, float]:
@@ -211,7 +235,8 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
     file = job.folder / "before.json"
     if path is not None:
         state = checkpoint.load(path)
-        job.learner.load_state_dict(state["learner"])
+        job.guarded.load_state_dict(state["learner"])
+        job.watch.load_state_dict(state["watch"])
         for version, tensors in sorted(state["older_weights"].items(), key=lambda held: int(held[0])):
             blob = pack(tensors)
             collector.publish(Weights(int(version), sha256(blob), blob))
@@ -221,6 +246,8 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
         before = job.evaluate(0)
         checkpoint.write_json_atomic(file, before)
         job.picture(0, "before")
+    if job.config.monitor.every:
+        job.watch.begin()
     weights = Weights.of(job.policy, job.learner.iteration)
     _preflight(job, collector, weights, progress)
     collector.publish(weights)
@@ -238,14 +265,14 @@ def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progr
     progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 
-def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> None:
-    """The training loop, from the updates done to all."""
+def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
+    """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
 
     def save(step: int) -> None:
         job.save(step, collector)
 
-    steps = train(job.learner, collector.batches(), start, total, config.checkpoint_every, save, signals)
+    steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
     with progress.bar("fine-tuning", total, start) as bar:
         for step, metrics in steps:
             done = step + 1
@@ -254,16 +281,23 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
+            stop = job.look(done, progress)
+            if stop:
+                progress.say(f"stopped after {done} updates: {stop}")
+                return done
+    return total
 
 
-def _finish(job: Job, before: dict[str, float]) -> dict[str, Any]:
-    """Measure, draw and save the result."""
-    total, folder = job.config.updates, job.folder
+def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
+    """Measure, draw and save the result after ``total`` updates."""
+    folder = job.folder
     after = job.evaluate(total)
     job.picture(total, "after")
     with job.learner.optimization.ema.averaged():
-        models.save(folder / "model", job.denoiser, replace(job.card, chain=asdict(job.config.chain)))
-    result = {"before": before, "after": after, "queries": job.learner.queries}
+        models.save(folder / "model", job.denoiser, job.card)
+    result = {"before": before, "after": after, "queries": job.learner.queries, "updates": total}
+    if job.watch.best.step > 0:
+        result["best"] = {"updates": job.watch.best.step, job.watch.best.name: job.watch.best.value}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in HEADLINES})
     job.tracker.flush()
     checkpoint.write_json_atomic(folder / "summary.json", result)

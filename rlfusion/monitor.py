@@ -1,0 +1,131 @@
+"""Watching for reward hacking: samples on fixed seeds, beside those that the base model drew from the same noise.
+
+    (1)  frechet_base     Frechet distance to the base's samples, in the judge's features
+    (2)  diversity        mean distance between two samples of one prompt, over the base's
+    (3)  agreement        share of samples that the judge, who is not the reward, takes for their prompt
+    (4)  brightness, edge_density, entropy: how far the mean has moved, in standard deviations of the base's images
+    (5)  held-out rewards, which nothing is trained on
+
+A reward that rises while these run away is being hacked: UniRL saw dark pixels go from .45 to .93 of the picture while
+its author's reward check passed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.evaluate import agreement, class_spread, features, frechet_distance, image_statistics
+from rlfusion.evaluate.report import Judge
+from rlfusion.rewards import Reward, score
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the monitor.
+
+    Attributes:
+        every: updates between looks; 0 never looks.
+        samples: drawn at each look; the classes take turns.
+        held_out: rewards to evaluate only, by name.
+        diversity: alarm where diversity falls below this share of the base's.
+        agreement: alarm where agreement falls by more than this.
+        image: alarm where an image statistic moves by more standard deviations of the base's images.
+        frechet_base: alarm above this distance to the base's samples; null for none.
+        best: what the best model has most of (of the names above, or "reward"), among looks without an alarm.
+        patience: looks without a new best after which training stops; 0 goes on to the end.
+        stop: an alarm, too, stops the training; else it is written down only.
+    """
+
+    every: int = 4
+    samples: int = 200
+    held_out: tuple[str, ...] = ()
+    diversity: float = 0.5
+    agreement: float = 0.15
+    image: float = 3.0
+    frechet_base: float | None = None
+    best: str = "reward"
+    patience: int = 0
+    stop: bool = False
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "every", "diversity", "patience")
+        require_positive(self, "agreement", "image")
+        if self.samples < 50:
+            raise ConfigError(f"samples = {self.samples}: expected at least 50")
+        if self.best not in (known := (*LOOKED_AT, "reward", *self.held_out)):
+            raise ConfigError(f"best = {self.best}: expected one of {', '.join(known)}")
+
+
+IMAGE = ("brightness", "edge_density", "entropy")
+LOOKED_AT = ("agreement", "diversity", "frechet_base", *IMAGE)
+
+
+class Monitor:
+    """Compares samples with the base model's."""
+
+    def __init__(
+        self, config: Config, judge: Judge, rewards: Mapping[str, Reward], base: Tensor, label: Tensor
+    ) -> None:
+        """``rewards`` are the trained one, named "reward", and those held out; ``base`` (B, C, H, W) the base model's
+        samples for ``label`` (B,).
+        """
+        self.config, self.judge, self.rewards, self.label = config, judge, rewards, label
+        self.base = features(judge, base)
+        self.spread = _spread(self.base, label)
+        self.images = image_statistics(base)._asdict()
+        self.agreement = agreement(judge, self.base, label)
+
+    @torch.no_grad()
+    def look(self, samples: Tensor) -> dict[str, float]:
+        """Eq. (1) to (5) and the reward, by name, of samples (B, C, H, W) for the labels of the base's."""
+        ours, images = features(self.judge, samples), image_statistics(samples)._asdict()
+        seen = {name: score(reward, samples, self.label, name).mean().item() for name, reward in self.rewards.items()}
+        seen["agreement"] = agreement(self.judge, ours, self.label)
+        seen["diversity"] = _spread(ours, self.label) / self.spread
+        seen["frechet_base"] = frechet_distance(ours, self.base)
+        for name, was in self.images.items():
+            std = was.std(correction=0).clamp(min=1e-6)
+            seen[name] = ((images[name].mean() - was.mean()) / std).item()
+        return seen
+
+    def alarms(self, seen: dict[str, float]) -> list[str]:
+        """What has run away, a sentence each."""
+        c, found = self.config, []
+        if seen["diversity"] < c.diversity:
+            found.append(f"diversity within a prompt is {seen['diversity']:.2f} of the base model's")
+        if self.agreement - seen["agreement"] > c.agreement:
+            found.append(f"agreement fell from {self.agreement:.3f} to {seen['agreement']:.3f}")
+        if c.frechet_base is not None and seen["frechet_base"] > c.frechet_base:
+            found.append(f"the Frechet distance to the base's samples is {seen['frechet_base']:.1f}")
+        for name in IMAGE:
+            if abs(seen[name]) > c.image:
+                found.append(f"{name} moved by {seen[name]:+.1f} standard deviations of the base's images")
+        return found
+
+
+def _spread(of_samples: Tensor, label: Tensor) -> float:
+    """Mean spread within a class, over the classes that have two samples."""
+    spread = class_spread(of_samples, label)
+    return sum(spread.values()) / len(spread)
+
+
+@dataclass
+class Best:
+    """The best look so far: its value, at which update, and the looks since. It is saved with the run."""
+
+    name: str
+    value: float = -float("inf")
+    step: int = -1
+    since: int = 0
+
+    def take(self, step: int, seen: dict[str, float], alarmed: bool) -> bool:
+        """Whether this look is the best so far; of ``frechet_base`` the least is best."""
+        value = -seen[self.name] if self.name == "frechet_base" else seen[self.name]
+        better = value > self.value and not alarmed
+        self.since = 0 if better else self.since + 1
+        if better:
+            self.value, self.step = value, step
+        return better

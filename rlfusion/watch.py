@@ -1,0 +1,101 @@
+"""The monitor at work in a run: its samples, its alarms, the best model so far.
+
+The base model's samples are kept in ``monitor/base.safetensors``: a resumed run compares with the same ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlfusion.config import Finetune
+from rlfusion.measure import Judged, draw, make_reward
+from rlfusion.monitor import Best, Monitor
+from rlfusion.policy import Policy
+from rlfusion.rewards import Reward
+from rlfusion.weights import pack, unpack
+
+
+@dataclass
+class Watch:
+    """Looks at a policy from time to time. ``save_best`` writes the model that it has now."""
+
+    config: Finetune
+    folder: Path
+    policy: Policy
+    times: Tensor
+    judged: Judged
+    reward: Reward
+    save_best: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.best = Best(self.config.monitor.best)
+        self.monitor: Monitor | None = None
+
+    def begin(self) -> None:
+        """Draw the base model's samples, or read them where the run has them already."""
+        file = self.folder / "monitor" / "base.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(pack({"samples": self._draw().cpu()}))
+        base = unpack(file.read_bytes())["samples"].to(self._label.device)
+        c = self.config
+        held_out = {n: make_reward(n, _only(n, c), self.judged.train, Path(c.root)) for n in c.monitor.held_out}
+        rewards = {"reward": self.reward, **held_out}
+        self.monitor = Monitor(c.monitor, self.judged.judge, rewards, base, self._label)
+
+    def due(self, done: int) -> bool:
+        """Whether ``done`` updates are the time for a look."""
+        every = self.config.monitor.every
+        return bool(every) and (done % every == 0 or done == self.config.updates)
+
+    def look(self, done: int) -> tuple[dict[str, float], list[str]]:
+        """What is seen of the policy after ``done`` updates, and the alarms; keeps the model if it is the best yet."""
+        seen = self.monitor.look(self._draw())
+        alarms = self.monitor.alarms(seen)
+        if self.best.take(done, seen, bool(alarms)):
+            self.save_best()
+        if alarms:
+            self._write(done, alarms)
+        return seen | {"alarms": float(len(alarms))}, alarms
+
+    def stops(self, alarms: list[str]) -> str:
+        """Why the training shall stop here, or ""."""
+        settings = self.config.monitor
+        if settings.stop and alarms:
+            return f"alarm: {alarms[0]}"
+        if settings.patience and self.best.since >= settings.patience:
+            return f"no better {settings.best} in {self.best.since} looks; the best was after {self.best.step} updates"
+        return ""
+
+    def state_dict(self) -> dict:
+        return asdict(self.best)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = Best(**state)
+
+    @property
+    def _label(self) -> Tensor:
+        device = next(self.policy.parameters()).device
+        return torch.arange(self.config.monitor.samples, device=device) % self.judged.train.classes
+
+    def _draw(self) -> Tensor:
+        return draw(self.policy, self.times, self._label, self.judged.train.shape, self.config.seed, "monitor")
+
+    def _write(self, done: int, alarms: list[str]) -> None:
+        lines = [
+            f"## After {done} updates: what the reward does not see",
+            "",
+            *[f"- {said}" for said in alarms],
+            "",
+            "",
+        ]
+        with (self.folder / "diagnosis.md").open("a") as file:
+            file.write("\n".join(lines))
+
+
+def _only(name: str, config: Finetune) -> dict:
+    """The options of one reward."""
+    return {name: config.reward_options[name]} if name in config.reward_options else {}

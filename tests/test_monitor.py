@@ -1,0 +1,152 @@
+"""The monitor: what it sees of known pictures, and runs that trip its alarms, stop early and keep the best model."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from processes import rlfusion
+from torch import nn
+
+from rlfusion.errors import ConfigError
+from rlfusion.monitor import Best, Config, Monitor
+
+
+class Corners(nn.Module):
+    """A judge whose features are four pixels and whose class is the brightest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Identity()
+
+    def features(self, x):
+        return x.flatten(1)[:, :4]
+
+
+LABEL = torch.arange(80) % 4
+
+
+def pictures(seed: int = 0, spread: float = 0.1) -> torch.Tensor:
+    """(80, 1, 4, 4): the corner of the label is bright."""
+    x = 0.3 + spread * torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    x.flatten(1)[torch.arange(80), LABEL] += 0.4
+    return x
+
+
+def monitor(**settings) -> Monitor:
+    rewards = {"reward": lambda x, c: x.flatten(1).mean(1), "mine": lambda x, c: -x.flatten(1).mean(1)}
+    return Monitor(Config(**settings), Corners(), rewards, pictures(), LABEL)
+
+
+def test_the_base_itself_is_at_the_origin():
+    seen = monitor().look(pictures())
+    assert seen["reward"] == -seen["mine"] == pytest.approx(pictures().mean().item(), rel=1e-5)
+    assert seen["agreement"] == 1
+    assert seen["diversity"] == pytest.approx(1)
+    assert seen["frechet_base"] == pytest.approx(0, abs=1e-6)
+    assert {seen[name] for name in ("brightness", "edge_density", "entropy")} == {0}
+    assert monitor().alarms(seen) == []
+
+
+def test_brightness_is_in_deviations_of_the_bases_images():
+    base = pictures()
+    std = base.flatten(1).mean(1).std(correction=0).item()
+    assert monitor().look(base + 2.5 * std)["brightness"] == pytest.approx(2.5, rel=1e-3)
+
+
+def test_another_sample_of_the_same_law_raises_no_alarm():
+    assert monitor().alarms(monitor().look(pictures(seed=5))) == []
+
+
+ALARMS = {
+    "diversity": lambda x: pictures()[:4].repeat(20, 1, 1, 1),
+    "agreement": lambda x: x.roll(1, 0),
+    "brightness": lambda x: (x + 0.25).clamp(max=1),
+    "Frechet": lambda x: 0.2 * x,
+}
+
+
+@pytest.mark.parametrize("alarm", ALARMS)
+def test_each_alarm_is_raised(alarm):
+    watching = monitor(frechet_base=0.05)
+    said = watching.alarms(watching.look(ALARMS[alarm](pictures())))
+    assert any(alarm in sentence for sentence in said), said
+
+
+def test_the_best_is_the_highest_without_an_alarm_and_of_distances_the_least():
+    best = Best("reward")
+    took = [best.take(n, {"reward": r}, a) for n, r, a in [(1, 0.2, False), (2, 0.1, False), (3, 0.9, True)]]
+    assert took == [True, False, False]
+    assert (best.step, best.since) == (1, 2)
+    near = Best("frechet_base")
+    assert near.take(1, {"frechet_base": 3.0}, False)
+    assert near.take(2, {"frechet_base": 2.0}, False)
+    assert not near.take(3, {"frechet_base": 2.5}, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"best": "rewrd"}, "best = rewrd: expected one of agreement"),
+        ({"samples": 10}, "samples = 10"),
+        ({"every": -1}, "every = -1"),
+        ({"image": 0}, "image = 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Config(**settings)
+
+
+@pytest.fixture
+def root(tiny_root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
+    return tmp_path
+
+
+def looks(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "monitor/reward" in line]
+
+
+def test_a_run_looks_by_default_and_keeps_its_best_model(root):
+    said = rlfusion(root, "finetune", *TINY, "--name", "it", "--monitor.held_out", "[ink]", "--monitor.agreement", 9)
+    assert said.code == 0, said.err
+    folder = root / "runs" / "it"
+    seen = looks(folder)
+    assert [line["step"] for line in seen] == [4, 6]
+    assert all("monitor/ink" in line for line in seen)
+    summary = json.loads((folder / "summary.json").read_text())
+    best = max(seen, key=lambda line: line["monitor/reward"])
+    assert summary["best"] == {"updates": best["step"], "reward": best["monitor/reward"]}
+    again = rlfusion(root, "evaluate", "--checkpoint", "runs/it/best", "--evaluation.samples", 60)
+    assert again.code == 0, again.err
+
+
+def test_an_alarm_stops_a_run_that_is_told_so(root):
+    more = ("--monitor.every", 2, "--monitor.stop", "true", "--monitor.frechet_base", 1e-9)
+    said = rlfusion(root, "finetune", *TINY, "--name", "it", *more)
+    assert said.code == 0, said.err
+    folder = root / "runs" / "it"
+    assert "stopped after 2 updates: alarm: the Frechet distance" in " ".join(said.err.split())
+    assert json.loads((folder / "summary.json").read_text())["updates"] == 2
+    assert "After 2 updates" in (folder / "diagnosis.md").read_text()
+    again = rlfusion(root, "finetune", "--resume", "runs/it")
+    assert again.code == 0
+    assert "is finished" in again.err
+
+
+def test_a_run_without_a_better_look_stops(root):
+    more = ("--monitor.every", 1, "--monitor.patience", 2, "--monitor.frechet_base", 1e-9, "--updates", 9)
+    said = rlfusion(root, "finetune", *TINY, "--name", "it", *more)
+    assert said.code == 0, said.err
+    assert "no better reward in 2 looks" in " ".join(said.err.split())
+    assert not (root / "runs" / "it" / "best").exists()
+
+
+def test_an_unknown_held_out_reward_is_refused_before_work(root):
+    said = rlfusion(root, "finetune", *TINY, "--name", "it", "--monitor.held_out", "[inkk]")
+    assert said.code == 2
+    assert "'inkk'" in said.err
+    assert not (root / "runs" / "it").exists()
