@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlfusion import checkpoint, config, models
+from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
@@ -103,10 +104,10 @@ def new_run(settings: Any, name: str) -> tuple[Any, Path]:
     return settings, folder
 
 
-def _sampler(path: str, chain: config.Chain, device: str) -> tuple[Any, ...]:
+def _sampler(path: str, chain: Chain, device: str) -> tuple[Any, ...]:
     denoiser, card = models.load(Path(path))
     denoiser = denoiser.to(pick_device(device))
-    return denoiser, card, chain.policy(denoiser, torch.tensor([card.classes])), chain.times(denoiser)
+    return denoiser, card, chain.policy(denoiser, card.names), chain.times(denoiser)
 
 
 def _print(console: Console, result: dict[str, float], title: str) -> None:

@@ -3,65 +3,20 @@
 All counts are global (prompts, samples per prompt, updates per rollout): no result depends on the number of workers.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from rlfusion import models, pretrain, spec
 from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
-from rlfusion.denoiser import Denoiser, Guided
+from rlfusion.chain import Chain
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.grid import Spacing, TimeGrid
 from rlfusion.guard import Config as Guards
-from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.monitor import Config as Monitoring
-from rlfusion.policy import Policy
 from rlfusion.rollout import Limits, Settings
-
-KERNELS: Mapping[str, Callable[..., Kernel]] = {
-    kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
-}
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The sampling chain, which is the MDP.
-
-    Attributes:
-        steps: denoising steps (network calls) of an episode.
-        spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
-        kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
-            Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
-        guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0; 0 is none. diffusers' scale is 1 + w.
-    """
-
-    steps: int = 20
-    spacing: Spacing = "trailing"
-    kernel: str = "DDIM(eta=1.0)"
-    guidance: float = 0.0
-
-    def make_kernel(self) -> Kernel:
-        """The kernel that ``kernel`` writes."""
-        return spec.parse(self.kernel, KERNELS, "kernel")
-
-    @property
-    def grid(self) -> TimeGrid:
-        """The time grid."""
-        return TimeGrid(self.steps, self.spacing)
-
-    def times(self, denoiser: Denoiser) -> Tensor:
-        """The K + 1 falling times on the denoiser's schedule."""
-        return self.grid.times(denoiser.schedule)
-
-    def policy(self, denoiser: Denoiser, null: Any) -> Policy:
-        """The policy over this chain; ``null`` is the condition (1,) of "no condition"."""
-        model = Guided(denoiser, self.guidance, null) if self.guidance else denoiser
-        return Policy(model, self.make_kernel())
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from rlfusion.errors import ConfigError
 from rlfusion.kinds import Kind
-from rlfusion.parameterization import Prediction, Solution, conditioning, named, predict, solve
+from rlfusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
 from rlfusion.schedule import Schedule, level
 from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
@@ -48,24 +49,70 @@ def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
 class Guided(nn.Module):
     """Classifier-free guidance as a wrapper with a denoiser's call (Ho & Salimans 2022; handbook 2.3, corrected).
 
-        e = (1 + w) e_c - w e_0,     w = ``weight``     (diffusers' guidance_scale is 1 + w)
+        (1)  y = (1 + w) y_c - w y_0,     w = ``weight``     (diffusers' guidance_scale is 1 + w)
+        (2)  y <- f y,  f = rescale std(y_c) / std(y) + 1 - rescale                    (Lin et al. 2023, Eq. 15, 16)
 
-    The same affine combination holds for x0 and eps. Both halves are one network call of 2 B rows. ``null`` is the
-    condition of one sample, batch 1, that means "no condition".
+    y is the network's answer; Eq. (1) is affine, so it is the same in x0 and eps. y_0 is the answer to ``null``, the
+    condition of one sample, batch 1, that means "no condition", or a negative one. Guidance acts where
+    ``low`` <= t <= ``high`` (Kynkaanniemi et al. 2024); elsewhere y = y_c. All is one network call: B rows, and one
+    more for every row that is guided.
     """
 
-    def __init__(self, denoiser: nn.Module, weight: float, null: Cond) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        weight: float,
+        null: Cond,
+        rescale: float = 0.0,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: ``rescale`` or the interval outside [0, 1].
+        """
         super().__init__()
+        if not 0 <= rescale <= 1:
+            raise ConfigError(f"guidance_rescale = {rescale}: expected a number in [0, 1]")
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"guidance_low, guidance_high = {low}, {high}: expected 0 <= low <= high <= 1")
         self.denoiser, self.weight, self.null = denoiser, weight, null
+        self.rescale, self.low, self.high = rescale, low, high
         self.schedule: Schedule = denoiser.schedule
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        inside = (t >= self.low) & (t <= self.high)
+        if not bool(inside.any()):
+            return self.denoiser(x, t, cond)
+        if bool(inside.all()):
+            return self._guided(x, t, cond, slice(None))
+        return self._guided(x, t, cond, inside.nonzero().flatten().to(x.device))
+
+    def _guided(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor | slice) -> Prediction:
+        """Eq. (1) and (2) in ``rows`` of the batch."""
         self.null = map_cond(lambda c: c.to(x.device), self.null)  # moves once; a copy a step would stall a GPU
-        null = map_cond(lambda c: c.expand(len(x), *c.shape[1:]), self.null)
-        both = self.denoiser(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2) if t.ndim else t, cat_cond([cond, null]))
-        x0, eps = (self.combine(*half.chunk(2)) for half in both)
-        return Prediction(x0, eps)
+        mine = x[rows]
+        null = map_cond(lambda c: c.expand(len(mine), *c.shape[1:]), self.null)
+        at = t if t.ndim == 0 else torch.cat([t, t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]])
+        both = self.denoiser(torch.cat([x, mine]), at, cat_cond([cond, null]))
+        conditional = Prediction(*(half[: len(x)] for half in both))
+        unconditional = Prediction(*(half[len(x) :] for half in both))
+        part = Prediction(*(half[rows] for half in conditional))
+        guided = Prediction(*map(self.combine, part, unconditional))
+        if self.rescale:
+            guided = self._rescaled(guided, part, mine, at[len(x) :] if t.ndim else t)
+        if isinstance(rows, slice):
+            return guided
+        return Prediction(*(whole.index_copy(0, rows, new) for whole, new in zip(conditional, guided)))
 
     def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        """(1 + w) conditional - w unconditional."""
+        """Eq. (1): (1 + w) conditional - w unconditional."""
         return (1 + self.weight) * conditional - self.weight * unconditional
+
+    def _rescaled(self, guided: Prediction, conditional: Prediction, x: Tensor, t: Tensor) -> Prediction:
+        """Eq. (2), in what the network answers, as diffusers' pipelines do."""
+        l, kind = level(self.schedule, t, x), self.denoiser.kind
+        y, y_c = (target(kind, p.x0, p.eps, l) for p in (guided, conditional))
+        ratio = y_c.flatten(1).std(1) / y.flatten(1).std(1)
+        f = (self.rescale * ratio + 1 - self.rescale).reshape(-1, *[1] * (x.ndim - 1))
+        return predict(solve(kind, l), f * y, x)

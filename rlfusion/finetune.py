@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rlfusion import checkpoint, models
 from rlfusion.agent import AgentLearner
-from rlfusion.config import Chain, Finetune
+from rlfusion.chain import Chain
+from rlfusion.config import Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -166,7 +167,7 @@ def check(config: Finetune) -> None:
         )
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     require_solvable(denoiser, config.chain)
-    policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
+    policy = config.chain.policy(denoiser, card.names)
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
     config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
@@ -185,7 +186,7 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     config.chain.make_kernel()
     base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
     denoiser, card = models.load(base)
-    policy = config.chain.policy(denoiser.to(device), torch.tensor([card.classes]))
+    policy = config.chain.policy(denoiser.to(device), card.names)
     times = config.chain.times(denoiser)
     data = load(config.pretrain.data, config.pretrain.size)
     judged = Judged.of(data, config.pretrain.held_out, root, device)

@@ -59,7 +59,7 @@ class Config:
 @dataclass(frozen=True)
 class Card:
     """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, and
-    the settings of the chain that it was made with (``config.Chain``; empty for none in particular).
+    the settings of the chain that it was made with (``chain.Chain``; empty for none in particular).
     """
 
     config: Config

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from rlfusion import checkpoint, models
-from rlfusion.config import Base, Chain, Pretrain, to_yaml
+from rlfusion.chain import Chain
+from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -130,7 +131,7 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     card = models.Card(config.model, data.shape, data.names, asdict(config.chain))
     fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     denoiser = models.load(folder)[0].to(device)
-    policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
+    policy = config.chain.policy(denoiser, card.names)
     times = config.chain.times(denoiser)
     picture = grid(grid_samples(policy, times, card.classes, card.shape, config.seed), card.classes)
     save_png(folder / "samples" / "grid.png", picture)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from rlfusion import models
-from rlfusion.config import Chain, Finetune
+from rlfusion.chain import Chain
+from rlfusion.config import Finetune
 from rlfusion.data import to_pixels
 from rlfusion.measure import reward_parts
 from rlfusion.policy import Policy
@@ -25,7 +26,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
-    policy, needs = chain.policy(denoiser, torch.tensor([card.classes])), Needs(**config["needs"])
+    policy, needs = chain.policy(denoiser, card.names), Needs(**config["needs"])
     return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs)
 
 

@@ -12,7 +12,7 @@ from test_sampling_laws import Oracle, steps_of
 
 from rlfusion import spec
 from rlfusion.agents.ddpo import Config, Learner
-from rlfusion.config import KERNELS
+from rlfusion.chain import KERNELS
 from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid, repeated
 from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Langevin, Renoise, ReverseSDE, transition

@@ -20,7 +20,7 @@ LAYERS = [
     "parameterization",
     "denoiser kernel consistency solvers",
     "policy",
-    "sampling trajectory",
+    "sampling trajectory chain",
     "advantage objectives",
     "learner nets data weights",
     "classifier evaluate models checkpoint tracking",

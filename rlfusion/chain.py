@@ -1,0 +1,92 @@
+"""The sampling chain as settings: steps, spacing, kernel, guidance. The chain is the MDP."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from rlfusion import spec
+from rlfusion.denoiser import Denoiser, Guided
+from rlfusion.errors import ConfigError, unknown
+from rlfusion.grid import Spacing, TimeGrid
+from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
+from rlfusion.policy import Policy
+
+KERNELS: Mapping[str, Callable[..., Kernel]] = {
+    kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
+}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The sampling chain, which is the MDP.
+
+    Attributes:
+        steps: denoising steps (network calls) of an episode.
+        spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
+        kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
+            Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
+        guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0, the handbook's; 0 is none.
+        guidance_scale: the same as diffusers' scale, 1 + w, in place of ``guidance``.
+        guidance_rescale: share of the guided answer that gets the conditional answer's standard deviation back.
+        guidance_low: the least time, in [0, 1], at which guidance acts.
+        guidance_high: the greatest.
+        negative: name of the class that guidance leads away from; empty leads away from "no class".
+    """
+
+    steps: int = 20
+    spacing: Spacing = "trailing"
+    kernel: str = "DDIM(eta=1.0)"
+    guidance: float = 0.0
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    negative: str = ""
+
+    def __post_init__(self) -> None:
+        if self.guidance and self.guidance_scale is not None:
+            raise ConfigError(
+                f"guidance_scale = {self.guidance_scale}: it is 1 + guidance, and guidance = {self.guidance} is given; "
+                "expected one of the two"
+            )
+        alone = ("guidance_rescale", "guidance_low", "guidance_high", "negative")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in alone:
+            if not self.weight and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: there is no guidance, expected guidance other than 0"
+                )
+
+    @property
+    def weight(self) -> float:
+        """w."""
+        return self.guidance if self.guidance_scale is None else self.guidance_scale - 1
+
+    def make_kernel(self) -> Kernel:
+        """The kernel that ``kernel`` writes."""
+        return spec.parse(self.kernel, KERNELS, "kernel")
+
+    @property
+    def grid(self) -> TimeGrid:
+        """The time grid."""
+        return TimeGrid(self.steps, self.spacing)
+
+    def times(self, denoiser: Denoiser) -> Tensor:
+        """The K + 1 falling times on the denoiser's schedule."""
+        return self.grid.times(denoiser.schedule)
+
+    def policy(self, denoiser: Denoiser, names: Sequence[str]) -> Policy:
+        """The policy over this chain, of a denoiser whose classes have these names.
+
+        Raises:
+            ConfigError: ``negative`` names none of them.
+        """
+        if not self.weight:
+            return Policy(denoiser, self.make_kernel())
+        if self.negative and self.negative not in names:
+            raise unknown("class for negative", self.negative, names)
+        null = torch.tensor([names.index(self.negative) if self.negative else len(names)])
+        settings = (self.guidance_rescale, self.guidance_low, self.guidance_high)
+        return Policy(Guided(denoiser, self.weight, null, *settings), self.make_kernel())
