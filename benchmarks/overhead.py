@@ -16,15 +16,14 @@ busy machine, --cpu-time counts the processor time of this process instead of th
 import argparse
 import cProfile
 import json
-import platform
 import pstats
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timing import compare, machine
 from torch import Tensor, nn
 
 from rlfusion.agents.ddpo import Config, Learner
@@ -116,28 +115,8 @@ class Bench:
                 self.net(*rows)
         self.update_floor()
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        self._wait()
-        start = self.clock()
-        function()
-        self._wait()
-        return self.clock() - start
-
-    def _wait(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
     def compare(self, ours: Callable[[], object], floor: Callable[[], object], rounds: int) -> dict[str, float]:
-        """Median floor in ms; median and quartiles of ours / floor. The order within a pair alternates."""
-        for function in (floor, ours, floor, ours):
-            function()
-        floors, ratios = [], []
-        for i in range(rounds):
-            pair = {f: self.seconds(f) for f in ((floor, ours) if i % 2 else (ours, floor))}
-            floors.append(pair[floor])
-            ratios.append(pair[ours] / pair[floor])
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        return {"floor_ms": 1e3 * statistics.median(floors), "ratio": middle, "q1": low, "q3": high}
+        return compare(ours, floor, rounds, self.device, self.clock)
 
 
 def measure(name: str, bench: Bench, rounds: int, profile: bool) -> dict:
@@ -172,12 +151,6 @@ def show(records: list[dict]) -> None:
             m = r[what]
             head = f"{r['case']:12}{r['parameters']:12,}{r['batch']:7}{r['steps']:7}"
             print(f"{head}   {what:10}{m['floor_ms']:10.1f}{m['ratio']:8.3f}   {m['q1']:.3f} .. {m['q3']:.3f}")
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def main() -> None:
