@@ -1,10 +1,11 @@
-"""The command line: ``rlfusion finetune | pretrain | sample | evaluate``.
+"""The command line: ``rlfusion finetune | compare | pretrain | sample | evaluate``.
 
 Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what was expected, the nearest valid name),
 4 numerical failure, 75 stopped by a signal after saving (resume with --resume).
 """
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -32,6 +33,8 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
                                              the same settings again, with changes
   rlfusion pretrain                          a model alone; --data FOLDER or FILE.npz for your own images
   rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
+  rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
+                                             algorithms side by side: table, plots, one TensorBoard
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
   tensorboard --logdir runs                  all runs, with before/after grids
@@ -39,7 +42,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
 """
 
-PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain."}
+PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model.kind, model.schedule, train.loss and chain"
@@ -86,17 +89,17 @@ def _run(arguments: list[str]) -> int:
 
 
 def _job(kind: str, arguments: list[str]) -> None:
-    """finetune or pretrain: a new run, or an old one to resume."""
-    from rlfusion import commands
+    """finetune, pretrain or compare: a new run, or an old one to resume."""
+    from rlfusion import commands, comparison
     from rlfusion.finetune import check as check_finetune
     from rlfusion.pretraining import check as check_pretrain
 
-    run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain}[kind]
+    run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain, "compare": commands.run_compare}[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(*_resumed(kind, arguments))
         return
     settings = settings_of(kind, arguments)
-    check = {"finetune": check_finetune, "pretrain": check_pretrain}[kind]
+    check = {"finetune": check_finetune, "pretrain": check_pretrain, "compare": comparison.check}[kind]
     check(settings)
     run(*commands.new_run(settings, settings.default_name))
 
@@ -107,6 +110,10 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
 
     if kind == "pretrain":
         return parse(config.Pretrain, kind, arguments)
+    if kind == "compare":
+        from rlfusion.comparison import Compare
+
+        return parse(Compare, kind, _listed(arguments))
     arguments = _long(arguments)
     typed = config.with_agent(_agent(arguments))
     return parse(typed, kind, arguments, make=config.Finetune)
@@ -117,6 +124,20 @@ def _long(arguments: list[str]) -> list[str]:
     values = [a.partition("=")[2] if "=" in a else following for a, following in pairwise([*arguments, ""])]
     named = [re.fullmatch(r"--agent(=.*)?", a) and re.fullmatch(r"\w+", value) for a, value in zip(arguments, values)]
     return [a.replace("--agent", "--agent.name", 1) if short else a for a, short in zip(arguments, named)]
+
+
+def _listed(arguments: list[str]) -> list[str]:
+    """``--agents a,b(c=1,d=2)`` and ``--rewards`` as the YAML lists that they stand for."""
+    out, last = [], ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else (last, "", argument)
+        if option in ("--agents", "--rewards") and value and not value.startswith("["):
+            parts = [part.strip() for part in re.split(r",(?![^(]*\))", value)]
+            value = json.dumps(parts)
+            argument = f"{option}={value}" if equals else value
+        last = argument if argument.startswith("--") and not equals else ""
+        out.append(argument)
+    return out
 
 
 def _agent(arguments: list[str]) -> str:
@@ -171,6 +192,7 @@ def _chain_of(arguments: list[str]) -> dict[str, Any]:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": partial(_job, "finetune"),
+    "compare": partial(_job, "compare"),
     "pretrain": partial(_job, "pretrain"),
     "sample": _sample,
     "evaluate": _evaluate,
@@ -195,7 +217,7 @@ def parse(
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
         description=settings.__doc__.splitlines()[0],
-        epilog=RESUMING if command in ("finetune", "pretrain") else None,
+        epilog=RESUMING if command in ("finetune", "pretrain", "compare") else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlfusion import checkpoint, config, models
+from rlfusion import checkpoint, comparison, config, models
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.errors import ConfigError
@@ -37,6 +37,15 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
     console = Console()
     console.print(table)
     _where(console, folder, "samples/before.png, samples/after.png, model/, summary.json, metrics.jsonl, config.yaml")
+
+
+def run_compare(settings: comparison.Compare, folder: Path) -> None:
+    """Compare in ``folder``, and print the table."""
+    with Signals() as signals, locked(folder):
+        page = comparison.compare(settings, folder, signals, Progress())
+    console = Console()
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    _where(console, folder, "comparison.md, comparison.json, one plot a reward, one folder a run", folder)
 
 
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
@@ -119,6 +128,6 @@ def _print(console: Console, result: dict[str, float], title: str) -> None:
     console.print(table)
 
 
-def _where(console: Console, folder: Path, what: str) -> None:
+def _where(console: Console, folder: Path, what: str, logdir: Path | None = None) -> None:
     console.print(f"in {folder}: {what}", markup=False, soft_wrap=True)
-    console.print(f"see it: tensorboard --logdir {folder.parent}", markup=False, soft_wrap=True)
+    console.print(f"see it: tensorboard --logdir {logdir or folder.parent}", markup=False, soft_wrap=True)

@@ -159,6 +159,7 @@ class Finetune:
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
             mapping of such names to weights.
         reward_options: settings of each named reward.
+        budget_queries: rewards asked for after which the training ends, however many updates are left; 0 sets no limit.
         updates: rollouts, each followed by the learner's updates.
         chain: the sampling chain that is trained.
         rollout: how many walks are collected, and by how many workers.
@@ -180,6 +181,7 @@ class Finetune:
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     updates: int = 24
+    budget_queries: int = 0
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     ray: Ray = field(default_factory=Ray)
@@ -191,6 +193,7 @@ class Finetune:
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")
+        require_not_negative(self, "budget_queries")
         if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         r = self.rollout

@@ -7,7 +7,6 @@ uninterrupted run did, bit for bit, and no queue is saved.
 """
 
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from rlfusion import checkpoint, models
 from rlfusion.agent import AgentLearner
 from rlfusion.chain import Chain
+from rlfusion.collector import Collector
 from rlfusion.config import Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
@@ -31,60 +31,18 @@ from rlfusion.preflight import preflight
 from rlfusion.pretraining import base_model, require_solvable
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, find, score
-from rlfusion.rollout import Backend, Pending, make_backend, plan, version_for
+from rlfusion.rollout import make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.stopwatch import Stopwatch
 from rlfusion.tasks import make_task, recipe, worker_options
 from rlfusion.tracking import Tracker, flatten, grid, save_png
-from rlfusion.trajectory import Trajectory, concatenate
+from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
 from rlfusion.weights import Weights, pack, sha256, unpack
 
 PREFLIGHT_SAMPLES = 64
 TRIED = 4
 HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
-
-
-class Collector:
-    """Trajectories in order of their step, collected up to ``lag`` steps ahead of the learner.
-
-    ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
-    """
-
-    def __init__(self, backend: Backend, config: Finetune, prompts: int, start: int) -> None:
-        self.backend, self.config, self.prompts, self.start = backend, config, prompts, start
-        self.device = pick_device(config.device)
-        self.pending: dict[int, Pending] = {}
-        self.published: dict[int, Weights] = {}
-
-    def publish(self, weights: Weights) -> None:
-        """Send out the steps whose version these weights are."""
-        self.published[weights.version] = weights
-        last = min(weights.version + self.config.rollout.lag, self.config.updates - 1)
-        for step in range(max(self.start, weights.version), last + 1):
-            if self.version(step) == weights.version:
-                self.pending[step] = self.backend.submit(self.items(step, weights.version), weights)
-        for old in [v for v in self.published if v < weights.version - self.config.rollout.lag]:
-            del self.published[old]
-
-    def version(self, step: int) -> int:
-        """The version that acts in a step."""
-        return version_for(step, self.config.rollout.lag, self.config.checkpoint_every)
-
-    def items(self, step: int, version: int) -> list:
-        """The work items of a step."""
-        r = self.config.rollout
-        return plan(self.config.seed, step, r.prompts, r.samples_per_prompt, r.item, self.prompts, version)
-
-    def batches(self) -> Iterator[Trajectory]:
-        """The trajectory of each step from the start on."""
-        for step in range(self.start, self.config.updates):
-            yield concatenate(self.pending.pop(step)()).to(self.device)
-
-    def still_needed(self, done: int) -> dict[int, Weights]:
-        """The older versions that steps after ``done`` act under: empty at a regular checkpoint."""
-        ahead = range(done, min(done + self.config.rollout.lag, self.config.updates))
-        wanted = {self.version(step) for step in ahead} - {done}
-        return {v: w for v, w in self.published.items() if v in wanted}
 
 
 @dataclass
@@ -274,18 +232,22 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
         job.save(step, collector)
 
     steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
+    stopwatch = Stopwatch(job.folder, start)
     with progress.bar("fine-tuning", total, start) as bar:
         for step, metrics in steps:
-            done = step + 1
+            done, queries = step + 1, job.learner.queries
+            stopwatch.lap(done, queries)
+            spent = 0 < config.budget_queries <= queries
             collector.publish(Weights.of(job.policy, done))
-            job.tracker.scalars(done, "train", metrics)
-            if config.evaluation.every and done % config.evaluation.every == 0 and done < total:
+            job.tracker.scalars(done, "train", metrics | {"queries": queries})
+            if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
-            stop = job.look(done, progress)
+            stop = f"its budget of {config.budget_queries} queries is spent" if spent else job.look(done, progress)
             if stop:
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done
+            stopwatch.go()
     return total
 
 

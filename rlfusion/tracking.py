@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -69,6 +70,16 @@ class Tracker:
         """Write out what is held back, and end."""
         self._lines.close()
         self._writer.close()
+
+
+def overlay(folder: Path, curves: Mapping[str, list[tuple[int, float]]]) -> None:
+    """Add scalars to a run's events by tag, each with its own horizontal axis: [(step, value), ...]."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), filename_suffix=".overlay") as writer:
+        for tag, points in curves.items():
+            for step, value in sorted(points):
+                writer.add_scalar(tag, value, step)
 
 
 def grid(samples: Tensor, columns: int, scale: int = 4, gap: int = 1) -> Tensor:

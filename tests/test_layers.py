@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
 
 LAYERS = [
-    "errors tensors seeding nested numerics progress",
+    "errors tensors seeding nested numerics progress stopwatch",
     "gaussian spec",
     "schedule",
     "kinds grid",
@@ -32,8 +32,9 @@ LAYERS = [
     "config preflight",
     "measure",
     "pretraining",
-    "tasks watch",
+    "tasks watch collector",
     "finetune",
+    "comparison",
     "commands",
     "cli",
 ]
@@ -49,6 +50,7 @@ HOMES = {
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
     | {"rlfusion.rollout.task"},
     "sklearn": {"rlfusion.data"},
+    "matplotlib": {"rlfusion.comparison.report"},
     "jsonargparse": {"rlfusion.cli"},
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},

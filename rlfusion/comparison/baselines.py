@@ -1,0 +1,53 @@
+"""What no training at all can do for a reward: the base model, the best of N of its samples, stronger guidance.
+
+Best of N asks for N rewards a sample each time that it samples; a fine-tuned model asks for none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlfusion import evaluate
+from rlfusion.chain import Chain
+from rlfusion.denoiser import Denoiser
+from rlfusion.measure import Judged, draw
+from rlfusion.rewards import Reward, score
+
+Measured = dict[str, float]
+
+
+def baselines(
+    denoiser: Denoiser,
+    chain: Chain,
+    judged: Judged,
+    reward: Reward,
+    samples: int,
+    best_of: list[int],
+    guidance: list[float],
+) -> Iterator[tuple[str, Measured]]:
+    """(name, what ``evaluate.report`` and the reward say) of each baseline, on ``samples`` samples of fixed seeds."""
+    device = next(denoiser.parameters()).device
+    label = torch.arange(samples, device=device) % judged.train.classes
+    yield "base", _measured(_draw(denoiser, chain, judged, label, 0), label, judged, reward)
+    for n in best_of:
+        draws = torch.stack([_draw(denoiser, chain, judged, label, seed) for seed in range(n)])
+        values = torch.stack([score(reward, x, label, "reward").detach() for x in draws])
+        chosen = draws[values.argmax(0), torch.arange(samples, device=device)]
+        yield f"best of {n}", _measured(chosen, label, judged, reward)
+    for weight in guidance:
+        stronger = replace(chain, guidance=weight, guidance_scale=None)
+        yield f"guidance {weight:g}", _measured(_draw(denoiser, stronger, judged, label, 0), label, judged, reward)
+
+
+def _draw(denoiser: Denoiser, chain: Chain, judged: Judged, label: Tensor, seed: int) -> Tensor:
+    policy = chain.policy(denoiser, judged.train.names)
+    return draw(policy, chain.times(denoiser), label, judged.train.shape, seed, "baseline")
+
+
+@torch.no_grad()
+def _measured(samples: Tensor, label: Tensor, judged: Judged, reward: Reward) -> Measured:
+    found = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict()
+    value = score(reward, samples, label, "reward")
+    return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **found}

@@ -1,0 +1,57 @@
+"""What a finished run says of itself: its evaluations beside the queries and seconds that they had cost.
+
+gain = (mean reward - mean reward of the base) / (standard deviation of the base's rewards)
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of a run."""
+
+    updates: int
+    queries: int
+    seconds: float
+    cpu_seconds: float
+    gain: float
+    reward: float
+    agreement: float
+    frechet: float
+    diversity: float
+
+
+def curve(folder: Path) -> list[Point]:
+    """The evaluations of a run in order, the base's first."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line for line in lines if "evaluation/reward" in line}
+    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    spent = {line["step"]: line for line in timing} | {0: {"queries": 0, "seconds": 0.0, "cpu_seconds": 0.0}}
+    base = found[0]
+    return [
+        Point(
+            updates=step,
+            queries=spent[step]["queries"],
+            seconds=spent[step]["seconds"],
+            cpu_seconds=spent[step]["cpu_seconds"],
+            gain=(e["evaluation/reward"] - base["evaluation/reward"]) / max(base["evaluation/reward_std"], 1e-12),
+            reward=e["evaluation/reward"],
+            agreement=e["evaluation/agreement"],
+            frechet=e["evaluation/frechet"],
+            diversity=e["evaluation/diversity_relative"],
+        )
+        for step, e in sorted(found.items())
+    ]
+
+
+def first_at(points: list[Point], gain: float) -> Point | None:
+    """The first evaluation with that gain."""
+    return next((p for p in points if p.gain >= gain), None)
+
+
+def best_within(points: list[Point], frechet: float) -> Point | None:
+    """The evaluation of the largest gain among those after training at a Frechet distance up to ``frechet``."""
+    within = [p for p in points[1:] if p.frechet <= frechet]
+    return max(within, key=lambda p: p.gain, default=None)

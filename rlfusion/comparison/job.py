@@ -1,0 +1,129 @@
+"""The job of ``rlfusion compare``: the runs one after another, each resumable, then the report."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlfusion import checkpoint, finetune, models
+from rlfusion.comparison.baselines import Measured, baselines
+from rlfusion.comparison.curves import Point, curve
+from rlfusion.comparison.report import Outcome, report
+from rlfusion.comparison.settings import Compare
+from rlfusion.config import Finetune, to_yaml
+from rlfusion.data import load
+from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.measure import Judged, make_reward
+from rlfusion.pretraining import base_model
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, pick_device, set_numerics
+from rlfusion.tracking import overlay
+
+
+def check(config: Compare) -> list[str]:
+    """Refuse what cannot work; an agent that cannot serve a reward is no error but a cell of the table that says so.
+
+    Returns:
+        Those cells.
+
+    Raises:
+        ConfigError: nothing of the comparison can run, or a setting is wrong for every run.
+    """
+    errors, runs = [], list(config.runs())
+    for agent, reward, seed, settings in runs:
+        try:
+            finetune.check(settings)
+        except ConfigError as error:
+            errors.append((f"{agent} on {reward}, seed {seed}: {error}", error))
+    if len(errors) == len(runs):
+        raise errors[0][1]
+    return [said for said, _ in errors]
+
+
+def compare(config: Compare, folder: Path, signals: Signals, progress: Progress) -> str:
+    """The whole job in ``folder``; what is there already is not done again. Returns the table.
+
+    Raises:
+        ConfigError: no base model can be made.
+        StopRequested: a signal came; all work is saved.
+    """
+    set_numerics(config.threads, pick_device(config.device))
+    base = _base(config, signals, progress)
+    outcomes = []
+    for agent, reward, seed, settings in config.runs():
+        place = folder / slug(f"{agent}-{reward}-seed{seed}")
+        progress.say(f"{agent} on {reward}, seed {seed}")
+        outcomes.append(Outcome(agent, reward, seed, *_run(settings, base, place, config.root, signals, progress)))
+    measured = _baselines(config, base)
+    for outcome in outcomes:
+        _overlay(folder / slug(f"{outcome.agent}-{outcome.reward}-seed{outcome.seed}"), outcome)
+    checkpoint.write_json_atomic(folder / "baselines.json", measured)
+    return report(config, folder, outcomes, measured)
+
+
+def slug(text: str) -> str:
+    """A text as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-")
+
+
+def _base(config: Compare, signals: Signals, progress: Progress) -> Path:
+    if config.base:
+        return models.find(Path(config.base))
+    return base_model(config.pretrain, Path(config.root), pick_device(config.device), signals, progress)
+
+
+def _run(
+    settings: Finetune, base: Path, folder: Path, root: str, signals: Signals, progress: Progress
+) -> tuple[list[Point], str]:
+    """The curve of one run, and why it has none or ends early."""
+    settings = _with(settings, root=root, name=folder.name, base=str(base))
+    try:
+        finetune.check(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(settings))
+        finetune.finetune(settings, folder, signals, progress)
+    except ConfigError as error:
+        return [], f"refused: {error}"
+    except NumericalError as error:
+        return [], f"failed: {error}"
+    return curve(folder), ""
+
+
+def _with(settings: Finetune, **changes: Any) -> Finetune:
+    return Finetune(**vars(settings) | changes)
+
+
+def _baselines(config: Compare, base: Path) -> dict[str, dict[str, Measured]]:
+    """What each reward says of the baselines, by reward and name."""
+    device = pick_device(config.device)
+    denoiser = models.load(base)[0].to(device)
+    data = load(config.pretrain.data, config.pretrain.size)
+    judged = Judged.of(data, config.pretrain.held_out, Path(config.root), device)
+    found = {}
+    for name in config.rewards:
+        reward = make_reward(name, _options(config, name), judged.train, Path(config.root))
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+        settings = (config.evaluation.samples, config.best_of, config.guidance)
+        found[name] = dict(baselines(denoiser, config.chain, judged, reward, *settings))
+    return found
+
+
+def _options(config: Compare, name: str) -> dict[str, dict[str, Any]]:
+    return {name: config.reward_options[name]} if name in config.reward_options else {}
+
+
+def _overlay(folder: Path, outcome: Outcome) -> None:
+    """The run's curves for TensorBoard, whose horizontal axes are whole numbers."""
+    if not outcome.points or (folder / ".overlaid").exists():
+        return
+    group = f"compare_{slug(outcome.reward)}"
+    axes = {
+        "gain_by_queries": [(p.queries, p.gain) for p in outcome.points],
+        "gain_by_cpu_milliseconds": [(round(1000 * p.cpu_seconds), p.gain) for p in outcome.points],
+        "gain_by_frechet_x100": [(round(100 * p.frechet), p.gain) for p in outcome.points],
+        "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
+        "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
+    }
+    overlay(folder, {f"{group}/{name}": points for name, points in axes.items()})
+    (folder / ".overlaid").touch()

@@ -1,0 +1,118 @@
+"""What a comparison is."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rlfusion import spec
+from rlfusion.agent import Agent
+from rlfusion.agents import AGENTS
+from rlfusion.chain import Chain
+from rlfusion.config import Base, Evaluation, Finetune, Rollout
+from rlfusion.errors import ConfigError, require_positive
+from rlfusion.guard import Config as Guards
+from rlfusion.monitor import Config as Monitoring
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare algorithms: every agent on every reward with every seed, from one base model, under one query budget.
+
+    Attributes:
+        agents: the algorithms, each with settings of its own if need be: ddpo, grpo(window=5), ddpo(form='sf').
+        rewards: names of rewards, as of finetune.
+        reward_options: settings of each named reward.
+        seeds: runs of each agent on each reward, with seeds 0, 1, ...
+        budget_queries: rewards that each run may ask for.
+        evaluations: evaluations of each run on its way, about.
+        best_of: baselines without training: the best of so many samples of the base model by the reward.
+        guidance: baselines without training: guidance weights w of the base model.
+        target: gain, in standard deviations of the base's rewards, whose price in queries and seconds is told.
+        quality: the gain at fixed quality is the largest at a Frechet distance up to so many times the base's.
+        root: folder of the comparison, and of the shared cache.
+        name: of the comparison's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto".
+        threads: CPU threads of torch.
+        base: folder of the model to start from; empty pretrains one as ``pretrain`` says.
+        pretrain: the base model where ``base`` is empty, and the data to compare with.
+        chain: the sampling chain of all runs.
+        rollout: the rollouts of all runs.
+        guard: what is done about updates that go wrong.
+        evaluation: the evaluation; its ``every`` is set by ``evaluations``.
+    """
+
+    agents: list[str] = field(default_factory=lambda: ["ddpo", "grpo"])
+    rewards: list[str] = field(default_factory=lambda: ["class_logprob"])
+    reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: int = 1
+    budget_queries: int = 2400
+    evaluations: int = 10
+    best_of: list[int] = field(default_factory=lambda: [4])
+    guidance: list[float] = field(default_factory=lambda: [3.0])
+    target: float = 2.0
+    quality: float = 3.0
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+    base: str = ""
+    pretrain: Base = field(default_factory=lambda: Finetune().pretrain)
+    chain: Chain = field(default_factory=Chain)
+    rollout: Rollout = field(default_factory=Rollout)
+    guard: Guards = field(default_factory=Guards)
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500))
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
+        if not self.agents or not self.rewards:
+            raise ConfigError(f"agents = {self.agents}, rewards = {self.rewards}: expected one of each at least")
+        if any(n < 2 for n in self.best_of):
+            raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
+        for text in self.agents:
+            make_agent(text)
+
+    @property
+    def default_name(self) -> str:
+        names = [spec.split(text)[0] for text in self.agents]
+        return f"compare-{'-'.join(dict.fromkeys(names))}"
+
+    def runs(self) -> Iterator[tuple[str, str, int, Finetune]]:
+        """(agent, reward, seed, settings) of every run."""
+        for reward in self.rewards:
+            for agent in self.agents:
+                for seed in range(self.seeds):
+                    yield agent, reward, seed, self.settings(agent, reward, seed)
+
+    def settings(self, agent: str, reward: str, seed: int) -> Finetune:
+        """The fine-tuning of one run."""
+        updates = math.ceil(self.budget_queries / (self.rollout.prompts * self.rollout.samples_per_prompt))
+        every = max(1, updates // self.evaluations)
+        options = {reward: self.reward_options[reward]} if reward in self.reward_options else {}
+        return Finetune(
+            seed=seed,
+            device=self.device,
+            threads=self.threads,
+            base=self.base,
+            pretrain=self.pretrain,
+            reward=reward,
+            reward_options=options,
+            updates=updates,
+            budget_queries=self.budget_queries,
+            chain=self.chain,
+            rollout=self.rollout,
+            agent=make_agent(agent),
+            guard=self.guard,
+            monitor=Monitoring(every=0),
+            evaluation=Evaluation(**asdict(self.evaluation) | {"every": every}),
+            checkpoint_every=every,
+        )
+
+
+def make_agent(text: str) -> Agent:
+    """The settings that a text like ``grpo(window=5)`` writes.
+
+    Raises:
+        ConfigError: no such agent or setting, or a value that cannot work.
+    """
+    return spec.parse(text, AGENTS, "agent")

@@ -1,0 +1,32 @@
+"""Seconds of training, without evaluation: ``timing.jsonl``, beside the metrics, which say nothing of the machine."""
+
+import json
+import time
+from pathlib import Path
+
+
+class Stopwatch:
+    """Adds up the time between ``go`` and ``lap``, over interruptions too. CPU seconds are of this process alone."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """``step`` updates are done; what was written for later ones is forgotten."""
+        self.file = folder / "timing.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.file.write_text("".join(f"{line}\n" for line in kept))
+        last = json.loads(kept[-1]) if kept else {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.seconds, self.cpu_seconds = last["seconds"], last["cpu_seconds"]
+        self.go()
+
+    def go(self) -> None:
+        """Training begins or goes on."""
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def lap(self, step: int, queries: int) -> None:
+        """An update is done, with so many rewards asked for in all."""
+        self.seconds += time.perf_counter() - self._wall
+        self.cpu_seconds += time.process_time() - self._cpu
+        line = {"step": step, "queries": queries, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.go()

@@ -1,0 +1,169 @@
+"""Comparisons: what they run, how a run's figures are read, baselines, and the command from end to end."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from processes import rlfusion
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlfusion import cli
+from rlfusion.agents import ddpo, grpo
+from rlfusion.chain import Chain
+from rlfusion.classifier import JUDGE, Classifier
+from rlfusion.comparison import Compare
+from rlfusion.comparison.baselines import baselines
+from rlfusion.comparison.curves import best_within, curve, first_at
+from rlfusion.data import digits
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError
+from rlfusion.measure import Judged
+from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.schedule import Cosine
+from rlfusion.stopwatch import Stopwatch
+
+RUNS = ("--budget_queries", 60, "--evaluations", 2, "--evaluation.samples", 60, "--guidance", "[1]", "--seeds", 2)
+SMALL = (*TINY[: TINY.index("--updates")], *TINY[TINY.index("--rollout.prompts") : TINY.index("--agent.micro_batch")])
+
+
+def test_every_agent_meets_every_reward_with_every_seed_under_one_budget():
+    plan = Compare(agents=["ddpo(form='sf')", "grpo"], rewards=["ink", "symmetry"], seeds=2, budget_queries=1000)
+    runs = list(plan.runs())
+    assert [(a, r, s) for a, r, s, _ in runs][:3] == [
+        ("ddpo(form='sf')", "ink", 0),
+        ("ddpo(form='sf')", "ink", 1),
+        ("grpo", "ink", 0),
+    ]
+    assert len(runs) == 8
+    for agent, reward, seed, settings in runs:
+        assert (settings.reward, settings.seed, settings.budget_queries) == (reward, seed, 1000)
+        assert settings.updates * 240 >= 1000 > (settings.updates - 1) * 240
+        assert settings.agent == (ddpo.Config(form="sf") if agent != "grpo" else grpo.Config())
+    assert len({settings.chain for *_, settings in runs}) == 1
+
+
+def test_lists_of_agents_on_the_command_line():
+    words = ["--agents", "ddpo(form='sf', lr=0.001),grpo(window=5)", "--rewards=ink,symmetry"]
+    read = cli.settings_of("compare", words)
+    assert read.agents == ["ddpo(form='sf', lr=0.001)", "grpo(window=5)"]
+    assert read.rewards == ["ink", "symmetry"]
+    assert cli.settings_of("compare", ["--agents", "[grpo]"]).agents == ["grpo"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"agents": ["ddppo"]}, "did you mean 'ddpo'"),
+        ({"agents": ["grpo(windw=3)"]}, "did you mean 'window'"),
+        ({"agents": ["grpo(window=-3)"]}, "window = -3"),
+        ({"agents": []}, "one of each at least"),
+        ({"best_of": [1]}, r"best_of = \[1\]"),
+        ({"seeds": 0}, "seeds = 0"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Compare(**settings)
+
+
+def test_figures_by_hand(tmp_path):
+    def line(step, reward, frechet):
+        names = {"reward": reward, "reward_std": 0.5, "agreement": 0.9, "frechet": frechet, "diversity_relative": 1.0}
+        return json.dumps({"step": step, **{f"evaluation/{k}": v for k, v in names.items()}})
+
+    rows = [line(0, 1.0, 4.0), json.dumps({"step": 1, "train/reward": 9}), line(1, 1.5, 11.0), line(2, 2.25, 13.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    laps = [{"step": n, "queries": 7 * n, "seconds": 2.0 * n, "cpu_seconds": 1.0 * n} for n in (1, 2)]
+    (tmp_path / "timing.jsonl").write_text("\n".join(map(json.dumps, laps)))
+    points = curve(tmp_path)
+    assert [(p.queries, p.seconds, p.gain) for p in points] == [(0, 0.0, 0.0), (7, 2.0, 1.0), (14, 4.0, 2.5)]
+    assert first_at(points, 2.0) is points[2]
+    assert first_at(points, 2.6) is None
+    assert best_within(points, 3 * points[0].frechet) is points[1]
+    assert best_within(points, 10.0) is None
+
+
+def test_the_stopwatch_goes_on_where_it_was(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.process_time", lambda: now[0] / 2)
+    watch = Stopwatch(tmp_path, 0)
+    for step in (1, 2):
+        now[0] += 3
+        watch.lap(step, 10 * step)
+        now[0] += 100  # an evaluation
+        watch.go()
+    again = Stopwatch(tmp_path, 1)
+    now[0] += 4
+    again.lap(2, 20)
+    lines = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "queries": 10, "seconds": 3.0, "cpu_seconds": 1.5},
+        {"step": 2, "queries": 20, "seconds": 7.0, "cpu_seconds": 3.5},
+    ]
+
+
+def test_the_best_of_n_is_chosen_by_the_reward():
+    torch.manual_seed(0)
+    net = ResidualMLP((1, 8, 8), 10, width=16, depth=1)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    train, held_out = digits().split(0.5)
+    judged = Judged(train, held_out, Classifier(JUDGE.kind, (1, 8, 8), 10).eval())
+
+    def bright(x, cond):
+        return x.flatten(1).mean(1)
+
+    found = dict(baselines(Denoiser(net, Cosine(), "v"), Chain(steps=3), judged, bright, 60, [2, 4], [1.0]))
+    assert list(found) == ["base", "best of 2", "best of 4", "guidance 1"]
+    assert found["base"]["reward"] < found["best of 2"]["reward"] < found["best of 4"]["reward"]
+
+
+def test_the_whole_command(tiny_root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
+    agents = "ddpo(micro_batch=64),ddpo(advantage='prompt', micro_batch=64),grpo(window=2, micro_batch=64)"
+    words = ("compare", "--agents", agents, "--rewards", "ink,jpeg_compressibility", *SMALL, *RUNS, "--name", "it")
+    said = rlfusion(tmp_path, *words)
+    assert said.code == 0, said.err
+    folder = tmp_path / "runs" / "it"
+    page = (folder / "comparison.md").read_text()
+    for text in (
+        "## ink",
+        "## jpeg_compressibility",
+        "best of 4 (no training)",
+        "guidance 1 (no training)",
+        "grpo(window=2",
+    ):
+        assert text in page
+    assert page in said.out
+    for picture in ("ink.png", "jpeg_compressibility.png"):
+        assert (folder / picture).stat().st_size > 10_000
+    outcomes = json.loads((folder / "comparison.json").read_text())
+    assert len(outcomes) == 3 * 2 * 2
+    assert all(o["points"][-1]["queries"] == 72 for o in outcomes), "the budget is 60, a rollout 24"
+    run = next(folder.glob("grpo*-ink-seed1"))
+    events = EventAccumulator(str(run)).Reload()
+    shown = [(e.step, round(e.value, 4)) for e in events.Scalars("compare_ink/gain_by_queries")]
+    points = next(o for o in outcomes if "grpo" in o["agent"] and (o["reward"], o["seed"]) == ("ink", 1))["points"]
+    assert shown == [(p["queries"], round(p["gain"], 4)) for p in points]
+
+    before = {file: file.read_bytes() for file in folder.glob("*/metrics.jsonl")}
+    again = rlfusion(tmp_path, "compare", "--resume", "runs/it")
+    assert again.code == 0, again.err
+    assert {file: file.read_bytes() for file in folder.glob("*/metrics.jsonl")} == before
+    assert (folder / "comparison.md").read_text() == page
+
+
+def test_an_agent_that_cannot_serve_is_a_cell_that_says_so(tiny_root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
+    agents = "grpo(window=99),ddpo(micro_batch=64)"
+    said = rlfusion(tmp_path, "compare", "--agents", agents, "--rewards", "ink", *SMALL, *RUNS, "--name", "it")
+    assert said.code == 0, said.err
+    assert "refused: window = 99" in (tmp_path / "runs" / "it" / "comparison.md").read_text()
+    none = rlfusion(tmp_path, "compare", "--agents", "grpo(window=99)", "--rewards", "ink", *SMALL, "--name", "no")
+    assert none.code == 2
+    assert "window = 99" in none.err
+    assert not (tmp_path / "runs" / "no").exists()
