@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo, grpo
+from rlfusion.agents import ddpo, dpo, grpo, nft
 
-AGENTS: Mapping[str, type] = {"ddpo": ddpo.Config, "grpo": grpo.Config}
+AGENTS: Mapping[str, type] = {
+    "ddpo": ddpo.Config,
+    "grpo": grpo.Config,
+    "nft": nft.Config,
+    "dpo": dpo.Config,
+}
 """The settings of each algorithm by name."""

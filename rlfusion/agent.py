@@ -5,6 +5,7 @@ from typing import Protocol
 
 from rlfusion.data import Dataset
 from rlfusion.learner import Learner, Optimization
+from rlfusion.policy import Policy
 from rlfusion.rollout import Needs, Task
 from rlfusion.trajectory import Trajectory
 
@@ -35,11 +36,13 @@ class AgentLearner(Learner[Trajectory], Protocol):
     """A learner of the policy: ``update`` takes the trajectory of a rollout, and its metrics hold ``reward``.
 
     Attributes:
-        optimization: its weights and their average.
+        policy: acts in the next rollouts; its weights go to the workers.
+        optimization: the trained weights and their average.
         iteration: rollouts learned from.
         queries: rewards asked for so far, in rollouts and by the learner itself.
     """
 
+    policy: Policy
     optimization: Optimization
     iteration: int
     queries: int

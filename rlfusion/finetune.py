@@ -207,7 +207,7 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
         job.picture(0, "before")
     if job.config.monitor.every:
         job.watch.begin()
-    weights = Weights.of(job.policy, job.learner.iteration)
+    weights = Weights.of(job.learner.policy, job.learner.iteration)
     _preflight(job, collector, weights, progress)
     collector.publish(weights)
     return before
@@ -238,7 +238,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             done, queries = step + 1, job.learner.queries
             stopwatch.lap(done, queries)
             spent = 0 < config.budget_queries <= queries
-            collector.publish(Weights.of(job.policy, done))
+            collector.publish(Weights.of(job.learner.policy, done))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)

@@ -1,0 +1,209 @@
+"""Online Diffusion-DPO (Wallace et al. 2024; pairs drawn from the policy's own samples as in Guo et al. 2024).
+
+In every prompt the best samples of a rollout are paired with its worst, and both of a pair are noised to one time with
+one noise:
+
+    (1)  d(x_0) = |y_theta(x_t) - y|^2 - |y_ref(x_t) - y|^2          the network's error beside the reference's
+    (2)  loss = -log sigmoid( -beta [ d(x_0 of the winner) - d(x_0 of the loser) ] )
+
+y is what ``error`` names ("eps" in the paper), summed over features; the paper's beta T omega is our ``beta``. At its
+fixed point the policy is the reference tilted by the preference, with strength 1 / beta. ``reference_every`` moves the
+reference to the policy (iterative DPO). Pairs whose rewards are equal have no winner and are left out, and counted.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlfusion import spec
+from rlfusion.agent import Plan
+from rlfusion.data import Dataset
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import Optimization, average
+from rlfusion.parameterization import target
+from rlfusion.policy import Policy
+from rlfusion.pretrain.times import TIMES
+from rlfusion.renoise import noised, renoise
+from rlfusion.rollout import Needs, Task, samples
+from rlfusion.schedule import level
+from rlfusion.seeding import stream
+from rlfusion.tensors import Cond, map_cond, sum_features
+from rlfusion.trajectory import Trajectory
+from rlfusion.transitions import require_finite
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of online Diffusion-DPO.
+
+    Attributes:
+        name: the algorithm.
+        lr: learning rate of AdamW.
+        beta: strength of the hold to the reference, in units of squared error summed over features.
+        error: what the errors of Eq. (1) are of: "v", "eps" or "x0".
+        pairs: share of each prompt's samples that become winners, and as many losers, in (0, 1/2].
+        noisings: times that each pair is noised in a pass.
+        epochs: passes over each rollout.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the pairs.
+        times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
+        reference_every: rollouts after which the reference becomes the policy; 0 keeps the base model.
+        micro_batch: noised samples in one network call; gradients accumulate over calls.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    name: Literal["dpo"] = "dpo"
+    lr: float = 3e-4
+    beta: float = 0.5
+    error: Literal["v", "eps", "x0"] = "v"
+    pairs: float = 0.25
+    noisings: int = 4
+    epochs: int = 1
+    updates_per_epoch: int = 4
+    times: str = "Uniform(margin=0.02)"
+    reference_every: int = 0
+    micro_batch: int = 2048
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        spec.parse(self.times, TIMES, "distribution of times")
+        require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "micro_batch", "max_grad_norm")
+        require_not_negative(self, "reference_every", "weight_decay")
+        if not 0 < self.pairs <= 0.5:
+            raise ConfigError(f"pairs = {self.pairs}: expected a share in (0, 0.5]")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for groups without a pair."""
+        if int(self.pairs * plan.samples_per_prompt) < 1:
+            raise ConfigError(
+                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least {1 / self.pairs:g}, for a pair"
+            )
+
+    def needs(self, steps: int) -> Needs:
+        """Samples and rewards."""
+        return samples(steps)
+
+    def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
+        """The learner of ``task.policy``."""
+        return Learner(task.policy, self, seed)
+
+    def plan(self) -> str:
+        """What happens to each rollout, in a line."""
+        updates = self.epochs * self.updates_per_epoch
+        return (
+            f"the best {self.pairs:.0%} of each prompt are paired with its worst; a rollout gives {updates} update(s)"
+        )
+
+
+class Learner:
+    """Online Diffusion-DPO. ``update`` takes the samples of a rollout."""
+
+    def __init__(self, policy: Policy, config: Config, seed: int = 0) -> None:
+        self.policy, self.config, self.seed = policy, config, seed
+        self.reference = copy.deepcopy(policy).requires_grad_(False)
+        self.times = spec.parse(config.times, TIMES, "distribution of times")
+        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.iteration = self.queries = 0
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """Make the updates of one rollout.
+
+        Returns:
+            reward, reward_std, pairs (with a winner), loss, accuracy (share of pairs that the implicit reward orders as
+            the reward does), margin, grad_norm; without a pair only the first three, and grad_norm 0.
+
+        Raises:
+            NumericalError: a reward or a gradient is not finite; no update has been made from it.
+        """
+        require_finite(batch.reward)
+        winner, loser = pair(batch.reward, batch.group, self.config.pairs)
+        records, norms = [], []
+        for epoch in range(self.config.epochs if len(winner) else 0):
+            order = stream(self.seed, "dpo", self.iteration, epoch).permutation(len(winner))
+            parts = torch.from_numpy(order).tensor_split(min(self.config.updates_per_epoch, len(winner)))
+            for part, rows in enumerate(parts):
+                at = rows.repeat(self.config.noisings).to(winner.device)
+                key = (self.seed, "dpo noise", self.iteration, epoch, part)
+                records += self.accumulate(batch, winner[at], loser[at], key)
+                norms.append(self.optimization.step())
+        self.iteration += 1
+        self.queries += len(batch)
+        if self.config.reference_every and self.iteration % self.config.reference_every == 0:
+            self.reference.load_state_dict(self.policy.state_dict())
+        return {
+            "reward": batch.reward.mean().item(),
+            "reward_std": batch.reward.std(correction=0).item(),
+            "pairs": float(len(winner)),
+            **(average(records) if records else {}),
+            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        }
+
+    def accumulate(self, batch: Trajectory, winner: Tensor, loser: Tensor, key: tuple) -> list[dict[str, Tensor]]:
+        """Accumulate the gradient of Eq. (2), the mean over the pairs (winner[i], loser[i]), each noised by itself."""
+        good, bad, schedule = batch.x[winner, -1], batch.x[loser, -1], self.policy.schedule
+        _, t, eps = renoise(good, schedule, self.times, key)
+        records = []
+        for part in torch.arange(len(winner)).split(max(1, self.config.micro_batch // 2)):
+            at = part.to(winner.device)
+            x0, noise, times = (
+                torch.cat([good[at], bad[at]]),
+                eps[at].repeat(2, *[1] * (eps.ndim - 1)),
+                t[part].repeat(2),
+            )
+            cond = map_cond(lambda held, at=at: held[winner[at]].repeat(2, *[1] * (held.ndim - 1)), batch.cond)
+            gap = self._gap(x0, noise, times, cond)
+            margin = -self.config.beta * (gap[: len(part)] - gap[len(part) :])
+            loss = -logsigmoid(margin)
+            (loss.sum() / len(winner)).backward()
+            record = {"loss": loss, "accuracy": (margin > 0).float(), "margin": margin}
+            records.append({name: value.detach().mean() for name, value in record.items()})
+        return records
+
+    def _gap(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Eq. (1), (N,)."""
+        x, l = noised(x0, eps, t, self.policy.schedule), level(self.policy.schedule, t, x0)
+        y = target(self.config.error, x0, eps, l)
+        mine = target(self.config.error, *self.policy.denoiser(x, t, cond), l)
+        with torch.no_grad():
+            theirs = target(self.config.error, *self.reference.denoiser(x, t, cond), l)
+        return sum_features((mine - y).square()) - sum_features((theirs - y).square())
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """The number of pairs that the batch gives."""
+        return {"pairs": float(len(pair(batch.reward, batch.group, self.config.pairs)[0]))}
+
+    def state_dict(self) -> dict:
+        return {
+            "optimization": self.optimization.state_dict(),
+            "reference": self.reference.state_dict(),
+            "iteration": self.iteration,
+            "queries": self.queries,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        self.reference.load_state_dict(state["reference"])
+        self.iteration, self.queries = state["iteration"], state["queries"]
+
+
+def pair(reward: Tensor, group: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(winner, loser) indices (P,) each: in every group the k-th best with the k-th worst, k up to ``share`` of it,
+    where their rewards differ.
+    """
+    winners, losers = [], []
+    for g in group.unique():
+        rows = (group == g).nonzero().flatten()
+        order = rows[reward[rows].argsort(descending=True, stable=True)]
+        count = int(share * len(rows))
+        winners.append(order[:count])
+        losers.append(order.flip(0)[:count])
+    winner, loser = torch.cat(winners), torch.cat(losers)
+    differ = reward[winner] > reward[loser]
+    return winner[differ], loser[differ]

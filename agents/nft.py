@@ -1,0 +1,208 @@
+"""DiffusionNFT (Zheng et al. 2025): policy optimisation on the forward process, without likelihoods.
+
+Samples of the acting policy, theta_old, are noised afresh, and the network is pulled towards the good ones and pushed
+from the bad ones at once:
+
+    (1)  r = 1/2 + A / (2 c),    A the group-relative advantage, held in [-c, c]
+    (2)  f+ = (1 - b) f_old + b f_theta,     f- = (1 + b) f_old - b f_theta          f = x0-hat(x_t, t, c), b = ``beta``
+    (3)  loss = [ r |f+ - x_0|^2 / w+  +  (1 - r) |f- - x_0|^2 / w- ] c / b,         w = mean |f - x_0|, a constant
+    (4)  theta_old <- eta theta_old + (1 - eta) theta after rollout i,               eta = min(eta_rate i, eta_max)
+
+With w = 1 the minimiser is f_old + E[(2 r - 1)(x_0 - f_old) | x_t] / b: the denoiser moved along the direction that
+separates good samples from bad. ``kl`` adds the paper's pull to the base model, |f_theta - f_base|^2. Any sampler may
+collect, deterministic ones too; only x_0, the prompt and the reward are used.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlfusion import spec
+from rlfusion.advantage import group_relative
+from rlfusion.agent import Plan
+from rlfusion.data import Dataset
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import Optimization, average
+from rlfusion.policy import Policy
+from rlfusion.pretrain.times import TIMES
+from rlfusion.renoise import renoise
+from rlfusion.rollout import Needs, Task, samples
+from rlfusion.seeding import stream
+from rlfusion.tensors import map_cond, mean_features
+from rlfusion.trajectory import Trajectory
+from rlfusion.transitions import require_finite
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of DiffusionNFT.
+
+    Attributes:
+        name: the algorithm.
+        lr: learning rate of AdamW.
+        beta: b of Eq. (2).
+        noisings: times that each sample is noised in a pass.
+        epochs: passes over each rollout.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the samples.
+        advantage_clip: c of Eq. (1).
+        times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
+        adaptive: weigh by 1 / w, Eq. (3); else w = 1.
+        kl: coefficient of the pull to the base model.
+        eta_rate: growth of eta, Eq. (4), a rollout; 0 makes every rollout on-policy.
+        eta_max: limit of eta.
+        micro_batch: noised samples in one network call; gradients accumulate over calls.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    name: Literal["nft"] = "nft"
+    lr: float = 1e-3
+    beta: float = 1.0
+    noisings: int = 4
+    epochs: int = 1
+    updates_per_epoch: int = 4
+    advantage_clip: float = 5.0
+    times: str = "Uniform(margin=0.02)"
+    adaptive: bool = True
+    kl: float = 0.0
+    eta_rate: float = 0.001
+    eta_max: float = 0.5
+    micro_batch: int = 2048
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        spec.parse(self.times, TIMES, "distribution of times")
+        require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "advantage_clip")
+        require_positive(self, "micro_batch", "max_grad_norm")
+        require_not_negative(self, "kl", "eta_rate", "weight_decay")
+        if not 0 <= self.eta_max < 1:
+            raise ConfigError(f"eta_max = {self.eta_max}: expected 0 <= eta_max < 1")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for groups of one, or fewer samples than updates."""
+        if plan.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, a group to compare"
+            )
+        if self.updates_per_epoch > plan.walks:
+            raise ConfigError(
+                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
+            )
+
+    def needs(self, steps: int) -> Needs:
+        """Samples and rewards."""
+        return samples(steps)
+
+    def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
+        """The learner of ``task.policy``."""
+        return Learner(task.policy, self, seed)
+
+    def plan(self) -> str:
+        """What happens to each rollout, in a line."""
+        updates = self.epochs * self.updates_per_epoch
+        return f"each rollout gives {updates} update(s) on its samples, noised {self.noisings} time(s) each"
+
+
+class Learner:
+    """DiffusionNFT. ``policy`` is the one that acts, theta_old; ``trained`` is theta."""
+
+    def __init__(self, policy: Policy, config: Config, seed: int = 0) -> None:
+        self.trained, self.config, self.seed = policy, config, seed
+        self.policy = copy.deepcopy(policy).requires_grad_(False)
+        self.base = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
+        self.times = spec.parse(config.times, TIMES, "distribution of times")
+        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.iteration = self.queries = 0
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """Make the updates of one rollout, and move theta_old.
+
+        Returns:
+            reward, reward_std, loss, kl (with ``kl``), eta, grad_norm.
+
+        Raises:
+            NumericalError: a reward or a gradient is not finite; no update has been made from it.
+        """
+        require_finite(batch.reward)
+        c = self.config
+        advantage = group_relative(batch.reward, batch.group).clamp(-c.advantage_clip, c.advantage_clip)
+        optimality = 0.5 + advantage / (2 * c.advantage_clip)
+        records, norms = [], []
+        for epoch in range(c.epochs):
+            order = stream(self.seed, "nft", self.iteration, epoch).permutation(len(batch))
+            for part, rows in enumerate(torch.from_numpy(order).tensor_split(c.updates_per_epoch)):
+                key = (self.seed, "nft noise", self.iteration, epoch, part)
+                records += self.accumulate(batch, optimality, rows.repeat(c.noisings).to(batch.x.device), key)
+                norms.append(self.optimization.step())
+        eta = min(c.eta_rate * self.iteration, c.eta_max)
+        self._follow(eta)
+        self.iteration += 1
+        self.queries += len(batch)
+        return {
+            "reward": batch.reward.mean().item(),
+            "reward_std": batch.reward.std(correction=0).item(),
+            **average(records),
+            "eta": eta,
+            "grad_norm": sum(norms) / len(norms),
+        }
+
+    def accumulate(self, batch: Trajectory, optimality: Tensor, rows: Tensor, key: tuple) -> list[dict[str, Tensor]]:
+        """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself."""
+        noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
+        records = []
+        for part in torch.arange(len(rows)).split(self.config.micro_batch):
+            at = part.to(rows.device)
+            record = self._loss(batch, optimality[rows[at]], rows[at], noise.x[at], noise.t[part])
+            (record["loss"].sum() / len(rows)).backward()
+            records.append({name: value.detach().mean() for name, value in record.items()})
+        return records
+
+    def _loss(self, batch: Trajectory, r: Tensor, rows: Tensor, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Eq. (2) and (3) of each row, (N,)."""
+        c, x0 = self.config, batch.x[rows, -1]
+        cond = map_cond(lambda held: held[rows], batch.cond)
+        f = self.trained.denoiser(x, t, cond).x0
+        with torch.no_grad():
+            old = self.policy.denoiser(x, t, cond).x0
+        towards = self._error((1 - c.beta) * old + c.beta * f, x0)
+        away = self._error((1 + c.beta) * old - c.beta * f, x0)
+        loss = (r * towards + (1 - r) * away) * c.advantage_clip / c.beta
+        if self.base is None:
+            return {"loss": loss}
+        with torch.no_grad():
+            base = self.base.denoiser(x, t, cond).x0
+        kl = mean_features((f - base).square())
+        return {"loss": loss + c.kl * kl, "kl": kl}
+
+    def _error(self, f: Tensor, x0: Tensor) -> Tensor:
+        """|f - x_0|^2 / w, the mean over features, (N,)."""
+        error = mean_features((f - x0).square())
+        return error / mean_features((f - x0).abs()).detach().clamp(min=1e-5) if self.config.adaptive else error
+
+    @torch.no_grad()
+    def _follow(self, eta: float) -> None:
+        """Eq. (4)."""
+        for old, new in zip(self.policy.parameters(), self.trained.parameters()):
+            old.lerp_(new, 1 - eta)
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """Nothing can be off between rollout and learner: only the samples are used."""
+        return {}
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict(), "old": self.policy.state_dict()}
+        state |= {"iteration": self.iteration, "queries": self.queries}
+        return state if self.base is None else state | {"base": self.base.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        self.policy.load_state_dict(state["old"])
+        self.iteration, self.queries = state["iteration"], state["queries"]
+        if self.base is not None:
+            self.base.load_state_dict(state["base"])
