@@ -75,6 +75,17 @@ def test_a_new_block_is_the_identity():
         assert block.mlp[2].weight.any()
 
 
+def test_initial_weights_are_those_of_the_paper_and_positions_are_not_saved():
+    torch.manual_seed(0)
+    net = DiT((3, 8, 8), 999, width=64, depth=1, heads=2)
+    for embeds in (net.label, net.time[0], net.time[2]):
+        assert embeds.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    inner = net.blocks[0].mlp[0]
+    assert inner.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (64 + 256)), rel=0.01)
+    assert not inner.bias.any()
+    assert "positions" not in net.state_dict()
+
+
 def by_hand(block: Block, h: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     """Eq. (3) for one sample, h (N, width), e (width,), in plain sums."""
     n, width = h.shape
