@@ -81,7 +81,7 @@ def train(data: Dataset, config: Config) -> Classifier:
     """
     with one_thread():
         module = _initial(data, config)
-        optimization = Optimization(module, config.lr, config.weight_decay, ema_decay=config.ema_decay)
+        optimization = Optimization(module, config.lr, config.weight_decay, ema=config.ema_decay)
         pixels = to_pixels(data.x)
         for step in range(config.steps):
             at = torch.from_numpy(batch_indices(len(data), config.batch, step, config.seed, "classifier"))

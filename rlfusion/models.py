@@ -18,6 +18,7 @@ from torch import nn
 from rlfusion import schedule, spec
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
+from rlfusion.nets.dit import DiT
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
@@ -36,7 +37,7 @@ SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "Karras": schedule.Karras,
     "Geometric": schedule.Geometric,
 }
-NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet}
+NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Config:
     """Architecture of a denoiser trained here.
 
     Attributes:
-        net: the network, ResidualMLP(width=..., depth=...) or UNet(...).
+        net: the network, ResidualMLP(width=..., depth=...), UNet(width=..., multipliers=..., depth=..., attention=...)
+            or DiT(patch=..., width=..., depth=..., heads=...); the last two take recompute=True, to save memory.
         schedule: the noise schedule, one of DDPM(), ScaledLinear(), VP(), Cosine(), ZeroSNR(base=...), Rectified(),
             Trig(), Karras(), Geometric().
         kind: what the network predicts: x0, eps, v, v_handbook, score, flow, InstaFlow(), TrigFlow(sigma_data=...),

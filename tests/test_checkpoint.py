@@ -54,7 +54,7 @@ def test_every_kind_of_state_comes_back_exactly(tmp_path):
 def test_an_optimizer_goes_on_from_a_loaded_state_bit_for_bit(tmp_path):
     def fresh() -> Optimization:
         torch.manual_seed(0)
-        return Optimization(torch.nn.Linear(5, 3), lr=0.1, ema_decay=0.9)
+        return Optimization(torch.nn.Linear(5, 3), lr=0.1, ema=0.9)
 
     def steps(o: Optimization, first: int, last: int) -> None:
         for i in range(first, last):

@@ -14,6 +14,7 @@ CARDS = [
     Card(Config("ResidualMLP(width=16, depth=1)", "Cosine()", "x0"), (1, 8, 8), ("a", "b", "c")),
     Card(Config("ResidualMLP(width=8, depth=2)", "DDPM(resolution=50)", "eps"), (3, 4, 4), ("all",)),
     Card(Config("UNet(width=16)", "Rectified()", "flow"), (1, 8, 8), ("0", "1")),
+    Card(Config("DiT(width=16, depth=1, heads=2)", "Rectified()", "flow"), (1, 8, 8), ("0", "1")),
 ]
 CARD = CARDS[0]
 

@@ -6,14 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError
-
-
-def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
-    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
-    half = width // 2
-    rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
-    angle = t.float()[:, None] * rates
-    return torch.cat([angle.sin(), angle.cos()], 1)
+from rlfusion.nets.parts import fourier, zeroed
 
 
 class Block(nn.Module):
@@ -23,9 +16,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulate = nn.Linear(width, 2 * width)
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        self.inner, self.outer = nn.Linear(width, width), zeroed(nn.Linear(width, width))
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulate(embedding).chunk(2, 1)
@@ -47,9 +38,7 @@ class ResidualMLP(nn.Module):
         self.label = nn.Embedding(classes + 1, width)
         self.enter = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.leave = nn.Linear(width, size)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.leave = zeroed(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         embedding = nn.functional.silu(self.time(fourier(t, self.width).to(x)) + self.label(label))

@@ -10,19 +10,12 @@ The last convolution of every stage and of the network starts at 0. The call is 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
 
 from rlfusion.errors import ConfigError
-from rlfusion.nets.mlp import fourier
+from rlfusion.nets.parts import fourier, through, zeroed
 
 GROUPS = 8
 HEAD = 32
-
-
-def _zero(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class Attention(nn.Module):
@@ -32,7 +25,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = max(1, width // HEAD)
         self.norm = nn.GroupNorm(GROUPS, width)
-        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), _zero(nn.Conv2d(width, width, 1))
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, h: Tensor) -> Tensor:
         batch, width, *size = h.shape
@@ -48,7 +41,7 @@ class Stage(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, enter), nn.Conv2d(enter, width, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * width)
-        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, width), _zero(nn.Conv2d(width, width, 3, padding=1))
+        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, width), zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.skip = nn.Identity() if enter == width else nn.Conv2d(enter, width, 1)
         self.attention = Attention(width) if attend else nn.Identity()
 
@@ -92,7 +85,7 @@ class UNet(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        _check(shape, width, multipliers, attention)
+        _check(shape, width, multipliers, depth, attention)
         self.shape, self.classes, self.width, self.recompute = tuple(shape), classes, width, recompute
         embedding = 4 * width
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -103,7 +96,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(down)
         self.middle = nn.ModuleList(Stage(widths[-1], widths[-1], embedding, attend) for attend in (True, False))
         self.up = nn.ModuleList(self._up(widths, skips, depth, embedding, attention))
-        self.norm, self.leave = nn.GroupNorm(GROUPS, widths[0]), _zero(nn.Conv2d(widths[0], shape[0], 3, padding=1))
+        self.norm, self.leave = nn.GroupNorm(GROUPS, widths[0]), zeroed(nn.Conv2d(widths[0], shape[0], 3, padding=1))
 
     @staticmethod
     def _down(
@@ -140,22 +133,23 @@ class UNet(nn.Module):
         h = self.enter(x)
         skips = [h]
         for module in self.down:
-            h = self._stage(module, h, embedding) if isinstance(module, Stage) else module(h)
+            h = through(module, self.recompute, h, embedding) if isinstance(module, Stage) else module(h)
             skips.append(h)
         for module in self.middle:
-            h = self._stage(module, h, embedding)
+            h = through(module, self.recompute, h, embedding)
         for module in self.up:
-            stage = isinstance(module, Stage)
-            h = self._stage(module, torch.cat([h, skips.pop()], 1), embedding) if stage else module(h)
+            if isinstance(module, Stage):
+                h = through(module, self.recompute, torch.cat([h, skips.pop()], 1), embedding)
+            else:
+                h = module(h)
         return self.leave(silu(self.norm(h)))
 
-    def _stage(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(stage, h, embedding, use_reentrant=False)
-        return stage(h, embedding)
 
-
-def _check(shape: tuple[int, ...], width: int, multipliers: tuple[int, ...], attention: tuple[int, ...]) -> None:
+def _check(
+    shape: tuple[int, ...], width: int, multipliers: tuple[int, ...], depth: int, attention: tuple[int, ...]
+) -> None:
+    if not multipliers or depth < 1:
+        raise ConfigError(f"multipliers = {multipliers}, depth = {depth}: expected a level or more, and a depth >= 1")
     factor = 2 ** (len(multipliers) - 1)
     if len(shape) != 3 or any(side % factor for side in shape[1:]):
         raise ConfigError(f"shape = {tuple(shape)}: expected (C, H, W), H and W multiples of {factor}")

@@ -1,0 +1,32 @@
+"""What the networks share: times as features, layers that begin at 0, recomputation."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
+    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
+    half = width // 2
+    rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
+    angle = t.float()[:, None] * rates
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """``module`` with every parameter 0."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def through(block: nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
+    """block(*inputs); with ``recompute`` the backward pass computes it again instead of keeping its activations.
+
+    Gradient checkpointing (Chen et al. 2016): the same numbers, bit for bit, for a second forward pass.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
