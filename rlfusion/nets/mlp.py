@@ -9,11 +9,17 @@ from rlfusion.errors import ConfigError
 
 
 def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
-    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
+    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32 (or t's float64)."""
     half = width // 2
     rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
-    angle = t.float()[:, None] * rates
+    angle = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * rates
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def check_frequency(frequency: float) -> None:
+    """Raise ConfigError unless ``fourier`` can have it as its largest frequency."""
+    if not 1 <= frequency < math.inf:
+        raise ConfigError(f"frequency = {frequency}: expected a number >= 1")
 
 
 class Block(nn.Module):
@@ -34,15 +40,22 @@ class Block(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """``net(x, t, label)``: x (B, *shape), t (B,), label (B,) int64 in 0..classes, where ``classes`` means no class."""
+    """``net(x, t, label)``: x (B, *shape), t (B,), label (B,) int64 in 0..classes, where ``classes`` means no class.
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3) -> None:
+    ``frequency`` is the largest of the embedding of time. Consistency models want a smooth one, of some 10 (Lu & Song
+    2024, section 4.1): their training follows the derivative of the network in time.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3, frequency: float = 1000.0
+    ) -> None:
         super().__init__()
+        check_frequency(frequency)
         if width < 2 or width % 2 or depth < 0:
             raise ConfigError(f"width = {width}, depth = {depth}: expected an even width >= 2 and a depth >= 0")
         self.shape, self.classes = tuple(shape), classes
         size = math.prod(self.shape)
-        self.width = width
+        self.width, self.frequency = width, frequency
         self.time = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width)
         self.enter = nn.Linear(size, width)
@@ -52,7 +65,7 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        embedding = nn.functional.silu(self.time(fourier(t, self.width).to(x)) + self.label(label))
+        embedding = nn.functional.silu(self.time(fourier(t, self.width, self.frequency).to(x)) + self.label(label))
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -9,9 +9,11 @@ from typing import Any
 
 from rlfusion import spec
 from rlfusion.pretrain.base import Loss
+from rlfusion.pretrain.consistency import CT, ICT
+from rlfusion.pretrain.continuous import SCT
 from rlfusion.pretrain.denoising import Denoising
 
-LOSSES: Mapping[str, Callable[..., Loss]] = {"Denoising": Denoising}
+LOSSES: Mapping[str, Callable[..., Loss]] = {cls.__name__: cls for cls in (Denoising, CT, ICT, SCT)}
 
 
 def make(loss: str) -> Loss:
