@@ -52,6 +52,7 @@ HOMES = {
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.config"},
+    "lpips": {"rlfusion.pretrain.metrics"},
     **{name: set() for name in ("open_clip", "diffusers", "transformers", "stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
 }

@@ -7,14 +7,14 @@ that of the papers), neighbours are compared:
     (1)  L = E lambda d( f_theta(x_{n+1}, t_{n+1}), f_-(x_n, t_n) ),   x_n = alpha_n x0 + sigma_n eps,
          both points with the same x0 AND the same eps (erratum 33); f_- takes no gradient
     (2)  CT:   N(k) = ceil( sqrt( k/K ((s1 + 1)^2 - s0^2) + s0^2 ) - 1 ) + 1,   f_- an average with the decay
-         mu(k) = exp(s0 log(mu0) / N(k)),   n uniform, lambda = 1                (k of K steps; Song et al. 2023, App. C)
+         mu(k) = exp(s0 log(mu0) / N(k)),   n uniform, lambda = 1         (step k of K; Song et al. 2023, App. C)
     (3)  iCT:  N(k) = min(s0 2^floor(k / K'), s1) + 1,   K' = floor(K / (log2 floor(s1 / s0) + 1)),   f_- = f_theta,
          lambda = 1 / (tau_{n+1} - tau_n),   tau = sigma / alpha,
          p(n) ~ erf((log tau_{n+1} - mean) / (sqrt 2 std)) - erf((log tau_n - mean) / (sqrt 2 std))
 
 The released code of CT has N(k) - 1, the intervals, in the exponent of mu. At the exact consistency function of
-N(m, lam) the squared error of Eq. (1) is not 0 but lam^2 dt^2 / (lam + t_{n+1}^2)^2 a dimension, to the leading order in
-dt: CT and distillation agree in the gradient that f_- lets through, not in the loss (erratum 34).
+N(m, lam) the squared error of Eq. (1) is not 0 but lam^2 dt^2 / (lam + t^2)^2 a dimension, to the leading order in dt:
+CT and distillation agree in the gradient that a fixed f_- leaves, not in the loss (erratum 34).
 """
 
 import math
@@ -192,7 +192,9 @@ class ICT(Loss):
         check_boundary(denoiser)
         tau = self._ratios(denoiser.schedule, self.s0 + 1)
         if not 0 < tau[0] <= tau[-1] < math.inf:
-            raise ConfigError(f"schedule = {denoiser.schedule}: expected 0 < sigma / alpha < inf for ICT, as of Karras()")
+            raise ConfigError(
+                f"schedule = {denoiser.schedule}: expected 0 < sigma / alpha < inf for ICT, as of Karras()"
+            )
         probabilities(tau, self.mean, self.std)
         self._metric.check()
 

@@ -1,10 +1,10 @@
 """Distances of consistency training and distillation, d(x, y) of two batches (B, ...), one value a sample, (B,).
 
-    (1)  L2:           |x - y|^2 / d, the mean over the d features           (Song et al. 2023; handbook 2.3.1)
-    (2)  PseudoHuber:  sqrt(|x - y|^2 + c^2 d) - c sqrt(d), with the sum over features in |.|^2; the paper's constant
-         is c sqrt(d) = 0.00054 sqrt(d)                                      (Song & Dhariwal 2023, Eq. 8)
-    (3)  LPIPS:        sum_l mean_hw w_l . (phi_l(x) - phi_l(y))^2, phi_l unit vectors over the channels of layer l
-         (Zhang et al. 2018, Eq. 1), by the authors' own package ``lpips``
+(1)  L2:           |x - y|^2 / d, the mean over the d features           (Song et al. 2023; handbook 2.3.1)
+(2)  PseudoHuber:  sqrt(|x - y|^2 + c^2 d) - c sqrt(d), with the sum over features in |.|^2; the paper's constant
+     is c sqrt(d) = 0.00054 sqrt(d)                                      (Song & Dhariwal 2023, Eq. 8)
+(3)  LPIPS:        sum_l mean_hw w_l . (phi_l(x) - phi_l(y))^2, phi_l unit vectors over the channels of layer l
+     (Zhang et al. 2018, Eq. 1), by the authors' own package ``lpips``
 """
 
 from collections.abc import Callable, Mapping
