@@ -35,7 +35,8 @@ def _denoising(kind: str, schedule: str, loss: str = "Denoising()", **chain: Any
 
 
 def _consistency(kind: str, schedule: str, loss: str, lr: float, frequency: float, floor: float) -> dict[str, Any]:
-    """One step without guidance, so no label is dropped. A second step, ``chain.steps`` 2, improves all three."""
+    """One step without guidance, so no label is dropped; ``chain.steps`` 2 takes a second. The frequency is that of the
+    network's time: with another network, give it too."""
     return {
         **_denoising(kind, schedule, loss, steps=1, kernel=f"Renoise(floor={floor})"),
         "model.net": f"ResidualMLP(width=128, depth=3, frequency={frequency})",
