@@ -45,7 +45,7 @@ Every command takes --help (all settings with their meaning), --config FILE.yaml
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
 
-OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model.kind, model.schedule, train.loss and chain"
+OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
 RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
 

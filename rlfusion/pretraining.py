@@ -15,7 +15,7 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.measure import Judged, grid_samples, measure, require_judgeable
 from rlfusion.parameterization import solve
-from rlfusion.pretrain import Learner
+from rlfusion.pretrain import Learner, losses
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, locked, pick_device, set_numerics, train
 from rlfusion.tracking import Tracker, grid, save_png
@@ -101,6 +101,7 @@ def check(config: Pretrain) -> models.Card:
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
     card = models.Card(config.model, data.shape, data.names)
     denoiser = models.build(card)
+    losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
     return card
 

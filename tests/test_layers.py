@@ -57,6 +57,7 @@ HOMES = {
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.config", "rlfusion.cli"},
+    "lpips": {"rlfusion.pretrain.metrics"},
     **{name: set() for name in ("open_clip", "diffusers", "transformers", "stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from rlfusion.errors import ConfigError
-from rlfusion.nets.parts import fourier, through, zeroed
+from rlfusion.nets.parts import check_frequency, fourier, through, zeroed
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -93,6 +93,7 @@ class DiT(nn.Module):
         depth: blocks.
         heads: of each attention.
         recompute: gradient checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        frequency: the largest of the embedding of time, as of ``mlp.ResidualMLP``.
     """
 
     def __init__(
@@ -104,9 +105,12 @@ class DiT(nn.Module):
         depth: int = 6,
         heads: int = 4,
         recompute: bool = False,
+        frequency: float = 1000.0,
     ) -> None:
         super().__init__()
         _check(shape, patch, width, depth, heads)
+        check_frequency(frequency)
+        self.frequency = frequency
         self.shape, self.classes, self.patch, self.recompute = tuple(shape), classes, patch, recompute
         self.width, size = width, patch * patch * shape[0]
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -131,7 +135,7 @@ class DiT(nn.Module):
             zeroed(last)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        embedding = silu(self.time(fourier(t, self.width).to(x)) + self.label(label))
+        embedding = silu(self.time(fourier(t, self.width, self.frequency).to(x)) + self.label(label))
         h = self.enter(patchify(x, self.patch)) + self.positions
         for block in self.blocks:
             h = through(block, self.recompute, h, embedding)

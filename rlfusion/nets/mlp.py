@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError
-from rlfusion.nets.parts import fourier, zeroed
+from rlfusion.nets.parts import check_frequency, fourier, zeroed
 
 
 class Block(nn.Module):
@@ -25,15 +25,22 @@ class Block(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """``net(x, t, label)``: x (B, *shape), t (B,), label (B,) int64 in 0..classes, where ``classes`` means no class."""
+    """``net(x, t, label)``: x (B, *shape), t (B,), label (B,) int64 in 0..classes, where ``classes`` means no class.
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3) -> None:
+    ``frequency`` is the largest of the embedding of time. Consistency models want a smooth one, of some 10 (Lu & Song
+    2024, section 4.1): their training follows the derivative of the network in time.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, width: int = 128, depth: int = 3, frequency: float = 1000.0
+    ) -> None:
         super().__init__()
+        check_frequency(frequency)
         if width < 2 or width % 2 or depth < 0:
             raise ConfigError(f"width = {width}, depth = {depth}: expected an even width >= 2 and a depth >= 0")
         self.shape, self.classes = tuple(shape), classes
         size = math.prod(self.shape)
-        self.width = width
+        self.width, self.frequency = width, frequency
         self.time = nn.Linear(width, width)
         self.label = nn.Embedding(classes + 1, width)
         self.enter = nn.Linear(size, width)
@@ -41,7 +48,7 @@ class ResidualMLP(nn.Module):
         self.leave = zeroed(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        embedding = nn.functional.silu(self.time(fourier(t, self.width).to(x)) + self.label(label))
+        embedding = nn.functional.silu(self.time(fourier(t, self.width, self.frequency).to(x)) + self.label(label))
         h = self.enter(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)

@@ -6,13 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlfusion.errors import ConfigError
+
 
 def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:
-    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32."""
+    """(B,) times in [0, 1] -> (B, width): sines and cosines at frequencies 1..``largest``, float32 (or t's float64)."""
     half = width // 2
     rates = torch.exp(torch.linspace(0, math.log(largest), half, device=t.device))
-    angle = t.float()[:, None] * rates
+    angle = t.to(torch.promote_types(t.dtype, torch.float32))[:, None] * rates
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def check_frequency(frequency: float) -> None:
+    """Raise ConfigError unless ``fourier`` can have it as its largest frequency."""
+    if not 1 <= frequency < math.inf:
+        raise ConfigError(f"frequency = {frequency}: expected a number >= 1")
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
 from rlfusion.errors import ConfigError
-from rlfusion.nets.parts import fourier, through, zeroed
+from rlfusion.nets.parts import check_frequency, fourier, through, zeroed
 
 GROUPS = 8
 HEAD = 32
@@ -72,6 +72,7 @@ class UNet(nn.Module):
         depth: stages a level on the way down (one more on the way up).
         attention: the levels, counted from 0, whose stages attend; the middle always does.
         recompute: gradient checkpointing: recompute each stage in the backward pass instead of keeping its activations.
+        frequency: the largest of the embedding of time, as of ``mlp.ResidualMLP``.
     """
 
     def __init__(
@@ -83,10 +84,13 @@ class UNet(nn.Module):
         depth: int = 2,
         attention: tuple[int, ...] = (1, 2),
         recompute: bool = False,
+        frequency: float = 1000.0,
     ) -> None:
         super().__init__()
         _check(shape, width, multipliers, depth, attention)
+        check_frequency(frequency)
         self.shape, self.classes, self.width, self.recompute = tuple(shape), classes, width, recompute
+        self.frequency = frequency
         embedding = 4 * width
         self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label = nn.Embedding(classes + 1, embedding)
@@ -129,7 +133,7 @@ class UNet(nn.Module):
         return modules
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        embedding = silu(self.time(fourier(t, self.width).to(x)) + self.label(label))
+        embedding = silu(self.time(fourier(t, self.width, self.frequency).to(x)) + self.label(label))
         h = self.enter(x)
         skips = [h]
         for module in self.down:

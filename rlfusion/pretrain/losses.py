@@ -9,9 +9,11 @@ from typing import Any
 
 from rlfusion import spec
 from rlfusion.pretrain.base import Loss
+from rlfusion.pretrain.consistency import CT, ICT
+from rlfusion.pretrain.continuous import SCT
 from rlfusion.pretrain.denoising import Denoising
 
-LOSSES: Mapping[str, Callable[..., Loss]] = {"Denoising": Denoising}
+LOSSES: Mapping[str, Callable[..., Loss]] = {cls.__name__: cls for cls in (Denoising, CT, ICT, SCT)}
 
 
 def make(loss: str) -> Loss:
@@ -32,6 +34,19 @@ def _denoising(kind: str, schedule: str, loss: str = "Denoising()", **chain: Any
     }
 
 
+def _consistency(kind: str, schedule: str, loss: str, lr: float, frequency: float, floor: float) -> dict[str, Any]:
+    """One step without guidance, so no label is dropped; ``chain.steps`` 2 takes a second. The frequency is that of the
+    network's time: with another network, give it too."""
+    return {
+        **_denoising(kind, schedule, loss, steps=1, kernel=f"Renoise(floor={floor})"),
+        "model.net": f"ResidualMLP(width=128, depth=3, frequency={frequency})",
+        "train.steps": 6000,
+        "train.lr": lr,
+        "train.label_dropout": 0.0,
+        "train.ema_decay": 0.9995,
+    }
+
+
 PRESETS: Mapping[str, dict[str, Any]] = {
     "x0": _denoising("x0", "Cosine()"),
     "eps": _denoising("eps", "DDPM()"),
@@ -45,4 +60,17 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "flow": _denoising("flow", "Rectified()"),
     "flow_logit_normal": _denoising("flow", "Rectified()", "Denoising(times='LogitNormal()')"),
     "trigflow": _denoising("TrigFlow()", "Trig()"),
+    "ct": _consistency("CM(sigma_data=0.75)", "Karras()", "CT(s1=20)", 3e-3, 10.0, 0.002),
+    "ict": _consistency(
+        "CM(sigma_data=0.75)",
+        "Karras()",
+        "ICT(s1=40, mean=0.5, std=2.0, metric='PseudoHuber(c=0.03)')",
+        *(1e-3, 10.0, 0.002),
+    ),
+    "sct": _consistency(
+        "TrigFlow(sigma_data=0.75)",
+        "Trig(sigma_data=0.75)",
+        "SCT(times='Uniform()', rise=3000, c=1.0)",
+        *(3e-4, 2.0, 0.0),
+    ),
 }
