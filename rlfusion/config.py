@@ -35,12 +35,14 @@ class Chain:
         kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
             Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
         guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0; 0 is none. diffusers' scale is 1 + w.
+        repeats: moves at each of the ``steps`` + 1 levels, for annealed Langevin dynamics; 0 is a plain chain.
     """
 
     steps: int = 20
     spacing: Spacing = "trailing"
     kernel: str = "DDIM(eta=1.0)"
     guidance: float = 0.0
+    repeats: int = 0
 
     def make_kernel(self) -> Kernel:
         """The kernel that ``kernel`` writes."""
@@ -49,7 +51,7 @@ class Chain:
     @property
     def grid(self) -> TimeGrid:
         """The time grid."""
-        return TimeGrid(self.steps, self.spacing)
+        return TimeGrid(self.steps, self.spacing, self.repeats)
 
     def times(self, denoiser: Denoiser) -> Tensor:
         """The K + 1 falling times on the denoiser's schedule."""
@@ -108,10 +110,13 @@ class Evaluation:
     Attributes:
         samples: how many; the classes take turns.
         every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluate.likelihood``), which
+            needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
     """
 
     samples: int = 1000
     every: int = 0
+    bits_per_dim: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 50:

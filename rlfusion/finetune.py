@@ -22,7 +22,7 @@ from rlfusion.config import Chain, Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
-from rlfusion.evaluate import require_independent
+from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
@@ -113,7 +113,8 @@ class Job:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
         c = self.config
         policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())
-        result = measure(policy, self.times, self.judged, self.reward, c.reward_name, c.evaluation, c.seed)
+        settings = replace(c.evaluation, bits_per_dim=False)  # no density
+        result = measure(policy, self.times, self.judged, self.reward, c.reward_name, settings, c.seed)
         return {name: result[name] for name in ("reward", "agreement", "frechet")}
 
     def picture(self, step: int, name: str) -> Tensor:
@@ -152,7 +153,10 @@ def check(config: Finetune) -> None:
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     require_solvable(denoiser, config.chain)
     policy = config.chain.policy(denoiser, torch.tensor([card.classes]))
-    ddpo.Learner(policy, config.chain.times(denoiser), config.agent, config.seed)
+    times = config.chain.times(denoiser)
+    ddpo.Learner(policy, times, config.agent, config.seed)
+    if config.evaluation.bits_per_dim:
+        require_bound(policy, times, data)
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
     score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)

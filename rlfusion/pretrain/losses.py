@@ -10,8 +10,9 @@ from typing import Any
 from rlfusion import spec
 from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.denoising import Denoising
+from rlfusion.pretrain.score_matching import ESM, ISM, SSM
 
-LOSSES: Mapping[str, Callable[..., Loss]] = {"Denoising": Denoising}
+LOSSES: Mapping[str, Callable[..., Loss]] = {"Denoising": Denoising, "ESM": ESM, "ISM": ISM, "SSM": SSM}
 
 
 def make(loss: str) -> Loss:
@@ -44,5 +45,13 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     ),
     "flow": _denoising("flow", "Rectified()"),
     "flow_logit_normal": _denoising("flow", "Rectified()", "Denoising(times='LogitNormal()')"),
+    "vlb": _denoising("v", "DDPM()", "Denoising(weight='VLB()', times='Uniform(margin=0.001)')"),
+    "dsm": _denoising("score", "VP()", "Denoising(weight='SNR()', times='Uniform(margin=0.001)')"),
+    "esm": _denoising("eps", "VP()", "ESM(times='Uniform(margin=0.001)')"),
+    "ism": _denoising("eps", "VP()", "ISM(probes=4, times='Uniform(margin=0.001)')"),
+    "ssm": _denoising("eps", "VP()", "SSM(times='Uniform(margin=0.001)')"),
+    "ncsn": _denoising(
+        "eps", "Geometric(sigma_min=0.02, sigma_max=10.0)", steps=30, repeats=10, kernel="Langevin(step=0.1)"
+    ),
     "trigflow": _denoising("TrigFlow()", "Trig()"),
 }
