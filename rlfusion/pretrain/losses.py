@@ -45,13 +45,15 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     ),
     "flow": _denoising("flow", "Rectified()"),
     "flow_logit_normal": _denoising("flow", "Rectified()", "Denoising(times='LogitNormal()')"),
-    "vlb": _denoising("v", "DDPM()", "Denoising(weight='VLB()', times='Uniform(margin=0.001)')"),
+    "vlb": _denoising(
+        "EDM(sigma_data=0.75)", "Geometric(sigma_min=0.05, sigma_max=10.0)", "Denoising(weight='VLB()')", steps=50
+    ),
     "dsm": _denoising("score", "VP()", "Denoising(weight='SNR()', times='Uniform(margin=0.001)')"),
     "esm": _denoising("eps", "VP()", "ESM(times='Uniform(margin=0.001)')"),
     "ism": _denoising("eps", "VP()", "ISM(probes=4, times='Uniform(margin=0.001)')"),
     "ssm": _denoising("eps", "VP()", "SSM(times='Uniform(margin=0.001)')"),
     "ncsn": _denoising(
-        "eps", "Geometric(sigma_min=0.02, sigma_max=10.0)", steps=30, repeats=10, kernel="Langevin(step=0.1)"
+        "eps", "Geometric(sigma_min=0.05, sigma_max=5.0)", repeats=20, kernel="Langevin(step=0.3)"
     ),
     "trigflow": _denoising("TrigFlow()", "Trig()"),
 }
