@@ -35,14 +35,14 @@ class Exact(Denoiser):
         return target(self.kind, x0.reshape(x.shape), eps.reshape(x.shape), l).to(x)
 
 
-def energy_p_value(x: Tensor, y: Tensor, permutations: int = 400, seed: int = 0) -> float:
-    """The permutation p-value of the energy distance between samples (N, d) and (M, d) (Szekely & Rizzo 2004)."""
+def mmd_p_value(x: Tensor, y: Tensor, width: float = 0.4, permutations: int = 400, seed: int = 0) -> float:
+    """The permutation p-value of the MMD with a Gaussian kernel between (N, d) and (M, d) (Gretton et al. 2012)."""
     both, n = torch.cat([x, y]).double(), len(x)
-    distance = torch.cdist(both, both)
+    kernel = torch.exp(-torch.cdist(both, both).square() / (2 * width**2))
     g = torch.Generator().manual_seed(seed)
     orders = [torch.arange(len(both)), *(torch.randperm(len(both), generator=g) for _ in range(permutations))]
     sign = torch.full((len(both), len(orders)), -1 / len(y), dtype=torch.float64)
     for column, order in enumerate(orders):
         sign[order[:n], column] = 1 / n
-    energy = -(sign * (distance @ sign)).sum(0)
-    return (energy >= energy[0] - 1e-12).double().mean().item()
+    discrepancy = (sign * (kernel @ sign)).sum(0)
+    return (discrepancy >= discrepancy[0] - 1e-12).double().mean().item()

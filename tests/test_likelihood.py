@@ -240,3 +240,14 @@ def test_the_commands_report_and_refuse_it(tiny_root, tmp_path):
     )
     assert early.code == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_images_of_one_class_have_a_bound_without_a_judge(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", images=images)
+    small = ("--train.steps", 3, "--train.batch", 8, "--model.net", "ResidualMLP(width=8, depth=1)", "--chain.steps", 5)
+    asked = ("--evaluation.bits_per_dim", "true", "--name", "it")
+    result = rlfusion(tmp_path, "pretrain", "--data", "noise.npz", *small, *asked)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "runs" / "it" / "evaluation.json").read_text())
+    assert found["bits_per_dim"] > 8  # uniform noise has 8 bits

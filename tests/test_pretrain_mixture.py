@@ -2,7 +2,7 @@
 
 (1)  the loss of the exact denoiser is the floor: E_t W(t) tr Cov[x0 | x_t] / d, less a constant for score matching
 (2)  the trained network comes near the floor and does not fall below it
-(3)  its samples, by the preset's own chain, pass a test that exact denoisers of slightly wrong laws fail
+(3)  its samples, by the preset's own kernel in 100 steps, pass a test that exact denoisers of slightly wrong laws fail
 """
 
 import math
@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from mixtures import Exact, energy_p_value, law
+from mixtures import Exact, law, mmd_p_value
 from torch import Tensor
 
 from rlfusion import models
@@ -23,9 +23,14 @@ from rlfusion.pretrain import PRESETS, Config, Draw, Learner
 from rlfusion.sampling import sample
 
 NET = "ResidualMLP(width=32, depth=2)"
-TRAIN = {"steps": 800, "batch": 192, "lr": 8e-3, "warmup": 20, "label_dropout": 0.0, "ema_decay": 0.98}
+TRAIN = {"steps": 900, "batch": 192, "lr": 6e-3, "warmup": 20, "label_dropout": 0.0, "ema_decay": 0.98}
+OWN = {
+    "esm": {"batch": 64},  # dearer and less noisy than the others: a softmax over all data
+    "x0": {"steps": 1500},  # these count small noise least, and samples need it
+    "flow_logit_normal": {"steps": 1500},
+}
 DRAWS = 40
-SAMPLES = 700
+SAMPLES = 600
 LEVEL = 0.005
 """Of the two-sample test: one honest preset in 200 would fail, on one seed that is fixed."""
 
@@ -50,7 +55,7 @@ TRUTH = {
     "min_snr": Truth(lambda a, s: snr(a, s).clamp(max=5)),
     "snr": Truth(snr),
     "truncated_snr": Truth(lambda a, s: snr(a, s).clamp(min=1)),
-    "vlb": Truth(lambda a, s: snr(a, s) * math.log(200)),
+    "vlb": Truth(lambda a, s: snr(a, s) * math.log(100)),
     "edm": Truth(lambda a, s: (s**2 + 0.25) / (0.5 * s) ** 2),
     "flow": Truth(lambda a, s: 1 / s**2),
     "flow_logit_normal": Truth(lambda a, s: 1 / s**2),
@@ -75,8 +80,7 @@ def parts(name: str) -> tuple[Config, models.Card, Chain]:
     told = {key.partition(".")[2]: value for key, value in preset.items() if key.startswith("train.")}
     model = models.Config(net=NET, **{k.partition(".")[2]: v for k, v in preset.items() if k.startswith("model.")})
     chain = Chain(**{k.partition(".")[2]: v for k, v in preset.items() if k.startswith("chain.")})
-    batch = {"batch": 64} if name == "esm" else {}  # dearer and less noisy than the others: a softmax over all data
-    return Config(**{**told, **TRAIN, **batch}), models.Card(model, (2, 1, 1), ("all",)), chain
+    return Config(**{**told, **TRAIN, **OWN.get(name, {})}), models.Card(model, (2, 1, 1), ("all",)), chain
 
 
 @cache
@@ -133,7 +137,6 @@ def test_the_loss_of_the_exact_denoiser_is_the_floor(name):
 def test_training_comes_near_the_floor_and_not_below(name):
     gap = losses(name, trained(name)) - losses(name, exact(name))
     error = gap.std() / math.sqrt(DRAWS)
-    print(name, gap.mean().item(), error.item(), scale(name))
     assert gap.mean() > -4 * error
     assert gap.mean() < TRUTH[name].near * scale(name) + 4 * error
 
@@ -145,12 +148,13 @@ def scale(name: str) -> float:
 
 def p_value(name: str, denoiser: Denoiser) -> float:
     chain = parts(name)[2]
+    chain = chain if chain.repeats else Chain(100, kernel=chain.kernel)
     times = chain.times(denoiser)
     g = torch.Generator().manual_seed(3)
     noise = torch.randn(SAMPLES, len(times), 2, 1, 1, generator=g)
     label = torch.zeros(SAMPLES, dtype=torch.int64)
     x = sample(chain.policy(denoiser, label[:1]), noise, times, label)
-    return energy_p_value(x.flatten(1), data(SAMPLES, 7).x.flatten(1))
+    return mmd_p_value(x.flatten(1), data(SAMPLES, 7).x.flatten(1))
 
 
 @pytest.mark.parametrize("name", TRUTH)
@@ -160,9 +164,9 @@ def test_samples_of_the_trained_network_are_those_of_the_mixture(name):
 
 
 def test_the_two_sample_test_has_its_level_and_power():
-    """It passes the exact denoiser; it rejects .13 of the weight, half a std of a mean, or 2/3 of the variance too much."""
+    """It passes the exact denoiser; it rejects .13 of the weight, a mean .12 off, or 1.6 of the standard deviations."""
     assert p_value("v", exact("v")) > 0.05
-    for wrong in ({"weight": (0.47, 0.53)}, {"mean": ((-0.5, 0.2), (0.5, -0.3))}, {"var": (0.067, 0.033)}):
+    for wrong in ({"weight": (0.47, 0.53)}, {"mean": ((-0.48, 0.2), (0.5, -0.3))}, {"var": (0.1, 0.05)}):
         assert p_value("v", exact("v", **wrong)) <= LEVEL, wrong
 
 
