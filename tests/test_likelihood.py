@@ -169,6 +169,20 @@ def test_the_decoder_is_the_mass_of_bins_and_keeps_its_tails():
     np.testing.assert_allclose(far.numpy(), [tail, tail], rtol=1e-6)
 
 
+def test_the_decoder_of_a_coarse_chain_has_the_std_of_its_last_level():
+    """One step from t = 0.4, where alpha is far from 1: N(x0_hat, (sigma / alpha)^2)."""
+    times = torch.tensor([0.4, 0.0], dtype=torch.float64)
+    l = VP()(times[0])
+    rule = gaussian_rule(0.2, 0.3)
+    x0, noise = GREY[5:6, None], torch.full((1, 1, 1), 0.7, dtype=torch.float64)
+    found = bound(Policy(Exact(rule, VP()), DDPM()), x0, None, times, noise, 17)
+    mean, std = rule(l.alpha * x0 + l.sigma * 0.7, l.alpha, l.sigma).item(), (l.sigma / l.alpha).item()
+    mass = np.diff(norm.cdf((x0.item() + np.array([-1, 1]) / 16 - mean) / std)).item()
+    assert l.alpha < 0.8
+    assert found.decoder.item() == pytest.approx(-math.log(mass), rel=1e-9)
+    assert found.steps.item() == 0
+
+
 def grey_data(levels=17) -> Dataset:
     x = GREY[torch.multinomial(MASS, 900, replacement=True, generator=torch.Generator().manual_seed(0))]
     return Dataset(x.reshape(-1, 1, 1, 1), torch.zeros(900, dtype=torch.int64), ("all",), levels)
