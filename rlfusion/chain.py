@@ -33,6 +33,7 @@ class Chain:
         guidance_low: the least time, in [0, 1], at which guidance acts.
         guidance_high: the greatest.
         negative: name of the class that guidance leads away from; empty leads away from "no class".
+        repeats: moves at each of the ``steps`` + 1 levels, for annealed Langevin dynamics; 0 is a plain chain.
     """
 
     steps: int = 20
@@ -44,6 +45,7 @@ class Chain:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     negative: str = ""
+    repeats: int = 0
 
     def __post_init__(self) -> None:
         if self.guidance and self.guidance_scale is not None:
@@ -69,9 +71,14 @@ class Chain:
         return spec.parse(self.kernel, KERNELS, "kernel")
 
     @property
+    def moves(self) -> int:
+        """K, the steps of a walk."""
+        return self.repeats * (self.steps + 1) if self.repeats else self.steps
+
+    @property
     def grid(self) -> TimeGrid:
         """The time grid."""
-        return TimeGrid(self.steps, self.spacing)
+        return TimeGrid(self.steps, self.spacing, self.repeats)
 
     def times(self, denoiser: Denoiser) -> Tensor:
         """The K + 1 falling times on the denoiser's schedule."""

@@ -57,7 +57,7 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     if result:
         _print(console, result, f"{settings.train.steps} steps, {time.monotonic() - begin:.0f} s")
     else:
-        console.print("no evaluation: it needs data of two classes or more")
+        console.print("no evaluation: it needs data of two classes or more (or evaluation.bits_per_dim)")
     _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
 
 

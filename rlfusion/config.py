@@ -66,10 +66,13 @@ class Evaluation:
     Attributes:
         samples: how many; the classes take turns.
         every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluate.likelihood``), which
+            needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
     """
 
     samples: int = 1000
     every: int = 0
+    bits_per_dim: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 50:
@@ -197,7 +200,7 @@ class Finetune:
         if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         r = self.rollout
-        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.steps))
+        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
         _ = self.settings  # refuses what no backend can use
 
     @property

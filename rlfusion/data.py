@@ -18,11 +18,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples x (N, C, H, W) in [-1, 1], labels (N,) int64 in 0..classes-1, and the names of the classes."""
+    """Samples x (N, C, H, W) in [-1, 1], labels (N,) int64 in 0..classes-1, and the names of the classes.
+
+    ``levels``: the values lie on so many even steps from -1 to 1 (256: 8 bits); None for continuous values.
+    """
 
     x: Tensor
     label: Tensor
     names: tuple[str, ...]
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.label.shape != self.x.shape[:1]:
@@ -56,7 +60,7 @@ class Dataset:
 
     def _take(self, index: np.ndarray) -> "Dataset":
         at = torch.from_numpy(index)
-        return Dataset(self.x[at], self.label[at], self.names)
+        return Dataset(self.x[at], self.label[at], self.names, self.levels)
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def digits() -> Dataset:
 
     bunch = load_digits()
     x = torch.from_numpy(bunch.images.astype(np.float32))[:, None] / 8 - 1
-    return Dataset(x, torch.from_numpy(bunch.target.astype(np.int64)), tuple(str(i) for i in range(10)))
+    return Dataset(x, torch.from_numpy(bunch.target.astype(np.int64)), tuple(str(i) for i in range(10)), levels=17)
 
 
 def folder(path: Path, size: int) -> Dataset:
@@ -90,7 +94,7 @@ def folder(path: Path, size: int) -> Dataset:
     names = tuple(sorted(set(owners)))
     x = np.stack([_read_image(f, size) for f in files])
     label = torch.tensor([names.index(o) for o in owners])
-    return Dataset(torch.from_numpy(x), label, tuple(n or "all" for n in names))
+    return Dataset(torch.from_numpy(x), label, tuple(n or "all" for n in names), levels=256)
 
 
 def _read_image(file: Path, size: int) -> np.ndarray:
@@ -135,7 +139,8 @@ def npz(path: Path) -> Dataset:
             f"'labels' in {str(path)!r} is {labels.dtype} {labels.shape}: expected integers ({len(images)},)"
         )
     names = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
-    return Dataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(labels.astype(np.int64)), names)
+    levels = 256 if images.dtype == np.uint8 else None
+    return Dataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(labels.astype(np.int64)), names, levels)
 
 
 def load(data: str, size: int = 32) -> Dataset:

@@ -23,7 +23,7 @@ from rlfusion.config import Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
-from rlfusion.evaluate import require_independent
+from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
 from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
@@ -87,7 +87,8 @@ class Job:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
         c = self.config
         policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())
-        result = measure(policy, self.times, self.judged, self.reward, c.reward_name, c.evaluation, c.seed)
+        settings = replace(c.evaluation, bits_per_dim=False)  # no density
+        result = measure(policy, self.times, self.judged, self.reward, c.reward_name, settings, c.seed)
         return {name: result[name] for name in ("reward", "agreement", "frechet")}
 
     def picture(self, step: int, name: str) -> Tensor:
@@ -126,6 +127,8 @@ def check(config: Finetune) -> None:
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     require_solvable(denoiser, config.chain)
     policy = config.chain.policy(denoiser, card.names)
+    if config.evaluation.bits_per_dim:
+        require_bound(policy, config.chain.times(denoiser), data)
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
     config.agent.learner(make_task(config, card, policy, reward), data, config.seed)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, require_not_negative
 from rlfusion.schedule import Schedule
 
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -23,17 +23,30 @@ Spacing = Literal["trailing", "leading", "linspace"]
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """``steps`` denoising steps (network calls), spaced as the module says."""
+    """``steps`` denoising steps (network calls), spaced as the module says. ``repeats`` > 0 makes that many moves at
+    every time, the last one too (see ``repeated``): annealed Langevin dynamics.
+    """
 
     steps: int = 20
     spacing: Spacing = "trailing"
+    repeats: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps = {self.steps}: expected at least 1")
+        require_not_negative(self, "repeats")
 
     def times(self, schedule: Schedule) -> Tensor:
-        """The K + 1 falling times on ``schedule``, float64, on the CPU.
+        """The K + 1 falling times on ``schedule``, each ``repeats`` times if asked, float64, on the CPU.
+
+        Raises:
+            ConfigError: more steps than the schedule has times, or a discrete spacing on a continuous schedule.
+        """
+        times = self._falling(schedule)
+        return repeated(times, self.repeats) if self.repeats else times
+
+    def _falling(self, schedule: Schedule) -> Tensor:
+        """The K + 1 falling times.
 
         Raises:
             ConfigError: more steps than the schedule has times, or a discrete spacing on a continuous schedule.

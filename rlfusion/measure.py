@@ -91,15 +91,17 @@ def measure(
     settings: Evaluation,
     seed: int,
 ) -> dict[str, float]:
-    """reward and reward_std (where there is a reward) and all of ``evaluate.Report``, by name.
+    """reward and reward_std (where there is a reward), all of ``evaluate.Report`` and, if asked, bits_per_dim, by name.
 
     Raises:
+        ConfigError: bits per dimension are asked for and not defined.
         NumericalError: a sample or a reward is not finite.
     """
+    bits = evaluate.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
     device = next(policy.parameters()).device
     label = torch.arange(settings.samples, device=device) % judged.train.classes
     samples = draw(policy, times, label, judged.train.shape, seed, "evaluation")
-    result = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict()
+    result = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict() | bits
     if reward is None:
         return result
     value = score(reward, samples, label, reward_name)

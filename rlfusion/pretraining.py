@@ -13,6 +13,7 @@ from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
+from rlfusion.evaluate import bits_per_dim, require_bound
 from rlfusion.measure import Judged, grid_samples, measure, require_judgeable
 from rlfusion.parameterization import solve
 from rlfusion.pretrain import Learner, losses
@@ -103,6 +104,8 @@ def check(config: Pretrain) -> models.Card:
     denoiser = models.build(card)
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
+    if config.evaluation.bits_per_dim:
+        require_bound(config.chain.policy(denoiser, card.names), config.chain.times(denoiser), data)
     return card
 
 
@@ -123,7 +126,7 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
     """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation.
 
-    Where the data has fewer than two classes there is no judge: only the grid is drawn.
+    Where the data has fewer than two classes there is no judge: only the grid is drawn (and bits_per_dim, if asked).
     """
     set_numerics(config.threads, pick_device(config.device))
     data = load(config.data, config.size)
@@ -142,6 +145,9 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     if card.classes > 1:
         judged = Judged.of(data, config.held_out, Path(config.root), device)
         result = measure(policy, times, judged, None, "", config.evaluation, config.seed)
+    elif config.evaluation.bits_per_dim:
+        result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)
+    if result:
         tracker.scalars(config.train.steps, "evaluation", result)
         checkpoint.write_json_atomic(folder / "evaluation.json", result)
     tracker.close()

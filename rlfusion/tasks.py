@@ -33,7 +33,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
 def make_task(config: Finetune, card: models.Card, policy: Policy, reward: Reward) -> Task:
     """The learner's own task: its policy, with the chain and the reward of the workers."""
     device = str(next(policy.parameters()).device)
-    needs = config.agent.needs(config.chain.steps)
+    needs = config.agent.needs(config.chain.moves)
     return _task(card, config.chain, policy, reward, config.reward_name, device, needs)
 
 
@@ -63,7 +63,7 @@ def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.de
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
-        "needs": asdict(config.agent.needs(config.chain.steps)),
+        "needs": asdict(config.agent.needs(config.chain.moves)),
     }
     return Recipe("rlfusion.tasks:build_task", described, {"reward": pack(reward_parts(reward))})
 

@@ -78,6 +78,14 @@ class Mixture:
         p, pulled = self._pull(x, a, b)
         return b * np.einsum("bi,bij->bj", p, pulled)
 
+    def x0_var(self, x: Array, a: float, b: float) -> Array:
+        """tr Cov[x_0 | x_t = x], (B,): within the components, C_i - a^2 C_i S_i^-1 C_i, and between their means."""
+        p, pulled = self._pull(x, a, b)
+        means = self.mean + a * np.einsum("ijk,bik->bij", self.cov, pulled)
+        at = self.diffuse(a, b)
+        within = np.trace(self.cov - a**2 * self.cov @ np.linalg.solve(at.cov, self.cov), axis1=1, axis2=2)
+        return (p * (within + (means**2).sum(2))).sum(1) - (np.einsum("bi,bij->bj", p, means) ** 2).sum(1)
+
     def score(self, x: Array, a: float, b: float) -> Array:
         """grad log p_t(x) = -E[sum_i p_i S_i^-1 (x - a m_i)]: also where b = 0."""
         p, pulled = self._pull(x, a, b)

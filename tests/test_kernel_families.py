@@ -164,6 +164,7 @@ def test_langevin_is_the_printed_move_and_anneals_to_the_data():
     schedule = Geometric(0.01, 10.0)
     times = repeated(TimeGrid(60).times(schedule), 100)
     assert len(times) == 61 * 100 + 1
+    assert torch.equal(times, TimeGrid(60, repeats=100).times(schedule))
     mean, var = variance_of(Langevin(0.1), schedule, times, (0.0, 100.0))
     assert (mean, var) == (pytest.approx(0.7, abs=0.02), pytest.approx(0.25, abs=0.02))
     with pytest.raises(ConfigError, match="count"):

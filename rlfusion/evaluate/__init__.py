@@ -1,16 +1,20 @@
-"""Evaluation: Frechet distance, precision and recall, diversity, image statistics, and the report of them all."""
+"""Evaluation: Frechet distance, precision and recall, diversity, image statistics, likelihood, and a report of all."""
 
 from rlfusion.evaluate.frechet import frechet_distance, frechet_gaussian
 from rlfusion.evaluate.images import ImageStatistics, image_statistics
+from rlfusion.evaluate.likelihood import Bound, bits_per_dim, bound, require_bound
 from rlfusion.evaluate.manifold import PrecisionRecall, class_spread, precision_recall
 from rlfusion.evaluate.report import Judge, Report, agreement, features, report, require_independent
 
 __all__ = [
+    "Bound",
     "ImageStatistics",
     "Judge",
     "PrecisionRecall",
     "Report",
     "agreement",
+    "bits_per_dim",
+    "bound",
     "class_spread",
     "features",
     "frechet_distance",
@@ -18,5 +22,6 @@ __all__ = [
     "image_statistics",
     "precision_recall",
     "report",
+    "require_bound",
     "require_independent",
 ]

@@ -25,6 +25,9 @@ class Draw:
         total: steps of the whole training.
         key: keys further draws of the step.
         data: (N, *) all training samples.
+        label: (N,) their labels.
+        no_class: the label that means "no class".
+        index: (B,) which of them x0 is.
     """
 
     x0: Tensor
@@ -35,6 +38,9 @@ class Draw:
     total: int
     key: tuple[Key, ...]
     data: Tensor
+    label: Tensor
+    no_class: int
+    index: Tensor
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Further standard normal noise of this step, float32, where x0 is."""

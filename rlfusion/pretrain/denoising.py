@@ -8,26 +8,35 @@ diffusion objective of TrigFlow are rows of ``presets``, not code.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from rlfusion import spec
 from rlfusion.denoiser import Denoiser
 from rlfusion.objectives import weighted_mse
-from rlfusion.parameterization import target
+from rlfusion.parameterization import solve, target
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.times import TIMES, Times
 from rlfusion.pretrain.weighting import WEIGHTS, Weight
-from rlfusion.schedule import level
+from rlfusion.schedule import Level, Schedule, level
 from rlfusion.tensors import cast
 
 
+class Noised(NamedTuple):
+    """x = x_t (B, *) of a draw, its times (B,) and their level, shaped to act on x."""
+
+    x: Tensor
+    t: Tensor
+    l: Level
+
+
 @dataclass(frozen=True)
-class Denoising(Loss):
-    """Eq. (1), the mean over features.
+class NoisedLoss(Loss):
+    """What every loss on noised data shares: Eq. (1)'s w and the law of t.
 
     Attributes:
-        weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...).
+        weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...), VLB().
         times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
     """
 
@@ -45,10 +54,27 @@ class Denoising(Loss):
     def _times(self) -> Times:
         return spec.parse(self.times, TIMES, "distribution of times")
 
+    def noised(self, draw: Draw, schedule: Schedule) -> Noised:
+        """The draw's samples at the draw's times."""
+        t = self._times(draw.u, schedule)
+        l = level(schedule, t, draw.x0)
+        return Noised(cast(l.alpha, draw.x0) * draw.x0 + cast(l.sigma, draw.x0) * draw.eps, t, l)
+
+    def regress(self, denoiser: Denoiser, draw: Draw, at: Noised, x0: Tensor, eps: Tensor) -> Tensor:
+        """Eq. (1) with the target of the pair (x0, eps), the mean over features, (B,)."""
+        y = denoiser.answer(at.x, at.t, draw.cond)
+        weight = cast(self._weight(denoiser.kind, at.l).flatten(), y)
+        return weighted_mse(y, target(denoiser.kind, x0, eps, at.l), weight)
+
+    def eps_weight(self, denoiser: Denoiser, l: Level) -> Tensor:
+        """The weight (B,) of the eps error that w(t) is: both by way of the x0 error."""
+        ratio = solve("eps", l).x0_y / solve(denoiser.kind, l).x0_y
+        return (self._weight(denoiser.kind, l) * ratio.square()).flatten()
+
+
+@dataclass(frozen=True)
+class Denoising(NoisedLoss):
+    """Eq. (1), the mean over features. Denoising score matching (Vincent 2011) is ``weight='SNR()'`` on the "score"."""
+
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
-        t = self._times(draw.u, denoiser.schedule)
-        l = level(denoiser.schedule, t, draw.x0)
-        x = cast(l.alpha, draw.x0) * draw.x0 + cast(l.sigma, draw.x0) * draw.eps
-        y = denoiser.answer(x, t, draw.cond)
-        weight = cast(self._weight(denoiser.kind, l).flatten(), y)
-        return weighted_mse(y, target(denoiser.kind, draw.x0, draw.eps, l), weight)
+        return self.regress(denoiser, draw, self.noised(draw, denoiser.schedule), draw.x0, draw.eps)

@@ -127,7 +127,7 @@ class Learner:
         x0 = self.x[index]
         eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32)).to(self.device)
         cond = self.label[index].masked_fill(dropped, self.no_class)
-        return Draw(x0, cond, eps, u, step, self.config.steps, key, self.x)
+        return Draw(x0, cond, eps, u, step, self.config.steps, key, self.x, self.label, self.no_class, index)
 
     def state_dict(self) -> dict:
         state = {"optimization": self.optimization.state_dict()}

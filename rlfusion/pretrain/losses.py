@@ -12,8 +12,9 @@ from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.consistency import CT, ICT
 from rlfusion.pretrain.continuous import SCT
 from rlfusion.pretrain.denoising import Denoising
+from rlfusion.pretrain.score_matching import ESM, ISM, SSM
 
-LOSSES: Mapping[str, Callable[..., Loss]] = {cls.__name__: cls for cls in (Denoising, CT, ICT, SCT)}
+LOSSES: Mapping[str, Callable[..., Loss]] = {cls.__name__: cls for cls in (Denoising, ESM, ISM, SSM, CT, ICT, SCT)}
 
 
 def make(loss: str) -> Loss:
@@ -47,6 +48,10 @@ def _consistency(kind: str, schedule: str, loss: str, lr: float, frequency: floa
     }
 
 
+VLB_LEVELS = "Geometric(sigma_min=0.05, sigma_max=5.0)"
+"""The bound depends on the ends of the path alone (Kingma et al. 2021); on these levels its weight varies least. The
+least noise is about half a bin of the digits' grey levels: below it the decoder knows the value."""
+
 PRESETS: Mapping[str, dict[str, Any]] = {
     "x0": _denoising("x0", "Cosine()"),
     "eps": _denoising("eps", "DDPM()"),
@@ -59,6 +64,15 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     ),
     "flow": _denoising("flow", "Rectified()"),
     "flow_logit_normal": _denoising("flow", "Rectified()", "Denoising(times='LogitNormal()')"),
+    "vlb": {
+        **_denoising("EDM(sigma_data=0.75)", VLB_LEVELS, "Denoising(weight='VLB()')", steps=50),
+        "train.steps": 5000,
+    },
+    "dsm": _denoising("score", "VP()", "Denoising(weight='SNR()', times='Uniform(margin=0.001)')"),
+    "esm": _denoising("eps", "VP()", "ESM(times='Uniform(margin=0.001)')"),
+    "ism": _denoising("eps", "VP()", "ISM(probes=4, times='Uniform(margin=0.001)')"),
+    "ssm": _denoising("eps", "VP()", "SSM(times='Uniform(margin=0.001)')"),
+    "ncsn": _denoising("eps", "Geometric(sigma_min=0.05, sigma_max=5.0)", repeats=20, kernel="Langevin(step=0.3)"),
     "trigflow": _denoising("TrigFlow()", "Trig()"),
     "ct": _consistency("CM(sigma_data=0.75)", "Karras()", "CT(s1=20)", 3e-3, 10.0, 0.002),
     "ict": _consistency(

@@ -5,6 +5,12 @@
 
 With SNR = alpha^2 / sigma^2, w = SNR is the eps error, w = SNR + 1 the v error; a score network under w = SNR has the
 weight sigma^2 of NCSN (Song & Ermon 2019, Eq. 6; handbook 2.2.2).
+
+The variational bound (Ho et al. 2020, Eq. 5, 8; handbook 2.2.2, errata 15-17) has, for a step t -> s of the DDPM chain,
+
+    (3)  L_s = KL(q(x_s | x_t, x0) || p(x_s | x_t)) = (SNR(s) - SNR(t)) / 2 |x_0 - x_0hat|^2       (Kingma et al. 2021)
+
+so with ever finer steps w = -SNR'(t) / 2, in nats: alpha (alpha sigma' - alpha' sigma) / sigma^3.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,6 +77,17 @@ class MinSNR:
         return _own(kind, l, _snr(l).clamp(max=self.gamma))
 
 
+@dataclass(frozen=True)
+class VLB:
+    """w = -SNR' / 2, Eq. (3): with uniform times the loss is the diffusion part of the bound in nats per dimension.
+
+    Near clean data it grows as 1 / t or faster: the times' margin ends it where L_0, the decoder, takes over.
+    """
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, l.alpha * (l.alpha * l.d_sigma - l.d_alpha * l.sigma) / l.sigma**3)
+
+
 def _snr(l: Level) -> Tensor:
     return (l.alpha / l.sigma).square()
 
@@ -81,5 +98,5 @@ def _own(kind: str | Kind, l: Level, weight: Tensor) -> Tensor:
 
 
 WEIGHTS: Mapping[str, Callable[..., Weight]] = {
-    cls.__name__: cls for cls in (Own, SNR, TruncatedSNR, SNRPlusOne, MinSNR)
+    cls.__name__: cls for cls in (Own, SNR, TruncatedSNR, SNRPlusOne, MinSNR, VLB)
 }
