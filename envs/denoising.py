@@ -65,6 +65,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         device: torch.device | str = "cpu",
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
+        masked: bool = False,
     ) -> None:
         """A batch of chains.
 
@@ -82,6 +83,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             device: where the tensors live.
             autoreset_mode: what happens after the end of a chain: next step, same step, or nothing.
             render_mode: "rgb_array" or None.
+            masked: a reward may be NaN, which says that it failed for that sample; else that is an error.
 
         Raises:
             ConfigError: a setting that cannot work.
@@ -101,7 +103,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.schedule = _schedule(schedule, action, policy)
         self.times = grid.times(self.schedule)
         self._prior_std = float(self.schedule(self.times[:1]).sigma)
-        self._reward, self._decode, self._policy = reward, decode, policy
+        self._reward, self._decode, self._policy, self._masked = reward, decode, policy, masked
         self._io = BACKENDS[backend](torch.device(device))
         table = condition_table(conditions)
         self._table = None if table is None else table.to(self._io.device)
@@ -197,7 +199,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             rows = (~finite).nonzero().flatten().tolist()
             raise NumericalError(f"samples of environments {rows[:10]} are not finite")
         samples = self._decode(self._x)
-        reward = score(self._reward, samples, self._cond, getattr(self._reward, "__name__", repr(self._reward)))
+        name = getattr(self._reward, "__name__", repr(self._reward))
+        reward = score(self._reward, samples, self._cond, name, self._masked)
         return reward, {"sample": self._io.array(samples), "_sample": self._mask(True)}
 
     def _result(self, reward: Tensor | None, info: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

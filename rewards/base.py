@@ -5,6 +5,7 @@ condition that they were drawn for, and the answer is one finite number a sample
 if autograd passes through it. A result that is missing, short or not finite is an error, never a zero.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -27,8 +28,10 @@ class RewardError(NumericalError):
     """A reward's result is not one finite number a sample."""
 
 
-def score(reward: Reward, samples: Tensor, cond: Cond, name: str) -> Tensor:
+def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool = False) -> Tensor:
     """The checked result of a reward, (B,), on the device of ``samples``, in float32 (float64 for float64 samples).
+
+    With ``masked`` a NaN says that the reward failed for that sample, and passes; who asked for that drops the sample.
 
     Gradients pass. An exception inside the reward propagates with a note that names the reward.
 
@@ -49,7 +52,8 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str) -> Tensor:
     if result.is_complex():
         raise RewardError(f"reward {name!r} answered {result.dtype}: expected real numbers")
     result = result.to(samples.device, torch.promote_types(samples.dtype, torch.float32))
-    _require_finite(result.detach(), name)
+    checked = result.detach()
+    _require_finite(checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) if masked else checked, name)
     return result
 
 

@@ -33,13 +33,13 @@ class WeightedSum(nn.Module):
         owned = {name.replace(".", "/"): r for name, r in rewards.items() if isinstance(r, nn.Module)}
         self.modules_by_name = nn.ModuleDict(owned)
 
-    def terms(self, samples: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """Each reward's checked result, before its weight, (B,) each.
+    def terms(self, samples: Tensor, cond: Cond, masked: bool = False) -> dict[str, Tensor]:
+        """Each reward's checked result, before its weight, (B,) each; NaN where it failed, if ``masked``.
 
         Raises:
             RewardError: as ``score``.
         """
-        return {name: score(reward, samples, cond, name) for name, reward in self.rewards.items()}
+        return {name: score(reward, samples, cond, name, masked) for name, reward in self.rewards.items()}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum (B,) of what ``terms`` answered."""

@@ -1,7 +1,9 @@
 """Advantages: pure functions of rewards and groups.
 
 (1)  A_i = (R_i - mean of its group) / (std of its group + eps)                                    population std
-(2)  running form (Black et al. 2023, section 5.4): mean and std over the last ``window`` rewards of the same prompt
+(2)  several rewards: sum_k w_k (R_k - mean_k) / (std_k + eps), each normalised by itself before its weight, so that
+     none rules by its scale alone
+(3)  running form (Black et al. 2023, section 5.4): mean and std over the last ``window`` rewards of the same prompt
 """
 
 from dataclasses import dataclass
@@ -36,9 +38,18 @@ def group_relative(reward: Tensor, group: Tensor) -> Tensor:
     return normalize(reward.double(), mean, std).to(reward)
 
 
+def normalized_sum(terms: Tensor, weights: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. (2) over the groups (B,) of terms (B, R) with weights (R,): (B,) and each term's share (R,) of what it adds,
+    mean |w_k A_k| over the sum of these.
+    """
+    parts = torch.stack([w * group_relative(term, group) for term, w in zip(terms.unbind(1), weights)], 1)
+    share = parts.abs().mean(0)
+    return parts.sum(1), share / share.sum().clamp(min=1e-12)
+
+
 @dataclass
 class RunningAdvantage:
-    """Eq. (2): normalises by the recent rewards of the same group; its state is saved with the learner.
+    """Eq. (3): normalises by the recent rewards of the same group; its state is saved with the learner.
 
     Attributes:
         window: how many of its last rewards each group keeps.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rlfusion.config import Finetune
 from rlfusion.rollout import Backend, Pending, plan, version_for
 from rlfusion.run import pick_device
+from rlfusion.scoring import scored
 from rlfusion.trajectory import Trajectory, concatenate
 from rlfusion.weights import Weights
 
@@ -12,7 +13,8 @@ from rlfusion.weights import Weights
 class Collector:
     """Trajectories in order of their step, collected up to ``lag`` steps ahead of the learner.
 
-    ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
+    ``publish`` gives it the weights after n updates; it sends out every step that acts under that version. ``seen`` is
+    what the last batch is to be logged with.
     """
 
     def __init__(self, backend: Backend, config: Finetune, prompts: int, start: int) -> None:
@@ -20,6 +22,7 @@ class Collector:
         self.device = pick_device(config.device)
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
+        self.seen: dict[str, float] = {}
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""
@@ -43,7 +46,8 @@ class Collector:
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""
         for step in range(self.start, self.config.updates):
-            yield concatenate(self.pending.pop(step)()).to(self.device)
+            batch, self.seen = scored(concatenate(self.pending.pop(step)()).to(self.device), self.config)
+            yield batch
 
     def still_needed(self, done: int) -> dict[int, Weights]:
         """The older versions that steps after ``done`` act under: empty at a regular checkpoint."""

@@ -5,7 +5,7 @@ All counts are global (prompts, samples per prompt, updates per rollout): no res
 
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -162,6 +162,10 @@ class Finetune:
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
             mapping of such names to weights.
         reward_options: settings of each named reward.
+        reward_normalize: several rewards: "none" adds them as they are; "group" and "batch" give each mean 0 and std 1
+            over the prompt's walks, or the rollout's, before its weight.
+        reward_failures: a reward that is NaN for a sample is an error ("error"), or the sample is left out ("mask").
+        max_failed: share of a rollout whose rewards may fail before that is an error after all.
         budget_queries: rewards asked for after which the training ends, however many updates are left; 0 sets no limit.
         updates: rollouts, each followed by the learner's updates.
         chain: the sampling chain that is trained.
@@ -183,6 +187,9 @@ class Finetune:
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward_normalize: Literal["none", "group", "batch"] = "none"
+    reward_failures: Literal["error", "mask"] = "error"
+    max_failed: float = 0.1
     updates: int = 24
     budget_queries: int = 0
     chain: Chain = field(default_factory=Chain)
@@ -197,6 +204,10 @@ class Finetune:
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries")
+        if not 0 <= self.max_failed < 1:
+            raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
+        if self.reward_normalize != "none" and isinstance(self.reward, str):
+            raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
         if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         r = self.rollout

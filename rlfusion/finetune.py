@@ -33,6 +33,7 @@ from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, find, score
 from rlfusion.rollout import make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
 from rlfusion.tasks import make_task, recipe, worker_options
 from rlfusion.tracking import Tracker, flatten, grid, save_png
@@ -219,7 +220,8 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
 def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
     item = collector.items(-1, weights.version)[0]
     small = replace(item, groups=item.groups[:PREFLIGHT_SAMPLES])
-    found = preflight(job.learner, concatenate(collector.backend.collect([small], weights)).to(collector.device))
+    batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), job.config)
+    found = preflight(job.learner, batch)
     if found.get("reward_std") == 0:
         progress.say(
             "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
@@ -238,7 +240,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
     stopwatch = Stopwatch(job.folder, start)
     with progress.bar("fine-tuning", total, start) as bar:
         for step, metrics in steps:
-            done, queries = step + 1, job.learner.queries
+            done, queries, metrics = step + 1, job.learner.queries, metrics | collector.seen
             stopwatch.lap(done, queries)
             spent = 0 < config.budget_queries <= queries
             collector.publish(Weights.of(job.learner.policy, done))

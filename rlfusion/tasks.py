@@ -27,18 +27,26 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
     policy, needs = chain.policy(denoiser, card.names), Needs(**config["needs"])
-    return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs)
+    return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs, config["masked"])
 
 
 def make_task(config: Finetune, card: models.Card, policy: Policy, reward: Reward) -> Task:
     """The learner's own task: its policy, with the chain and the reward of the workers."""
     device = str(next(policy.parameters()).device)
     needs = config.agent.needs(config.chain.moves)
-    return _task(card, config.chain, policy, reward, config.reward_name, device, needs)
+    masked = config.reward_failures == "mask"
+    return _task(card, config.chain, policy, reward, config.reward_name, device, needs, masked)
 
 
 def _task(
-    card: models.Card, chain: Chain, policy: Policy, reward: Reward, reward_name: str, device: str, needs: Needs
+    card: models.Card,
+    chain: Chain,
+    policy: Policy,
+    reward: Reward,
+    reward_name: str,
+    device: str,
+    needs: Needs,
+    masked: bool,
 ) -> Task:
     return Task(
         policy=policy,
@@ -50,6 +58,7 @@ def _task(
         reward_name=reward_name,
         device=device,
         needs=needs,
+        masked=masked,
     )
 
 
@@ -63,6 +72,7 @@ def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.de
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
+        "masked": config.reward_failures == "mask",
         "needs": asdict(config.agent.needs(config.chain.moves)),
     }
     return Recipe("rlfusion.tasks:build_task", described, {"reward": pack(reward_parts(reward))})

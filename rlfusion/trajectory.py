@@ -24,6 +24,7 @@ class Trajectory:
         cond: the condition, batch B.
         version: the version of the weights that acted.
         begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
+        terms: (B, R), what each of several named rewards said, before its weight, in their order; None for one reward.
     """
 
     x: Tensor
@@ -34,6 +35,7 @@ class Trajectory:
     cond: Cond
     version: int
     begin: Tensor | None = None
+    terms: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)
@@ -50,6 +52,11 @@ class Trajectory:
         t, s = self.times[step.cpu()], self.times[step.cpu() + 1]
         return Observation(self.x[at, k], t, s, cond), self.x[at, k + 1]
 
+    def take(self, walks: Tensor) -> Self:
+        """The walks of a mask (B,) or of indices alone."""
+        kept = {name: value[walks.to(value.device)] for name, value in _kept(self).items()}
+        return replace(self, **kept, cond=map_cond(lambda c: c[walks.to(c.device)], self.cond))
+
     def to(self, device: torch.device | str) -> Self:
         """The same record with its tensors on ``device``; times stay on the CPU."""
         move = {name: value.to(device) for name, value in _kept(self).items()}
@@ -58,7 +65,7 @@ class Trajectory:
 
 def _kept(t: Trajectory) -> dict[str, Tensor]:
     """The tensors of batch B that a record has, by name."""
-    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin")}
+    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms")}
     return {name: value for name, value in held.items() if value is not None}
 
 

@@ -20,7 +20,7 @@ from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward, score
+from rlfusion.rewards import Reward, WeightedSum, score
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.needs import Needs
 from rlfusion.sampling import chain_noise
@@ -42,6 +42,7 @@ class Task:
         reward_name: what errors call it.
         device: where the policy is and works.
         needs: what is run of each walk, and kept.
+        masked: a reward may fail for a sample, which is then NaN; else that is an error.
     """
 
     policy: Policy
@@ -53,6 +54,7 @@ class Task:
     reward_name: str
     device: str = "cpu"
     needs: Needs = field(default_factory=Needs)
+    masked: bool = False
 
     @cached_property
     def times(self) -> Tensor:
@@ -77,6 +79,7 @@ class Task:
             backend="torch",
             device=self.device,
             autoreset_mode=AutoresetMode.DISABLED,
+            masked=self.masked,
         )
 
     def score(self, x: Tensor, cond: Cond) -> Tensor:
@@ -94,11 +97,19 @@ class Task:
             raise ConfigError(f"reward {self.reward_name!r} has no gradient: expected a differentiable reward")
 
     @cached_property
+    def _terms(self) -> dict[str, Tensor]:
+        """What each of several named rewards said of the last samples, before its weight, (B,) each."""
+        return {}
+
+    @cached_property
     def _named_reward(self) -> Reward:
-        """The reward as the environment, which checks it, calls it in errors."""
+        """The reward as the environment, which checks it, calls it in errors; it leaves its terms in ``_terms``."""
 
         def reward(samples: Tensor, cond: Cond) -> Tensor:
-            return self.reward(samples, cond)
+            if not isinstance(self.reward, WeightedSum):
+                return self.reward(samples, cond)
+            self._terms.update(self.reward.terms(samples, cond, self.masked))
+            return self.reward.combine(self._terms)
 
         reward.__name__ = self.reward_name
         return reward
@@ -142,6 +153,7 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         cond,
         item.version,
         None if needs.path else begin.to(task.device),
+        torch.stack(list(task._terms.values()), 1) if needs.end and task._terms else None,
     )
 
 
