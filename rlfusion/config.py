@@ -13,6 +13,7 @@ from rlfusion import models, pretrain, spec
 from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Precision
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.guard import Config as Guards
 from rlfusion.monitor import Config as Monitoring
@@ -156,6 +157,8 @@ class Finetune:
         seed: keys every random draw of the fine-tuning.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
+        precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
+            log-probabilities and the optimiser stay in float32.
         base: folder of the model to start from (a run or its model folder); empty pretrains one as ``pretrain`` says.
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
             the labels are random, so that the base follows its prompt in part of its samples only.
@@ -183,6 +186,7 @@ class Finetune:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    precision: Precision = "float32"
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     reward: str | dict[str, float] = "class_logprob"

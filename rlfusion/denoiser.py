@@ -1,6 +1,7 @@
 """A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,22 @@ from rlfusion.parameterization import Prediction, Solution, conditioning, named,
 from rlfusion.schedule import Schedule, level
 from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Denoiser(nn.Module):
     """``(x_t, t, cond) -> Prediction(x0, eps)``.
 
     ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
     like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
+    ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
+    log-probabilities keep the precision of x.
     """
 
-    def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind) -> None:
+    def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
         super().__init__()
         named(kind)
-        self.net, self.schedule, self.kind = net, schedule, kind
+        self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
@@ -36,7 +41,9 @@ class Denoiser(nn.Module):
         l = level(self.schedule, t, x)
         at = conditioning(self.kind, t, l).reshape(-1)
         at = cast(at, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
-        return self.net(cast(named(self.kind).scale(l), x) * x, at.expand(len(x)), cond)
+        scaled = cast(named(self.kind).scale(l), x) * x
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.net(scaled, at.expand(len(x)), cond)
 
 
 @lru_cache(maxsize=4096)

@@ -148,6 +148,7 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     config.chain.make_kernel()
     base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
     denoiser, card = models.load(base)
+    denoiser.precision = config.precision
     policy = config.chain.policy(denoiser.to(device), card.names)
     times = config.chain.times(denoiser)
     data = load(config.pretrain.data, config.pretrain.size)

@@ -22,6 +22,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     torch.set_num_threads(config["threads"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card).to(config["device"])
+    denoiser.precision = config["precision"]
     reward = build(config["reward"], config["reward_options"])
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
@@ -72,6 +73,7 @@ def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.de
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
+        "precision": config.precision,
         "masked": config.reward_failures == "mask",
         "needs": asdict(config.agent.needs(config.chain.moves)),
     }
