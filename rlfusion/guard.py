@@ -47,7 +47,7 @@ class Config:
 
     action: Literal["skip", "rollback", "halt", "warn"] = "skip"
     grad_norm: float = 30.0
-    log_ratio: float = 200.0
+    log_ratio: float = 1000.0
     reward_fall: float = 4.0
     patience: int = 3
 

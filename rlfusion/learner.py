@@ -24,6 +24,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlfusion.adamw import AdamW
 from rlfusion.errors import ConfigError, NumericalError
 
 Batch = TypeVar("Batch", contravariant=True)
@@ -156,7 +157,7 @@ class Optimization:
     ) -> None:
         self.module, self.max_grad_norm = module, max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.named.values(), lr=lr, weight_decay=weight_decay)
+        self.optimizer = AdamW(self.named, lr, weight_decay)
         self.ema = EMA(module, ema)
 
     def step(self) -> float:

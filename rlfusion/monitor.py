@@ -42,7 +42,7 @@ class Config:
     every: int = 4
     samples: int = 200
     held_out: tuple[str, ...] = ()
-    diversity: float = 0.5
+    diversity: float = 0.4
     agreement: float = 0.15
     image: float = 3.0
     frechet_base: float | None = None

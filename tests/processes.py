@@ -21,7 +21,6 @@ PRELOAD = [
     "rlfusion.cli",
     "rlfusion.commands",
     "sklearn.datasets",
-    "torch._dynamo",
     "torch.utils.tensorboard.summary",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -118,7 +118,8 @@ def test_the_gradient_norm_is_clipped_and_reported_unclipped():
     other.optimization = Capture(twin)
     other.update(batch)
     seen = []
-    learner.optimization.optimizer.register_step_pre_hook(lambda *_: seen.append(flat_gradient(policy).norm().item()))
+    step = learner.optimization.optimizer.step
+    learner.optimization.optimizer.step = lambda: (seen.append(flat_gradient(policy).norm().item()), step())
     norm = learner.update(batch)["grad_norm"]
     assert norm == pytest.approx(other.optimization.gradients[0].norm().item(), rel=1e-5)
     assert norm > 1e-2

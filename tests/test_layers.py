@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
 
 LAYERS = [
-    "errors tensors seeding nested numerics progress stopwatch",
+    "errors tensors seeding nested numerics progress stopwatch adamw",
     "gaussian spec",
     "schedule",
     "kinds grid",

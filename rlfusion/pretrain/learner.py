@@ -97,9 +97,7 @@ class Learner:
         """
         loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
         loss.backward()
-        lr = self.rate(batch)
-        for group in self.optimization.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.optimization.optimizer.lr = self.rate(batch)
         norm = self.optimization.step()
         self.follow(batch)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
