@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlfusion.augment import shifted
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
@@ -100,12 +101,7 @@ def accuracy(module: Classifier, data: Dataset) -> float:
 
 def augment(x: Tensor, shift: int, noise: float, draw: np.random.Generator) -> Tensor:
     """(B, C, H, W) -> same shape: each image moved by its own whole number of pixels, plus noise."""
-    batch, channels, height, width = x.shape
-    padded = F.pad(x, (shift,) * 4, mode="replicate")
-    dy, dx = torch.from_numpy(draw.integers(0, 2 * shift + 1, size=(2, batch)))
-    rows, columns = dy[:, None] + torch.arange(height), dx[:, None] + torch.arange(width)
-    image, channel = torch.arange(batch)[:, None, None, None], torch.arange(channels)[:, None, None]
-    moved = padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    moved = shifted(x, shift, draw)
     return moved + noise * torch.from_numpy(draw.standard_normal(tuple(x.shape), dtype=np.float32))
 
 

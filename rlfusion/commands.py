@@ -57,7 +57,9 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     if result:
         _print(console, result, f"{settings.train.steps} steps, {time.monotonic() - begin:.0f} s")
     else:
-        console.print("no evaluation: it needs data of two classes or more (or evaluation.bits_per_dim)")
+        console.print(
+            "no evaluation: it needs two classes, or captions with two samples each (or evaluation.bits_per_dim)"
+        )
     _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
 
 
@@ -65,8 +67,12 @@ def run_sample(settings: config.Sample) -> None:
     """Draw samples and write the picture."""
     set_numerics(settings.threads, pick_device(settings.device))
     denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
-    if settings.label and settings.label not in card.names:
+    if settings.label and settings.label not in card.names and not card.captioned:
         raise ConfigError(f"label = {settings.label!r}: expected one of {', '.join(card.names)}")
+    if settings.label not in ("", *card.names):
+        card = replace(card, names=(*card.names, settings.label))
+        denoiser.net.label.set(card.names)
+        policy = settings.chain.policy(denoiser, card.names)
     device = next(denoiser.parameters()).device
     label = torch.arange(settings.count, device=device) % card.classes
     if settings.label:

@@ -88,7 +88,7 @@ class Base:
 
     Attributes:
         seed: keys every random draw.
-        data: "digits", a folder of images, or an .npz file.
+        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, for evaluation.
         model: the denoiser.
@@ -116,7 +116,7 @@ class Pretrain(Base):
 
     Attributes:
         seed: keys every random draw.
-        data: "digits", a folder of images, or an .npz file.
+        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, for evaluation.
         model: the denoiser.

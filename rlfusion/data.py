@@ -3,14 +3,18 @@
 ``digits`` is scikit-learn's copy of the UCI handwritten digits: 1,797 real 8x8 images of 10 classes, 0..16 grey levels.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlfusion import spec
 from rlfusion.errors import ConfigError
+from rlfusion.hub import HF
 from rlfusion.seeding import Key, stream
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -20,13 +24,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 class Dataset:
     """Samples x (N, C, H, W) in [-1, 1], labels (N,) int64 in 0..classes-1, and the names of the classes.
 
-    ``levels``: the values lie on so many even steps from -1 to 1 (256: 8 bits); None for continuous values.
+    ``captioned``: the names are captions, distinct ones, and the model is to read them. ``levels``: the values lie on so
+    many even steps from -1 to 1 (256: 8 bits); None for continuous values.
     """
 
     x: Tensor
     label: Tensor
     names: tuple[str, ...]
     levels: int | None = None
+    captioned: bool = False
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.label.shape != self.x.shape[:1]:
@@ -42,6 +48,12 @@ class Dataset:
     @property
     def classes(self) -> int:
         return len(self.names)
+
+    @property
+    def grouped(self) -> bool:
+        """The samples fall into two or more classes, of which a judge can learn: captions only if each has a second."""
+        counts = self.label.bincount(minlength=self.classes)
+        return self.classes > 1 and (not self.captioned or int(counts.min()) > 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +72,7 @@ class Dataset:
 
     def _take(self, index: np.ndarray) -> "Dataset":
         at = torch.from_numpy(index)
-        return Dataset(self.x[at], self.label[at], self.names, self.levels)
+        return Dataset(self.x[at], self.label[at], self.names, self.levels, self.captioned)
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -80,36 +92,87 @@ def digits() -> Dataset:
 def folder(path: Path, size: int) -> Dataset:
     """Images below ``path``, resized (bicubic, shorter side) and centre-cropped to size x size RGB.
 
-    Each sub-folder is a class named by the folder; images lying directly in ``path`` are one class.
+    Each sub-folder is a class named by the folder; images lying directly in ``path`` are one class. With a file
+    ``metadata.jsonl`` of lines {"file_name": ..., "text": ...} the texts are captions.
 
     Raises:
-        ConfigError: no folder, no image in it, or an image that cannot be read (named).
+        ConfigError: no folder, no image in it, an image that cannot be read, or one without a caption (named).
     """
     if not path.is_dir():
         raise ConfigError(f"data folder {str(path)!r} does not exist")
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ConfigError(f"data folder {str(path)!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    x = torch.from_numpy(np.stack([_read_image(f, size) for f in files]))
+    if (path / "metadata.jsonl").is_file():
+        return captioned(x, _captions(path, files), levels=256)
     owners = [f.relative_to(path).parts[0] if f.parent != path else "" for f in files]
     names = tuple(sorted(set(owners)))
-    x = np.stack([_read_image(f, size) for f in files])
-    label = torch.tensor([names.index(o) for o in owners])
-    return Dataset(torch.from_numpy(x), label, tuple(n or "all" for n in names), levels=256)
+    return Dataset(x, torch.tensor([names.index(o) for o in owners]), tuple(n or "all" for n in names), levels=256)
+
+
+def _captions(path: Path, files: list[Path]) -> list[str]:
+    """The text of each file in ``metadata.jsonl``."""
+    try:
+        lines = [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines() if line.strip()]
+        texts = {line["file_name"]: line["text"] for line in lines}
+        return [texts[str(f.relative_to(path))] for f in files]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{str(path / 'metadata.jsonl')!r}: expected a line with file_name and text for every image ({error})"
+        ) from error
+
+
+def captioned(x: Tensor, captions: list[str], levels: int | None) -> Dataset:
+    """Samples with a caption each; equal captions are one prompt."""
+    names = tuple(sorted(set(captions)))
+    place = {name: i for i, name in enumerate(names)}
+    return Dataset(x, torch.tensor([place[c] for c in captions]), names, levels, captioned=True)
 
 
 def _read_image(file: Path, size: int) -> np.ndarray:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return _fitted(image, size)
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"image {str(file)!r} cannot be read: {error}") from error
+
+
+def _fitted(image: Any, size: int) -> np.ndarray:
+    """A PIL image as (3, size, size) in [-1, 1]."""
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
+def hf(source: HF, size: int) -> Dataset:
+    """Rows of a Hugging Face data set, their images fitted to size x size RGB.
+
+    Raises:
+        ConfigError: nothing there, no such column, a row that is no image, or labels that are no classes.
+    """
+    images, given, names = source.rows()
+    for i, image in enumerate(images):
+        if not callable(getattr(image, "convert", None)):
+            held = type(image).__name__
+            raise ConfigError(f"row {i} of {source.path!r}: column {source.image!r} holds {held}, expected an image")
+    x = torch.from_numpy(np.stack([_fitted(image, size) for image in images]))
+    if given is None:
+        return Dataset(x, torch.zeros(len(x), dtype=torch.int64), ("all",), levels=256)
+    if source.caption:
+        return captioned(x, [str(text) for text in given], levels=256)
+    names = names or sorted({str(value) for value in given})
+    place = {name: i for i, name in enumerate(names)}
+    label = [value if isinstance(value, int) and str(value) not in place else place[str(value)] for value in given]
+    return Dataset(x, torch.tensor(label), tuple(names), levels=256)
+
+
 def npz(path: Path) -> Dataset:
-    """An ``.npz`` with ``images``, uint8 (N, H, W[, C]) or (N, C, H, W) float in [-1, 1], and optional ``labels`` (N,).
+    """An ``.npz`` with ``images``, uint8 (N, H, W[, C]) or (N, C, H, W) float in [-1, 1], and optional ``labels`` or
+    ``captions`` (N,).
 
     Raises:
         ConfigError: no file, no ``images``, or another dtype, shape or range.
@@ -138,15 +201,24 @@ def npz(path: Path) -> Dataset:
         raise ConfigError(
             f"'labels' in {str(path)!r} is {labels.dtype} {labels.shape}: expected integers ({len(images)},)"
         )
-    names = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
     levels = 256 if images.dtype == np.uint8 else None
+    if "captions" in held:
+        if held["captions"].dtype.kind != "U" or held["captions"].shape != (len(images),):
+            kind = held["captions"].dtype
+            raise ConfigError(f"'captions' in {str(path)!r} is {kind}: expected texts ({len(images)},)")
+        return captioned(torch.from_numpy(np.ascontiguousarray(x)), held["captions"].tolist(), levels)
+    names = tuple(str(i) for i in range(int(labels.max(initial=0)) + 1))
     return Dataset(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(labels.astype(np.int64)), names, levels)
 
 
 def load(data: str, size: int = 32) -> Dataset:
-    """A data set by name or path: "digits", an ``.npz`` file, or a folder of images (brought to ``size``)."""
+    """A data set by name or path: "digits", an ``.npz`` file, a folder of images (brought to ``size``), or the settings
+    of a Hugging Face one, ``hf(path='...', ...)``.
+    """
     if data == "digits":
         return digits()
+    if data.startswith("hf("):
+        return hf(spec.parse(data, {"hf": HF}, "data source"), size)
     return npz(Path(data)) if data.endswith(".npz") else folder(Path(data), size)
 
 

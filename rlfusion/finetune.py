@@ -25,7 +25,7 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
-from rlfusion.measure import Judged, grid_samples, make_reward, measure, require_judgeable
+from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
 from rlfusion.pretraining import base_model, require_solvable
@@ -95,8 +95,9 @@ class Job:
     def picture(self, step: int, name: str) -> Tensor:
         """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard."""
         with self.learner.optimization.ema.averaged():
-            samples = grid_samples(self.policy, self.times, self.card.classes, self.card.shape, self.config.seed)
-        picture = grid(samples, self.card.classes)
+            columns = min(self.card.classes, GRID_COLUMNS)
+            samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed)
+        picture = grid(samples, columns)
         save_png(self.folder / "samples" / f"{name}.png", picture)
         self.tracker.image(step, f"samples/{name}", picture)
         return picture
@@ -118,7 +119,7 @@ def check(config: Finetune) -> None:
     pick_device(config.device)
     data = load(config.pretrain.data, config.pretrain.size)
     require_judgeable(data, config.pretrain.held_out)
-    made = models.Card(config.pretrain.model, data.shape, data.names)
+    made = models.Card(config.pretrain.model, data.shape, data.names, captioned=data.captioned)
     card = models.load_card(Path(config.base)) if config.base else made
     if (made.shape, made.names) != (card.shape, card.names):
         raise ConfigError(

@@ -18,7 +18,7 @@ from rlfusion.sampling import chain_noise, sample
 from rlfusion.seeding import Key
 
 CHUNK = 500
-GRID_ROWS = 8
+GRID_ROWS, GRID_COLUMNS = 8, 20
 
 
 @dataclass(frozen=True)

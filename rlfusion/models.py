@@ -18,6 +18,7 @@ from torch import nn
 from rlfusion import schedule, spec
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
+from rlfusion.nets.captions import Captions
 from rlfusion.nets.dit import DiT
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
@@ -60,14 +61,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, and
-    the settings of the chain that it was made with (``chain.Chain``; empty for none in particular).
+    """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, the
+    settings of the chain that it was made with (``chain.Chain``; empty for none in particular), and whether the names
+    are captions, which the network reads.
     """
 
     config: Config
     shape: tuple[int, ...]
     names: tuple[str, ...]
     chain: dict[str, Any] = field(default_factory=dict)
+    captioned: bool = False
 
     @property
     def classes(self) -> int:
@@ -76,7 +79,13 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), card.get("chain", {}))
+        return cls(
+            Config(**card["config"]),
+            tuple(card["shape"]),
+            tuple(card["names"]),
+            card.get("chain", {}),
+            card.get("captioned", False),
+        )
 
 
 def build(card: Card, seed: int = 0) -> Denoiser:
@@ -94,6 +103,8 @@ def build(card: Card, seed: int = 0) -> Denoiser:
     state = torch.get_rng_state()
     torch.manual_seed(integer(seed, "initial weights"))
     net = spec.call(factory, {**settings, **given}, f"network {name!r}")
+    if card.captioned:
+        net.label = Captions(card.names, net.label.embedding_dim)
     torch.set_rng_state(state)
     return Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
 

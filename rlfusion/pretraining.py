@@ -14,7 +14,7 @@ from rlfusion.data import Dataset, load
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import bits_per_dim, require_bound
-from rlfusion.measure import Judged, grid_samples, measure, require_judgeable
+from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
 from rlfusion.parameterization import solve
 from rlfusion.pretrain import Learner, losses
 from rlfusion.progress import Progress
@@ -75,7 +75,7 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
     with locked(folder, signals, progress.say):
         if not (folder / "model" / "model.json").is_file():
             (folder / "config.yaml").write_text(to_yaml(config))
-            card = models.Card(config.model, data.shape, data.names)
+            card = models.Card(config.model, data.shape, data.names, captioned=data.captioned)
             fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     return folder / "model"
 
@@ -96,11 +96,11 @@ def check(config: Pretrain) -> models.Card:
     """
     pick_device(config.device)
     data = load(config.data, config.size)
-    if data.classes > 1:
+    if data.grouped:
         require_judgeable(data, config.held_out)
     elif not len(data.split(config.held_out)[0]):
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
-    card = models.Card(config.model, data.shape, data.names)
+    card = models.Card(config.model, data.shape, data.names, captioned=data.captioned)
     denoiser = models.build(card)
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
@@ -126,23 +126,25 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
     """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation.
 
-    Where the data has fewer than two classes there is no judge: only the grid is drawn (and bits_per_dim, if asked).
+    Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
+    grid is drawn (and bits_per_dim, if asked).
     """
     set_numerics(config.threads, pick_device(config.device))
     data = load(config.data, config.size)
     config.chain.make_kernel()
     device = pick_device(config.device)
-    card = models.Card(config.model, data.shape, data.names, asdict(config.chain))
+    card = models.Card(config.model, data.shape, data.names, asdict(config.chain), data.captioned)
     fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     denoiser = models.load(folder)[0].to(device)
     policy = config.chain.policy(denoiser, card.names)
     times = config.chain.times(denoiser)
-    picture = grid(grid_samples(policy, times, card.classes, card.shape, config.seed), card.classes)
+    columns = min(card.classes, GRID_COLUMNS)
+    picture = grid(grid_samples(policy, times, columns, card.shape, config.seed), columns)
     save_png(folder / "samples" / "grid.png", picture)
     tracker = Tracker(folder, config.train.steps)
     tracker.image(config.train.steps, "samples", picture)
     result: dict[str, float] = {}
-    if card.classes > 1:
+    if data.grouped:
         judged = Judged.of(data, config.held_out, Path(config.root), device)
         result = measure(policy, times, judged, None, "", config.evaluation, config.seed)
     elif config.evaluation.bits_per_dim:

@@ -14,8 +14,8 @@ FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion
 
 LAYERS = [
     "errors tensors seeding nested numerics progress stopwatch adamw",
-    "gaussian spec",
-    "schedule",
+    "gaussian spec hub",
+    "schedule augment",
     "kinds grid",
     "parameterization",
     "denoiser kernel consistency solvers",
@@ -53,6 +53,7 @@ HOMES = {
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
     | {"rlfusion.rollout.task"},
     "sklearn": {"rlfusion.data"},
+    "datasets": {"rlfusion.hub"},
     "matplotlib": {"rlfusion.comparison.report"},
     "jsonargparse": {"rlfusion.cli"},
     "rich": {"rlfusion.commands", "rlfusion.progress"},

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +51,9 @@ class Draw:
 
 class Loss(ABC):
     """A training objective: a frozen dataclass, written as text on the command line (``Denoising(weight='SNR()')``)."""
+
+    compares_data: ClassVar[bool] = False
+    """It looks at the whole training set, of which x0 must then be a part: there is no augmentation."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlfusion import augment
 from rlfusion.data import Dataset, batch_indices
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
@@ -31,6 +32,7 @@ class Config:
         batch: samples in a step.
         lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
         warmup: steps over which the learning rate rises from 0.
+        augment: of the training images, Augment(flip=..., shift=...); empty for none.
         label_dropout: probability that a sample's label is replaced by "no class".
         label_noise: share of the training samples whose label is replaced by a random class, once and for all: a base
             model that follows its prompt only in part of its samples.
@@ -44,6 +46,7 @@ class Config:
     batch: int = 128
     lr: float = 3e-3
     warmup: int = 100
+    augment: str = ""
     label_dropout: float = 0.1
     label_noise: float = 0.0
     weight_decay: float = 0.0
@@ -51,7 +54,8 @@ class Config:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        losses.make(self.loss)
+        if augment.make(self.augment) and losses.make(self.loss).compares_data:
+            raise ConfigError(f"augment = {self.augment}: {self.loss} compares with the training data, expected none")
         require_positive(self, "steps", "batch", "lr", "max_grad_norm")
         for name in ("label_dropout", "label_noise"):
             if not 0 <= getattr(self, name) <= 1:
@@ -80,6 +84,7 @@ class Learner:
         self.denoiser, self.config, self.seed = denoiser, config, seed
         self.loss = losses.make(config.loss)
         self.loss.check(denoiser)
+        self.augment = augment.make(config.augment)
         self.device = next(denoiser.parameters()).device
         self.x, self.no_class = data.x.to(self.device), data.classes
         self.label = noisy_labels(data, config.label_noise, seed).to(self.device)
@@ -122,7 +127,7 @@ class Learner:
         index = torch.from_numpy(batch_indices(len(self.x), size, step, self.seed, "pretrain")).to(self.device)
         dropped = torch.from_numpy(random.random(size) < self.config.label_dropout).to(self.device)
         u = torch.from_numpy((random.permutation(size) + random.random(size)) / size)
-        x0 = self.x[index]
+        x0 = self.x[index] if self.augment is None else self.augment(self.x[index], stream(*key, "augment"))
         eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32)).to(self.device)
         cond = self.label[index].masked_fill(dropped, self.no_class)
         return Draw(x0, cond, eps, u, step, self.config.steps, key, self.x, self.label, self.no_class, index)

@@ -16,6 +16,7 @@ of the eps error, (3) is E (w / sigma^2) (|e|^2 - 2 sigma tr(de / dx)).
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class ESM(NoisedLoss):
         reference: training samples that q_t is made of, drawn anew each step beside the batch's own; 0 for all, which
             is exact. (Fewer is biased: the stable target field of Xu et al. 2023.)
     """
+
+    compares_data: ClassVar[bool] = True
 
     reference: int = 0
 
