@@ -35,6 +35,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
   rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
                                              algorithms side by side: table, plots, one TensorBoard
+  rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
   tensorboard --logdir runs                  all runs, with before/after grids
@@ -90,16 +91,26 @@ def _run(arguments: list[str]) -> int:
 
 def _job(kind: str, arguments: list[str]) -> None:
     """finetune, pretrain or compare: a new run, or an old one to resume."""
-    from rlfusion import commands, comparison
+    from rlfusion import autoencoding, commands, comparison
     from rlfusion.finetune import check as check_finetune
     from rlfusion.pretraining import check as check_pretrain
 
-    run = {"finetune": commands.run_finetune, "pretrain": commands.run_pretrain, "compare": commands.run_compare}[kind]
+    run = {
+        "finetune": commands.run_finetune,
+        "compare": commands.run_compare,
+        "pretrain": commands.run_pretrain,
+        "pretrain-autoencoder": commands.run_autoencoder,
+    }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(*_resumed(kind, arguments))
         return
     settings = settings_of(kind, arguments)
-    check = {"finetune": check_finetune, "pretrain": check_pretrain, "compare": comparison.check}[kind]
+    check = {
+        "finetune": check_finetune,
+        "compare": comparison.check,
+        "pretrain": check_pretrain,
+        "pretrain-autoencoder": autoencoding.check,
+    }[kind]
     check(settings)
     run(*commands.new_run(settings, settings.default_name))
 
@@ -110,6 +121,10 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
 
     if kind == "pretrain":
         return parse(config.Pretrain, kind, arguments)
+    if kind == "pretrain-autoencoder":
+        from rlfusion.autoencoding import Autoencode
+
+        return parse(Autoencode, kind, arguments)
     if kind == "compare":
         from rlfusion.comparison import Compare
 
@@ -194,6 +209,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": partial(_job, "finetune"),
     "compare": partial(_job, "compare"),
     "pretrain": partial(_job, "pretrain"),
+    "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
     "sample": _sample,
     "evaluate": _evaluate,
 }
@@ -217,7 +233,7 @@ def parse(
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
         description=settings.__doc__.splitlines()[0],
-        epilog=RESUMING if command in ("finetune", "pretrain", "compare") else None,
+        epilog=RESUMING if command not in ("sample", "evaluate") else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

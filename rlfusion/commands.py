@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlfusion import checkpoint, comparison, config, models
+from rlfusion import autoencoding, checkpoint, comparison, config, models
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.errors import ConfigError
@@ -61,6 +61,16 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
             "no evaluation: it needs two classes, or captions with two samples each (or evaluation.bits_per_dim)"
         )
     _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
+
+
+def run_autoencoder(settings: autoencoding.Autoencode, folder: Path) -> None:
+    """Train an autoencoder in ``folder``, and print how well it does."""
+    begin = time.monotonic()
+    with Signals() as signals, locked(folder):
+        result = autoencoding.run(settings, folder, signals, Progress())
+    console = Console()
+    _print(console, result, f"{settings.steps} steps, {time.monotonic() - begin:.0f} s")
+    _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")
 
 
 def run_sample(settings: config.Sample) -> None:

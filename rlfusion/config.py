@@ -91,6 +91,8 @@ class Base:
         data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, for evaluation.
+        autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
+            diffusers AutoencoderKL); empty for pixels.
         model: the denoiser.
         train: the training.
         checkpoint_every: optimiser steps between checkpoints.
@@ -100,6 +102,7 @@ class Base:
     data: str = "digits"
     size: int = 32
     held_out: float = 0.25
+    autoencoder: str = ""
     model: models.Config = field(default_factory=models.Config)
     train: pretrain.Config = field(default_factory=pretrain.Config)
     checkpoint_every: int = 500
@@ -119,6 +122,8 @@ class Pretrain(Base):
         data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, for evaluation.
+        autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
+            diffusers AutoencoderKL); empty for pixels.
         model: the denoiser.
         train: the training.
         checkpoint_every: optimiser steps between checkpoints.

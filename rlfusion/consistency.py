@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlfusion.errors import ConfigError
 from rlfusion.parameterization import Prediction
 from rlfusion.schedule import Schedule, level
+from rlfusion.space import Space
 from rlfusion.tensors import Cond, cast
 
 
@@ -28,6 +29,10 @@ class LCM(nn.Module):
         if self.schedule.resolution is None:
             raise ConfigError(f"{self.schedule} has no discrete times: expected a table, as DDPM() or ScaledLinear()")
         self.denoiser, self.sigma_data, self.scaling = denoiser, sigma_data, scaling
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         l = level(self.schedule, t, x)

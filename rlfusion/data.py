@@ -16,6 +16,7 @@ from rlfusion import spec
 from rlfusion.errors import ConfigError
 from rlfusion.hub import HF
 from rlfusion.seeding import Key, stream
+from rlfusion.tensors import to_pixels as to_pixels
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -24,8 +25,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 class Dataset:
     """Samples x (N, C, H, W) in [-1, 1], labels (N,) int64 in 0..classes-1, and the names of the classes.
 
-    ``captioned``: the names are captions, distinct ones, and the model is to read them. ``levels``: the values lie on so
-    many even steps from -1 to 1 (256: 8 bits); None for continuous values.
+    ``captioned``: the names are captions, distinct ones, and the model is to read them. ``levels``: the values lie on
+    so many even steps from -1 to 1 (256: 8 bits); None for continuous values.
     """
 
     x: Tensor
@@ -73,11 +74,6 @@ class Dataset:
     def _take(self, index: np.ndarray) -> "Dataset":
         at = torch.from_numpy(index)
         return Dataset(self.x[at], self.label[at], self.names, self.levels, self.captioned)
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]: how a pixel-space latent becomes an image. Values outside are the image's black and white."""
-    return ((x + 1) / 2).clamp(0, 1)
 
 
 def digits() -> Dataset:

@@ -10,6 +10,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.kinds import Kind
 from rlfusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
 from rlfusion.schedule import Schedule, level
+from rlfusion.space import Pixels, Space
 from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
 Precision = Literal["float32", "bfloat16"]
@@ -21,13 +22,14 @@ class Denoiser(nn.Module):
     ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
     like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
     ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
-    log-probabilities keep the precision of x.
+    log-probabilities keep the precision of x. ``space`` is what x is a latent of.
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
         super().__init__()
         named(kind)
         self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
+        self.space: Space = Pixels()
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
@@ -86,6 +88,10 @@ class Guided(nn.Module):
         self.denoiser, self.weight, self.null = denoiser, weight, null
         self.rescale, self.low, self.high = rescale, low, high
         self.schedule: Schedule = denoiser.schedule
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         inside = (t >= self.low) & (t <= self.high)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlfusion import checkpoint, models
 from rlfusion.agent import AgentLearner
+from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.collector import Collector
 from rlfusion.config import Finetune
@@ -28,7 +29,7 @@ from rlfusion.guard import Guarded
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import base_model, require_solvable
+from rlfusion.pretraining import base_model, card_of, require_solvable
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, find, score
 from rlfusion.rollout import make_backend
@@ -119,7 +120,7 @@ def check(config: Finetune) -> None:
     pick_device(config.device)
     data = load(config.pretrain.data, config.pretrain.size)
     require_judgeable(data, config.pretrain.held_out)
-    made = models.Card(config.pretrain.model, data.shape, data.names, captioned=data.captioned)
+    made = card_of(config.pretrain, data)
     card = models.load_card(Path(config.base)) if config.base else made
     if (made.shape, made.names) != (card.shape, card.names):
         raise ConfigError(
@@ -133,7 +134,7 @@ def check(config: Finetune) -> None:
         require_bound(policy, config.chain.times(denoiser), data)
     given = config.reward_options.get("class_logprob", {}).get("weights")
     reward = build(config.reward, config.reward_options if given else worker_options(config, card))
-    config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
+    config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
     for name in config.monitor.held_out:
         find(name)
     score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)
@@ -158,7 +159,8 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
-    learner = config.agent.learner(make_task(config, card, policy, reward), judged.train, config.seed)
+    trained_on = encoded(judged.train, denoiser.space)
+    learner = config.agent.learner(make_task(config, card, policy, reward), trained_on, config.seed)
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:
@@ -188,7 +190,8 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     with closing(Tracker(folder, start)) as tracker:
         job = prepare(config, folder, tracker, signals, progress)
         progress.say(f"plan: {config.agent.plan()}")
-        with make_backend(recipe(config, job.card, job.reward, pick_device(config.device)), config.settings) as backend:
+        described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device))
+        with make_backend(described, config.settings) as backend:
             collector = Collector(backend, config, job.card.classes, start)
             before = _begin(job, collector, found.path if found else None, progress)
             done = _improve(job, collector, signals, progress)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlfusion import classifier, evaluate
 from rlfusion.config import Evaluation
-from rlfusion.data import Dataset, to_pixels
+from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
@@ -73,11 +73,11 @@ def reward_parts(reward: Reward) -> dict[str, Tensor]:
 
 
 def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
-    """Samples (N, C, H, W) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
-    parts = []
+    """Samples (N, *shape) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
+    parts, latent = [], policy.space.latent(shape)
     for rows in torch.arange(len(label)).split(CHUNK):
-        noise = chain_noise(key, rows.tolist(), len(times) - 1, shape).to(label.device)
-        parts.append(to_pixels(sample(policy, noise, times, label[rows.to(label.device)])))
+        noise = chain_noise(key, rows.tolist(), len(times) - 1, latent).to(label.device)
+        parts.append(policy.space.decode(sample(policy, noise, times, label[rows.to(label.device)])))
     return torch.cat(parts)
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion import schedule, spec
+from rlfusion import autoencoder, schedule, spec
+from rlfusion.autoencoder import Latents
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.nets.captions import Captions
@@ -23,6 +24,7 @@ from rlfusion.nets.dit import DiT
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
+from rlfusion.space import Pixels, Space
 from rlfusion.weights import pack, sha256, unpack
 
 FORMAT = "rlfusion-model-1"
@@ -62,8 +64,9 @@ class Config:
 @dataclass(frozen=True)
 class Card:
     """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, the
-    settings of the chain that it was made with (``chain.Chain``; empty for none in particular), and whether the names
-    are captions, which the network reads.
+    settings of the chain that it was made with (``chain.Chain``; empty for none in particular), whether the names are
+    captions, which the network reads, and the autoencoder in whose latents it works (``autoencoder.build``; empty for
+    pixels).
     """
 
     config: Config
@@ -71,6 +74,7 @@ class Card:
     names: tuple[str, ...]
     chain: dict[str, Any] = field(default_factory=dict)
     captioned: bool = False
+    autoencoder: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -79,13 +83,8 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        return cls(
-            Config(**card["config"]),
-            tuple(card["shape"]),
-            tuple(card["names"]),
-            card.get("chain", {}),
-            card.get("captioned", False),
-        )
+        own = {name: card[name] for name in ("chain", "captioned", "autoencoder") if name in card}
+        return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), **own)
 
 
 def build(card: Card, seed: int = 0) -> Denoiser:
@@ -97,7 +96,8 @@ def build(card: Card, seed: int = 0) -> Denoiser:
     config = card.config
     name, settings = spec.split(config.net)
     factory = spec.lookup(NETS, name, "network")
-    given = {"shape": card.shape, "classes": card.classes}
+    space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
+    given = {"shape": space.latent(card.shape), "classes": card.classes}
     if settings.keys() & given:
         raise ConfigError(f"net = {config.net!r}: shape and classes come from the data, expected other settings")
     state = torch.get_rng_state()
@@ -106,15 +106,30 @@ def build(card: Card, seed: int = 0) -> Denoiser:
     if card.captioned:
         net.label = Captions(card.names, net.label.embedding_dim)
     torch.set_rng_state(state)
-    return Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
+    denoiser = Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
+    denoiser.space = space
+    return denoiser
+
+
+def space_blob(space: Space) -> dict[str, bytes]:
+    """{"space": the autoencoder's weights}, or nothing for pixels."""
+    return {"space": pack(space.module.state_dict())} if isinstance(space, Latents) else {}
+
+
+def load_space(denoiser: Denoiser, blob: bytes | None) -> None:
+    """Give a built denoiser the weights of its autoencoder; None for pixels."""
+    if blob is not None:
+        denoiser.space.module.load_state_dict(unpack(blob))
 
 
 def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
-    """Write a model folder; each file appears whole or not at all."""
+    """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    blob = pack(denoiser.state_dict())
+    blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
     about = {"format": FORMAT, **asdict(card), "sha256": sha256(blob)}
-    for name, content in (("weights.safetensors", blob), ("model.json", json.dumps(about, indent=1).encode())):
+    about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
+    contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
+    for name, content in (contents | {"model.json": json.dumps(about, indent=1).encode()}).items():
         (folder / f"{name}.tmp").write_bytes(content)
         os.replace(folder / f"{name}.tmp", folder / name)
 
@@ -162,13 +177,26 @@ def load(path: Path) -> tuple[Denoiser, Card]:
     Raises:
         ConfigError: no model there, weights that are not the saved ones, or weights of another architecture.
     """
-    card, file = load_card(path), find(path) / "weights.safetensors"
-    denoiser, stated = build(card), _read_about(path)[0].get("sha256")
+    card, folder, about = load_card(path), find(path), _read_about(path)[0]
+    denoiser = build(card)
+    modules = {"weights": (denoiser, about.get("sha256"))}
+    if card.autoencoder:
+        modules["space"] = (denoiser.space.module, about.get("space_sha256"))
+    for name, (module, stated) in modules.items():
+        load_into(module, folder / f"{name}.safetensors", stated)
+    return denoiser, card
+
+
+def load_into(module: nn.Module, file: Path, stated: str | None) -> None:
+    """Load the weights in ``file``.
+
+    Raises:
+        ConfigError: no file, weights of another architecture, or not of the stated SHA-256.
+    """
     try:
         blob = file.read_bytes()
         if stated is not None and sha256(blob) != stated:
-            raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in model.json")
-        denoiser.load_state_dict(unpack(blob))
+            raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {file.parent.name}")
+        module.load_state_dict(unpack(blob))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"weights {str(file)!r} cannot be loaded: {error}") from error
-    return denoiser, card

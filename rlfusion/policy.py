@@ -10,6 +10,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.gaussian import Gaussian
 from rlfusion.kernel import Coefficients, Kernel, apply, transition
 from rlfusion.schedule import Schedule, level
+from rlfusion.space import Space
 from rlfusion.tensors import Cond
 
 
@@ -23,7 +24,7 @@ class Observation(NamedTuple):
 
 
 class Policy(nn.Module):
-    """Denoiser + kernel. ``denoiser`` is a ``Denoiser`` or a wrapper with its call and its ``schedule``."""
+    """Denoiser + kernel. ``denoiser`` is a ``Denoiser`` or a wrapper with its call, ``schedule`` and ``space``."""
 
     def __init__(self, denoiser: nn.Module, kernel: Kernel) -> None:
         super().__init__()
@@ -32,6 +33,10 @@ class Policy(nn.Module):
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
 
     def forward(self, obs: Observation) -> Gaussian:
         x, t, s, cond = obs

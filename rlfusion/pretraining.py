@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from rlfusion import checkpoint, models
+from rlfusion import autoencoding, checkpoint, models
+from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -44,7 +45,9 @@ def fit(
         StopRequested: a signal came; all work is saved.
     """
     denoiser = models.build(card, config.seed).to(device)
-    learner = Learner(denoiser, data, config.train, config.seed)
+    if config.autoencoder:
+        denoiser.space = autoencoding.load(Path(config.autoencoder))
+    learner = Learner(denoiser, encoded(data, denoiser.space), config.train, config.seed)
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
     if found:
@@ -67,6 +70,20 @@ def fit(
     tracker.close()
 
 
+def card_of(config: Base, data: Dataset) -> models.Card:
+    """The card of the model that ``config`` makes of ``data``.
+
+    Raises:
+        ConfigError: no autoencoder where one is named, or one for samples of another shape.
+    """
+    about = autoencoding.load(Path(config.autoencoder)).about if config.autoencoder else {}
+    if tuple(about.get("shape", data.shape)) != data.shape:
+        raise ConfigError(
+            f"autoencoder = {config.autoencoder!r} is for samples {tuple(about['shape'])}, the data's are {data.shape}"
+        )
+    return models.Card(config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about)
+
+
 def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:
     """The folder of the model that ``config`` describes: from ``root/cache``, or pretrained there now."""
     data = load(config.data, config.size)
@@ -75,7 +92,7 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
     with locked(folder, signals, progress.say):
         if not (folder / "model" / "model.json").is_file():
             (folder / "config.yaml").write_text(to_yaml(config))
-            card = models.Card(config.model, data.shape, data.names, captioned=data.captioned)
+            card = card_of(config, data)
             fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     return folder / "model"
 
@@ -84,6 +101,8 @@ def _digest(config: Base, data: Dataset) -> str:
     """16 hex digits over all that the weights depend on."""
     same = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, same], sort_keys=True).encode())
+    if config.autoencoder:
+        digest.update(models.space_blob(autoencoding.load(Path(config.autoencoder)))["space"])
     digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -100,7 +119,7 @@ def check(config: Pretrain) -> models.Card:
         require_judgeable(data, config.held_out)
     elif not len(data.split(config.held_out)[0]):
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
-    card = models.Card(config.model, data.shape, data.names, captioned=data.captioned)
+    card = card_of(config, data)
     denoiser = models.build(card)
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
@@ -133,7 +152,7 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     data = load(config.data, config.size)
     config.chain.make_kernel()
     device = pick_device(config.device)
-    card = models.Card(config.model, data.shape, data.names, asdict(config.chain), data.captioned)
+    card = replace(card_of(config, data), chain=asdict(config.chain))
     fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     denoiser = models.load(folder)[0].to(device)
     policy = config.chain.policy(denoiser, card.names)

@@ -9,7 +9,6 @@ import torch
 from rlfusion import models
 from rlfusion.chain import Chain
 from rlfusion.config import Finetune
-from rlfusion.data import to_pixels
 from rlfusion.measure import reward_parts
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, build
@@ -23,6 +22,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card).to(config["device"])
     denoiser.precision = config["precision"]
+    models.load_space(denoiser, blobs.get("space"))
     reward = build(config["reward"], config["reward_options"])
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
@@ -52,9 +52,9 @@ def _task(
     return Task(
         policy=policy,
         grid=chain.grid,
-        shape=card.shape,
+        shape=policy.space.latent(card.shape),
         conditions=torch.arange(card.classes),
-        decode=to_pixels,
+        decode=policy.space.decode,
         reward=reward,
         reward_name=reward_name,
         device=device,
@@ -63,8 +63,8 @@ def _task(
     )
 
 
-def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.device) -> Recipe:
-    """What every worker builds its task from. The learned parts of the reward travel as bytes, not as a path."""
+def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, device: torch.device) -> Recipe:
+    """What every worker builds its task from. The learned parts of the reward, and the decoder, travel as bytes."""
     described = {
         "card": asdict(card),
         "chain": asdict(config.chain),
@@ -77,7 +77,8 @@ def recipe(config: Finetune, card: models.Card, reward: Reward, device: torch.de
         "masked": config.reward_failures == "mask",
         "needs": asdict(config.agent.needs(config.chain.moves)),
     }
-    return Recipe("rlfusion.tasks:build_task", described, {"reward": pack(reward_parts(reward))})
+    blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
+    return Recipe("rlfusion.tasks:build_task", described, blobs)
 
 
 def worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, Any]]:

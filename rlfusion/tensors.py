@@ -50,3 +50,8 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     if coefficient.ndim == 0 and like.device.type != "cpu":
         return torch.full((), coefficient.item(), dtype=like.dtype, device=like.device)
     return coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]: how a pixel-space latent becomes an image. Values outside are the image's black and white."""
+    return ((x + 1) / 2).clamp(0, 1)

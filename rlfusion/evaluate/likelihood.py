@@ -27,6 +27,7 @@ from rlfusion.parameterization import Prediction
 from rlfusion.policy import Policy
 from rlfusion.schedule import Schedule, level
 from rlfusion.seeding import Key, normal
+from rlfusion.space import Pixels
 from rlfusion.tensors import Cond, cast, sum_features
 
 CHUNK = 500
@@ -94,6 +95,10 @@ def require_bound(policy: Policy, times: Tensor, data: Dataset) -> int:
         ConfigError: data without known levels (float images, latents); a kernel without noise at some step, or whose
             steps do not keep the schedule's marginals, Eq. (3).
     """
+    if not isinstance(policy.space, Pixels):
+        raise ConfigError(
+            "bits_per_dim = True: the model works in latents, whose density is not that of images; expected false"
+        )
     if data.levels is None:
         raise ConfigError("bits_per_dim = True: the data are continuous, expected images of known grey levels")
     noisy = times[policy.schedule(times).sigma > 0]

@@ -1,0 +1,219 @@
+"""The job of ``rlfusion pretrain-autoencoder``, and reading what it made.
+
+A folder holds ``space.safetensors`` and ``autoencoder.json``: everything that is needed to build the autoencoder again,
+and the SHA-256 of the weights. Draws are keyed by (seed, step).
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlfusion import autoencoder, checkpoint, models
+from rlfusion.autoencoder import FORMAT, KLVAE, Latents, fitted, from_diffusers, negative_elbo
+from rlfusion.data import Dataset, batch_indices, to_pixels
+from rlfusion.data import load as load_data
+from rlfusion.errors import ConfigError, require_positive
+from rlfusion.learner import Optimization
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.seeding import integer, stream
+from rlfusion.tracking import Tracker, grid, save_png
+from rlfusion.weights import sha256
+
+LOG_EVERY, SHOWN = 20, 40
+
+
+@dataclass(frozen=True)
+class Autoencode:
+    """Train an autoencoder, for models that work in its latents.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, an .npz file, or hf(path='...').
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, to measure the reconstruction.
+        model: the architecture.
+        steps: optimiser steps.
+        batch: samples in a step.
+        lr: peak learning rate of AdamW; it falls to 0 along a cosine.
+        ema_decay: decay of the averaged weights that are saved.
+        checkpoint_every: optimiser steps between checkpoints.
+        root: folder of all runs.
+        name: of the run's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+    """
+
+    seed: int = 0
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    model: autoencoder.Config = field(default_factory=autoencoder.Config)
+    steps: int = 1500
+    batch: int = 128
+    lr: float = 2e-3
+    ema_decay: float = 0.99
+    checkpoint_every: int = 500
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+
+    @property
+    def default_name(self) -> str:
+        return f"autoencoder-{Path(self.data).stem}-seed{self.seed}"
+
+
+class Learner:
+    """Minimises -ELBO a pixel. ``update`` takes the number of the step."""
+
+    def __init__(self, module: KLVAE, data: Dataset, config: Autoencode) -> None:
+        self.module, self.config = module, config
+        self.x = data.x.to(next(module.parameters()).device)
+        self.optimization = Optimization(module, config.lr, ema=config.ema_decay)
+
+    def update(self, batch: int) -> dict[str, float]:
+        """One optimiser step: step number ``batch`` of the run.
+
+        Raises:
+            NumericalError: the gradient is not finite; the weights are as before.
+        """
+        index = batch_indices(len(self.x), self.config.batch, batch, self.config.seed, "autoencoder")
+        x = self.x[torch.from_numpy(index).to(self.x.device)]
+        mean, log_var = self.module.posterior(x)
+        noise = stream(self.config.seed, "autoencoder", batch).standard_normal(tuple(mean.shape), dtype=np.float32)
+        guess = self.module(mean + (log_var / 2).exp() * torch.from_numpy(noise).to(mean))
+        loss = negative_elbo(x, guess, mean, log_var, self.module.noise).mean() / x[0].numel()
+        loss.backward()
+        decay = 0.5 * (1 + math.cos(math.pi * batch / self.config.steps))
+        self.optimization.optimizer.lr = self.config.lr * decay
+        error = (x - guess).detach().square().mean().sqrt().item()
+        return {"negative_elbo": loss.item(), "error": error, "grad_norm": self.optimization.step()}
+
+    def state_dict(self) -> dict:
+        return self.optimization.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state)
+
+
+def check(config: Autoencode) -> None:
+    """Refuse what cannot work, before any work.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    data = load_data(config.data, config.size)
+    _build(config, data.shape)
+    parts = [len(part) for part in data.split(config.held_out)]
+    if not all(parts):
+        raise ConfigError(
+            f"held_out = {config.held_out} splits {len(data)} samples into {parts}: expected some in both"
+        )
+
+
+def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
+    """The whole job in ``folder``, from its newest checkpoint on if it has one; leaves ``folder/autoencoder``.
+
+    Returns:
+        error: root mean squared error of held-out pixels in [0, 1]; latent_std: of the held-out latents.
+    """
+    device = pick_device(config.device)
+    set_numerics(config.threads, device)
+    data, held_out = load_data(config.data, config.size).split(config.held_out)
+    module = _build(config, data.shape).to(device)
+    learner = Learner(module, data, config)
+    found = checkpoint.latest(folder / "checkpoints")
+    start = found.step if found else 0
+    if found:
+        learner.load_state_dict(checkpoint.load(found.path))
+    tracker = Tracker(folder, start)
+
+    def save_step(step: int) -> None:
+        tracker.flush()
+        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
+
+    total = config.steps
+    steps = train(learner, iter(range(start, total)), start, total, config.checkpoint_every, save_step, signals)
+    with progress.bar("autoencoder", total, start) as bar:
+        for step, metrics in steps:
+            bar.advance(error=metrics["error"])
+            if (step + 1) % LOG_EVERY == 0:
+                tracker.scalars(step + 1, "autoencoder", metrics)
+    with learner.optimization.ema.averaged():
+        about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
+        space = fitted(module, about, data.x)
+        save(folder / "autoencoder", space)
+        result = _evaluate(space, held_out, folder)
+    tracker.scalars(config.steps, "evaluation", result)
+    tracker.close()
+    checkpoint.write_json_atomic(folder / "evaluation.json", result)
+    return result
+
+
+def _build(config: Autoencode, shape: tuple[int, ...]) -> KLVAE:
+    state = torch.get_rng_state()
+    torch.manual_seed(integer(config.seed, "initial weights"))
+    module = KLVAE(shape, config.model)
+    torch.set_rng_state(state)
+    return module
+
+
+def _evaluate(space: Latents, held_out: Dataset, folder: Path) -> dict[str, float]:
+    """How well held-out samples come back, and a picture: samples above their reconstructions."""
+    z = space.encode(held_out.x)
+    back = space.decode(z).cpu()
+    pixels = to_pixels(held_out.x)
+    pairs = torch.stack([part[:SHOWN] for part in (pixels, back)], 1).flatten(0, 1)
+    save_png(folder / "samples" / "reconstructions.png", grid(_interleaved(pairs), 20))
+    return {"error": (back - pixels).square().mean().sqrt().item(), "latent_std": z.std().item()}
+
+
+def _interleaved(pairs: Tensor) -> Tensor:
+    """(x1, y1, x2, y2, ...) as rows of 20: samples, then what came back of them."""
+    parts = [pairs[i : i + 40] for i in range(0, len(pairs), 40)]
+    return torch.cat([half for part in parts for half in (part[::2], part[1::2])])
+
+
+def save(folder: Path, space: Latents) -> None:
+    """Write an autoencoder's folder; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    blob = models.space_blob(space)["space"]
+    about = {"format": FORMAT, **space.about, "sha256": sha256(blob)}
+    for name, content in (("space.safetensors", blob), ("autoencoder.json", json.dumps(about, indent=1).encode())):
+        (folder / f"{name}.tmp").write_bytes(content)
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def load(path: Path) -> Latents:
+    """The autoencoder in ``path``: a run of ``pretrain-autoencoder``, its ``autoencoder`` folder, or one of diffusers.
+
+    Raises:
+        ConfigError: none there, or weights that are not the saved ones.
+    """
+    for folder in (path, path / "autoencoder"):
+        if (folder / "autoencoder.json").is_file():
+            about = json.loads((folder / "autoencoder.json").read_text())
+            if about.pop("format", None) != FORMAT:
+                raise ConfigError(f"{str(folder)!r} is of another format: expected {FORMAT!r}")
+            stated = about.pop("sha256")
+            space = autoencoder.build(about)
+            models.load_into(space.module, folder / "space.safetensors", stated)
+            return space
+    if (path / "config.json").is_file():
+        return from_diffusers(str(path))
+    raise ConfigError(
+        f"autoencoder = {str(path)!r}: expected a run of pretrain-autoencoder, or a folder of diffusers' AutoencoderKL"
+    )
