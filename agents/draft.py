@@ -24,11 +24,11 @@ from rlfusion.agent import Plan
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.policy import Observation
+from rlfusion.renoise import noised
 from rlfusion.reward_gradient import Learner, Part, Terms, divergence, frozen
 from rlfusion.rollout import Needs, Task, prefix, rollout_noise
-from rlfusion.schedule import level
 from rlfusion.seeding import normal
-from rlfusion.tensors import Cond, cast, map_cond
+from rlfusion.tensors import Cond, map_cond
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,8 @@ class Ends:
         """The n more ends of each walk that ended in x, (n walks, *) walk by walk, and their D; Eq. (3)."""
         n, key = self.config.renoisings, (self.seed, "draft", part.iteration, part.epoch)
         eps, z = normal(key, part.rows.tolist(), (2, n, *self.task.shape)).to(x).unbind(1)
-        l = level(self.task.policy.schedule, self.task.times[-2], x)
-        noised = cast(l.alpha, x) * x[:, None] + cast(l.sigma, x) * eps
-        return self._step(noised.flatten(0, 1), self.steps - 1, _repeat(part.cond, n), z.flatten(0, 1))
+        x_t = noised(x[:, None], eps, self.task.times[-2], self.task.policy.schedule)
+        return self._step(x_t.flatten(0, 1), self.steps - 1, _repeat(part.cond, n), z.flatten(0, 1))
 
 
 def _repeat(cond: Cond, n: int) -> Cond:

@@ -60,3 +60,12 @@ def test_a_reward_without_gradient_is_refused_before_any_work(tmp_path, agent):
     assert result.code == 2
     assert "'jpeg_compressibility' has no gradient" in result.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("setting", [("--reward_failures", "mask"), ("--reward_normalize", "batch")])
+def test_what_needs_the_rewards_of_a_whole_rollout_is_refused(tmp_path, agent, setting):
+    reward = ("--reward", '{"ink": 1.0, "symmetry": 1.0}')
+    result = rlfusion(tmp_path, "finetune", *TINY, "--agent", agent, *reward, *setting)
+    assert result.code == 2
+    assert "scores as it learns" in " ".join(result.err.split())
