@@ -187,6 +187,33 @@ def test_any_rows_in_any_order_have_the_noise_of_their_own_number():
     torch.testing.assert_close(some, whole[rows], rtol=1e-12, atol=0)
 
 
+def test_further_ends_are_drawn_for_each_walk_rollout_and_pass():
+    policy = affine(THETA, **MADE)
+    batch, ends = prefixes(policy, torch.full((6,), 3)), Ends(task_of(policy), Config(form="lv"), SEED)
+    x = batch.x[:, 0]
+    (whole, _), (later, _), (again, _) = (
+        ends._again(x, part_of(batch, iteration)._replace(epoch=epoch)) for iteration, epoch in ((0, 0), (1, 0), (0, 1))
+    )
+    some, _ = ends._again(x[[4, 1]], Part(torch.tensor([4, 1]), x[[4, 1]], batch.begin[[4, 1]], None, 0, 0))
+    torch.testing.assert_close(some, whole.unflatten(0, (6, 2))[[4, 1]].flatten(0, 1), rtol=1e-12, atol=0)
+    assert len(torch.cat([whole, later, again]).unique(dim=0)) == 36
+
+
+def test_the_kl_of_low_variance_is_the_mean_over_its_ends():
+    policy, n = affine(THETA, **MADE), 2
+    batch = prefixes(policy, torch.full((6,), 3))
+    ends = Ends(task_of(policy), Config(form="lv", renoisings=n, kl_loss=1.0, kl_std=0.4), SEED)
+    with torch.no_grad():
+        ends.reference.denoiser.net.theta.add_(torch.tensor([0.2, -0.1], dtype=torch.float64))
+    part, (a, b) = part_of(batch, 0), (v[-2] for v in levels())
+    x, _ = ends.walk(part)
+    again, _ = ends._again(x.detach(), part)
+    whole = torch.cat([x[:, None], again.unflatten(0, (6, n))], 1)
+    before = (whole + b * THETA[1]) / (a - b * THETA[0])  # the last step is x0 = (a - b theta_0) x - b theta_1
+    expected = (b * (0.2 * before - 0.1)).square().sum(2).mean(1) / (2 * 0.4**2)
+    torch.testing.assert_close(ends(part).kl, expected, rtol=1e-9, atol=0)
+
+
 # Recomputed activations
 
 
