@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo, dpo, grpo, nft
+from rlfusion.agents import ddpo, dpo, draft, grpo, nft, refl
 
 AGENTS: Mapping[str, type] = {
     "ddpo": ddpo.Config,
     "grpo": grpo.Config,
     "nft": nft.Config,
     "dpo": dpo.Config,
+    "draft": draft.Config,
+    "refl": refl.Config,
 }
 """The settings of each algorithm by name."""

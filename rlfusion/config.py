@@ -217,6 +217,12 @@ class Finetune:
             raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
         if self.reward_normalize != "none" and isinstance(self.reward, str):
             raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
+        unscored = not self.agent.needs(self.chain.moves).end
+        if unscored and (self.reward_normalize, self.reward_failures) != ("none", "error"):
+            raise ConfigError(
+                f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
+                f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
+            )
         if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         r = self.rollout

@@ -86,18 +86,19 @@ class Guarded:
             alarm = self._judge(metrics)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
+        queries = max(queries, self.learner.queries)  # what was asked for stays asked for
         if alarm is None:
             self._accept(metrics)
             return metrics | {"skipped": float(self.bad)}
         self._refuse(alarm, before, iteration)
         self.learner.iteration = iteration + 1
-        self.learner.queries = max(queries, self.learner.queries)
+        self.learner.queries = queries
         return metrics | {"skipped": float(self.bad)}
 
     def _judge(self, metrics: dict[str, float]) -> Alarm | None:
         """Eq. (2) to (4)."""
         c, norm = self.config, metrics["grad_norm"]
-        if len(self.norms) >= FEWEST and norm > c.grad_norm * median(self.norms):
+        if len(self.norms) >= FEWEST and 0 < c.grad_norm * median(self.norms) < norm:
             return Alarm("grad_norm", f"gradient norm {norm:.3g}, {norm / median(self.norms):.0f} times the median")
         if metrics.get("log_ratio_max", 0.0) > c.log_ratio:
             return Alarm("log_ratio", f"max |log ratio| = {metrics['log_ratio_max']:.3g} nats")

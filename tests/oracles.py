@@ -11,7 +11,7 @@ handbook-notes 2.2.1, 2.2.3, 3.3.2 and the oracle table, section 3.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -204,6 +204,12 @@ class LinearGaussianChain:
     @property
     def noisy(self) -> Array:
         return self.std > 0
+
+    def cut(self, steps: int, *more: tuple[float, float, float]) -> "LinearGaussianChain":
+        """The first ``steps`` steps, then others (p, q, S): what a learner does from there instead."""
+        p, q, std = np.array(more).reshape(-1, 3).T
+        columns = zip((self.p, self.q, self.std), (p, q, std))
+        return replace(self, **dict(zip(("p", "q", "std"), (np.append(a[:steps], b) for a, b in columns))))
 
     def value(self, theta: Array) -> float:
         """J(theta)."""

@@ -32,7 +32,7 @@ LAYERS = [
     "rollout",
     "agent transitions",
     "pretrain guard monitor",
-    "renoise",
+    "renoise reward_gradient",
     "agents",
     "config preflight",
     "measure",

@@ -6,19 +6,18 @@ guidance. Draws are keyed by (seed, step): a step is a pure function of its numb
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlfusion import augment
-from rlfusion.data import Dataset, batch_indices
+from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.pretrain import losses
-from rlfusion.pretrain.base import Draw
+from rlfusion.pretrain.draws import Draws
 from rlfusion.seeding import stream
 
 
@@ -84,10 +83,10 @@ class Learner:
         self.denoiser, self.config, self.seed = denoiser, config, seed
         self.loss = losses.make(config.loss)
         self.loss.check(denoiser)
-        self.augment = augment.make(config.augment)
-        self.device = next(denoiser.parameters()).device
-        self.x, self.no_class = data.x.to(self.device), data.classes
-        self.label = noisy_labels(data, config.label_noise, seed).to(self.device)
+        data = replace(data, label=noisy_labels(data, config.label_noise, seed))
+        device = next(denoiser.parameters()).device
+        self.draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
+        self.draw.augment = augment.make(config.augment)
         self.optimization = Optimization(
             denoiser, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
         )
@@ -119,18 +118,6 @@ class Learner:
         """The learning rate of a step: a linear rise, then a cosine to 0."""
         rise = min(1.0, (step + 1) / (self.config.warmup + 1))
         return self.config.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-
-    def draw(self, step: int) -> Draw:
-        """What step ``step`` draws."""
-        size, key = self.config.batch, (self.seed, "pretrain", step)
-        random = stream(*key)
-        index = torch.from_numpy(batch_indices(len(self.x), size, step, self.seed, "pretrain")).to(self.device)
-        dropped = torch.from_numpy(random.random(size) < self.config.label_dropout).to(self.device)
-        u = torch.from_numpy((random.permutation(size) + random.random(size)) / size)
-        x0 = self.x[index] if self.augment is None else self.augment(self.x[index], stream(*key, "augment"))
-        eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32)).to(self.device)
-        cond = self.label[index].masked_fill(dropped, self.no_class)
-        return Draw(x0, cond, eps, u, step, self.config.steps, key, self.x, self.label, self.no_class, index)
 
     def state_dict(self) -> dict:
         state = {"optimization": self.optimization.state_dict()}

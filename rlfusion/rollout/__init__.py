@@ -5,7 +5,7 @@ with make_backend(Recipe("package.module:build", config, blobs), Settings(worker
 """
 
 from rlfusion.rollout.backend import Backend, Pending, Settings
-from rlfusion.rollout.item import WorkItem, plan, version_for
+from rlfusion.rollout.item import WorkItem, plan, rollout_noise, version_for
 from rlfusion.rollout.local import Local
 from rlfusion.rollout.needs import Needs, prefix, samples, transitions
 from rlfusion.rollout.scheduler import Limits, RolloutError
@@ -25,6 +25,7 @@ __all__ = [
     "make_backend",
     "plan",
     "prefix",
+    "rollout_noise",
     "run_item",
     "samples",
     "transitions",

@@ -8,12 +8,15 @@
 All of it is in global units: neither the number of workers nor their order enters.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from rlfusion.errors import ConfigError
+from rlfusion.sampling import chain_noise
 from rlfusion.seeding import stream
 
 
@@ -56,6 +59,11 @@ class WorkItem:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         return cls(**record | {"groups": tuple(record["groups"])})
+
+
+def rollout_noise(seed: int, iteration: int, samples: Iterable[int], steps: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise (B, K+1, *shape) of these samples' walks of ``steps`` steps, Eq. (2), as ``sampling.walk`` takes it."""
+    return chain_noise((seed, "rollout", iteration), samples, steps, shape)
 
 
 def choose_prompts(seed: int, iteration: int, count: int, total: int) -> list[int]:

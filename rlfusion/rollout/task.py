@@ -21,9 +21,8 @@ from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, WeightedSum, score
-from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.item import WorkItem, rollout_noise
 from rlfusion.rollout.needs import Needs
-from rlfusion.sampling import chain_noise
 from rlfusion.tensors import Cond, map_cond
 from rlfusion.trajectory import Trajectory
 
@@ -87,14 +86,18 @@ class Task:
         return score(self.reward, self.decode(x), cond, self.reward_name)
 
     def require_differentiable_reward(self) -> None:
-        """Raise ConfigError unless the reward's gradient reaches the latents (tried on two of noise)."""
+        """Raise ConfigError unless a finite gradient of the reward, not all 0, reaches latents: two ramps of grey."""
         x = torch.linspace(-0.9, 0.9, 2 * math.prod(self.shape)).reshape(2, *self.shape).to(self.device)
         x.requires_grad_()
         cond = None if self.conditions is None else self.conditions[:1].expand(2, *self.conditions.shape[1:])
         with torch.enable_grad():
             reward = self.score(x, map_cond(lambda c: c.to(x.device), cond))
-        if not reward.requires_grad:
-            raise ConfigError(f"reward {self.reward_name!r} has no gradient: expected a differentiable reward")
+        gradient = torch.autograd.grad(reward.sum(), x, allow_unused=True)[0] if reward.requires_grad else None
+        if gradient is None or not bool(gradient.any()):
+            kind = "has no gradient" if gradient is None else "is flat: its gradient is 0"
+            raise ConfigError(f"reward {self.reward_name!r} {kind}: expected a differentiable reward")
+        if not bool(gradient.isfinite().all()):
+            raise ConfigError(f"reward {self.reward_name!r} has a gradient that is not finite: expected finite ones")
 
     @cached_property
     def _terms(self) -> dict[str, Tensor]:
@@ -131,7 +134,7 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 
 def _walk(task: Task, item: WorkItem) -> Trajectory:
     env, needs = task.environment(len(item)), task.needs
-    noise = chain_noise((item.seed, "rollout", item.iteration), item.samples, len(task.times) - 1, task.shape)
+    noise = rollout_noise(item.seed, item.iteration, item.samples, len(task.times) - 1, task.shape)
     noise, group = noise.to(task.device), torch.tensor(item.groups)
     begin = needs.begin(item)
     options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
