@@ -33,7 +33,7 @@ def plane_data(n: int = 2000) -> Dataset:
 def _pretrained() -> Denoiser:
     torch.manual_seed(0)
     denoiser = Denoiser(ResidualMLP((1, 1, 2), classes=1, width=64, depth=2), Cosine(), "v")
-    config = pretrain.Config(steps=500, batch=256, lr=5e-3, ema_decay=0.0, label_dropout=0.0)
+    config = pretrain.Config(steps=500, batch=256, lr=5e-3, ema="Constant(decay=0)", label_dropout=0.0)
     learner = pretrain.Learner(denoiser, plane_data(), config)
     for step in range(config.steps):
         learner.update(step)

@@ -450,7 +450,7 @@ def toy(law, n, dimensions, seed=0):
 def learner(loss, kind, schedule, law, **train):
     torch.manual_seed(0)
     net = ResidualMLP((1, 1, 2), 1, width=64, depth=2, frequency=8.0)
-    settings = {"batch": 192, "label_dropout": 0.0, "ema_decay": 0.99, "weight_decay": 0.0, **train}
+    settings = {"batch": 192, "label_dropout": 0.0, "ema": "Constant(decay=0.99)", "weight_decay": 0.0, **train}
     return Learner(Denoiser(net, schedule, kind), toy(law, 20_000, 2), Config(loss=loss, **settings))
 
 

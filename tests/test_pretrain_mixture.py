@@ -23,7 +23,7 @@ from rlfusion.pretrain import PRESETS, Config, Draw, Learner
 from rlfusion.sampling import sample
 
 NET = "ResidualMLP(width=32, depth=2)"
-TRAIN = {"steps": 900, "batch": 192, "lr": 6e-3, "warmup": 20, "label_dropout": 0.0, "ema_decay": 0.98}
+TRAIN = {"steps": 900, "batch": 192, "lr": 6e-3, "warmup": 20, "label_dropout": 0.0, "ema": "Constant(decay=0.98)"}
 OWN = {
     "esm": {"batch": 64, "steps": 600},  # dearer and less noisy than the others: a softmax over all data
     "x0": {"steps": 1500},  # these count small noise least, and samples need it

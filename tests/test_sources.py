@@ -196,7 +196,7 @@ def test_a_model_follows_captions_also_new_ones(tmp_path):
         models.Config("ResidualMLP(width=64, depth=1)"), data.shape, data.names, captioned=data.captioned
     )
     denoiser = models.build(card)
-    learner = Learner(denoiser, data, Config(steps=400, batch=128, lr=3e-3, ema_decay=0.0))
+    learner = Learner(denoiser, data, Config(steps=400, batch=128, lr=3e-3, ema="Constant(decay=0)"))
     for step in range(400):
         learner.update(step)
     models.save(tmp_path, denoiser, card)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlfusion import augment
+from rlfusion import augment, spec
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import Optimization
+from rlfusion.learner import EMA_RULES, Optimization
 from rlfusion.pretrain import losses
 from rlfusion.pretrain.draws import Draws
 from rlfusion.seeding import stream
@@ -37,7 +37,8 @@ class Config:
             model that follows its prompt only in part of its samples.
         weight_decay: of AdamW.
         max_grad_norm: gradient clipping.
-        ema_decay: decay of the averaged weights that are saved; 0 for none.
+        ema: the average of the weights that is saved: Constant(decay=...), decay 0 for none, or Power(sigma_rel=...) of
+            Karras et al. 2024, whose window grows with the training.
     """
 
     loss: str = "Denoising()"
@@ -50,7 +51,7 @@ class Config:
     label_noise: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema: str = "Constant(decay=0.999)"
 
     def __post_init__(self) -> None:
         if augment.make(self.augment) and losses.make(self.loss).compares_data:
@@ -60,8 +61,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
         require_not_negative(self, "warmup", "weight_decay")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+        spec.parse(self.ema, EMA_RULES, "ema")
 
 
 def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
@@ -88,7 +88,7 @@ class Learner:
         self.draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
         self.draw.augment = augment.make(config.augment)
         self.optimization = Optimization(
-            denoiser, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+            denoiser, config.lr, config.weight_decay, config.max_grad_norm, spec.parse(config.ema, EMA_RULES, "ema")
         )
         follows = self.loss.teacher_decay(0, config.steps) is not None
         self.teacher = copy.deepcopy(denoiser).requires_grad_(False) if follows else denoiser

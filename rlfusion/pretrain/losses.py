@@ -44,7 +44,7 @@ def _consistency(kind: str, schedule: str, loss: str, lr: float, frequency: floa
         "train.steps": 6000,
         "train.lr": lr,
         "train.label_dropout": 0.0,
-        "train.ema_decay": 0.9995,
+        "train.ema": "Constant(decay=0.9995)",
     }
 
 
