@@ -76,9 +76,12 @@ def cube():
     return M + LAM**0.5 * sign[:, :1], sign[:, 1:]
 
 
+UNLABELLED = (torch.zeros(1, dtype=torch.int64), 1, torch.zeros(1, dtype=torch.int64))  # label, no_class, index
+
+
 def draw_of(x0, eps, u, step=0, total=1):
     u = torch.full((len(x0),), u, dtype=torch.float64) if isinstance(u, float) else u
-    return Draw(x0, None, eps, u, step, total, (0, "test", step), x0)
+    return Draw(x0, None, eps, u, step, total, (0, "test", step), x0, *UNLABELLED)
 
 
 def exact(schedule=KARRAS):
@@ -400,7 +403,7 @@ def test_discrete_gradients_tend_to_twice_the_continuous_one():
     x0, eps = torch.randn(2, 4, 1, 4, 4, dtype=torch.float64)
     c, d, u = 1e7, 16, torch.tensor([0.2, 0.4, 0.6, 0.9], dtype=torch.float64)
     loss = SCT(times="Uniform()", rise=0, c=c)
-    draw = Draw(x0, cond, eps, u, 0, 1, (0,), x0)
+    draw = Draw(x0, cond, eps, u, 0, 1, (0,), x0, *UNLABELLED)
     continuous = gradient(denoiser, loss(denoiser, denoiser, draw).mean()) * c * d / 2
     gaps = []
     for da in (2e-3, 1e-3):
@@ -417,7 +420,7 @@ def test_the_gradient_of_sct_is_that_of_its_normalised_tangents():
     x0, eps = torch.randn(2, 4, 1, 4, 4, dtype=torch.float64)
     u = torch.tensor([0.2, 0.4, 0.6, 0.9], dtype=torch.float64)
     loss = SCT(times="LogNormal(mean=-1.0, std=1.4)", rise=100, c=0.1)
-    value = loss(denoiser, denoiser, Draw(x0, cond, eps, u, 25, 1000, (0,), x0))
+    value = loss(denoiser, denoiser, Draw(x0, cond, eps, u, 25, 1000, (0,), x0, *UNLABELLED))
     tan = (-1.0 + 1.4 * torch.special.ndtri(u)).exp() / SD
     x, dx, t = along(x0, SD * eps, tan.atan())
     g = tangent(denoiser, x, dx, t, cond, share=0.25)
@@ -607,7 +610,7 @@ def test_ct_ends_at_the_floor_of_its_last_grid():
     rng, size = np.random.default_rng(3), 20_000
     x0, eps = (torch.from_numpy(rng.standard_normal((size, 1, 1, 2), dtype=np.float32)) for _ in range(2))
     u = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    draw = Draw(M + LAM**0.5 * x0, torch.zeros(size, dtype=torch.int64), eps, u, 1, 1, (0,), x0)
+    draw = Draw(M + LAM**0.5 * x0, torch.zeros(size, dtype=torch.int64), eps, u, 1, 1, (0,), x0, *UNLABELLED)
     with torch.no_grad():
         value = losses.make(loss)(denoiser, denoiser, draw)
     mean, deviation = value.mean().item(), value.std().item() / size**0.5
