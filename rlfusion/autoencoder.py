@@ -121,6 +121,14 @@ class Latents:
         """The shape of the latent of a sample."""
         return tuple(self.encode(torch.zeros(1, *shape)).shape[1:])
 
+    @torch.no_grad()
+    def returns(self, shape: tuple[int, ...]) -> bool:
+        """Whether samples of this shape come back in this shape."""
+        try:
+            return self.decode(self.encode(torch.zeros(1, *shape))).shape[1:] == shape
+        except RuntimeError:  # sides that some layer cannot take, or another number of channels
+            return False
+
 
 def fitted(module: nn.Module, about: dict[str, Any], x: Tensor) -> Latents:
     """The latents of a trained autoencoder, with shift and scale of the samples ``x``."""
@@ -137,7 +145,9 @@ def build(about: dict[str, Any]) -> Latents:
     makers = {"kl": _build_own, "diffusers": _build_diffusers}
     if about.get("kind") not in makers:
         raise ConfigError(f"autoencoder of kind {about.get('kind')!r}: expected one of {', '.join(makers)}")
-    return Latents(makers[about["kind"]](about), about, about["shift"], about["scale"])
+    with torch.random.fork_rng(devices=[]):  # weights that are about to be replaced touch no other draw
+        module = makers[about["kind"]](about)
+    return Latents(module, about, about["shift"], about["scale"])
 
 
 def _build_own(about: dict[str, Any]) -> nn.Module:
@@ -158,9 +168,8 @@ class Pretrained(nn.Module):
         self.model = model
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of the posterior; grey samples are given to all three channels."""
-        channels = self.model.config.in_channels
-        return self.model.encode(x.expand(-1, channels, -1, -1)).latent_dist.mode()
+        """The mean of the posterior."""
+        return self.model.encode(x).latent_dist.mode()
 
     def forward(self, z: Tensor) -> Tensor:
         return self.model.decode(z).sample
@@ -170,7 +179,7 @@ def from_diffusers(folder: str) -> Latents:
     """The latents of a saved AutoencoderKL, or of the ``vae`` of a pipeline's folder.
 
     Raises:
-        ConfigError: nothing of the kind there.
+        ConfigError: nothing of the kind there, or one whose latents are scaled by channel.
     """
     from diffusers import AutoencoderKL
 
@@ -179,6 +188,11 @@ def from_diffusers(folder: str) -> Latents:
     except (OSError, ValueError) as error:
         raise ConfigError(f"autoencoder = {folder!r}: no AutoencoderKL there ({str(error).splitlines()[0]})") from error
     config = {name: copy.copy(value) for name, value in dict(model.config).items() if not name.startswith("_")}
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ConfigError(
+            f"autoencoder = {folder!r} normalises each channel of its latents (latents_mean, latents_std): "
+            "expected one with scaling_factor and shift_factor alone"
+        )
     scale, shift = 1 / config["scaling_factor"], config.get("shift_factor") or 0.0
     return Latents(Pretrained(model), {"kind": "diffusers", "config": config}, shift, scale)
 

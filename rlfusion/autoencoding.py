@@ -201,19 +201,30 @@ def load(path: Path) -> Latents:
     """The autoencoder in ``path``: a run of ``pretrain-autoencoder``, its ``autoencoder`` folder, or one of diffusers.
 
     Raises:
-        ConfigError: none there, or weights that are not the saved ones.
+        ConfigError: none there, a description that cannot be understood, or weights that are not the saved ones.
     """
     for folder in (path, path / "autoencoder"):
         if (folder / "autoencoder.json").is_file():
-            about = json.loads((folder / "autoencoder.json").read_text())
-            if about.pop("format", None) != FORMAT:
-                raise ConfigError(f"{str(folder)!r} is of another format: expected {FORMAT!r}")
-            stated = about.pop("sha256")
-            space = autoencoder.build(about)
-            models.load_into(space.module, folder / "space.safetensors", stated)
-            return space
+            return _load_own(folder)
     if (path / "config.json").is_file():
         return from_diffusers(str(path))
     raise ConfigError(
         f"autoencoder = {str(path)!r}: expected a run of pretrain-autoencoder, or a folder of diffusers' AutoencoderKL"
     )
+
+
+def _load_own(folder: Path) -> Latents:
+    """What ``save`` wrote."""
+    file = folder / "autoencoder.json"
+    try:
+        about = json.loads(file.read_text())
+        if about.pop("format", None) != FORMAT:
+            raise ConfigError(f"{str(file)!r} is of another format: expected {FORMAT!r}")
+        stated = about.pop("sha256")
+        space = autoencoder.build(about)
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{str(file)!r} is no autoencoder's description: {type(error).__name__}: {error}") from error
+    models.load_into(space.module, folder / "space.safetensors", stated)
+    return space

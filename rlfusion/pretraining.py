@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from rlfusion import autoencoding, checkpoint, models
-from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -47,7 +46,7 @@ def fit(
     denoiser = models.build(card, config.seed).to(device)
     if config.autoencoder:
         denoiser.space = autoencoding.load(Path(config.autoencoder))
-    learner = Learner(denoiser, encoded(data, denoiser.space), config.train, config.seed)
+    learner = Learner(denoiser, data, config.train, config.seed)
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0
     if found:
@@ -76,11 +75,16 @@ def card_of(config: Base, data: Dataset) -> models.Card:
     Raises:
         ConfigError: no autoencoder where one is named, or one for samples of another shape.
     """
-    about = autoencoding.load(Path(config.autoencoder)).about if config.autoencoder else {}
-    if tuple(about.get("shape", data.shape)) != data.shape:
-        raise ConfigError(
-            f"autoencoder = {config.autoencoder!r} is for samples {tuple(about['shape'])}, the data's are {data.shape}"
-        )
+    about = {}
+    if config.autoencoder:
+        space = autoencoding.load(Path(config.autoencoder))
+        made_for = tuple(space.about.get("shape", data.shape))
+        if made_for != data.shape or not space.returns(data.shape):
+            raise ConfigError(
+                f"autoencoder = {config.autoencoder!r} does not bring samples {data.shape} back in their shape: "
+                f"expected one for such samples, and this is for {made_for if made_for != data.shape else 'others'}"
+            )
+        about = space.about
     return models.Card(config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about)
 
 
@@ -102,7 +106,8 @@ def _digest(config: Base, data: Dataset) -> str:
     same = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, same], sort_keys=True).encode())
     if config.autoencoder:
-        digest.update(models.space_blob(autoencoding.load(Path(config.autoencoder)))["space"])
+        space = autoencoding.load(Path(config.autoencoder))
+        digest.update(models.space_blob(space)["space"] + json.dumps(space.about, sort_keys=True).encode())
     digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
     return digest.hexdigest()[:16]
 

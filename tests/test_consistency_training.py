@@ -17,6 +17,7 @@ from scipy.special import ndtr
 from torch import nn
 
 from rlfusion import checkpoint
+from rlfusion.autoencoder import Latents
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -43,6 +44,7 @@ from rlfusion.pretrain.continuous import SCT, normalised, tangent
 from rlfusion.pretrain.metrics import L2, LPIPS, PseudoHuber
 from rlfusion.sampling import sample
 from rlfusion.schedule import Cosine, Karras, Rectified, Trig
+from rlfusion.space import Pixels
 
 M, LAM, SD = 0.7, 0.25, 0.6
 KARRAS = Karras(sigma_min=1e-4, sigma_max=80.0)
@@ -291,7 +293,7 @@ def test_lpips_is_that_of_its_authors_package(tmp_path):
     torchvision = {"features." + name.partition(".")[2]: w for name, w in theirs.net.state_dict().items()}
     torch.save({**torchvision, "classifier.6.bias": torch.zeros(3)}, file)
     ours = LPIPS(net=net, weights=str(file), size=64)
-    ours.check()
+    ours.check(Pixels())
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(ours(x, y), theirs(x, y).flatten())
     small, other = torch.rand(2, 1, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) * 2 - 1).requires_grad_()
@@ -306,7 +308,7 @@ def test_lpips_is_that_of_its_authors_package(tmp_path):
 
 def test_lpips_names_what_it_needs(tmp_path):
     with pytest.raises(ConfigError, match=r"vgg16-397923af\.pth"):
-        LPIPS(weights=str(tmp_path / "none.pth")).check()
+        LPIPS(weights=str(tmp_path / "none.pth")).check(Pixels())
     with pytest.raises(ConfigError, match="did you mean 'squeeze'"):
         LPIPS(net="squeez")
     with pytest.raises(ConfigError, match="1 or 3 channels"):
@@ -314,7 +316,9 @@ def test_lpips_names_what_it_needs(tmp_path):
     pytest.importorskip("lpips")
     (tmp_path / "wrong.pth").write_bytes(b"not weights")
     with pytest.raises(ConfigError, match="does not hold the weights"):
-        LPIPS(net="squeeze", weights=str(tmp_path / "wrong.pth")).check()
+        LPIPS(net="squeeze", weights=str(tmp_path / "wrong.pth")).check(Pixels())
+    with pytest.raises(ConfigError, match="latents"):
+        LPIPS().check(Latents(nn.Identity(), {}))
 
 
 # Continuous time

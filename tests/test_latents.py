@@ -3,21 +3,24 @@
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from processes import rlfusion
+from processes import Process, rlfusion
 from torch import nn
 
-from rlfusion import autoencoder, autoencoding, checkpoint, models
+from rlfusion import autoencoder, autoencoding, checkpoint, models, pretrain
 from rlfusion.autoencoder import KLVAE, Latents, encoded, fitted, from_diffusers, negative_elbo
-from rlfusion.data import digits, to_pixels
+from rlfusion.config import Base
+from rlfusion.data import Dataset, digits, to_pixels
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_bound
 from rlfusion.kernel import DDIM
 from rlfusion.policy import Policy
+from rlfusion.pretraining import _digest, card_of
 
 QUICK = ("--steps", 120, "--batch", 32, "--lr", 0.01, "--model.width", 8, "--checkpoint_every", 20)
 MODEL = ("--train.steps", 40, "--train.batch", 16, "--evaluation.samples", 60, "--chain.steps", 2)
@@ -105,6 +108,68 @@ def test_an_autoencoder_of_diffusers(shift, tmp_path):
     torch.testing.assert_close(again.encode(x), theirs)
     with pytest.raises(ConfigError, match="AutoencoderKL"):
         from_diffusers(str(tmp_path))
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"latents_std": [1.0, 2.0]}))
+    with pytest.raises(ConfigError, match="latents_std"):
+        autoencoding.load(tmp_path / "vae")
+
+
+def test_samples_that_an_autoencoder_of_diffusers_cannot_bring_back_are_refused(tmp_path):
+    from diffusers import AutoencoderKL
+
+    two = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    model = AutoencoderKL(3, 3, *two, block_out_channels=(8, 8), latent_channels=2, norm_num_groups=4)
+    model.save_pretrained(tmp_path / "vae")
+    base = Base(autoencoder=str(tmp_path / "vae"))
+    for shape, fits in (((3, 8, 8), True), ((1, 8, 8), False), ((3, 9, 8), False), ((2, 8, 8), False)):
+        data = Dataset(torch.zeros(2, *shape), torch.tensor([0, 1]), ("a", "b"))
+        if fits:
+            assert card_of(base, data).shape == shape
+        else:
+            with pytest.raises(ConfigError, match="does not bring samples"):
+                card_of(base, data)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "rlfusion-autoencoder-1"}', '{"format": 1}', "{}"])
+def test_a_damaged_description_is_refused(text, tmp_path):
+    autoencoding.save(tmp_path, random_latents())
+    (tmp_path / "autoencoder.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"autoencoder\.json"):
+        autoencoding.load(tmp_path)
+    space = random_latents()
+    space.about["config"]["no such"] = 1
+    autoencoding.save(tmp_path, space)
+    with pytest.raises(ConfigError, match="no such"):
+        autoencoding.load(tmp_path)
+
+
+def test_building_touches_no_other_draw():
+    about = random_latents().about
+    state = torch.get_rng_state()
+    autoencoder.build(about)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_augmented_samples_are_encoded_step_by_step():
+    data, space = digits(), random_latents()
+    config = models.Config("ResidualMLP(width=16, depth=1)")
+    denoiser = models.build(models.Card(config, data.shape, data.names, autoencoder=space.about))
+    denoiser.space = space
+    learner = pretrain.Learner(denoiser, data, pretrain.Config(augment="Augment(flip=1.0)", batch=8))
+    draw = learner.draw(3)
+    torch.testing.assert_close(draw.x0, space.encode(data.x[draw.index].flip(3)))
+    plain = pretrain.Learner(denoiser, data, pretrain.Config(batch=8)).draw(3)
+    torch.testing.assert_close(plain.x0, space.encode(data.x[plain.index]))
+    assert torch.equal(plain.index, draw.index)
+
+
+def test_the_cache_knows_the_scale_of_the_latents(tmp_path):
+    space, keys = random_latents(), []
+    for scale in (1.0, 2.0):
+        space.about["scale"] = scale
+        autoencoding.save(tmp_path / "ae", space)
+        keys.append(_digest(Base(autoencoder=str(tmp_path / "ae")), digits()))
+    assert keys[0] != keys[1]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +238,16 @@ def test_an_interrupted_training_ends_with_the_same_bits(folder, tmp_path):
     assert said.code == 0, said.err
     name = "autoencoder/space.safetensors"
     assert (half / name).read_bytes() == (folder / "runs" / "ae" / name).read_bytes()
+
+
+def test_a_stopped_training_is_code_75_and_goes_on_to_the_same_bits(folder, tmp_path):
+    process = Process(tmp_path, "pretrain-autoencoder", "--name", "ae", *QUICK)
+    stopped = process.once((tmp_path / "runs" / "ae" / "checkpoints").exists, signal.SIGTERM).wait()
+    assert stopped.code == 75, stopped.err
+    assert "--resume" in stopped.err
+    assert rlfusion(tmp_path, "pretrain-autoencoder", "--resume", "runs/ae").code == 0
+    name = "runs/ae/autoencoder/space.safetensors"
+    assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

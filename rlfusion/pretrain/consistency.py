@@ -149,7 +149,7 @@ class CT(Loss):
 
     def check(self, denoiser: Denoiser) -> None:
         check_boundary(denoiser)
-        self._metric.check()
+        self._metric.check(denoiser.space)
 
     def teacher_decay(self, step: int, total: int) -> float:
         return decay(points(step, total, self.s0, self.s1), self.s0, self.mu0)
@@ -196,7 +196,7 @@ class ICT(Loss):
                 f"schedule = {denoiser.schedule}: expected 0 < sigma / alpha < inf for ICT, as of Karras()"
             )
         probabilities(tau, self.mean, self.std)
-        self._metric.check()
+        self._metric.check(denoiser.space)
 
     @staticmethod
     def _ratios(schedule: Schedule, points: int) -> Tensor:

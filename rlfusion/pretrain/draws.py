@@ -7,6 +7,7 @@ from rlfusion.augment import Augment
 from rlfusion.data import Dataset, batch_indices
 from rlfusion.pretrain.base import Draw
 from rlfusion.seeding import Key, stream
+from rlfusion.space import Pixels, Space
 
 
 class Draws:
@@ -14,6 +15,7 @@ class Draws:
 
     Attributes:
         augment: what is done to the samples, or None.
+        space: where augmented samples are brought.
     """
 
     def __init__(self, data: Dataset, batch: int, dropout: float, total: int, device: torch.device, *key: Key) -> None:
@@ -21,6 +23,7 @@ class Draws:
         self.x, self.label, self.no_class = data.x.to(device), data.label.to(device), data.classes
         self.batch, self.dropout, self.total, self.key = batch, dropout, total, key
         self.augment: Augment | None = None
+        self.space: Space = Pixels()
 
     def __call__(self, step: int) -> Draw:
         """What step ``step`` draws."""
@@ -29,7 +32,9 @@ class Draws:
         index = torch.from_numpy(batch_indices(len(self.x), size, step, *self.key)).to(self.x.device)
         dropped = torch.from_numpy(random.random(size) < self.dropout).to(self.x.device)
         u = torch.from_numpy((random.permutation(size) + random.random(size)) / size)
-        x0 = self.x[index] if self.augment is None else self.augment(self.x[index], stream(*key, "augment"))
+        x0 = self.x[index]
+        if self.augment is not None:
+            x0 = self.space.encode(self.augment(x0, stream(*key, "augment")))
         eps = torch.from_numpy(random.standard_normal(x0.shape, dtype=np.float32)).to(self.x.device)
         cond = self.label[index].masked_fill(dropped, self.no_class)
         return Draw(x0, cond, eps, u, step, self.total, key, self.x, self.label, self.no_class, index)

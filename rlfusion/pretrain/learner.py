@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import augment, spec
+from rlfusion.autoencoder import encoded
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
@@ -74,7 +75,7 @@ def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
 
 
 class Learner:
-    """Minimises an objective. ``update`` takes the number of the step; the data set is held."""
+    """Minimises an objective. ``update`` takes the number of the step; the data set, of pixels, is held."""
 
     def __init__(self, denoiser: Denoiser, data: Dataset, config: Config, seed: int = 0) -> None:
         """Raises:
@@ -85,8 +86,10 @@ class Learner:
         self.loss.check(denoiser)
         data = replace(data, label=noisy_labels(data, config.label_noise, seed))
         device = next(denoiser.parameters()).device
+        changed = augment.make(config.augment)
+        data = encoded(data, denoiser.space) if changed is None else data  # else each step encodes what it augmented
         self.draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
-        self.draw.augment = augment.make(config.augment)
+        self.draw.augment, self.draw.space = changed, denoiser.space
         self.optimization = Optimization(
             denoiser, config.lr, config.weight_decay, config.max_grad_norm, spec.parse(config.ema, EMA_RULES, "ema")
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError, require_positive, unknown
+from rlfusion.space import Pixels, Space
 from rlfusion.tensors import mean_features, sum_features
 
 BACKBONES: Mapping[str, str] = {
@@ -32,8 +33,8 @@ class Metric(Protocol):
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
 
-    def check(self) -> None:
-        """Raises ConfigError where something that the distance needs is not there."""
+    def check(self, space: Space) -> None:
+        """Raises ConfigError where something that the distance needs is missing, or it has no meaning in ``space``."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class L2:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return mean_features((x - y).square())
 
-    def check(self) -> None:
+    def check(self, space: Space) -> None:
         return
 
 
@@ -60,7 +61,7 @@ class PseudoHuber:
         offset = self.c * x[0].numel() ** 0.5
         return (sum_features((x - y).square()) + offset**2).sqrt() - offset
 
-    def check(self) -> None:
+    def check(self, space: Space) -> None:
         return
 
 
@@ -87,12 +88,14 @@ class LPIPS:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         return _perceptual(self.net, self._file).to(x.device)(self.fit(x), self.fit(y)).flatten()
 
-    def check(self) -> None:
+    def check(self, space: Space) -> None:
         """Load the backbone.
 
         Raises:
-            ConfigError: no package, no file of weights (which one to provide is said), or a file of something else.
+            ConfigError: latents, no package, no file of weights (it says which one to provide), or a wrong file.
         """
+        if not isinstance(space, Pixels):
+            raise ConfigError("metric = LPIPS compares pixels: expected L2() or PseudoHuber() for a model in latents")
         _perceptual(self.net, self._file)
 
     def fit(self, x: Tensor) -> Tensor:
