@@ -38,6 +38,7 @@ from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import Objective, Terms, Transitions, require_finite
+from rlfusion.weights import learned, restore
 
 
 @dataclass(frozen=True)
@@ -334,14 +335,14 @@ class Learner:
             "queries": self.queries,
         }
         reference = self.transitions.reference
-        return state if reference is None else state | {"reference": reference.state_dict()}
+        return state if reference is None else state | {"reference": learned(reference)}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
         self.running.load_state_dict(state["running"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.transitions.reference is not None:
-            self.transitions.reference.load_state_dict(state["reference"])
+            restore(self.transitions.reference, state["reference"])
 
 
 def _batch_relative(reward: Tensor, group: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ fixed point the policy is the reference tilted by the preference, with strength 
 reference to the policy (iterative DPO). Pairs whose rewards are equal have no winner and are left out, and counted.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,7 @@ from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization, average
 from rlfusion.parameterization import target
-from rlfusion.policy import Policy
+from rlfusion.policy import Policy, frozen_copy
 from rlfusion.pretrain.times import TIMES
 from rlfusion.renoise import noised, renoise
 from rlfusion.rollout import Needs, Task, samples
@@ -34,6 +33,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import Cond, map_cond, sum_features
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
+from rlfusion.weights import learned, restore
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Learner:
 
     def __init__(self, policy: Policy, config: Config, seed: int = 0) -> None:
         self.policy, self.config, self.seed = policy, config, seed
-        self.reference = copy.deepcopy(policy).requires_grad_(False)
+        self.reference = frozen_copy(policy)
         self.times = spec.parse(config.times, TIMES, "distribution of times")
         self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
         self.iteration = self.queries = 0
@@ -136,7 +136,7 @@ class Learner:
         self.iteration += 1
         self.queries += len(batch)
         if self.config.reference_every and self.iteration % self.config.reference_every == 0:
-            self.reference.load_state_dict(self.policy.state_dict())
+            restore(self.reference, learned(self.policy))
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
@@ -182,14 +182,14 @@ class Learner:
     def state_dict(self) -> dict:
         return {
             "optimization": self.optimization.state_dict(),
-            "reference": self.reference.state_dict(),
+            "reference": learned(self.reference),
             "iteration": self.iteration,
             "queries": self.queries,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
-        self.reference.load_state_dict(state["reference"])
+        restore(self.reference, state["reference"])
         self.iteration, self.queries = state["iteration"], state["queries"]
 
 

@@ -23,9 +23,9 @@ from rlfusion import reward_gradient
 from rlfusion.agent import Plan
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, require_positive
-from rlfusion.policy import Observation
+from rlfusion.policy import Observation, frozen_copy
 from rlfusion.renoise import noised
-from rlfusion.reward_gradient import Learner, Part, Terms, divergence, frozen
+from rlfusion.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import Needs, Task, prefix, rollout_noise
 from rlfusion.seeding import normal
 from rlfusion.tensors import Cond, map_cond
@@ -91,7 +91,7 @@ class Ends:
     def __init__(self, task: Task, config: Config, seed: int) -> None:
         self.task, self.config, self.seed = task, config, seed
         self.steps = len(task.times) - 1
-        self.reference = frozen(task.policy) if config.kl_loss else None
+        self.reference = frozen_copy(task.policy) if config.kl_loss else None
 
     def __call__(self, part: Part) -> Terms:
         x, kl = self.walk(part)

@@ -28,6 +28,7 @@ from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import Terms, Transitions, require_finite
+from rlfusion.weights import learned, restore
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,10 @@ class Learner:
             "queries": self.queries,
         }
         reference = self.transitions.reference
-        return state if reference is None else state | {"reference": reference.state_dict()}
+        return state if reference is None else state | {"reference": learned(reference)}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.transitions.reference is not None:
-            self.transitions.reference.load_state_dict(state["reference"])
+            restore(self.transitions.reference, state["reference"])

@@ -13,7 +13,6 @@ separates good samples from bad. ``kl`` adds the paper's pull to the base model,
 collect, deterministic ones too; only x_0, the prompt and the reward are used.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,7 @@ from rlfusion.agent import Plan
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization, average
-from rlfusion.policy import Policy
+from rlfusion.policy import Policy, frozen_copy
 from rlfusion.pretrain.times import TIMES
 from rlfusion.renoise import renoise
 from rlfusion.rollout import Needs, Task, samples
@@ -34,6 +33,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import map_cond, mean_features
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
+from rlfusion.weights import learned, restore
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Learner:
 
     def __init__(self, policy: Policy, config: Config, seed: int = 0) -> None:
         self.trained, self.config, self.seed = policy, config, seed
-        self.policy = copy.deepcopy(policy).requires_grad_(False)
-        self.base = copy.deepcopy(policy).requires_grad_(False) if config.kl else None
+        self.policy = frozen_copy(policy)
+        self.base = frozen_copy(policy) if config.kl else None
         self.times = spec.parse(config.times, TIMES, "distribution of times")
         self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
         self.iteration = self.queries = 0
@@ -189,20 +189,21 @@ class Learner:
     def _follow(self, eta: float) -> None:
         """Eq. (4)."""
         for old, new in zip(self.policy.parameters(), self.trained.parameters()):
-            old.lerp_(new, 1 - eta)
+            if new.requires_grad:
+                old.lerp_(new, 1 - eta)
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:
         """Nothing can be off between rollout and learner: only the samples are used."""
         return {}
 
     def state_dict(self) -> dict:
-        state = {"optimization": self.optimization.state_dict(), "old": self.policy.state_dict()}
+        state = {"optimization": self.optimization.state_dict(), "old": learned(self.policy)}
         state |= {"iteration": self.iteration, "queries": self.queries}
-        return state if self.base is None else state | {"base": self.base.state_dict()}
+        return state if self.base is None else state | {"base": learned(self.base)}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
-        self.policy.load_state_dict(state["old"])
+        restore(self.policy, state["old"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.base is not None:
-            self.base.load_state_dict(state["base"])
+            restore(self.base, state["base"])

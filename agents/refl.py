@@ -25,9 +25,10 @@ from rlfusion.data import Dataset
 from rlfusion.denoiser import Guided
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.gaussian import Gaussian
+from rlfusion.policy import frozen_copy
 from rlfusion.pretrain import Draws
 from rlfusion.pretrain.losses import make
-from rlfusion.reward_gradient import Learner, Part, Terms, divergence, frozen
+from rlfusion.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import Needs, Task, prefix
 
 
@@ -131,7 +132,7 @@ class Jumps:
 
     def __init__(self, task: Task, config: Config) -> None:
         self.task, self.config = task, config
-        self.reference = frozen(task.policy) if config.kl_loss else None
+        self.reference = frozen_copy(task.policy) if config.kl_loss else None
 
     def __call__(self, part: Part) -> Terms:
         t = self.task.times[part.begin]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlfusion import models, pretrain, spec
+from rlfusion import lora, models, pretrain, spec
 from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.chain import Chain
@@ -167,6 +167,8 @@ class Finetune:
         base: folder of the model to start from (a run or its model folder); empty pretrains one as ``pretrain`` says.
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
             the labels are random, so that the base follows its prompt in part of its samples only.
+        lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
+            ends of layers' names by commas; empty trains all weights. The saved model has them merged.
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
             mapping of such names to weights.
         reward_options: settings of each named reward.
@@ -194,6 +196,7 @@ class Finetune:
     precision: Precision = "float32"
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
+    lora: str = ""
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     reward_normalize: Literal["none", "group", "batch"] = "none"
@@ -213,6 +216,7 @@ class Finetune:
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries")
+        lora.parse(self.lora)
         if not 0 <= self.max_failed < 1:
             raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
         if self.reward_normalize != "none" and isinstance(self.reward, str):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlfusion import checkpoint, models
+from rlfusion import checkpoint, lora, models
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
@@ -129,6 +129,7 @@ def check(config: Finetune) -> None:
             f"pretrain.data = {config.pretrain.data!r} has {made.shape}, {made.classes}"
         )
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
+    lora.attach(denoiser.net, config.lora)
     require_solvable(denoiser, config.chain)
     policy = config.chain.policy(denoiser, card.names)
     if config.evaluation.bits_per_dim:
@@ -152,6 +153,7 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
     denoiser, card = models.load(base)
     denoiser.precision = config.precision
+    lora.attach(denoiser.net, config.lora, config.seed)
     policy = config.chain.policy(denoiser.to(device), card.names)
     times = config.chain.times(denoiser)
     data = load(config.pretrain.data, config.pretrain.size)
@@ -165,7 +167,7 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:
-        models.save(folder / "best", denoiser, card)
+        models.save(folder / "best", lora.merged(denoiser), card)
 
     watch = Watch(config, folder, policy, times, judged, reward, save_best)
     guarded = Guarded(learner, config.guard, folder)
@@ -276,7 +278,9 @@ def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
     after = job.evaluate(total)
     job.picture(total, "after")
     with job.learner.optimization.ema.averaged():
-        models.save(folder / "model", job.denoiser, job.card)
+        models.save(folder / "model", lora.merged(job.denoiser), job.card)
+        if job.config.lora:
+            lora.save(folder / "adapter", job.denoiser.net)
     result = {"before": before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.watch.best.step > 0:
         result["best"] = {"updates": job.watch.best.step, job.watch.best.name: job.watch.best.value}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rlfusion.adamw import AdamW
 from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.weights import learned, restore
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -97,17 +98,18 @@ EMA_RULES: Mapping[str, Callable[..., Decay]] = {"Constant": Constant, "Power": 
 
 
 class EMA:
-    """A moving average of a module's parameters, Eq. (1); ``decay`` is a rule, or a number for ``Constant``."""
+    """A moving average of a module's trained parameters, Eq. (1); ``decay`` is a rule, or a number for ``Constant``."""
 
     def __init__(self, module: nn.Module, decay: Decay | float) -> None:
-        self.module, self.decay, self.count = module, _rule(decay), 0
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.decay, self.count = _rule(decay), 0
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the parameters as they are now."""
         decay = self.decay(self.count)
-        for name, p in self.module.named_parameters():
+        for name, p in self.trained.items():
             self.shadow[name].lerp_(p, 1 - decay)
         self.count += 1
 
@@ -122,7 +124,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, p in self.module.named_parameters():
+        for name, p in self.trained.items():
             held = p.clone()
             p.copy_(self.shadow[name])
             self.shadow[name].copy_(held)
@@ -178,13 +180,13 @@ class Optimization:
 
     def state_dict(self) -> dict:
         return {
-            "module": self.module.state_dict(),
+            "module": learned(self.module),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.module.load_state_dict(state["module"])
+        restore(self.module, state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
 

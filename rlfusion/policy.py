@@ -1,5 +1,6 @@
 """A diffusion model as a policy: an observation in, a Gaussian over the next latent out."""
 
+import copy
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -54,6 +55,12 @@ class Policy(nn.Module):
     def prior_std(self, times: Tensor) -> float:
         """The standard deviation sigma(t_0) of the noise where the chain begins."""
         return float(self.schedule(times[:1]).sigma)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, without gradients; it shares the parameters that are not trained."""
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,6 @@ R must be differentiable. ``to_pixels`` limits samples to [0, 1]: a pixel beyond
 has no effect on the image; it comes back only through the pixels that it shares weights with.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -26,6 +25,7 @@ from rlfusion.rollout import Task
 from rlfusion.seeding import stream
 from rlfusion.tensors import Cond, map_cond
 from rlfusion.trajectory import Trajectory
+from rlfusion.weights import learned, restore
 
 PREFLIGHT = -1
 """The iteration of the walks on which a job checks its learner."""
@@ -97,11 +97,6 @@ class Paths(Protocol):
     reference: Policy | None
 
     def __call__(self, part: Part) -> Terms: ...
-
-
-def frozen(policy: Policy) -> Policy:
-    """A copy of the policy as it is, without gradients of its own: the reference of Eq. (2)."""
-    return copy.deepcopy(policy).requires_grad_(False)
 
 
 def divergence(distribution: Gaussian, mean: Tensor, kl_std: float) -> Tensor:
@@ -202,13 +197,13 @@ class Learner:
     def state_dict(self) -> dict:
         state = {"optimization": self.optimization.state_dict(), "iteration": self.iteration, "queries": self.queries}
         reference = self.paths.reference
-        return state if reference is None else state | {"reference": reference.state_dict()}
+        return state if reference is None else state | {"reference": learned(reference)}
 
     def load_state_dict(self, state: dict) -> None:
         self.optimization.load_state_dict(state["optimization"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.paths.reference is not None:
-            self.paths.reference.load_state_dict(state["reference"])
+            restore(self.paths.reference, state["reference"])
 
 
 def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:

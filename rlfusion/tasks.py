@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlfusion import models
+from rlfusion import lora, models
 from rlfusion.chain import Chain
 from rlfusion.config import Finetune
 from rlfusion.measure import reward_parts
@@ -20,14 +20,17 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
     torch.set_num_threads(config["threads"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
-    denoiser = models.build(card).to(config["device"])
+    denoiser = models.build(card)
     denoiser.precision = config["precision"]
+    lora.attach(denoiser.net, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
     reward = build(config["reward"], config["reward_options"])
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
-    policy, needs = chain.policy(denoiser, card.names), Needs(**config["needs"])
+    policy, needs = chain.policy(denoiser.to(config["device"]), card.names), Needs(**config["needs"])
+    if "policy" in blobs:
+        policy.load_state_dict(unpack(blobs["policy"]))
     return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs, config["masked"])
 
 
@@ -64,7 +67,8 @@ def _task(
 
 
 def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, device: torch.device) -> Recipe:
-    """What every worker builds its task from. The learned parts of the reward, and the decoder, travel as bytes."""
+    """What every worker builds its task from. The learned parts of the reward, the decoder, and
+    weights that are not trained travel as bytes."""
     described = {
         "card": asdict(card),
         "chain": asdict(config.chain),
@@ -74,10 +78,13 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
         "precision": config.precision,
+        "lora": config.lora,
         "masked": config.reward_failures == "mask",
         "needs": asdict(config.agent.needs(config.chain.moves)),
     }
     blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
+    if config.lora:  # else each version of the weights is all of them
+        blobs["policy"] = pack(policy.state_dict())
     return Recipe("rlfusion.tasks:build_task", described, blobs)
 
 

@@ -7,7 +7,6 @@
 States and actions are constants. A step without noise (to clean data) has no density: it is left out of all three.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from rlfusion.errors import NumericalError
 from rlfusion.gaussian import Gaussian
 from rlfusion.learner import average
-from rlfusion.policy import Policy, require_stochastic
+from rlfusion.policy import Policy, frozen_copy, require_stochastic
 from rlfusion.trajectory import Trajectory
 
 
@@ -52,7 +51,7 @@ class Transitions:
         """
         self.policy, self.micro_batch = policy, micro_batch
         self.steps = require_stochastic(policy, times).nonzero().flatten()
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if reference else None
+        self.reference = frozen_copy(policy) if reference else None
 
     def all(self, walks: Tensor) -> tuple[Tensor, Tensor]:
         """(walk, step) of every stochastic transition of ``walks``, walk by walk."""

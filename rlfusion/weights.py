@@ -13,6 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+ADAPTER = ".lora_"
+"""What the names of adapters' parameters have in them, and no others."""
+
 
 class WeightsError(RuntimeError):
     """Weights that are not the ones announced, or do not fit the module."""
@@ -42,9 +45,33 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """What training can change of a module, itself and no copy: its adapters (``lora``) where it has any, else its
+    whole state.
+    """
+    state = module.state_dict()
+    return {name: tensor for name, tensor in state.items() if ADAPTER in name} or state
+
+
+def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the state") -> None:
+    """Copy ``tensors`` into what ``learned`` gives of the module: names, shapes and dtypes must be exactly its.
+
+    Raises:
+        WeightsError: a tensor does not fit; nothing is changed.
+    """
+    ours = learned(module)
+    wrong = [_misfit(name, ours.get(name), tensors.get(name)) for name in sorted(ours.keys() | tensors.keys())]
+    wrong = [text for text in wrong if text]
+    if wrong:
+        raise WeightsError(f"{what} does not fit the module: {'; '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+
+
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a module after ``version`` updates: a safetensors blob and its SHA-256."""
+    """What is learned of a module after ``version`` updates: a safetensors blob and its SHA-256."""
 
     version: int
     sha256: str
@@ -52,12 +79,12 @@ class Weights:
 
     @classmethod
     def of(cls, module: nn.Module, version: int) -> Self:
-        """A copy of the module's parameters and buffers as they are now."""
-        blob = pack(module.state_dict())
+        """A copy of what is ``learned`` of the module as it is now."""
+        blob = pack(learned(module))
         return cls(version, sha256(blob), blob)
 
     def load_into(self, module: nn.Module) -> None:
-        """Copy the weights into ``module``, whose names, shapes and dtypes must be exactly theirs.
+        """Copy the weights into ``module``, as ``restore``.
 
         Raises:
             WeightsError: the blob's SHA-256 is not the announced one, or a tensor does not fit; nothing is changed.
@@ -65,14 +92,7 @@ class Weights:
         found = sha256(self.blob)
         if found != self.sha256:
             raise WeightsError(f"weights of version {self.version}: SHA-256 {found}, expected {self.sha256}")
-        ours, theirs = module.state_dict(), unpack(self.blob)
-        wrong = [_misfit(name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())]
-        wrong = [text for text in wrong if text]
-        if wrong:
-            raise WeightsError(f"weights of version {self.version} do not fit the module: {'; '.join(wrong[:5])}")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(theirs[name])
+        restore(module, unpack(self.blob), f"the blob of weights of version {self.version}")
 
 
 def _misfit(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:

@@ -17,6 +17,7 @@ PATIENCE = 120.0
 PRELOAD = [
     "PIL.Image",
     "jsonargparse",
+    "peft",
     "rich.progress",
     "rlfusion.cli",
     "rlfusion.commands",

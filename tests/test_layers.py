@@ -14,7 +14,7 @@ FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion
 
 LAYERS = [
     "errors tensors seeding nested numerics progress stopwatch adamw",
-    "gaussian spec hub",
+    "gaussian spec hub weights",
     "schedule augment",
     "kinds grid",
     "parameterization",
@@ -23,7 +23,7 @@ LAYERS = [
     "policy",
     "sampling trajectory chain",
     "advantage objectives",
-    "learner nets data weights",
+    "learner nets data lora",
     "autoencoder",
     "classifier evaluate models checkpoint tracking",
     "rewards run",
@@ -62,6 +62,7 @@ HOMES = {
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.config", "rlfusion.cli"},
+    "peft": {"rlfusion.lora"},
     "lpips": {"rlfusion.pretrain.metrics"},
     "diffusers": {"rlfusion.autoencoder"},
     **{name: set() for name in ("open_clip", "transformers", "stable_baselines3", "scipy")},

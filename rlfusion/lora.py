@@ -1,0 +1,117 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021), by the library peft: few trained weights beside frozen ones.
+
+    W x  ->  W x + (alpha / rank) B A x,     A (rank, in) random, B (out, rank) = 0 at the start
+
+A model that is saved has its adapters merged into its weights, so that it needs nothing of this; they are kept beside
+it in peft's own format.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rlfusion import spec
+from rlfusion.errors import ConfigError, require_positive, unknown
+from rlfusion.seeding import integer
+from rlfusion.weights import ADAPTER
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of the layers (linear or convolution) whose name ends in one of ``targets``; all of them by default.
+
+    Attributes:
+        rank: of B A.
+        alpha: their strength is alpha / rank; 0 for alpha = rank.
+        targets: ends of names ("to_q,to_v"), by commas.
+    """
+
+    rank: int = 8
+    alpha: float = 0.0
+    targets: str = ""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank")
+        if not self.alpha >= 0:
+            raise ConfigError(f"alpha = {self.alpha}: expected a number >= 0")
+
+
+def parse(text: str) -> LoRA | None:
+    """The adapters that a text like ``LoRA(rank=8)`` writes; none for "".
+
+    Raises:
+        ConfigError: another name or setting, or a value that cannot work.
+    """
+    return spec.parse(text, {"LoRA": LoRA}, "adapter") if text else None
+
+
+def attach(net: nn.Module, text: str, seed: int = 0) -> None:
+    """Give ``net`` the adapters of ``text`` (none for ""), in place; everything else is frozen.
+
+    Raises:
+        ConfigError: no package peft, or a target that no layer has.
+    """
+    settings = parse(text)
+    if settings is None:
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"lora = {text!r} needs the package peft: pip install 'rlfusion[lora]'") from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,
+        target_modules="|".join(map(re.escape, _layers(net, settings.targets))),  # a list would mean ends of names
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer(seed, "adapters"))
+        inject_adapter_in_model(config, net)
+
+
+def _layers(net: nn.Module, targets: str) -> list[str]:
+    """The full names of the layers that get adapters."""
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not targets:
+        return layers
+    chosen: list[str] = []
+    for target in targets.split(","):
+        found = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise unknown("target of LoRA", target, {name.rpartition(".")[2] for name in layers} | set(layers))
+        chosen += found
+    return sorted(set(chosen))
+
+
+def merged(denoiser: nn.Module) -> nn.Module:
+    """A copy with the adapters merged into the weights; the denoiser itself where it has none."""
+    if not _adapted(denoiser):
+        return denoiser
+    whole = copy.deepcopy(denoiser)
+    for name, layer in _adapted(whole):
+        layer.merge()
+        whole.set_submodule(name, layer.get_base_layer())
+    return whole
+
+
+def _adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with adapters, and their names."""
+    if not any(ADAPTER in name for name in module.state_dict()):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def save(folder: Path, net: nn.Module) -> None:
+    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(net).items()}
+    save_file(held, str(folder / "adapter_model.safetensors"))
+    net.peft_config["default"].save_pretrained(str(folder))
