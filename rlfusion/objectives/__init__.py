@@ -1,6 +1,18 @@
 """Losses as pure functions of tensors, one value a sample or a transition."""
 
+from rlfusion.objectives.adversarial import ADVERSARIAL, Adversarial, gradient_penalty
 from rlfusion.objectives.denoising import weighted_mse
+from rlfusion.objectives.distribution_matching import MATCHING, MatchingWeight, pull
 from rlfusion.objectives.policy_gradient import clipped_surrogate, score_function
 
-__all__ = ["clipped_surrogate", "score_function", "weighted_mse"]
+__all__ = [
+    "ADVERSARIAL",
+    "MATCHING",
+    "Adversarial",
+    "MatchingWeight",
+    "clipped_surrogate",
+    "gradient_penalty",
+    "pull",
+    "score_function",
+    "weighted_mse",
+]
