@@ -6,10 +6,11 @@ if autograd passes through it. A result that is missing, short or not finite is 
 """
 
 import math
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlfusion.errors import NumericalError
 from rlfusion.tensors import Cond
@@ -22,6 +23,18 @@ class Reward(Protocol):
     """``reward(samples (B, C, H, W) in [0, 1], cond) -> (B,)``."""
 
     def __call__(self, samples: Tensor, cond: Cond) -> Tensor: ...
+
+
+class Learned(nn.Module, ABC):
+    """A reward with weights of its own. They travel to the workers as its state dict, in the bytes of the recipe."""
+
+    @abstractmethod
+    def blank(self) -> dict[str, Any]:
+        """Options, plain data, that make the same reward without reading a file; its state dict then completes it."""
+
+    @abstractmethod
+    def forward(self, samples: Tensor, cond: Cond) -> Tensor:
+        """samples (B, C, H, W) in [0, 1] -> (B,)."""
 
 
 class RewardError(NumericalError):

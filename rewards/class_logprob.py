@@ -5,16 +5,18 @@ A network can be fooled by the samples that it scores, so quality is judged by a
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlfusion.classifier import load
 from rlfusion.errors import ConfigError
 from rlfusion.nets.classifier import Classifier
+from rlfusion.rewards.base import Learned
 
 
-class ClassLogProb(nn.Module):
-    """The reward as a module: its state dict holds the classifier, so a worker elsewhere can receive the weights.
+class ClassLogProb(Learned):
+    """The reward as a module whose state dict holds the classifier.
 
     Args:
         weights: a file that ``rlfusion.classifier.save`` wrote; None for an untrained MLP, to be given its weights by
@@ -41,6 +43,10 @@ class ClassLogProb(nn.Module):
         ):
             if given is not None and given != held:
                 raise ConfigError(f"{name} = {given}: the classifier in {weights!r} has {held}")
+
+    def blank(self) -> dict[str, Any]:
+        """As ``Learned.blank``."""
+        return {"weights": None, "shape": list(self.classifier.shape), "classes": self.classifier.classes}
 
     def forward(self, samples: Tensor, cond: Tensor) -> Tensor:
         """samples (B, C, H, W) in [0, 1], cond (B,) int64 in 0..classes-1 -> (B,), at most 0.

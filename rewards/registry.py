@@ -6,12 +6,16 @@ A name is, in this order, a row of ``REWARDS``, ``package.module:name``, or an e
     a reward    a module, or a callable with just two required positional parameters, (samples, cond); options set
                 the others
     a factory   a class, or a callable with another number of them; it is called with the options by keyword
+
+Either may ask what the model makes: a setting named ``prompts``, ``shape`` or ``classes`` that the options leave open
+is filled in from ``facts``. The condition of a sample is a number, the index of its prompt; a reward that reads the
+words declares ``prompts``.
 """
 
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -37,10 +41,18 @@ REWARDS: dict[str, Callable[..., Any]] = {
 Options = Mapping[str, Mapping[str, Any]]
 
 
-def build(reward: str | Mapping[str, float], options: Options | None = None) -> Reward:
+def facts(prompts: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
+    """What a reward may ask about the model: the text of each condition, and the shape (C, H, W) of a sample."""
+    return {"prompts": tuple(prompts), "shape": tuple(shape), "classes": len(prompts)}
+
+
+def build(
+    reward: str | Mapping[str, float], options: Options | None = None, facts: Mapping[str, Any] | None = None
+) -> Reward:
     """One reward by name, or the ``WeightedSum`` of several by ``{name: weight}``.
 
-    ``options`` holds the settings of each by its name: ``{"jpeg_compressibility": {"quality": 80}}``.
+    ``options`` holds the settings of each by its name: ``{"jpeg_compressibility": {"quality": 80}}``; ``facts`` (the
+    function of that name makes them) fill in what they leave open.
 
     Raises:
         ConfigError: an unknown name or option (with the nearest one), a missing or unusable option, options for a
@@ -51,7 +63,7 @@ def build(reward: str | Mapping[str, float], options: Options | None = None) -> 
     for name in options:
         if name not in names:
             raise unknown("reward in the options", name, names)
-    built = {name: _build(name, options.get(name) or {}) for name in names}
+    built = {name: _build(name, options.get(name) or {}, facts or {}) for name in names}
     return built[reward] if isinstance(reward, str) else WeightedSum(built, reward)
 
 
@@ -91,12 +103,13 @@ def _from_entry_point(name: str) -> Any:
     return points[name].load()
 
 
-def _build(name: str, options: Mapping[str, Any]) -> Reward:
+def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Reward:
     found = find(name)
     parameters = inspect.signature(found).parameters.values()
     required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     is_reward = isinstance(found, nn.Module) or (not inspect.isclass(found) and len(required) == 2)
     settings = [p for p in parameters if not (is_reward and p in required)]
+    options = {p.name: facts[p.name] for p in settings if p.name in facts} | dict(options)
     _require_options(name, options, settings)
     if is_reward:
         return functools.partial(found, **options) if options else found

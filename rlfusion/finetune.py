@@ -32,12 +32,12 @@ from rlfusion.preflight import preflight
 from rlfusion.pretrain import noisy_labels
 from rlfusion.pretraining import base_model, card_of, require_solvable
 from rlfusion.progress import Progress
-from rlfusion.rewards import Reward, build, find, score
+from rlfusion.rewards import Reward, build, facts, find, score
 from rlfusion.rollout import make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
-from rlfusion.tasks import make_task, recipe, worker_options
+from rlfusion.tasks import make_task, recipe
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
@@ -134,8 +134,7 @@ def check(config: Finetune) -> None:
     policy = config.chain.policy(denoiser, card.names)
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)
-    given = config.reward_options.get("class_logprob", {}).get("weights")
-    reward = build(config.reward, config.reward_options if given else worker_options(config, card))
+    reward = build(config.reward, config.reward_options, facts(card.names, card.shape))
     config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
     for name in config.monitor.held_out:
         find(name)

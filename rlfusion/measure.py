@@ -13,7 +13,7 @@ from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward, build, score
+from rlfusion.rewards import Reward, build, facts, score
 from rlfusion.sampling import chain_noise, sample
 from rlfusion.seeding import Key
 
@@ -64,7 +64,7 @@ def make_reward(
     if "class_logprob" in names and not options.get("class_logprob", {}).get("weights"):
         weights = str(classifier.cached(train, classifier.REWARD, root))
         options = {**options, "class_logprob": {**options.get("class_logprob", {}), "weights": weights}}
-    return build(reward, options)
+    return build(reward, options, facts(train.names, train.shape))
 
 
 def reward_parts(reward: Reward) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from rlfusion.chain import Chain
 from rlfusion.config import Finetune
 from rlfusion.measure import reward_parts
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward, build
+from rlfusion.rewards import Learned, Reward, WeightedSum, build, facts
 from rlfusion.rollout import Needs, Recipe, Task
 from rlfusion.weights import pack, unpack
 
@@ -24,7 +24,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     denoiser.precision = config["precision"]
     lora.attach(denoiser.net, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
-    reward = build(config["reward"], config["reward_options"])
+    reward = build(config["reward"], config["reward_options"], facts(card.names, card.shape))
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
@@ -73,7 +73,7 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
         "card": asdict(card),
         "chain": asdict(config.chain),
         "reward": config.reward,
-        "reward_options": worker_options(config, card),
+        "reward_options": worker_options(config, reward),
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
@@ -88,11 +88,10 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
     return Recipe("rlfusion.tasks:build_task", described, blobs)
 
 
-def worker_options(config: Finetune, card: models.Card) -> dict[str, dict[str, Any]]:
-    """The options with which a reward is built where its learned parts arrive as bytes."""
-    names = [config.reward] if isinstance(config.reward, str) else list(config.reward)
-    if "class_logprob" not in names:
-        return config.reward_options
-    given = config.reward_options.get("class_logprob", {})
-    untrained = {**given, "weights": None, "shape": list(card.shape), "classes": card.classes}
-    return {**config.reward_options, "class_logprob": untrained}
+def worker_options(config: Finetune, reward: Reward) -> dict[str, dict[str, Any]]:
+    """The options with which a worker builds ``reward``, whose learned parts arrive as bytes."""
+    parts = reward.rewards if isinstance(reward, WeightedSum) else {config.reward: reward}
+    blank = {name: part.blank() for name, part in parts.items() if isinstance(part, Learned)}
+    return config.reward_options | {
+        name: (config.reward_options.get(name) or {}) | made for name, made in blank.items()
+    }

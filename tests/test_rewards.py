@@ -23,6 +23,7 @@ from rlfusion.rewards import (
     RewardError,
     WeightedSum,
     build,
+    facts,
     find,
     ink,
     score,
@@ -152,7 +153,7 @@ def test_class_logprob_is_the_label_s_log_softmax(tmp_path, images, label):
     reward = build("class_logprob", {"class_logprob": {"weights": str(tmp_path / "c.safetensors")}})
     expected = [math.log(module(images).softmax(1)[i, c].item()) for i, c in enumerate(label)]
     assert reward(images, label).tolist() == pytest.approx(expected, rel=1e-5)
-    remote = ClassLogProb()
+    remote = build("class_logprob", {"class_logprob": reward.blank()})
     assert not torch.equal(remote(images, label), reward(images, label))
     remote.load_state_dict(reward.state_dict())
     assert torch.equal(remote(images, label), reward(images, label))
@@ -340,6 +341,34 @@ def test_a_user_s_functions_classes_and_factories_by_module(plug, images):
         result("nothing")
     total = build({"plug_rewards:Net": 1.0, "plug_rewards:top": 2.0})
     torch.testing.assert_close(total(images, None), images.sum((1, 2, 3)) + 2 * peak)
+
+
+def test_what_a_reward_asks_of_the_model_is_filled_in(plug, images):
+    plug(
+        """
+        import torch
+
+        def length(samples, cond, *, prompts):
+            return torch.tensor([len(prompts[c]) for c in cond]) + samples.mean((1, 2, 3))
+
+        class Pixels:
+            def __init__(self, shape, classes, prompts=("none",)):
+                self.value = (*shape, classes, *prompts)
+
+            def __call__(self, samples, cond):
+                return samples.sum((1, 2, 3))
+        """
+    )
+    told, cond = facts(("a", "two"), (1, 8, 8)), torch.tensor([0, 1, 1, 0, 0])
+    result = build("plug_rewards:length", facts=told)(images, cond) - images.mean((1, 2, 3))
+    torch.testing.assert_close(result, torch.tensor([1.0, 3, 3, 1, 1]))
+    said = {"plug_rewards:length": {"prompts": ["four", "one"]}}
+    result = build("plug_rewards:length", said, told)(images, cond) - images.mean((1, 2, 3))
+    torch.testing.assert_close(result, torch.tensor([4.0, 3, 3, 4, 4]))
+    assert build("plug_rewards:Pixels", facts=told).value == (1, 8, 8, 2, "a", "two")
+    with pytest.raises(ConfigError, match=r"needs the options \['prompts'\]"):
+        build("plug_rewards:length")
+    assert build("class_logprob", facts=facts("ab", (3, 9, 9))).classifier.shape == (3, 9, 9)
 
 
 def test_a_module_that_lacks_its_own_import_says_so(plug):
