@@ -160,10 +160,10 @@ def hf(source: HF, size: int) -> Dataset:
         return Dataset(x, torch.zeros(len(x), dtype=torch.int64), ("all",), levels=256)
     if source.caption:
         return captioned(x, [str(text) for text in given], levels=256)
-    names = names or sorted({str(value) for value in given})
-    place = {name: i for i, name in enumerate(names)}
-    label = [value if isinstance(value, int) and str(value) not in place else place[str(value)] for value in given]
-    return Dataset(x, torch.tensor(label), tuple(names), levels=256)
+    if names:  # the column holds their indices
+        return Dataset(x, torch.tensor(given), tuple(names), levels=256)
+    names = sorted({str(value) for value in given})
+    return Dataset(x, torch.tensor([names.index(str(value)) for value in given]), tuple(names), levels=256)
 
 
 def npz(path: Path) -> Dataset:

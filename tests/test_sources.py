@@ -66,6 +66,18 @@ def test_an_image_folder_of_the_library(tmp_path):
     assert sorted(data.label.tolist()) == [0, 0, 1, 1]
 
 
+def test_classes_that_are_named_by_numbers_keep_their_pictures(tmp_path):
+    """Folders 0, 1, 10, 11, 2: the library's classes are in that order, so that class 2 is folder 10."""
+    pytest.importorskip("datasets")
+    for name, picture in zip(("0", "1", "2", "10", "11"), pictures(5)):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "a.png")
+    data = load(f"hf(path={str(tmp_path)!r}, label='label')", 8)
+    assert data.names == ("0", "1", "10", "11", "2")
+    shown = {data.names[c]: round((x[0, 0, 0].item() + 1) * 127.5 / 20) for c, x in zip(data.label.tolist(), data.x)}
+    assert shown == {"0": 0, "1": 1, "2": 2, "10": 3, "11": 4}
+
+
 def test_captions_of_a_column_are_prompts(places):
     data = load(f"hf(path={places['disk']!r}, caption='text')", 8)
     assert data.captioned
