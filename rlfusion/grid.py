@@ -9,13 +9,13 @@ each followed by 0. On a continuous schedule only trailing, the even grid, exist
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError, require_not_negative
+from rlfusion.errors import ConfigError, require_not_negative, unknown
 from rlfusion.schedule import Schedule
 
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -34,6 +34,8 @@ class TimeGrid:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps = {self.steps}: expected at least 1")
+        if self.spacing not in get_args(Spacing):
+            raise unknown("spacing", str(self.spacing), get_args(Spacing))
         require_not_negative(self, "repeats")
 
     def times(self, schedule: Schedule) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from rlfusion.pretrain.times import Times
-from rlfusion.schedule import Schedule, level
+from rlfusion.schedule import Schedule, diffused, level
 from rlfusion.seeding import Key, stream
-from rlfusion.tensors import cast
 
 
 class Noised(NamedTuple):
@@ -33,5 +32,4 @@ def renoise(x0: Tensor, schedule: Schedule, times: Times, key: tuple[Key, ...]) 
 
 def noised(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """x_t of given noise and times."""
-    l = level(schedule, t, x0)
-    return cast(l.alpha, x0) * x0 + cast(l.sigma, x0) * eps
+    return diffused(x0, eps, level(schedule, t, x0))

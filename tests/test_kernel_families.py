@@ -242,6 +242,7 @@ def test_a_kernel_is_read_back_from_its_text(kernel):
         lambda: CPS(1.1),
         lambda: CPS(math.nan),
         lambda: ReverseSDE(-0.1),
+        lambda: ReverseSDE(math.inf),
         lambda: Langevin(0.0),
         lambda: Langevin(4.0),
         lambda: coefficients(ReverseSDE(), Rectified(), 1.0, 0.5),

@@ -160,3 +160,5 @@ def test_grid_on_continuous_time_is_even_and_refuses_the_rest():
         TimeGrid(51).times(DDPM(resolution=50))
     with pytest.raises(ConfigError, match="steps"):
         TimeGrid(0)
+    with pytest.raises(ConfigError, match="did you mean 'leading'"):
+        TimeGrid(4, "leeding")

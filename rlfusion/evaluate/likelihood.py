@@ -25,7 +25,7 @@ from rlfusion.gaussian import Gaussian
 from rlfusion.kernel import DDPM, Kernel, transition
 from rlfusion.parameterization import Prediction
 from rlfusion.policy import Policy
-from rlfusion.schedule import Schedule, level
+from rlfusion.schedule import Schedule, diffused, level
 from rlfusion.seeding import Key, normal
 from rlfusion.space import Pixels
 from rlfusion.tensors import Cond, cast, sum_features
@@ -60,7 +60,7 @@ def bound(policy: Policy, x0: Tensor, cond: Cond, times: Tensor, noise: Tensor, 
     for k, t in enumerate(noisy):
         l = level(schedule, t, x0)
         eps = noise[:, k]
-        found = policy.denoiser(cast(l.alpha, x0) * x0 + cast(l.sigma, x0) * eps, t, cond)
+        found = policy.denoiser(diffused(x0, eps, l), t, cond)
         truth, guess = Prediction(x0.double(), eps.double()), Prediction(*(p.double() for p in found))
         if k + 1 < len(noisy):
             to, dt = level(schedule, noisy[k + 1], x0), noisy[k + 1] - t

@@ -32,8 +32,8 @@ def _euler_maruyama(t: Level, s: Level, dt: Tensor, g2: Tensor) -> Coefficients:
 
 
 def _check_noise(noise: float) -> None:
-    if not noise >= 0:
-        raise ConfigError(f"noise = {noise}: expected a number >= 0")
+    if not 0 <= noise < math.inf:
+        raise ConfigError(f"noise = {noise}: expected a finite number >= 0")
 
 
 @dataclass(frozen=True)

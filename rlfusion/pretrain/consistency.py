@@ -31,7 +31,7 @@ from rlfusion.errors import ConfigError, require_positive
 from rlfusion.parameterization import solve
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.metrics import METRICS, Metric
-from rlfusion.schedule import Schedule, level
+from rlfusion.schedule import Schedule, diffused, level
 from rlfusion.tensors import Cond, cast
 
 
@@ -44,15 +44,10 @@ class Pair(NamedTuple):
     s: Tensor
 
 
-def noised(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha x0 + sigma eps, (B, *), at the times t (B,) float64."""
-    l = level(schedule, t, x0)
-    return cast(l.alpha, x0) * x0 + cast(l.sigma, x0) * eps
-
-
 def training_pair(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor) -> Pair:
     """The pair of Eq. (1), t and s (B,) float64: one x0 and one eps for both."""
-    return Pair(noised(schedule, x0, eps, t), t, noised(schedule, x0, eps, s), s)
+    x_t, x_s = (diffused(x0, eps, level(schedule, time, x0)) for time in (t, s))
+    return Pair(x_t, t, x_s, s)
 
 
 def discrepancy(denoiser: Denoiser, teacher: Denoiser, pair: Pair, cond: Cond, metric: Metric) -> Tensor:

@@ -30,7 +30,7 @@ from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import named
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.times import TIMES, Times
-from rlfusion.schedule import Trig, level
+from rlfusion.schedule import Trig, diffused, level
 from rlfusion.tensors import Cond, cast
 
 
@@ -102,7 +102,7 @@ class SCT(Loss):
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
         t = self._times(draw.u, denoiser.schedule)
         l = level(denoiser.schedule, t, draw.x0)
-        x = cast(l.alpha, draw.x0) * draw.x0 + cast(l.sigma, draw.x0) * draw.eps
+        x = diffused(draw.x0, draw.eps, l)
         dx = (cast(l.d_alpha, x) * draw.x0 + cast(l.d_sigma, x) * draw.eps) * (2 / math.pi)
         g = normalised(tangent(denoiser, x, dx, t, draw.cond, self.share(draw.step)), self.c)
         y = denoiser.answer(x, t, draw.cond)

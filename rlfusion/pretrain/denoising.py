@@ -19,7 +19,7 @@ from rlfusion.parameterization import solve, target
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.times import TIMES, Times
 from rlfusion.pretrain.weighting import WEIGHTS, Weight
-from rlfusion.schedule import Level, Schedule, level
+from rlfusion.schedule import Level, Schedule, diffused, level
 from rlfusion.tensors import cast
 
 
@@ -58,7 +58,7 @@ class NoisedLoss(Loss):
         """The draw's samples at the draw's times."""
         t = self._times(draw.u, schedule)
         l = level(schedule, t, draw.x0)
-        return Noised(cast(l.alpha, draw.x0) * draw.x0 + cast(l.sigma, draw.x0) * draw.eps, t, l)
+        return Noised(diffused(draw.x0, draw.eps, l), t, l)
 
     def regress(self, denoiser: Denoiser, draw: Draw, at: Noised, x0: Tensor, eps: Tensor) -> Tensor:
         """Eq. (1) with the target of the pair (x0, eps), the mean over features, (B,)."""

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlfusion.tensors import cast
+
 
 class Level(NamedTuple):
     """What a schedule says at one time: alpha, sigma of Eq. (1) and their derivatives in t, float64."""
@@ -48,6 +50,11 @@ def level(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"times lie in [0, 1]: got {t.min().item():g} to {t.max().item():g}")
     return schedule(t)
+
+
+def diffused(x0: Tensor, eps: Tensor, l: Level) -> Tensor:
+    """Eq. (1) of x0 and eps (B, ...) at a level shaped to act on them."""
+    return cast(l.alpha, x0) * x0 + cast(l.sigma, x0) * eps
 
 
 @lru_cache(maxsize=4096)
