@@ -1,5 +1,6 @@
 """Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, build, facts, score
-from rlfusion.sampling import chain_noise, sample
+from rlfusion.sampling import chain_noise, sample, walk
 from rlfusion.seeding import Key
 
 CHUNK = 500
@@ -74,11 +75,28 @@ def reward_parts(reward: Reward) -> dict[str, Tensor]:
 
 def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
     """Samples (N, *shape) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
-    parts, latent = [], policy.space.latent(shape)
-    for rows in torch.arange(len(label)).split(CHUNK):
-        noise = chain_noise(key, rows.tolist(), len(times) - 1, latent).to(label.device)
-        parts.append(policy.space.decode(sample(policy, noise, times, label[rows.to(label.device)])))
+    parts = _noise(policy, times, label, shape, key)
+    return torch.cat([policy.space.decode(sample(policy, noise, times, some)) for noise, some in parts])
+
+
+@torch.no_grad()
+def divergence(policy: Policy, base: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
+    """sum_t KL(policy || base) (N,), in nats, at the states of the walks of ``draw``; steps without noise have none."""
+    parts = []
+    for noise, some in _noise(policy, times, label, shape, key):
+        steps = [step for step in walk(policy, noise, times, some) if bool((step.transition.std > 0).all())]
+        parts.append(torch.stack([step.transition.kl(base(step.obs)) for step in steps]).sum(0))
     return torch.cat(parts)
+
+
+def _noise(
+    policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], key: tuple[Key, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The noise of walks and their labels, ``CHUNK`` at a time."""
+    latent = policy.space.latent(shape)
+    for rows in torch.arange(len(label)).split(CHUNK):
+        noise = chain_noise(key, rows.tolist(), len(times) - 1, latent)
+        yield noise.to(label.device), label[rows.to(label.device)]
 
 
 @torch.no_grad()

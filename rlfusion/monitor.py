@@ -4,7 +4,10 @@
     (2)  diversity        mean distance between two samples of one prompt, over the base's
     (3)  agreement        share of samples that the judge, who is not the reward, takes for their prompt
     (4)  brightness, edge_density, entropy: how far the mean has moved, in standard deviations of the base's images
-    (5)  held-out rewards, which nothing is trained on
+    (5)  held-out rewards, which nothing is trained on, and how far each has fallen below the base's, in standard
+         deviations of the base's own
+    (6)  kl               sum_t KL(p_theta(. | x_t) || p_base(. | x_t)) in nats a walk, at the states of the policy's
+         walks; steps without noise have none, and a chain without noise has no kl
 
 A reward that rises while these run away is being hacked: UniRL saw dark pixels go from .45 to .93 of the picture while
 its author's reward check passed.
@@ -34,6 +37,9 @@ class Config:
         agreement: alarm where agreement falls by more than this.
         image: alarm where an image statistic moves by more standard deviations of the base's images.
         frechet_base: alarm above this distance to the base's samples; null for none.
+        kl: alarm above so many nats a walk, Eq. (6); null for none.
+        held_out_fall: alarm where the reward has risen and a held-out reward is below the base's by more than so many
+            of its standard deviations.
         best: what the best model has most of (of the names above, or "reward"), among looks without an alarm.
         patience: looks without a new best after which training stops; 0 goes on to the end.
         stop: an alarm, too, stops the training; else it is written down only.
@@ -46,21 +52,27 @@ class Config:
     agreement: float = 0.15
     image: float = 3.0
     frechet_base: float | None = None
+    kl: float | None = None
+    held_out_fall: float = 1.0
     best: str = "reward"
     patience: int = 0
     stop: bool = False
 
     def __post_init__(self) -> None:
         require_not_negative(self, "every", "diversity", "patience")
-        require_positive(self, "agreement", "image")
+        require_positive(self, "agreement", "image", "held_out_fall")
         if self.samples < 50:
             raise ConfigError(f"samples = {self.samples}: expected at least 50")
-        if self.best not in (known := (*LOOKED_AT, "reward", *self.held_out)):
+        for name in ("frechet_base", "kl"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise ConfigError(f"{name} = {limit}: expected a number > 0, or null")
+        if self.best not in (known := (*LOOKED_AT, TRAINED, *self.held_out)):
             raise ConfigError(f"best = {self.best}: expected one of {', '.join(known)}")
 
 
 IMAGE = ("brightness", "edge_density", "entropy")
 LOOKED_AT = ("agreement", "diversity", "frechet_base", *IMAGE)
+TRAINED = "reward"
 
 
 class Monitor:
@@ -77,10 +89,14 @@ class Monitor:
         self.spread = _spread(self.base, label)
         self.images = image_statistics(base)._asdict()
         self.agreement = agreement(judge, self.base, label)
+        with torch.no_grad():
+            self.scores = {name: score(reward, base, label, name) for name, reward in rewards.items()}
 
     @torch.no_grad()
-    def look(self, samples: Tensor) -> dict[str, float]:
-        """Eq. (1) to (5) and the reward, by name, of samples (B, C, H, W) for the labels of the base's."""
+    def look(self, samples: Tensor, kl: float | None = None) -> dict[str, float]:
+        """Eq. (1) to (6) and the reward, by name, of samples (B, C, H, W) for the labels of the base's; ``kl`` is that
+        of their walks.
+        """
         ours, images = features(self.judge, samples), image_statistics(samples)._asdict()
         seen = {name: score(reward, samples, self.label, name).mean().item() for name, reward in self.rewards.items()}
         seen["agreement"] = agreement(self.judge, ours, self.label)
@@ -89,7 +105,7 @@ class Monitor:
         for name, was in self.images.items():
             std = was.std(correction=0).clamp(min=1e-6)
             seen[name] = ((images[name].mean() - was.mean()) / std).item()
-        return seen
+        return seen if kl is None else seen | {"kl": kl}
 
     def alarms(self, seen: dict[str, float]) -> list[str]:
         """What has run away, a sentence each."""
@@ -100,10 +116,24 @@ class Monitor:
             found.append(f"agreement fell from {self.agreement:.3f} to {seen['agreement']:.3f}")
         if c.frechet_base is not None and seen["frechet_base"] > c.frechet_base:
             found.append(f"the Frechet distance to the base's samples is {seen['frechet_base']:.1f}")
+        if c.kl is not None and seen.get("kl", 0.0) > c.kl:
+            found.append(f"the KL to the base is {seen['kl']:.3g} nats a walk")
         for name in IMAGE:
             if abs(seen[name]) > c.image:
                 found.append(f"{name} moved by {seen[name]:+.1f} standard deviations of the base's images")
-        return found
+        return found + self._fallen(seen)
+
+    def _fallen(self, seen: dict[str, float]) -> list[str]:
+        """The held-out rewards that fell while the trained one rose, Eq. (5)."""
+        moved = {name: (seen[name] - was.mean().item(), was.std(correction=0)) for name, was in self.scores.items()}
+        if not moved[TRAINED][0] > 0:
+            return []
+        falls = {name: -by / max(std.item(), 1e-6) for name, (by, std) in moved.items() if name != TRAINED}
+        return [
+            f"held-out reward {name!r} fell by {fall:.1f} standard deviations of the base's while the reward rose"
+            for name, fall in falls.items()
+            if fall > self.config.held_out_fall
+        ]
 
 
 def _spread(of_samples: Tensor, label: Tensor) -> float:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from rlfusion.config import Finetune
-from rlfusion.measure import Judged, draw, make_reward
+from rlfusion.measure import Judged, divergence, draw, make_reward
 from rlfusion.monitor import Best, Monitor
-from rlfusion.policy import Policy
+from rlfusion.policy import Policy, frozen_copy
 from rlfusion.rewards import Reward
 from rlfusion.weights import pack, unpack
 
 
 @dataclass
 class Watch:
-    """Looks at a policy from time to time. ``save_best`` writes the model that it has now."""
+    """Looks at a policy from time to time, which is the base model when this is made. ``save_best`` writes the model
+    that it has now.
+    """
 
     config: Finetune
     folder: Path
@@ -33,6 +35,8 @@ class Watch:
     def __post_init__(self) -> None:
         self.best = Best(self.config.monitor.best)
         self.monitor: Monitor | None = None
+        noisy = bool((self.policy.stds(self.times) > 0).any())
+        self.base = frozen_copy(self.policy) if self.config.monitor.every and noisy else None
 
     def begin(self) -> None:
         """Draw the base model's samples, or read them where the run has them already."""
@@ -53,7 +57,7 @@ class Watch:
 
     def look(self, done: int) -> tuple[dict[str, float], list[str]]:
         """What is seen of the policy after ``done`` updates, and the alarms; keeps the model if it is the best yet."""
-        seen = self.monitor.look(self._draw())
+        seen = self.monitor.look(self._draw(), self._divergence())
         alarms = self.monitor.alarms(seen)
         if self.best.take(done, seen, bool(alarms)):
             self.save_best()
@@ -83,6 +87,14 @@ class Watch:
 
     def _draw(self) -> Tensor:
         return draw(self.policy, self.times, self._label, self.judged.train.shape, self.config.seed, "monitor")
+
+    def _divergence(self) -> float | None:
+        """``kl`` of the walks that ``_draw`` draws."""
+        if self.base is None:
+            return None
+        shape = self.judged.train.shape
+        kl = divergence(self.policy, self.base, self.times, self._label, shape, self.config.seed, "monitor")
+        return kl.mean().item()
 
     def _write(self, done: int, alarms: list[str]) -> None:
         lines = [

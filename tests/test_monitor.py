@@ -4,12 +4,18 @@ import json
 
 import pytest
 import torch
+from chains import affine
 from conftest import TINY
 from processes import rlfusion
 from torch import nn
 
 from rlfusion.errors import ConfigError
+from rlfusion.grid import TimeGrid
+from rlfusion.kernel import DDIM
+from rlfusion.measure import divergence
 from rlfusion.monitor import Best, Config, Monitor
+from rlfusion.sampling import chain_noise, walk
+from rlfusion.schedule import Cosine
 
 
 class Corners(nn.Module):
@@ -58,19 +64,67 @@ def test_another_sample_of_the_same_law_raises_no_alarm():
     assert monitor().alarms(monitor().look(pictures(seed=5))) == []
 
 
+def checked(x: torch.Tensor) -> torch.Tensor:
+    """A chequered pattern added: as bright as before, full of edges."""
+    sign = (-1.0) ** (torch.arange(4)[:, None] + torch.arange(4))
+    return (x + 0.2 * sign).clamp(0, 1)
+
+
 ALARMS = {
     "diversity": lambda x: pictures()[:4].repeat(20, 1, 1, 1),
     "agreement": lambda x: x.roll(1, 0),
     "brightness": lambda x: (x + 0.25).clamp(max=1),
+    "edge_density": checked,
+    "entropy": lambda x: (x > 0.5).to(x),
     "Frechet": lambda x: 0.2 * x,
 }
+QUIET = {"diversity": 0.0, "agreement": 9.0, "image": 1e9, "frechet_base": None, "held_out_fall": 1e9}
+SETS = {"brightness": "image", "edge_density": "image", "entropy": "image", "Frechet": "frechet_base"}
 
 
 @pytest.mark.parametrize("alarm", ALARMS)
-def test_each_alarm_is_raised(alarm):
+def test_each_alarm_is_raised_and_by_its_own_setting(alarm):
     watching = monitor(frechet_base=0.05)
-    said = watching.alarms(watching.look(ALARMS[alarm](pictures())))
-    assert any(alarm in sentence for sentence in said), said
+    seen = watching.look(ALARMS[alarm](pictures()))
+    assert any(alarm in sentence for sentence in watching.alarms(seen)), seen
+    off = SETS.get(alarm, alarm)
+    alone = monitor(**QUIET | {off: getattr(Config(frechet_base=0.05), off)}).alarms(seen)
+    assert any(alarm in sentence for sentence in alone)
+    assert monitor(**QUIET).alarms(seen) == []
+
+
+def test_a_held_out_reward_that_falls_while_the_reward_rises_is_an_alarm():
+    """ "mine" is minus the brightness, and falls by what "reward" rises."""
+    base = pictures()
+    std = base.flatten(1).mean(1).std(correction=0).item()
+    watching = monitor()
+    fell = [s for s in watching.alarms(watching.look(base + 1.5 * std)) if "held-out" in s]
+    assert fell == ["held-out reward 'mine' fell by 1.5 standard deviations of the base's while the reward rose"]
+    assert watching.alarms(watching.look(base + 0.9 * std)) == []
+    rose = watching.look(base - 1.5 * std)
+    assert not any("held-out" in s for s in watching.alarms(rose))
+
+
+def test_the_kl_is_told_and_limited():
+    watching = monitor(kl=5.0)
+    assert "kl" not in watching.look(pictures())
+    assert watching.alarms(watching.look(pictures(), 4.9)) == []
+    assert watching.alarms(watching.look(pictures(), 5.1)) == ["the KL to the base is 5.1 nats a walk"]
+
+
+def test_the_kl_of_walks_is_that_of_their_linear_gaussian_steps():
+    """sum_t |m - m_ref|^2 / (2 S_t^2) at the states of the walks, by hand."""
+    policy, base = (affine(theta, Cosine(), DDIM(1.0), "v") for theta in ((-0.3, 0.25), (-0.1, 0.4)))
+    times = TimeGrid(4).times(Cosine())
+    got = divergence(policy, base, times, torch.zeros(7, dtype=torch.int64), (1, 1, 2), 3, "here")
+    expected = torch.zeros(7, dtype=torch.float64)
+    noise = chain_noise((3, "here"), range(7), 4, (1, 1, 2))
+    with torch.no_grad():
+        for step, std in zip(walk(policy, noise, times), policy.stds(times)):
+            gap = (step.transition.mean - base(step.obs).mean).flatten(1).square().sum(1)
+            expected += gap / (2 * std**2) if std > 0 else 0.0
+    assert got.min() > 0
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_best_is_the_highest_without_an_alarm_and_of_distances_the_least():
@@ -91,6 +145,8 @@ def test_the_best_is_the_highest_without_an_alarm_and_of_distances_the_least():
         ({"samples": 10}, "samples = 10"),
         ({"every": -1}, "every = -1"),
         ({"image": 0}, "image = 0"),
+        ({"kl": -1.0}, "kl = -1.0"),
+        ({"held_out_fall": 0}, "held_out_fall = 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, said):
@@ -116,7 +172,7 @@ def test_a_run_looks_by_default_and_keeps_its_best_model(root):
     folder = root / "runs" / "it"
     seen = looks(folder)
     assert [line["step"] for line in seen] == [4, 6]
-    assert all("monitor/ink" in line for line in seen)
+    assert all("monitor/ink" in line and line["monitor/kl"] > 0 for line in seen)
     summary = json.loads((folder / "summary.json").read_text())
     best = max(seen, key=lambda line: line["monitor/reward"])
     assert summary["best"] == {"updates": best["step"], "reward": best["monitor/reward"]}
