@@ -6,7 +6,7 @@ Only a name and literal keyword arguments are read; nothing is evaluated.
 import ast
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from rlfusion.errors import ConfigError, unknown
 
@@ -57,12 +57,16 @@ def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) ->
     """``factory`` called with keyword ``settings``, each checked against its signature.
 
     Raises:
-        ConfigError: a setting that the factory does not have, a missing one, or a value that it cannot use.
+        ConfigError: a setting that the factory does not have, a missing one, a value that is none of those its
+            annotation allows, or one that the factory cannot use.
     """
     signature = inspect.signature(factory)
-    for key in settings:
+    for key, value in settings.items():
         if key not in signature.parameters:
             raise unknown(f"setting of {what}", key, signature.parameters)
+        allowed = signature.parameters[key].annotation
+        if get_origin(allowed) is Literal and value not in get_args(allowed):
+            raise ConfigError(f"{key} = {value!r} of {what}: expected one of {', '.join(map(str, get_args(allowed)))}")
     try:
         signature.bind(**settings)
     except TypeError as error:

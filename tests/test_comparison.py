@@ -51,12 +51,25 @@ def test_lists_of_agents_on_the_command_line():
     assert cli.settings_of("compare", ["--agents", "[grpo]"]).agents == ["grpo"]
 
 
+def test_an_agent_may_be_given_a_name():
+    plan = Compare(agents=["DDPO_SF = ddpo(form='sf', lr=0.001)", "grpo(window=5)"])
+    assert [(name, settings.agent) for name, *_, settings in plan.runs()] == [
+        ("DDPO_SF", ddpo.Config(form="sf", lr=0.001)),
+        ("grpo(window=5)", grpo.Config(window=5)),
+    ]
+    assert plan.default_name == "compare-ddpo-grpo"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"agents": ["ddppo"]}, "did you mean 'ddpo'"),
         ({"agents": ["grpo(windw=3)"]}, "did you mean 'window'"),
         ({"agents": ["grpo(window=-3)"]}, "window = -3"),
+        ({"agents": ["ddpo(form='iss')"]}, "form = 'iss' of agent 'ddpo': expected one of is, sf"),
+        ({"agents": ["mine = ddppo"]}, "did you mean 'ddpo'"),
+        ({"agents": ["ddpo", "ddpo"]}, "expected each once"),
+        ({"agents": ["it = ddpo", "it = grpo"]}, "expected each once"),
         ({"agents": []}, "one of each at least"),
         ({"best_of": [1]}, r"best_of = \[1\]"),
         ({"seeds": 0}, "seeds = 0"),

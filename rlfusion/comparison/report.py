@@ -1,4 +1,4 @@
-"""The end of a comparison: a table in Markdown, and plots of gain against queries and against Frechet distance."""
+"""The end of a comparison: a table in Markdown, and plots of gain against queries, seconds and Frechet distance."""
 
 import json
 from collections.abc import Callable
@@ -8,9 +8,11 @@ from typing import Any
 
 from rlfusion.comparison.baselines import Measured
 from rlfusion.comparison.curves import Point, best_within, first_at
-from rlfusion.comparison.settings import Compare
+from rlfusion.comparison.settings import Compare, shown
 
 BASE = "base"
+SHOWN = 2.5
+"""Gains are drawn up to so many times the target."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def report(config: Compare, folder: Path, outcomes: list[Outcome], measured: dic
     for reward in config.rewards:
         mine = [o for o in outcomes if o.reward == reward and o.points]
         if mine:
-            _plot(folder, reward, mine, measured[reward])
+            _plot(config, folder, reward, mine, measured[reward])
     return page
 
 
@@ -56,7 +58,7 @@ def _section(config: Compare, reward: str, outcomes: list[Outcome], measured: di
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [_baseline(name, values, measured[BASE]) for name, values in measured.items()]
-    for agent in config.agents:
+    for agent in map(shown, config.agents):
         rows.append(_row(config, agent, [o for o in outcomes if (o.agent, o.reward) == (agent, reward)]))
     return "\n".join([*head, *rows])
 
@@ -94,29 +96,50 @@ def _join(points: list[Point | None], say: Callable[[Point], str]) -> str:
     return " / ".join("-" if p is None else say(p) for p in points)
 
 
-def _plot(folder: Path, reward: str, outcomes: list[Outcome], measured: dict[str, Measured]) -> None:
-    """Gain against queries, and against the Frechet distance, of every run of a reward."""
+def _plot(config: Compare, folder: Path, reward: str, outcomes: list[Outcome], measured: dict[str, Measured]) -> None:
+    """Every run of a reward: gain against queries, seconds and the Frechet distance, and agreement against the last."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    agents = list(dict.fromkeys(o.agent for o in outcomes))
+    by_queries, by_seconds, by_frechet, agreement = figure.subplots(2, 2).flat
+    looks = {agent: _look(number) for number, agent in enumerate(dict.fromkeys(o.agent for o in outcomes))}
     for o in outcomes:
-        look: dict[str, Any] = {"color": f"C{agents.index(o.agent)}", "marker": ".", "alpha": 0.8}
-        label = o.agent if o.seed == 0 else None
-        left.plot([p.queries for p in o.points], [p.gain for p in o.points], label=label, **look)
-        right.plot([p.frechet for p in o.points], [p.gain for p in o.points], label=label, **look)
-    base = measured[BASE]
+        gains, label = [p.gain for p in o.points], o.agent if o.seed == min(m.seed for m in outcomes) else None
+        by_queries.plot([p.queries for p in o.points], gains, label=label, **looks[o.agent])
+        by_seconds.plot([p.cpu_seconds for p in o.points], gains, **looks[o.agent])
+        by_frechet.plot([p.frechet for p in o.points], gains, **looks[o.agent])
+        agreement.plot([p.frechet for p in o.points], [p.agreement for p in o.points], **looks[o.agent])
     for name, values in measured.items():
-        gain = (values["reward"] - base["reward"]) / max(base["reward_std"], 1e-12)
-        right.plot(values["frechet"], gain, "k*")
-        right.annotate(name, (values["frechet"], gain), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    left.set(xlabel="queries", ylabel="gain (sd of the base's rewards)", title=reward)
-    right.set(xlabel="Frechet distance to held-out data", title="price of the reward")
-    left.legend()
-    figure.savefig(folder / f"{_file(reward)}.png", dpi=110)
+        gain = (values["reward"] - measured[BASE]["reward"]) / max(measured[BASE]["reward_std"], 1e-12)
+        for axes, height in ((by_frechet, gain), (agreement, values["agreement"])):
+            axes.plot(values["frechet"], height, "k*")
+            axes.annotate(name, (values["frechet"], height), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    highest = max(p.gain for o in outcomes for p in o.points)
+    for axes in (by_queries, by_seconds, by_frechet):
+        axes.axhline(config.target, color="0.7", linestyle="--", zorder=0)
+        axes.set(ylabel="gain (sd of the base's rewards)", ylim=(-0.2, min(1.05 * highest, SHOWN * config.target)))
+    for axes in (by_frechet, agreement):
+        axes.axvline(config.quality * measured[BASE]["frechet"], color="0.7", linestyle=":", zorder=0)
+        axes.set(xlabel="Frechet distance to held-out data", xscale="log")
+    by_queries.set(xlabel="queries", title=reward)
+    by_seconds.set(xlabel="CPU seconds of training", xscale="symlog")
+    by_frechet.set(title=f"price of the reward; dotted: {config.quality:g} times the base's Frechet distance")
+    agreement.set(ylabel="agreement with the prompt")
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(folder / f"{_file(reward)}.png", dpi=80)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """How the runs of an agent are drawn: 10 colours, each with four marks."""
+    return {
+        "color": f"C{number % 10}",
+        "marker": "osv^"[number // 10 % 4],
+        "markersize": 3,
+        "linewidth": 1,
+        "alpha": 0.8,
+    }
 
 
 def _file(reward: str) -> str:

@@ -20,7 +20,8 @@ class Compare:
     """Compare algorithms: every agent on every reward with every seed, from one base model, under one query budget.
 
     Attributes:
-        agents: the algorithms, each with settings of its own if need be: ddpo, grpo(window=5), ddpo(form='sf').
+        agents: the algorithms, each with settings of its own if need be: ddpo, grpo(window=5), ddpo(form='sf'). One may
+            be given another name for tables, plots and folders: "DDPO_SF = ddpo(form='sf')".
         rewards: names of rewards, as of finetune.
         reward_options: settings of each named reward.
         seeds: runs of each agent on each reward, with seeds 0, 1, ...
@@ -71,18 +72,21 @@ class Compare:
             raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
         for text in self.agents:
             make_agent(text)
+        names = [shown(text) for text in self.agents]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"agents = {names}: expected each once, or under different names")
 
     @property
     def default_name(self) -> str:
-        names = [spec.split(text)[0] for text in self.agents]
+        names = [spec.split(written(text))[0] for text in self.agents]
         return f"compare-{'-'.join(dict.fromkeys(names))}"
 
     def runs(self) -> Iterator[tuple[str, str, int, Finetune]]:
-        """(agent, reward, seed, settings) of every run."""
+        """(name of the agent, reward, seed, settings) of every run."""
         for reward in self.rewards:
             for agent in self.agents:
                 for seed in range(self.seeds):
-                    yield agent, reward, seed, self.settings(agent, reward, seed)
+                    yield shown(agent), reward, seed, self.settings(agent, reward, seed)
 
     def settings(self, agent: str, reward: str, seed: int) -> Finetune:
         """The fine-tuning of one run."""
@@ -109,10 +113,22 @@ class Compare:
         )
 
 
+def shown(text: str) -> str:
+    """The name under which an agent is shown."""
+    name, given, _ = text.partition(" = ")
+    return name.strip() if given and "(" not in name else text
+
+
+def written(text: str) -> str:
+    """The agent of a text, without the name that it may be given."""
+    name, given, rest = text.partition(" = ")
+    return rest.strip() if given and "(" not in name else text
+
+
 def make_agent(text: str) -> Agent:
-    """The settings that a text like ``grpo(window=5)`` writes.
+    """The settings that a text like ``grpo(window=5)`` or ``short window = grpo(window=5)`` writes.
 
     Raises:
         ConfigError: no such agent or setting, or a value that cannot work.
     """
-    return spec.parse(text, AGENTS, "agent")
+    return spec.parse(written(text), AGENTS, "agent")
