@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from rlfusion import spec
-from rlfusion.denoiser import Denoiser, Guided
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.denoiser import Denoiser, Embedded, Guided
+from rlfusion.errors import ConfigError, require_not_negative, unknown
 from rlfusion.grid import Spacing, TimeGrid
-from rlfusion.kernel import CPS, DDIM, DDPM, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
+from rlfusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.policy import Policy
 
 KERNELS: Mapping[str, Callable[..., Kernel]] = {
@@ -27,7 +27,10 @@ class Chain:
         spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
         kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
             Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
-        guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0, the handbook's; 0 is none.
+        last_noise: standard deviation of noise that the step to clean data adds, which otherwise has none and so no
+            density (``kernel.ended``): what a one-step model needs as a policy. It stays in the samples; 0 is none.
+        guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0, the handbook's; 0 is none. To a network that
+            reads w (a student of guided_pd or lcm) it is that input, and the samples cost one call a step.
         guidance_scale: the same as diffusers' scale, 1 + w, in place of ``guidance``.
         guidance_rescale: share of the guided answer that gets the conditional answer's standard deviation back.
         guidance_low: the least time, in [0, 1], at which guidance acts.
@@ -39,6 +42,7 @@ class Chain:
     steps: int = 20
     spacing: Spacing = "trailing"
     kernel: str = "DDIM(eta=1.0)"
+    last_noise: float = 0.0
     guidance: float = 0.0
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
@@ -48,6 +52,7 @@ class Chain:
     repeats: int = 0
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "last_noise")
         if self.guidance and self.guidance_scale is not None:
             raise ConfigError(
                 f"guidance_scale = {self.guidance_scale}: it is 1 + guidance, and guidance = {self.guidance} is given; "
@@ -67,8 +72,9 @@ class Chain:
         return self.guidance if self.guidance_scale is None else self.guidance_scale - 1
 
     def make_kernel(self) -> Kernel:
-        """The kernel that ``kernel`` writes."""
-        return spec.parse(self.kernel, KERNELS, "kernel")
+        """The kernel that ``kernel`` writes, with the noise of the last step."""
+        kernel = spec.parse(self.kernel, KERNELS, "kernel")
+        return Ended(kernel, self.last_noise) if self.last_noise else kernel
 
     @property
     def moves(self) -> int:
@@ -88,8 +94,21 @@ class Chain:
         """The policy over this chain, of a denoiser whose classes have these names.
 
         Raises:
-            ConfigError: ``negative`` names none of them.
+            ConfigError: ``negative`` names none of them, a network does not read the guidance asked for, or
+                ``last_noise`` is given to a chain whose last step has noise of its own.
         """
+        policy = self._policy(denoiser, names)
+        if self.last_noise and policy.stds(self.times(denoiser))[-1] != self.last_noise:
+            raise ConfigError(
+                f"last_noise = {self.last_noise}: the last step of {self.kernel} on {denoiser.schedule} has noise "
+                "or does not end at x0_hat, expected 0"
+            )
+        return policy
+
+    def _policy(self, denoiser: Denoiser, names: Sequence[str]) -> Policy:
+        if denoiser.weights is not None:
+            self._require_plain_guidance(denoiser.weights)
+            return Policy(Embedded(denoiser, self.weight), self.make_kernel())
         if not self.weight:
             return Policy(denoiser, self.make_kernel())
         if self.negative and self.negative not in names:
@@ -97,3 +116,16 @@ class Chain:
         null = torch.tensor([names.index(self.negative) if self.negative else len(names)])
         settings = (self.guidance_rescale, self.guidance_low, self.guidance_high)
         return Policy(Guided(denoiser, self.weight, null, *settings), self.make_kernel())
+
+    def _require_plain_guidance(self, weights: tuple[float, float]) -> None:
+        """Refuse guidance that a network which reads w in the range ``weights`` cannot follow."""
+        low, high = weights
+        if not low <= self.weight <= high:
+            raise ConfigError(
+                f"guidance = {self.weight}: this model reads the guidance weight and knows {low} to {high} alone"
+            )
+        if (self.guidance_rescale, self.guidance_low, self.guidance_high, self.negative) != (0.0, 0.0, 1.0, ""):
+            raise ConfigError(
+                "guidance_rescale, guidance_low, guidance_high, negative: this model reads the guidance weight and has "
+                "no second answer, expected none of them"
+            )

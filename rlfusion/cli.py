@@ -1,4 +1,4 @@
-"""The command line: ``rlfusion finetune | compare | pretrain | sample | evaluate``.
+"""The command line: ``rlfusion finetune | compare | pretrain | distill | sample | evaluate``.
 
 Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what was expected, the nearest valid name),
 4 numerical failure, 75 stopped by a signal after saving (resume with --resume).
@@ -35,6 +35,9 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
   rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
                                              algorithms side by side: table, plots, one TensorBoard
+  rlfusion distill --method cd --teacher runs/NAME
+                                             a student of a few steps: cd, ... (docs/distillation.md)
+  rlfusion finetune --base runs/STUDENT      any model to start from, also a student, with its own chain
   rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
@@ -43,7 +46,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
 """
 
-PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."}
+PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
@@ -90,8 +93,9 @@ def _run(arguments: list[str]) -> int:
 
 
 def _job(kind: str, arguments: list[str]) -> None:
-    """finetune, pretrain or compare: a new run, or an old one to resume."""
+    """finetune, pretrain, compare or distill: a new run, or an old one to resume."""
     from rlfusion import autoencoding, commands, comparison
+    from rlfusion.distilling import check as check_distill
     from rlfusion.finetune import check as check_finetune
     from rlfusion.pretraining import check as check_pretrain
 
@@ -99,6 +103,7 @@ def _job(kind: str, arguments: list[str]) -> None:
         "finetune": commands.run_finetune,
         "compare": commands.run_compare,
         "pretrain": commands.run_pretrain,
+        "distill": commands.run_distill,
         "pretrain-autoencoder": commands.run_autoencoder,
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
@@ -109,6 +114,7 @@ def _job(kind: str, arguments: list[str]) -> None:
         "finetune": check_finetune,
         "compare": comparison.check,
         "pretrain": check_pretrain,
+        "distill": check_distill,
         "pretrain-autoencoder": autoencoding.check,
     }[kind]
     check(settings)
@@ -116,7 +122,9 @@ def _job(kind: str, arguments: list[str]) -> None:
 
 
 def settings_of(kind: str, arguments: list[str]) -> Any:
-    """The settings of a job; those of a fine-tuning's agent are of the algorithm that ``--agent`` names."""
+    """The settings of a job; those of an agent or a method are of the algorithm that ``--agent`` or ``--method`` names.
+    The chain of a fine-tuning is that of the model of ``--base``, unless told otherwise.
+    """
     from rlfusion import config
 
     if kind == "pretrain":
@@ -129,16 +137,21 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         from rlfusion.comparison import Compare
 
         return parse(Compare, kind, _listed(arguments))
-    arguments = _long(arguments)
-    typed = config.with_agent(_agent(arguments))
-    return parse(typed, kind, arguments, make=config.Finetune)
+    if kind == "distill":
+        arguments = _long(arguments, "method")
+        typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
+        return parse(typed, kind, arguments, make=config.Distill)
+    arguments = _long(arguments, "agent")
+    typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
+    return parse(typed, kind, arguments, _chain_of(_told(arguments, "base")), make=config.Finetune)
 
 
-def _long(arguments: list[str]) -> list[str]:
+def _long(arguments: list[str], what: str) -> list[str]:
     """``--agent NAME`` as ``--agent.name NAME``; a mapping or a file of settings after ``--agent`` stays."""
+    option = f"--{what}"
     values = [a.partition("=")[2] if "=" in a else following for a, following in pairwise([*arguments, ""])]
-    named = [re.fullmatch(r"--agent(=.*)?", a) and re.fullmatch(r"\w+", value) for a, value in zip(arguments, values)]
-    return [a.replace("--agent", "--agent.name", 1) if short else a for a, short in zip(arguments, named)]
+    named = [re.fullmatch(rf"{option}(=.*)?", a) and re.fullmatch(r"\w+", value) for a, value in zip(arguments, values)]
+    return [a.replace(option, f"{option}.name", 1) if short else a for a, short in zip(arguments, named)]
 
 
 def _listed(arguments: list[str]) -> list[str]:
@@ -155,20 +168,21 @@ def _listed(arguments: list[str]) -> list[str]:
     return out
 
 
-def _agent(arguments: list[str]) -> str:
-    """The algorithm that the arguments, or the configuration files among them, name last."""
+def _told(arguments: list[str], *key: str) -> Any:
+    """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
     import yaml
 
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    name = "ddpo"
+    told = None
     for option, value in pairwise(words):
-        if option == "--agent.name":
-            name = value
+        if option == f"--{'.'.join(key)}":
+            told = value
         elif option == "--config" and Path(value).is_file():
             held = yaml.safe_load(Path(value).read_text())
-            agent = held.get("agent") if isinstance(held, dict) else None
-            name = agent.get("name", name) if isinstance(agent, dict) else name
-    return str(name)
+            for name in key:
+                held = held.get(name) if isinstance(held, dict) else None
+            told = told if held is None else held
+    return told
 
 
 def _resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
@@ -185,23 +199,20 @@ def _resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
 def _sample(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_sample(parse(config.Sample, "sample", arguments, _chain_of(arguments)))
+    commands.run_sample(parse(config.Sample, "sample", arguments, _chain_of(_told(arguments, "checkpoint"))))
 
 
 def _evaluate(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _chain_of(arguments)))
+    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _chain_of(_told(arguments, "checkpoint"))))
 
 
-def _chain_of(arguments: list[str]) -> dict[str, Any]:
-    """The chain that the model of ``--checkpoint`` was made with, as defaults."""
+def _chain_of(model: str | None) -> dict[str, Any]:
+    """The chain that a model was made with, as defaults; none for no model."""
     from rlfusion.models import load_card
 
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    if "--checkpoint" not in words[:-1]:
-        return {}
-    chain = load_card(Path(words[words.index("--checkpoint") + 1])).chain
+    chain = load_card(Path(model)).chain if model else {}
     return {f"chain.{name}": value for name, value in chain.items()}
 
 
@@ -209,6 +220,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "finetune": partial(_job, "finetune"),
     "compare": partial(_job, "compare"),
     "pretrain": partial(_job, "pretrain"),
+    "distill": partial(_job, "distill"),
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
     "sample": _sample,
     "evaluate": _evaluate,
@@ -248,7 +260,9 @@ def parse(
     try:
         given = parser.parse_args(arguments)
         if given.get("objective"):
-            parser.set_defaults(_preset(given.objective, PRESET_PREFIX[command]))
+            preset = _preset(given.objective, PRESET_PREFIX[command])
+            own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
+            parser.set_defaults({key: value for key, value in preset.items() if not key.startswith(own)})
             given = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), keys)) from error

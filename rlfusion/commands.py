@@ -12,6 +12,7 @@ from rich.table import Table
 from rlfusion import autoencoding, checkpoint, comparison, config, models
 from rlfusion.chain import Chain
 from rlfusion.data import load
+from rlfusion.distilling import distill
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
 from rlfusion.finetune import HEADLINES, finetune
@@ -60,6 +61,20 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
         console.print(
             "no evaluation: it needs two classes, or captions with two samples each (or evaluation.bits_per_dim)"
         )
+    _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
+
+
+def run_distill(settings: config.Distill, folder: Path) -> None:
+    """Distil in ``folder``, and print the evaluation of the student."""
+    begin = time.monotonic()
+    with Signals() as signals, locked(folder):
+        result = distill(settings, folder, signals, Progress())
+    console = Console()
+    title = f"{settings.method.name}, {settings.chain.moves} steps: {time.monotonic() - begin:.0f} s"
+    if result:
+        _print(console, result, title)
+    else:
+        console.print(f"{title}; no evaluation: it needs two classes, or captions with two samples each")
     _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlfusion import lora, models, pretrain, spec
+from rlfusion import distill, lora, models, pretrain, spec
 from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.chain import Chain
@@ -261,6 +261,67 @@ def with_agent(name: str) -> type[Finetune]:
     agent = spec.lookup(AGENTS, name, "agent")
     field_ = ("agent", agent, field(default_factory=agent))
     return make_dataclass("Finetune", [field_], bases=(Finetune,), frozen=True, namespace={"__doc__": Finetune.__doc__})
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Teach a model that needs few steps. Without a teacher, one is pretrained first and kept in root/cache.
+
+    Attributes:
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        seed: keys every random draw of the distillation.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        teacher: folder of the model that teaches (a run or its model folder); empty pretrains one as ``pretrain`` says.
+        pretrain: how the teacher is made where ``teacher`` is empty, and the data to train on and to compare with.
+        guidance: classifier-free guidance weight w with which the teacher answers; the student has it built in.
+        student: what the student is, where it is not as its teacher.
+        chain: the student's sampler: it is saved with it, and with it the student is sampled and fine-tuned.
+        method: the method and its settings.
+        evaluation: the evaluation.
+        checkpoint_every: updates between checkpoints.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    teacher: str = ""
+    pretrain: Base = field(default_factory=Base)
+    guidance: float = 0.0
+    student: distill.Student = field(default_factory=distill.Student)
+    chain: Chain = field(default_factory=lambda: distill.METHODS["cd"].CHAIN)
+    method: distill.Method = field(default_factory=lambda: distill.METHODS["cd"]())
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        require_positive(self, "threads", "checkpoint_every")
+
+    @property
+    def held_out(self) -> float:
+        return self.pretrain.held_out
+
+    @property
+    def default_name(self) -> str:
+        return f"distill-{self.method.name}-{self.chain.steps}-seed{self.seed}"
+
+
+def with_method(name: str) -> type[Distill]:
+    """``Distill`` as it is read from the command line: ``method`` has the settings of one method, and ``chain`` the
+    sampler of its students, unless told otherwise.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    method = spec.lookup(distill.METHODS, name, "method")
+    fields_ = [
+        ("chain", Chain, field(default_factory=lambda: method.CHAIN)),
+        ("method", method, field(default_factory=method)),
+    ]
+    return make_dataclass("Distill", fields_, bases=(Distill,), frozen=True, namespace={"__doc__": Distill.__doc__})
 
 
 @dataclass(frozen=True)

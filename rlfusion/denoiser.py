@@ -22,7 +22,8 @@ class Denoiser(nn.Module):
     ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
     like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
     ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
-    log-probabilities keep the precision of x. ``space`` is what x is a latent of.
+    log-probabilities keep the precision of x. ``space`` is what x is a latent of; ``weights`` is the range of guidance
+    weights w that the network reads, its condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
@@ -30,6 +31,7 @@ class Denoiser(nn.Module):
         named(kind)
         self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
         self.space: Space = Pixels()
+        self.weights: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
@@ -53,6 +55,23 @@ def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
     """The solution at a time that a whole batch shares: the same few in every rollout."""
     at = torch.tensor(t, dtype=torch.float64)
     return solve(kind, level(schedule, at, at))
+
+
+class Embedded(nn.Module):
+    """A denoiser that reads the guidance weight (``nets.guidance``), at one ``weight`` and with the plain condition."""
+
+    def __init__(self, denoiser: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.denoiser, self.weight = denoiser, weight
+        self.schedule: Schedule = denoiser.schedule
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        w = torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)
+        return self.denoiser(x, t, {"label": cond, "w": w})
 
 
 class Guided(nn.Module):

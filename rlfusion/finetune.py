@@ -21,16 +21,14 @@ from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.collector import Collector
 from rlfusion.config import Finetune
-from rlfusion.data import Dataset, load, to_pixels
+from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretrain import noisy_labels
-from rlfusion.pretraining import base_model, card_of, require_solvable
+from rlfusion.pretraining import base_model, card_of, require_same_data, require_solvable, seen
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, facts, find, score
 from rlfusion.rollout import make_backend
@@ -123,11 +121,7 @@ def check(config: Finetune) -> None:
     require_judgeable(data, config.pretrain.held_out)
     made = card_of(config.pretrain, data)
     card = models.load_card(Path(config.base)) if config.base else made
-    if (made.shape, made.names) != (card.shape, card.names):
-        raise ConfigError(
-            f"base = {config.base!r} makes {card.shape} of {card.classes} classes: "
-            f"pretrain.data = {config.pretrain.data!r} has {made.shape}, {made.classes}"
-        )
+    require_same_data(f"base = {config.base!r}", card, made, config.pretrain.data)
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     lora.attach(denoiser.net, config.lora)
     require_solvable(denoiser, config.chain)
@@ -161,7 +155,7 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
-    trained_on = encoded(_own_data(config, judged.train), denoiser.space)
+    trained_on = encoded(seen(config.base, config.pretrain, judged.train), denoiser.space)
     learner = config.agent.learner(make_task(config, card, policy, reward), trained_on, config.seed)
     card = replace(card, chain=asdict(config.chain))
 
@@ -171,14 +165,6 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     watch = Watch(config, folder, policy, times, judged, reward, save_best)
     guarded = Guarded(learner, config.guard, folder)
     return Job(config, folder, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, watch)
-
-
-def _own_data(config: Finetune, train: Dataset) -> Dataset:
-    """The training samples as the base model saw them: with its noisy labels, where it is made here."""
-    if config.base:
-        return train
-    made = config.pretrain
-    return replace(train, label=noisy_labels(train, made.train.label_noise, made.seed))
 
 
 def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progress) -> dict[str, Any]:

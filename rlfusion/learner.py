@@ -123,6 +123,12 @@ class EMA:
             self._swap()
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """Let the parameters be the averages from here on."""
+        for name, p in self.trained.items():
+            p.copy_(self.shadow[name])
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, p in self.trained.items():
             held = p.clone()

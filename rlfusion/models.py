@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from torch import nn
 
 from rlfusion import autoencoder, schedule, spec
 from rlfusion.autoencoder import Latents
+from rlfusion.consistency import LCM
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.nets.captions import Captions
 from rlfusion.nets.dit import DiT
+from rlfusion.nets.guidance import Guidance
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
@@ -66,7 +69,8 @@ class Card:
     """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, the
     settings of the chain that it was made with (``chain.Chain``; empty for none in particular), whether the names are
     captions, which the network reads, and the autoencoder in whose latents it works (``autoencoder.build``; empty for
-    pixels).
+    pixels). Of a distilled model also the boundary of a consistency function around it (``LCM(...)``; empty for none)
+    and the range (low, high) of guidance weights that the network reads (empty for none).
     """
 
     config: Config
@@ -75,6 +79,8 @@ class Card:
     chain: dict[str, Any] = field(default_factory=dict)
     captioned: bool = False
     autoencoder: dict[str, Any] = field(default_factory=dict)
+    boundary: str = ""
+    weights: tuple[float, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -83,7 +89,8 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        own = {name: card[name] for name in ("chain", "captioned", "autoencoder") if name in card}
+        own = {name: card[name] for name in ("chain", "captioned", "autoencoder", "boundary") if name in card}
+        own["weights"] = tuple(card.get("weights", ()))
         return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), **own)
 
 
@@ -103,11 +110,16 @@ def build(card: Card, seed: int = 0) -> Denoiser:
     state = torch.get_rng_state()
     torch.manual_seed(integer(seed, "initial weights"))
     net = spec.call(factory, {**settings, **given}, f"network {name!r}")
+    width = net.label.embedding_dim
     if card.captioned:
-        net.label = Captions(card.names, net.label.embedding_dim)
+        net.label = Captions(card.names, width)
+    if card.weights:
+        net.label = Guidance(net.label, width)
     torch.set_rng_state(state)
     denoiser = Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
-    denoiser.space = space
+    denoiser.space, denoiser.weights = space, card.weights or None
+    if card.boundary:
+        return spec.parse(card.boundary, {"LCM": partial(LCM, denoiser)}, "boundary")
     return denoiser
 
 

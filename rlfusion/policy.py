@@ -80,6 +80,6 @@ def require_stochastic(policy: Policy, times: Tensor) -> Tensor:
     if not bool(torch.any(mask)):
         raise ConfigError(
             f"{policy.kernel} has no noise at any of the {len(mask)} steps, so no log-probability: "
-            "a policy gradient needs eta > 0 (or noise > 0)"
+            "a policy gradient needs eta > 0 (or noise > 0), or chain.last_noise > 0"
         )
     return mask

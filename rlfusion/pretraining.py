@@ -4,19 +4,20 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from rlfusion import autoencoding, checkpoint, models
 from rlfusion.chain import Chain
-from rlfusion.config import Base, Pretrain, to_yaml
+from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import bits_per_dim, require_bound
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
 from rlfusion.parameterization import solve
-from rlfusion.pretrain import Learner, losses
+from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, locked, pick_device, set_numerics, train
 from rlfusion.tracking import Tracker, grid, save_png
@@ -148,25 +149,42 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
-    """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation.
-
-    Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
-    grid is drawn (and bits_per_dim, if asked).
-    """
+    """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation."""
     set_numerics(config.threads, pick_device(config.device))
     data = load(config.data, config.size)
     config.chain.make_kernel()
     device = pick_device(config.device)
     card = replace(card_of(config, data), chain=asdict(config.chain))
     fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
-    denoiser = models.load(folder)[0].to(device)
-    policy = config.chain.policy(denoiser, card.names)
+    return show(config, folder, data, config.train.steps)
+
+
+class Shown(Protocol):
+    """Settings of a job that ends with a model to look at: of ``pretrain`` and ``distill``."""
+
+    root: str
+    seed: int
+    device: str
+    held_out: float
+    chain: Chain
+    evaluation: Evaluation
+
+
+def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
+    """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation.
+
+    Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
+    grid is drawn (and bits_per_dim, if asked).
+    """
+    device = pick_device(config.device)
+    denoiser, card = models.load(folder)
+    policy = config.chain.policy(denoiser.to(device), card.names)
     times = config.chain.times(denoiser)
     columns = min(card.classes, GRID_COLUMNS)
     picture = grid(grid_samples(policy, times, columns, card.shape, config.seed), columns)
     save_png(folder / "samples" / "grid.png", picture)
-    tracker = Tracker(folder, config.train.steps)
-    tracker.image(config.train.steps, "samples", picture)
+    tracker = Tracker(folder, step)
+    tracker.image(step, "samples", picture)
     result: dict[str, float] = {}
     if data.grouped:
         judged = Judged.of(data, config.held_out, Path(config.root), device)
@@ -174,7 +192,27 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     elif config.evaluation.bits_per_dim:
         result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)
     if result:
-        tracker.scalars(config.train.steps, "evaluation", result)
+        tracker.scalars(step, "evaluation", result)
         checkpoint.write_json_atomic(folder / "evaluation.json", result)
     tracker.close()
     return result
+
+
+def seen(path: str, made: Base, train: Dataset) -> Dataset:
+    """The training samples as the model in ``path`` saw them: with its noisy labels, where it is made here ("")."""
+    if path:
+        return train
+    return replace(train, label=noisy_labels(train, made.train.label_noise, made.seed))
+
+
+def require_same_data(what: str, card: models.Card, made: models.Card, data: str) -> None:
+    """Refuse a model of samples or classes other than the data's, whose card is ``made``.
+
+    Raises:
+        ConfigError: says of ``what`` it makes, and what ``data`` has.
+    """
+    if (made.shape, made.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"{what} makes {card.shape} of {card.classes} classes: "
+            f"pretrain.data = {data!r} has {made.shape}, {made.classes}"
+        )

@@ -159,8 +159,13 @@ def test_lcm_scalings_and_boundary_are_those_of_diffusers():
     l = at(DDPM(), 0.5, x)
     torch.testing.assert_close(l.alpha * p.x0 + l.sigma * p.eps, x)
     assert not torch.allclose(p.x0, x)
-    with pytest.raises(ConfigError, match="discrete"):
-        LCM(Denoiser(Record(), Trig(), "v"))
+
+
+def test_in_continuous_time_the_lcm_boundary_is_that_of_a_table_of_1000():
+    table, flow = LCM(Denoiser(Record(), DDPM(), "eps")), LCM(Denoiser(Record(), Trig(), "v"))
+    t = torch.tensor([0.001, 0.02, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(flow.boundary(t)), torch.stack(table.boundary(t)))
+    assert flow.start == table.start == 0.001
 
 
 @pytest.mark.parametrize("kind", PARAMETRIC, ids=repr)

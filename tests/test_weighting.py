@@ -10,9 +10,9 @@ from scipy.stats import norm
 from rlfusion.errors import ConfigError
 from rlfusion.parameterization import predict, solve, target
 from rlfusion.pretrain.denoising import Denoising
-from rlfusion.pretrain.times import LogitNormal, LogNormal, Uniform, time_of_ratio
+from rlfusion.pretrain.times import LogitNormal, LogNormal, Uniform
 from rlfusion.pretrain.weighting import SNR, VLB, MinSNR, Own, SNRPlusOne, TruncatedSNR
-from rlfusion.schedule import DDPM, VP, Cosine, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR
+from rlfusion.schedule import DDPM, VP, Cosine, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR, time_of
 
 SCHEDULES = [
     *(DDPM(), ScaledLinear(), VP(), Cosine(), ZeroSNR(), Rectified(), Trig(), Trig(0.5), Karras(), Geometric()),
@@ -104,7 +104,7 @@ U = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_the_time_of_a_ratio_is_the_inverse(schedule):
     l = schedule(T)
-    torch.testing.assert_close(time_of_ratio(l.sigma / l.alpha, schedule), T, rtol=0, atol=2e-9)
+    torch.testing.assert_close(time_of(schedule, l.alpha, l.sigma), T, rtol=0, atol=2e-9)
 
 
 def test_quantiles_of_times():

@@ -102,8 +102,6 @@ def check_boundary(denoiser: Denoiser) -> None:
         ConfigError: says so, or that the kind is undefined at one of the ends of time.
     """
     schedule, kind = denoiser.schedule, denoiser.kind
-    if schedule.resolution is not None:
-        raise ConfigError(f"schedule = {schedule}: expected continuous times for consistency training, as of Karras()")
     try:
         start, _ = (solve(kind, schedule(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
     except ValueError as error:
@@ -114,6 +112,11 @@ def check_boundary(denoiser: Denoiser) -> None:
             f"kind = {kind}: expected x0 = x_t at t = 0 on {schedule}, as CM(t_min=...) with the schedule's sigma_min, "
             "or TrigFlow() on Trig()"
         )
+
+
+def _check_continuous(schedule: Schedule) -> None:
+    if schedule.resolution is not None:
+        raise ConfigError(f"schedule = {schedule}: expected continuous times for consistency training, as of Karras()")
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ class CT(Loss):
         return spec.parse(self.metric, METRICS, "metric")
 
     def check(self, denoiser: Denoiser) -> None:
+        _check_continuous(denoiser.schedule)
         check_boundary(denoiser)
         self._metric.check(denoiser.space)
 
@@ -184,6 +188,7 @@ class ICT(Loss):
         return spec.parse(self.metric, METRICS, "metric")
 
     def check(self, denoiser: Denoiser) -> None:
+        _check_continuous(denoiser.schedule)
         check_boundary(denoiser)
         tau = self._ratios(denoiser.schedule, self.s0 + 1)
         if not 0 < tau[0] <= tau[-1] < math.inf:

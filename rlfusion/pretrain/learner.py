@@ -4,8 +4,6 @@ The condition is dropped with probability ``label_dropout``, so that one network
 guidance. Draws are keyed by (seed, step): a step is a pure function of its number and of the weights.
 """
 
-import copy
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +17,7 @@ from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import EMA_RULES, Optimization
 from rlfusion.pretrain import losses
 from rlfusion.pretrain.draws import Draws
+from rlfusion.pretrain.fit import Fit
 from rlfusion.seeding import stream
 
 
@@ -74,59 +73,23 @@ def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
     return label
 
 
-class Learner:
-    """Minimises an objective. ``update`` takes the number of the step; the data set, of pixels, is held."""
+class Learner(Fit):
+    """The learner of pretraining: ``config.loss`` on ``data``, of pixels, which is held."""
 
     def __init__(self, denoiser: Denoiser, data: Dataset, config: Config, seed: int = 0) -> None:
         """Raises:
         ConfigError: the objective is not defined for the denoiser.
         """
-        self.denoiser, self.config, self.seed = denoiser, config, seed
-        self.loss = losses.make(config.loss)
-        self.loss.check(denoiser)
+        self.config, self.seed = config, seed
+        loss = losses.make(config.loss)
+        loss.check(denoiser)
         data = replace(data, label=noisy_labels(data, config.label_noise, seed))
         device = next(denoiser.parameters()).device
         changed = augment.make(config.augment)
         data = encoded(data, denoiser.space) if changed is None else data  # else each step encodes what it augmented
-        self.draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
-        self.draw.augment, self.draw.space = changed, denoiser.space
-        self.optimization = Optimization(
+        draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
+        draw.augment, draw.space = changed, denoiser.space
+        optimization = Optimization(
             denoiser, config.lr, config.weight_decay, config.max_grad_norm, spec.parse(config.ema, EMA_RULES, "ema")
         )
-        follows = self.loss.teacher_decay(0, config.steps) is not None
-        self.teacher = copy.deepcopy(denoiser).requires_grad_(False) if follows else denoiser
-
-    def update(self, batch: int) -> dict[str, float]:
-        """One optimiser step: step number ``batch`` of the run.
-
-        Raises:
-            NumericalError: the gradient is not finite; the weights are as before.
-        """
-        loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
-        loss.backward()
-        lr = self.optimization.optimizer.lr = self.rate(batch)
-        norm = self.optimization.step()
-        self.follow(batch)
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """The teacher takes in the weights, where the objective has one."""
-        decay = self.loss.teacher_decay(step, self.config.steps)
-        if decay is not None:
-            for mine, theirs in zip(self.teacher.parameters(), self.denoiser.parameters()):
-                mine.lerp_(theirs, 1 - decay)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to 0."""
-        rise = min(1.0, (step + 1) / (self.config.warmup + 1))
-        return self.config.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.config.steps))
-
-    def state_dict(self) -> dict:
-        state = {"optimization": self.optimization.state_dict()}
-        return state if self.teacher is self.denoiser else state | {"teacher": self.teacher.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimization.load_state_dict(state["optimization"])
-        if self.teacher is not self.denoiser:
-            self.teacher.load_state_dict(state["teacher"])
+        super().__init__(denoiser, loss, draw, optimization, config.warmup)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.errors import ConfigError, require_positive
-from rlfusion.schedule import Schedule
+from rlfusion.schedule import Schedule, time_of
 
 
 class Times(Protocol):
@@ -61,18 +61,8 @@ class LogNormal:
         require_positive(self, "std")
 
     def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
-        return time_of_ratio((self.mean + self.std * torch.special.ndtri(u)).exp(), schedule)
-
-
-def time_of_ratio(tau: Tensor, schedule: Schedule) -> Tensor:
-    """The time (B,) float64 at which sigma / alpha, which rises with t on every schedule, is ``tau``, by bisection."""
-    low, high = torch.zeros_like(tau), torch.ones_like(tau)
-    for _ in range(50):
-        mid = (low + high) / 2
-        l = schedule(mid)
-        below = l.sigma < tau * l.alpha
-        low, high = torch.where(below, mid, low), torch.where(below, high, mid)
-    return (low + high) / 2
+        tau = (self.mean + self.std * torch.special.ndtri(u)).exp()
+        return time_of(schedule, torch.ones_like(tau), tau)
 
 
 TIMES: Mapping[str, Callable[..., Times]] = {cls.__name__: cls for cls in (Uniform, LogitNormal, LogNormal)}

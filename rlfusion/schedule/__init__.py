@@ -1,6 +1,6 @@
 """Noise schedules: what a time means. ``x_t = alpha(t) x_0 + sigma(t) eps``, data at t = 0, noise at t = 1."""
 
-from rlfusion.schedule.base import Level, Schedule, diffused, level
+from rlfusion.schedule.base import Level, Schedule, diffused, level, time_of
 from rlfusion.schedule.paths import Geometric, Karras, Rectified, Trig
 from rlfusion.schedule.vp import DDPM, VP, Cosine, ScaledLinear
 from rlfusion.schedule.zero_snr import ZeroSNR
@@ -19,4 +19,5 @@ __all__ = [
     "ZeroSNR",
     "diffused",
     "level",
+    "time_of",
 ]

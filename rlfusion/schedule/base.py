@@ -63,3 +63,16 @@ def _at(schedule: Schedule, t: float) -> Level:
     if not 0 <= t <= 1:
         raise ValueError(f"times lie in [0, 1]: got {t:g}")
     return schedule(torch.tensor(t, dtype=torch.float64))
+
+
+def time_of(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The times (B,) float64 at which sigma / alpha, which rises with t on every schedule, is that of ``alpha`` and
+    ``sigma`` (B,), by bisection. Ratios beyond the schedule's own become its ends.
+    """
+    low, high = torch.zeros_like(sigma), torch.ones_like(sigma)
+    for _ in range(50):
+        mid = (low + high) / 2
+        l = schedule(mid)
+        below = l.sigma * alpha < sigma * l.alpha
+        low, high = torch.where(below, mid, low), torch.where(below, high, mid)
+    return (low + high) / 2

@@ -1,0 +1,27 @@
+"""Distillation: a model of few steps from one of many, one file a method."""
+
+from collections.abc import Mapping
+
+from rlfusion.distill import cd
+from rlfusion.distill.base import Distiller, Method, Settings, Teaching
+from rlfusion.distill.mapped import OnSchedule
+from rlfusion.distill.stages import Stage, Staged, local_steps
+from rlfusion.distill.student import Config as Student
+
+METHODS: Mapping[str, type] = {
+    "cd": cd.Config,
+}
+"""The settings of each method by name."""
+
+__all__ = [
+    "METHODS",
+    "Distiller",
+    "Method",
+    "OnSchedule",
+    "Settings",
+    "Stage",
+    "Staged",
+    "Student",
+    "Teaching",
+    "local_steps",
+]

@@ -1,0 +1,171 @@
+"""What a distillation method is to the rest of the house: its settings, what its student is, and its learner.
+
+A method is one file with a frozen dataclass, as an algorithm of fine-tuning is. It gets a ``Teaching``: the teacher as
+a function on the student's own schedule, so that only one schedule and one table of kinds is ever in play:
+
+    (1)  teacher(x_t, t, c) = (x0_hat, eps_hat),     x_t = alpha(t) x0 + sigma(t) eps  on the student's schedule
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion import spec
+from rlfusion.chain import Chain
+from rlfusion.data import Dataset
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.learner import EMA_RULES, Learner, Optimization
+from rlfusion.models import Card
+from rlfusion.pretrain import Draws, Fit, Loss
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a method learns from. Nothing of it but the student is trained.
+
+    Attributes:
+        teacher: Eq. (1), frozen, with the guidance that the run sets.
+        unguided: the same without guidance, for methods that draw the guidance weight.
+        student: with its initial weights, on the device.
+        card: of the student.
+        teacher_card: of the teacher.
+        chain: the sampler of the student.
+        data: training samples in the student's space (latents, where the teacher has an autoencoder).
+        seed: keys every draw.
+        folder: of the run; a method may keep files of its own there.
+    """
+
+    teacher: nn.Module
+    unguided: nn.Module
+    student: Denoiser
+    card: Card
+    teacher_card: Card
+    chain: Chain
+    data: Dataset
+    seed: int
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @property
+    def times(self) -> Tensor:
+        """The falling times of the student's chain."""
+        return self.chain.times(self.student)
+
+    @property
+    def null(self) -> Tensor:
+        """The condition, of batch 1, that means none."""
+        return torch.tensor([self.data.classes])
+
+
+class Distiller(Learner[Any], Protocol):
+    """A learner of the student; ``optimization`` holds its weights and their average, which is what is saved.
+
+    ``state_dict`` holds every network and optimiser that the method trains or that changes with it.
+    """
+
+    optimization: Optimization
+
+
+class Method(Protocol):
+    """A method: a frozen dataclass, ``Config`` of its file, on top of ``Settings``, which has all but the last two."""
+
+    CHAIN: ClassVar[Chain]
+    """The chain of its students, unless another is given."""
+
+    @property
+    def name(self) -> str:
+        """The method, as of the command line."""
+
+    def card(self, student: Card) -> Card:
+        """The student that is made where ``student`` is what the run's settings and its teacher describe."""
+
+    def total(self, teaching: Teaching) -> int:
+        """Updates of a whole run."""
+
+    def batches(self, teaching: Teaching, start: int) -> Iterator[Any]:
+        """What the updates ``start``, ``start`` + 1, ... get."""
+
+    def check(self, teaching: Teaching) -> None:
+        """Refuse, before any work, a teacher, student or chain that the method is not defined for; the weights are
+        arbitrary.
+
+        Raises:
+            ConfigError: says which setting and why.
+        """
+
+    def learner(self, teaching: Teaching) -> Distiller:
+        """The learner of ``teaching.student``, from the student's present weights on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that every method has, and what it makes of them; each method is a dataclass on top of it.
+
+    Attributes:
+        steps: optimiser steps of the student.
+        batch: samples in a step.
+        lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
+        warmup: steps over which the learning rate rises from 0.
+        label_dropout: probability that a sample's label is replaced by "no class".
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        ema: the average of the weights that is saved, Constant(decay=...) or Power(sigma_rel=...).
+    """
+
+    steps: int = 3000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    label_dropout: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema: str = "Constant(decay=0.999)"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch", "lr", "max_grad_norm")
+        require_not_negative(self, "warmup", "weight_decay")
+        if not 0 <= self.label_dropout <= 1:
+            raise ConfigError(f"label_dropout = {self.label_dropout}: expected a probability in [0, 1]")
+        spec.parse(self.ema, EMA_RULES, "ema")
+
+    def card(self, student: Card) -> Card:
+        return student
+
+    def total(self, teaching: Teaching) -> int:
+        return self.steps
+
+    def batches(self, teaching: Teaching, start: int) -> Iterator[Any]:
+        """The number of each update, as ``Fit`` takes it. A method whose cost is the teacher's samples yields those
+        instead, made wherever it likes.
+        """
+        return iter(range(start, self.total(teaching)))
+
+    def draws(self, teaching: Teaching, total: int, *key: str | int) -> Draws:
+        """Draws of the data for ``total`` updates, keyed by the seed and ``key``."""
+        key = (teaching.seed, "distill", *key)
+        return Draws(teaching.data, self.batch, self.label_dropout, total, teaching.device, *key)
+
+    def optimization(self, module: nn.Module) -> Optimization:
+        """An optimiser of ``module`` with these settings."""
+        rule = spec.parse(self.ema, EMA_RULES, "ema")
+        return Optimization(module, self.lr, self.weight_decay, self.max_grad_norm, rule)
+
+    def fit(
+        self,
+        teaching: Teaching,
+        loss: Loss,
+        total: int,
+        *key: str | int,
+        kept: Mapping[str, nn.Module] | None = None,
+    ) -> Fit:
+        """The learner that minimises one ``loss`` of the student in ``total`` updates."""
+        student = teaching.student
+        return Fit(student, loss, self.draws(teaching, total, *key), self.optimization(student), self.warmup, kept)

@@ -1,0 +1,169 @@
+"""The job of ``rlfusion distill``: a teacher, a student, a method between them, and a look at the result.
+
+batches  ->  learner.update  ->  the student's averaged weights, saved as a model with its own chain
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import chain as joined
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rlfusion import checkpoint, models
+from rlfusion.autoencoder import encoded
+from rlfusion.chain import Chain
+from rlfusion.config import Distill
+from rlfusion.consistency import LCM
+from rlfusion.data import Dataset, load
+from rlfusion.denoiser import Denoiser
+from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
+from rlfusion.distill.student import Match, adopt, require_agreement
+from rlfusion.measure import require_judgeable
+from rlfusion.pretraining import LOG_EVERY, base_model, card_of, require_same_data, require_solvable, seen, show
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.tracking import Tracker
+
+
+class Plan(NamedTuple):
+    """The stages of a run: ``match`` updates of matching, if any, and the method's."""
+
+    match: int
+    method: int
+
+    @property
+    def total(self) -> int:
+        return self.match + self.method
+
+
+def check(config: Distill) -> None:
+    """Refuse what cannot work, before any work: device, teacher, data, student, chain, method.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    data = load(config.pretrain.data, config.pretrain.size)
+    if data.grouped:
+        require_judgeable(data, config.held_out)
+    if config.teacher:
+        teacher, card = models.load(Path(config.teacher))
+    else:
+        card = card_of(config.pretrain, data)
+        teacher = models.build(card)
+    require_same_data(f"teacher = {config.teacher!r}", card, card_of(config.pretrain, data), config.pretrain.data)
+    teaching = teach(config, teacher, card, data.split(config.held_out)[0], Path(), torch.device("cpu"))
+    require_solvable(teaching.student, config.chain)
+    config.chain.policy(teaching.student, card.names)
+    config.method.check(teaching)
+
+
+def teach(
+    config: Distill, teacher: Denoiser, card: models.Card, data: Dataset, folder: Path, device: torch.device
+) -> Teaching:
+    """The student of ``teacher`` with its first weights, and what it learns from. ``data`` are pixels.
+
+    Raises:
+        ConfigError: a student that cannot take the teacher's weights, schedules too far apart, an unusable guidance.
+    """
+    own = config.method.card(config.student.card(card, asdict(config.chain)))
+    student = models.build(own, config.seed)
+    student.space = teacher.space
+    if config.student.init == "teacher":
+        require_agreement(own, card)
+        adopt(student, teacher)
+    student.to(device)
+    teacher.to(device).requires_grad_(False)
+    guided = Chain(guidance=config.guidance).policy(teacher, card.names).denoiser
+    answers = (_on(wrapped, student) for wrapped in (guided, teacher))
+    return Teaching(*answers, student, own, card, config.chain, encoded(data, teacher.space), config.seed, folder)
+
+
+def _on(teacher: nn.Module, student: Denoiser) -> nn.Module:
+    """``teacher`` on the student's schedule."""
+    return teacher if teacher.schedule == student.schedule else OnSchedule(teacher, student.schedule)
+
+
+def plan(config: Distill, teaching: Teaching) -> Plan:
+    """How many updates each part takes."""
+    return Plan(config.student.match if config.student.init == "match" else 0, config.method.total(teaching))
+
+
+def make_learner(config: Distill, teaching: Teaching) -> Distiller:
+    """The method's learner, after the student's matching where it has one."""
+    method, match = config.method, plan(config, teaching).match
+    if not match:
+        return method.learner(teaching)
+    return Staged(
+        [
+            Stage(match, lambda: _matching(config, teaching)),
+            Stage(method.total(teaching), lambda: method.learner(teaching)),
+        ]
+    )
+
+
+def batches(config: Distill, teaching: Teaching, start: int) -> Iterator[Any]:
+    """What the updates from ``start`` on get."""
+    match = plan(config, teaching).match
+    return joined(range(start, match), config.method.batches(teaching, max(0, start - match)))
+
+
+def _matching(config: Distill, teaching: Teaching) -> Distiller:
+    """Eq. (1) of ``distill.student``, of what a consistency boundary is around."""
+    student = teaching.student
+    inside = replace(teaching, student=student.denoiser if isinstance(student, LCM) else student)
+    settings = replace(config.method, lr=config.student.match_lr)
+    return settings.fit(inside, Match(teacher=teaching.teacher), config.student.match, "match")
+
+
+def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, progress: Progress) -> None:
+    """Distil into ``folder``, from its newest checkpoint on if it has one; leaves the student in ``folder/model``.
+
+    Raises:
+        NumericalError: a gradient is not finite; the last checkpoint stands.
+        StopRequested: a signal came; all work is saved.
+    """
+    learner, stages = make_learner(config, teaching), plan(config, teaching)
+    found = checkpoint.latest(folder / "checkpoints")
+    start = found.step if found else 0
+    if found:
+        learner.load_state_dict(checkpoint.load(found.path))
+    tracker = Tracker(folder, start)
+
+    def save(step: int) -> None:
+        tracker.flush()
+        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
+
+    steps = train(
+        learner, batches(config, teaching, start), start, stages.total, config.checkpoint_every, save, signals
+    )
+    with progress.bar("distilling", stages.total, start) as bar:
+        for step, metrics in steps:
+            bar.advance(loss=metrics["loss"])
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == stages.total:
+                tracker.scalars(step + 1, "distill", metrics)
+    with learner.optimization.ema.averaged():
+        models.save(folder / "model", teaching.student, teaching.card)
+    tracker.close()
+
+
+def distill(config: Distill, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
+    """The whole job in ``folder``. Returns the evaluation of the student.
+
+    Raises:
+        ConfigError, NumericalError, StopRequested: as the exit codes of the command say.
+    """
+    device = pick_device(config.device)
+    set_numerics(config.threads, device)
+    root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size)
+    path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
+    teacher, card = models.load(path)
+    train_data = seen(config.teacher, config.pretrain, data.split(config.held_out)[0])
+    teaching = teach(config, teacher, card, train_data, folder, device)
+    stages = plan(config, teaching)
+    progress.say(f"plan: {config.method.name}, {stages.total} updates; a student of {config.chain.moves} steps")
+    fit(config, teaching, folder, signals, progress)
+    return show(config, folder, data, stages.total)

@@ -1,0 +1,73 @@
+"""Minimising an objective on keyed draws: the loop's body of pretraining and of most distillation."""
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from rlfusion.denoiser import Denoiser
+from rlfusion.learner import Optimization
+from rlfusion.pretrain.base import Loss
+from rlfusion.pretrain.draws import Draws
+
+
+class Fit:
+    """Minimises ``loss`` over the draws of ``draw``. ``update`` takes the number of the step.
+
+    The learning rate is that of the optimiser as it is given: it is reached over ``warmup`` steps and falls to 0 along
+    a cosine over the ``draw.total`` steps. ``kept`` are networks that are not trained and yet part of the state.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        loss: Loss,
+        draw: Draws,
+        optimization: Optimization,
+        warmup: int,
+        kept: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.denoiser, self.loss, self.draw, self.optimization = denoiser, loss, draw, optimization
+        self.lr, self.warmup, self.kept = optimization.optimizer.lr, warmup, dict(kept or {})
+        follows = loss.teacher_decay(0, draw.total) is not None
+        self.teacher = copy.deepcopy(denoiser).requires_grad_(False) if follows else denoiser
+
+    def update(self, batch: int) -> dict[str, float]:
+        """One optimiser step: step number ``batch`` of the run.
+
+        Raises:
+            NumericalError: the gradient is not finite; the weights are as before.
+        """
+        loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
+        loss.backward()
+        lr = self.optimization.optimizer.lr = self.rate(batch)
+        norm = self.optimization.step()
+        self.follow(batch)
+        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """The teacher takes in the weights, where the objective has one."""
+        decay = self.loss.teacher_decay(step, self.draw.total)
+        if decay is not None:
+            for mine, theirs in zip(self.teacher.parameters(), self.denoiser.parameters()):
+                mine.lerp_(theirs, 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: a linear rise, then a cosine to 0."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.draw.total))
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict()}
+        state |= {name: module.state_dict() for name, module in self.kept.items()}
+        return state if self.teacher is self.denoiser else state | {"teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        for name, module in self.kept.items():
+            module.load_state_dict(state[name])
+        if self.teacher is not self.denoiser:
+            self.teacher.load_state_dict(state["teacher"])
