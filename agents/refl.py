@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlfusion import pretrain, reward_gradient, spec
+from rlfusion import reward_gradient, spec
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Guided
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.gaussian import Gaussian
 from rlfusion.policy import frozen_copy
-from rlfusion.pretrain import Draws
 from rlfusion.pretrain.losses import make
+from rlfusion.pretrain.own import OwnLoss
 from rlfusion.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import Needs, Task, prefix
 
@@ -124,7 +123,8 @@ class Config(reward_gradient.Settings):
 
     def learner(self, task: Task, data: Dataset, seed: int) -> Learner:
         """Raises ConfigError where the reward has no gradient, or the model no such loss."""
-        return Learner(task, self, Jumps(task, self), seed, _pretraining(task, self, data, seed))
+        own = OwnLoss(self.pretrain_weight, self.pretrain_loss, self.pretrain_batch, self.label_dropout)
+        return Learner(task, self, Jumps(task, self), seed, own.of(task.policy.denoiser, data, seed, "refl"))
 
 
 class Jumps:
@@ -143,26 +143,3 @@ class Jumps:
             jump = Gaussian(x0, torch.zeros((), dtype=x0.dtype, device=x0.device))
             kl = divergence(jump, self.reference.denoiser(part.x, t, part.cond).x0, self.config.kl_std)
         return Terms(reward, self.config.linked(reward), kl)
-
-
-def _pretraining(task: Task, config: Config, data: Dataset, seed: int) -> Callable[[int], Tensor] | None:
-    """Eq. (4) of an optimiser step; None for none.
-
-    Raises:
-        ConfigError: the loss is not defined for the model, or needs a teacher.
-    """
-    if not config.pretrain_weight:
-        return None
-    model = task.policy.denoiser
-    denoiser = model.denoiser if isinstance(model, Guided) else model
-    loss: pretrain.Loss = make(config.pretrain_loss)
-    loss.check(denoiser)
-    if loss.teacher_decay(0, 1) is not None:
-        raise ConfigError(f"pretrain_loss = {config.pretrain_loss}: it needs a teacher, expected one without")
-    device = next(denoiser.parameters()).device
-    draw = Draws(data, config.pretrain_batch, config.label_dropout, 1, device, seed, "refl")
-
-    def more(step: int) -> Tensor:
-        return config.pretrain_weight * loss(denoiser, denoiser, draw(step)).mean()
-
-    return more

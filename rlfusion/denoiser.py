@@ -109,6 +109,15 @@ class Guided(nn.Module):
         self.schedule: Schedule = denoiser.schedule
 
     @property
+    def kind(self) -> str | Kind:
+        return self.denoiser.kind
+
+    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """Eq. (1) and (2) as a network of the denoiser's kind would answer it, y (B, ...)."""
+        guided = self(x, t, cond)
+        return target(self.kind, guided.x0, guided.eps, level(self.schedule, t, x))
+
+    @property
     def space(self) -> Space:
         return self.denoiser.space
 

@@ -6,7 +6,8 @@ and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -101,26 +102,43 @@ def build(card: Card, seed: int = 0) -> Denoiser:
         ConfigError: an unknown network, schedule, kind or setting of one.
     """
     config = card.config
-    name, settings = spec.split(config.net)
-    factory = spec.lookup(NETS, name, "network")
     space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
-    given = {"shape": space.latent(card.shape), "classes": card.classes}
-    if settings.keys() & given:
-        raise ConfigError(f"net = {config.net!r}: shape and classes come from the data, expected other settings")
-    state = torch.get_rng_state()
-    torch.manual_seed(integer(seed, "initial weights"))
-    net = spec.call(factory, {**settings, **given}, f"network {name!r}")
-    width = net.label.embedding_dim
-    if card.captioned:
-        net.label = Captions(card.names, width)
-    if card.weights:
-        net.label = Guidance(net.label, width)
-    torch.set_rng_state(state)
+    with initial(seed):
+        net = make_net(config.net, space.latent(card.shape), card.classes)
+        width = net.label.embedding_dim
+        if card.captioned:
+            net.label = Captions(card.names, width)
+        if card.weights:
+            net.label = Guidance(net.label, width)
     denoiser = Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
     denoiser.space, denoiser.weights = space, card.weights or None
     if card.boundary:
         return spec.parse(card.boundary, {"LCM": partial(LCM, denoiser)}, "boundary")
     return denoiser
+
+
+@contextmanager
+def initial(seed: int) -> Iterator[None]:
+    """Within the context torch's global generator gives the initial weights of ``seed``; it is then as before."""
+    state = torch.get_rng_state()
+    torch.manual_seed(integer(seed, "initial weights"))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def make_net(text: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network that a text like ``ResidualMLP(width=128, depth=3)`` writes, for x (B, *shape).
+
+    Raises:
+        ConfigError: an unknown network or setting of one.
+    """
+    name, settings = spec.split(text)
+    given = {"shape": shape, "classes": classes}
+    if settings.keys() & given:
+        raise ConfigError(f"net = {text!r}: shape and classes come from the data, expected other settings")
+    return spec.call(spec.lookup(NETS, name, "network"), {**settings, **given}, f"network {name!r}")
 
 
 def space_blob(space: Space) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlfusion import spec
 from rlfusion.denoiser import Denoiser
+from rlfusion.kinds import Kind
 from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import solve, target
 from rlfusion.pretrain.base import Draw, Loss
@@ -63,8 +64,11 @@ class NoisedLoss(Loss):
     def regress(self, denoiser: Denoiser, draw: Draw, at: Noised, x0: Tensor, eps: Tensor) -> Tensor:
         """Eq. (1) with the target of the pair (x0, eps), the mean over features, (B,)."""
         y = denoiser.answer(at.x, at.t, draw.cond)
-        weight = cast(self._weight(denoiser.kind, at.l).flatten(), y)
-        return weighted_mse(y, target(denoiser.kind, x0, eps, at.l), weight)
+        return self.distance(y, target(denoiser.kind, x0, eps, at.l), denoiser.kind, at.l)
+
+    def distance(self, y: Tensor, other: Tensor, kind: str | Kind, l: Level) -> Tensor:
+        """w(t) | y - other |^2, the mean over features, (B,), of two answers of that kind at a level."""
+        return weighted_mse(y, other, cast(self._weight(kind, l).flatten(), y))
 
     def eps_weight(self, denoiser: Denoiser, l: Level) -> Tensor:
         """The weight (B,) of the eps error that w(t) is: both by way of the x0 error."""
