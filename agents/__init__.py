@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo, dpo, draft, grpo, nft, refl
+from rlfusion.agents import ddpo, dpo, draft, drwr, grpo, nft, refl
 
 AGENTS: Mapping[str, type] = {
     "ddpo": ddpo.Config,
@@ -11,5 +11,6 @@ AGENTS: Mapping[str, type] = {
     "dpo": dpo.Config,
     "draft": draft.Config,
     "refl": refl.Config,
+    "drwr": drwr.Config,
 }
 """The settings of each algorithm by name."""

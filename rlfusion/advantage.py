@@ -4,12 +4,19 @@
 (2)  several rewards: sum_k w_k (R_k - mean_k) / (std_k + eps), each normalised by itself before its weight, so that
      none rules by its scale alone
 (3)  running form (Black et al. 2023, section 5.4): mean and std over the last ``window`` rewards of the same prompt
+(4)  along a chain of states k = 0..K-1 whose reward R comes with its last step (Schulman et al. 2016), V_K = 0:
+     d_k = R [k = K-1] + gamma V_{k+1} - V_k,     A_k = sum_l (gamma lam)^l d_{k+l},     lambda-return G_k = A_k + V_k
+     lam = 1: G_k = gamma^(K-1-k) R;     lam = 0: G_k = gamma V_{k+1}, and R at the last step
+(5)  weights of a regression on good samples: w = min(exp(beta A), w_max), perhaps divided by their mean
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlfusion.errors import NumericalError
 
 
 def normalize(reward: Tensor, mean: Tensor, std: Tensor, eps: float = 1e-6) -> Tensor:
@@ -38,6 +45,13 @@ def group_relative(reward: Tensor, group: Tensor) -> Tensor:
     return normalize(reward.double(), mean, std).to(reward)
 
 
+def normalized(reward: Tensor, group: Tensor, rule: str) -> Tensor:
+    """Eq. (1) over each "group", or the whole "batch", or nothing ("none"); all (B,)."""
+    if rule == "none":
+        return reward
+    return group_relative(reward, group if rule == "group" else torch.zeros_like(group))
+
+
 def normalized_sum(terms: Tensor, weights: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. (2) over the groups (B,) of terms (B, R) with weights (R,): (B,) and each term's share (R,) of what it adds,
     mean |w_k A_k| over the sum of these.
@@ -45,6 +59,40 @@ def normalized_sum(terms: Tensor, weights: Tensor, group: Tensor) -> tuple[Tenso
     parts = torch.stack([w * group_relative(term, group) for term, w in zip(terms.unbind(1), weights)], 1)
     share = parts.abs().mean(0)
     return parts.sum(1), share / share.sum().clamp(min=1e-12)
+
+
+def chain_advantages(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_k of Eq. (4), (B, K), of rewards (B,) and the values (B, K) of the states before each step.
+
+    Raises:
+        ValueError: the shapes are others.
+    """
+    if value.ndim != 2 or reward.shape != value.shape[:1]:
+        raise ValueError(f"reward (B,), value (B, K): got {tuple(reward.shape)} and {tuple(value.shape)}")
+    error = gamma * torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1) - value
+    error[:, -1] += reward
+    advantage = error.clone()
+    for k in range(value.shape[1] - 2, -1, -1):
+        advantage[:, k] += gamma * lam * advantage[:, k + 1]
+    return advantage
+
+
+def exponential_weights(advantage: Tensor, beta: float, w_max: float | None, mean_one: bool) -> Tensor:
+    """Eq. (5) of any shape, the clip first; ``w_max`` None is no clip, ``mean_one`` divides by the mean of all.
+
+    Raises:
+        NumericalError: a weight is not finite; with ``mean_one`` only where an advantage is not.
+    """
+    log = beta * advantage.double()
+    if w_max is not None:
+        log = log.clamp(max=math.log(w_max))
+    if mean_one:
+        log = log - log.flatten().logsumexp(0) + math.log(log.numel())
+    weight = log.exp().to(advantage)
+    if not bool(weight.isfinite().all()):
+        top = (beta * advantage).max().item()
+        raise NumericalError(f"a weight exp({top:.4g}) is not finite: expected w_max, mean_one, or a smaller beta")
+    return weight
 
 
 @dataclass

@@ -50,6 +50,14 @@ class Denoiser(nn.Module):
             return self.net(scaled, at.expand(len(x)), cond)
 
 
+def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    """What a denoiser, or a wrapper with its call and ``kind``, says of x_t in the kind of its network, y (B, ...)."""
+    if isinstance(model, Denoiser):
+        return model.answer(x, t, cond).to(x)
+    prediction = model(x, t, cond)
+    return target(model.kind, prediction.x0, prediction.eps, level(model.schedule, t, x))
+
+
 @lru_cache(maxsize=4096)
 def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
     """The solution at a time that a whole batch shares: the same few in every rollout."""
@@ -111,11 +119,6 @@ class Guided(nn.Module):
     @property
     def kind(self) -> str | Kind:
         return self.denoiser.kind
-
-    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """Eq. (1) and (2) as a network of the denoiser's kind would answer it, y (B, ...)."""
-        guided = self(x, t, cond)
-        return target(self.kind, guided.x0, guided.eps, level(self.schedule, t, x))
 
     @property
     def space(self) -> Space:

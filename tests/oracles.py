@@ -213,11 +213,15 @@ class LinearGaussianChain:
 
     def value(self, theta: Array) -> float:
         """J(theta)."""
+        return self._reward(*self.law(np.tile(theta, (len(self.p), 1))))
+
+    def law(self, acting: Array) -> tuple[float, float]:
+        """Mean and variance of x_K, each dimension's, for parameters ``acting`` (K, 2), one row a step."""
         m, v = 0.0, self.std0**2
-        for p, q, s in zip(self.p, self.q, self.std):
-            c = p + q * theta[0]
-            m, v = c * m + q * theta[1], c**2 * v + s**2
-        return self._reward(m, v)
+        for (t0, t1), p, q, s in zip(acting, self.p, self.q, self.std):
+            c = p + q * t0
+            m, v = c * m + q * t1, c**2 * v + s**2
+        return m, v
 
     def _reward(self, m: float, v: float) -> float:
         return float(-self.kappa / 2 * (((m - self.r) ** 2).sum() + len(self.r) * v))
