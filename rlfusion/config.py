@@ -291,7 +291,7 @@ class Distill:
     teacher: str = ""
     pretrain: Base = field(default_factory=Base)
     guidance: float = 0.0
-    student: distill.Student = field(default_factory=distill.Student)
+    student: distill.Student = field(default_factory=lambda: distill.METHODS["cd"].STUDENT)
     chain: Chain = field(default_factory=lambda: distill.METHODS["cd"].CHAIN)
     method: distill.Method = field(default_factory=lambda: distill.METHODS["cd"]())
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -310,14 +310,15 @@ class Distill:
 
 
 def with_method(name: str) -> type[Distill]:
-    """``Distill`` as it is read from the command line: ``method`` has the settings of one method, and ``chain`` the
-    sampler of its students, unless told otherwise.
+    """``Distill`` as it is read from the command line: ``method`` has the settings of one method, ``student``
+    and ``chain`` are those of its students, unless told otherwise.
 
     Raises:
         ConfigError: no such method.
     """
     method = spec.lookup(distill.METHODS, name, "method")
     fields_ = [
+        ("student", distill.Student, field(default_factory=lambda: method.STUDENT)),
         ("chain", Chain, field(default_factory=lambda: method.CHAIN)),
         ("method", method, field(default_factory=method)),
     ]

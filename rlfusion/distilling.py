@@ -78,8 +78,10 @@ def teach(
     student.to(device)
     teacher.to(device).requires_grad_(False)
     guided = Chain(guidance=config.guidance).policy(teacher, card.names).denoiser
-    answers = (_on(wrapped, student) for wrapped in (guided, teacher))
-    return Teaching(*answers, student, own, card, config.chain, encoded(data, teacher.space), config.seed, folder)
+    unguided = _on(teacher, student)
+    answers = unguided if guided is teacher else _on(guided, student)
+    data = encoded(data, teacher.space)
+    return Teaching(answers, unguided, student, own, card, config.chain, data, config.seed, folder)
 
 
 def _on(teacher: nn.Module, student: Denoiser) -> nn.Module:

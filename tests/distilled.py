@@ -14,11 +14,21 @@ SHAPE, CLASSES = (1, 4, 4), ("a", "b", "c")
 CARD = models.Card(models.Config("ResidualMLP(width=16, depth=1)", "Cosine()", "v"), SHAPE, CLASSES)
 CPU = torch.device("cpu")
 
-SMALL: dict[str, dict] = {"cd": {"intervals": 8, "mu": 0.5}}
+SMALL: dict[str, dict] = {
+    "cd": {"intervals": 8, "mu": 0.5},
+    "ct": {"s0": 2, "s1": 8, "mu0": 0.9},
+    "pd": {"steps": 3, "start": 8},
+    "guided_pd": {"steps": 2, "start": 8, "first": 3},
+}
 """Settings with which a run of a method is a matter of a second, beside 6 steps of 8 samples."""
 
-CHAINS: dict[str, Chain] = {}
+CHAINS: dict[str, Chain] = {name: replace(METHODS[name].CHAIN, steps=2) for name in ("pd", "guided_pd")}
 """The chain of such a run, where it is not the method's own."""
+
+STUDENTS: dict[str, Student] = {
+    "scd": Student(kind="TrigFlow()", schedule="Trig()", init="match", match=2, net="ResidualMLP(width=16, depth=1)")
+}
+"""The student of such a run, where it is not as its teacher."""
 
 
 def images(n: int = 40) -> Dataset:
@@ -41,7 +51,7 @@ def small(name: str, **settings) -> Method:
 
 def settings_of(name: str, student: Student | None = None, **settings) -> config.Distill:
     chain = CHAINS.get(name, METHODS[name].CHAIN)
-    return config.Distill(method=small(name, **settings), chain=chain, student=student or Student())
+    return config.Distill(method=small(name, **settings), chain=chain, student=student or STUDENTS.get(name, Student()))
 
 
 def teaching(settings: config.Distill, card: models.Card = CARD, folder: Path = Path()) -> Teaching:

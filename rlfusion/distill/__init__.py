@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.distill import cd
+from rlfusion.distill import cd, ct, guided_pd, lcm, pd, scd
 from rlfusion.distill.base import Distiller, Method, Settings, Teaching
 from rlfusion.distill.mapped import OnSchedule
 from rlfusion.distill.stages import Stage, Staged, local_steps
@@ -10,6 +10,11 @@ from rlfusion.distill.student import Config as Student
 
 METHODS: Mapping[str, type] = {
     "cd": cd.Config,
+    "lcm": lcm.Config,
+    "ct": ct.Config,
+    "scd": scd.Config,
+    "pd": pd.Config,
+    "guided_pd": guided_pd.Config,
 }
 """The settings of each method by name."""
 

@@ -18,6 +18,7 @@ from rlfusion import spec
 from rlfusion.chain import Chain
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
+from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import EMA_RULES, Learner, Optimization
 from rlfusion.models import Card
@@ -80,6 +81,9 @@ class Method(Protocol):
     CHAIN: ClassVar[Chain]
     """The chain of its students, unless another is given."""
 
+    STUDENT: ClassVar[Student]
+    """What its students are, unless told otherwise."""
+
     @property
     def name(self) -> str:
         """The method, as of the command line."""
@@ -128,6 +132,8 @@ class Settings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema: str = "Constant(decay=0.999)"
+
+    STUDENT: ClassVar[Student] = Student()
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch", "lr", "max_grad_norm")

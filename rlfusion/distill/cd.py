@@ -1,80 +1,35 @@
 """Consistency distillation (Song et al. 2023, Alg. 2; handbook 2.3.1, 3.2.6, Eq. 20-22, 46 corrected).
 
-The student is a consistency function f: each point of a trajectory of the teacher's ODE goes to its end, f(x, t_0) = x.
-On the grid t_0 < .. < t_N, even in time (rounded to the times of a table),
+The student becomes the consistency function of the teacher's ODE, by Eq. (1) of ``distill.consistency`` with
 
-    (1)  L = E d( f_theta(x_{n+m}, t_{n+m}), f_-(x^_n, t_n) ),   x_{n+m} = alpha x0 + sigma eps,  n uniform
-    (2)  x^_n from x_{n+m} by m steps of the teacher, DDIM or Heun, without gradient       (erratum 28)
+    (1)  x_s from x_t = x_{t_{n+m}} by m steps of the teacher over the grid, DDIM or Heun    (erratum 28)
 
-f_- is the student itself without gradient (mu = 0), or its average with decay mu; it is not the teacher (erratum 73).
-A student whose kind is no consistency function by itself (x0, eps) gets the boundary of LCM around it, and t_0 = 1 / T;
-else t_0 = 0. At the exact f the loss is not 0 but for exact steps; regressing on x0 instead would give the mean of the
-data, not f (erratum 75).
+At the exact f the loss is 0 but for the error of the teacher's steps. Regressing on x0 in the place of f_-(x_s, s)
+would give the mean of the data, not f (erratum 75).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from rlfusion import models, spec
 from rlfusion.chain import Chain
-from rlfusion.consistency import LCM
-from rlfusion.denoiser import Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
+from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, constant, metric_of
 from rlfusion.distill.ode import Solver, along
+from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError
 from rlfusion.models import Card
-from rlfusion.pretrain import Draw, Loss
-from rlfusion.pretrain.consistency import Pair, check_boundary, discrepancy
-from rlfusion.pretrain.metrics import METRICS, Metric
-from rlfusion.schedule import Schedule, diffused, level
+from rlfusion.pretrain import Draw
 
 
-def grid_time(n: Tensor, intervals: int, start: float, schedule: Schedule) -> Tensor:
-    """t_n (B,) float64 of a grid of N = ``intervals`` from t_0 = ``start``."""
-    t = start + (1 - start) * n.double() / intervals
-    return t if schedule.resolution is None else (t * schedule.resolution).round() / schedule.resolution
+def by_teacher(teacher: nn.Module, solver: Solver) -> Move:
+    """Eq. (1)."""
 
+    def move(draw: Draw, x: Tensor, times: list[Tensor]) -> Tensor:
+        return along(teacher, x, times, draw.cond, solver)
 
-def first_time(student: nn.Module) -> float:
-    """t_0, where f(x, t_0) = x."""
-    return student.start if isinstance(student, LCM) else 0.0
-
-
-def bounded(student: Card, boundary: str) -> Card:
-    """``student``, with the boundary around it where it is no consistency function by itself."""
-    try:
-        check_boundary(models.build(student))
-    except ConfigError:
-        return replace(student, boundary=student.boundary or boundary)
-    return student
-
-
-@dataclass(frozen=True)
-class Consistency(Loss):
-    """Eq. (1) with the teacher's steps of Eq. (2)."""
-
-    teacher: nn.Module
-    intervals: int
-    span: int
-    solver: Solver
-    metric: Metric
-    mu: float
-
-    def teacher_decay(self, step: int, total: int) -> float | None:
-        return self.mu or None
-
-    def pair(self, denoiser: Denoiser, draw: Draw) -> Pair:
-        """The two points of Eq. (1)."""
-        n = (draw.u * (self.intervals - self.span + 1)).floor().clamp(max=self.intervals - self.span)
-        schedule, start = denoiser.schedule, first_time(denoiser)
-        times = [grid_time(n + k, self.intervals, start, schedule) for k in range(self.span, -1, -1)]
-        x_t = diffused(draw.x0, draw.eps, level(schedule, times[0], draw.x0))
-        return Pair(x_t, times[0], along(self.teacher, x_t, times, draw.cond, self.solver), times[-1])
-
-    def __call__(self, denoiser: Denoiser, target: Denoiser, draw: Draw) -> Tensor:
-        return discrepancy(denoiser, target, self.pair(denoiser, draw), draw.cond, self.metric)
+    return move
 
 
 @dataclass(frozen=True)
@@ -100,6 +55,7 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    STUDENT: ClassVar[Student] = Student()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,21 +63,16 @@ class Config(Settings):
             raise ConfigError(f"span = {self.span}, intervals = {self.intervals}: expected 1 <= span <= intervals")
         if not 0 <= self.mu < 1:
             raise ConfigError(f"mu = {self.mu}: expected 0 <= mu < 1")
-        _ = self._metric  # refuses what no table holds
-
-    @property
-    def _metric(self) -> Metric:
-        return spec.parse(self.metric, METRICS, "metric")
+        metric_of(self.metric)  # refuses what no table holds
 
     def card(self, student: Card) -> Card:
         return bounded(student, self.boundary)
 
     def check(self, teaching: Teaching) -> None:
-        self._metric.check(teaching.student.space)
-        resolution = teaching.student.schedule.resolution
-        if resolution is not None and self.intervals >= resolution:
-            raise ConfigError(f"intervals = {self.intervals}: expected fewer than the schedule's {resolution} times")
+        metric_of(self.metric).check(teaching.student.space)
+        check_grid(self.intervals, teaching.student.schedule)
 
     def learner(self, teaching: Teaching) -> Distiller:
-        loss = Consistency(teaching.teacher, self.intervals, self.span, self.solver, self._metric, self.mu)
+        move, stops = by_teacher(teaching.teacher, self.solver), tuple(range(self.span, -1, -1))
+        loss = Consistency(move, stops, *constant(self.intervals, self.mu), metric_of(self.metric))
         return self.fit(teaching, loss, self.steps, self.name)

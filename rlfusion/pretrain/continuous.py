@@ -29,6 +29,7 @@ from rlfusion.kinds import TrigFlow
 from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import named
 from rlfusion.pretrain.base import Draw, Loss
+from rlfusion.pretrain.denoising import Noised
 from rlfusion.pretrain.times import TIMES, Times
 from rlfusion.schedule import Trig, diffused, level
 from rlfusion.tensors import Cond, cast
@@ -99,11 +100,19 @@ class SCT(Loss):
         """r of Eq. (4) at a step."""
         return min(1.0, step / self.rise) if self.rise else 1.0
 
-    def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
+    def noised(self, denoiser: Denoiser, draw: Draw) -> Noised:
+        """The draw's samples at the draw's times."""
         t = self._times(draw.u, denoiser.schedule)
         l = level(denoiser.schedule, t, draw.x0)
-        x = diffused(draw.x0, draw.eps, l)
-        dx = (cast(l.d_alpha, x) * draw.x0 + cast(l.d_sigma, x) * draw.eps) * (2 / math.pi)
+        return Noised(diffused(draw.x0, draw.eps, l), t, l)
+
+    def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
+        return self.along(denoiser, draw, self.noised(denoiser, draw), draw.x0, draw.eps)
+
+    def along(self, denoiser: Denoiser, draw: Draw, at: Noised, x0: Tensor, eps: Tensor) -> Tensor:
+        """Eq. (3, 4) at ``at``, with dx/da that of the pair (x0, eps): the draw's, or in distillation the teacher's."""
+        x, t, l = at
+        dx = (cast(l.d_alpha, x) * x0 + cast(l.d_sigma, x) * eps) * (2 / math.pi)
         g = normalised(tangent(denoiser, x, dx, t, draw.cond, self.share(draw.step)), self.c)
         y = denoiser.answer(x, t, draw.cond)
         return weighted_mse(y, y.detach() + g)
