@@ -184,8 +184,9 @@ def test_law_of_the_sampler(kernel, schedule):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_instaflow_steps_of_alg_6_and_8_in_the_rescaled_space(eta):
-    """y_s = [a_s x0h + sqrt(1 - ab_s - sigma^2)(y_t - gamma u) + sigma z] / B_s; Alg. 6 is the posterior in y."""
+def test_instaflow_steps_of_alg_6_to_8_in_the_rescaled_space(eta):
+    """y_s = [a_s x0h + sqrt(1 - ab_s - sigma^2)(y_t - gamma u) + sigma z] / B_s; Alg. 6 is the posterior in y, Alg. 7
+    y_s = [a_s x0h + sqrt(1 - ab_s) z] / B_s."""
     x0, eps, z = gaussians(3)
     for t, s in pairwise((1.0, 0.7, 0.2, 0.001)):
         at, to = (VP()(torch.tensor(v).double()) for v in (t, s))
@@ -196,6 +197,8 @@ def test_instaflow_steps_of_alg_6_and_8_in_the_rescaled_space(eta):
         expected = (to.alpha * x0h + rest * (y - gamma * u) + sigma * z) / B
         got = transition(DDIM(eta), Prediction(x0, eps), at, to, torch.tensor(s - t)).sample(z) / B
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+        got = transition(Renoise(), Prediction(x0, eps), at, to, torch.tensor(s - t)).sample(z) / B
+        torch.testing.assert_close(got, (to.alpha * x0h + to.sigma * z) / B)
         if eta == 1.0:
             c0, cx, sigma = oracles.posterior(float(at.alpha**2), float(to.alpha**2), large=False)
             expected = (c0 * x0h + cx * (at.alpha + at.sigma) * y + sigma * z) / B
