@@ -212,6 +212,21 @@ def test_the_stop_gradient_gradient_is_that_of_distillation_with_the_exact_score
     assert (gradient(denoiser, other) - gradient(denoiser, distillation)).norm() > 0.1
 
 
+def test_the_goal_is_the_teachers_and_takes_no_gradient():
+    denoiser, teacher = (Denoiser(Affine(*c), KARRAS, "x0") for c in ((0.4, 0.1), (0.9, -0.3)))
+    x0, eps = cube()
+    sigma = KARRAS(torch.tensor([0.5, 0.75], dtype=torch.float64)).sigma
+    want = (0.4 * (x0 + sigma[1] * eps) + 0.1 - 0.9 * (x0 + sigma[0] * eps) + 0.3).square().flatten()
+    for loss, weight in ((CT(s0=4, s1=4), 1.0), (ICT(s0=4, s1=4, metric="L2()"), 1 / (sigma[1] - sigma[0]))):
+        tau = KARRAS(torch.linspace(0, 1, 5, dtype=torch.float64)).sigma
+        u = 0.7 if isinstance(loss, CT) else probabilities(tau, -1.1, 2.0).cumsum(0)[1:3].mean().item()
+        step = 0 if isinstance(loss, ICT) else 1
+        value = loss(denoiser, teacher, draw_of(x0, eps, u, step=step))
+        torch.testing.assert_close(value, weight * want)
+        value.sum().backward()
+    assert teacher.net.k.grad is None
+
+
 def test_for_a_curved_f_the_gradients_agree_to_the_second_order_of_the_step():
     nodes, weight = np.polynomial.hermite_e.hermegauss(40)
     u, e = (torch.from_numpy(g).reshape(-1, 1) for g in np.meshgrid(nodes, nodes))

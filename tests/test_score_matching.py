@@ -13,7 +13,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.parameterization import named
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.denoising import Denoising
-from rlfusion.pretrain.score_matching import ESM, ISM, SSM, of_condition, posterior_mean
+from rlfusion.pretrain.score_matching import ESM, ISM, SSM, _slices, of_condition, posterior_mean
 from rlfusion.schedule import VP, Cosine, Geometric, Rectified
 
 POINTS = torch.tensor([[-0.8, 0.3], [0.5, 0.6], [0.9, -0.7]], dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_the_units_are_those_of_the_score_error_times_sigma_squared():
     torch.testing.assert_close(ESM("SNR()")(denoiser, denoiser, draw), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_the_exact_trace_is_that_of_the_jacobian():
+def test_the_exact_trace_is_that_of_the_jacobian_and_a_slice_the_printed_one():
     draw, _ = quadrature(0, 0.4)
     denoiser = Denoiser(Net(), Cosine(), "v")
     row = Draw(**{**vars(draw), **{n: getattr(draw, n)[:1] for n in ("x0", "cond", "eps", "u", "index")}})
@@ -153,6 +153,12 @@ def test_the_exact_trace_is_that_of_the_jacobian():
     jacobian = torch.autograd.functional.jacobian(psi, x.flatten())
     expected = l.sigma**2 * (psi(x).square().sum() + 2 * jacobian.trace()) / 2
     torch.testing.assert_close(ISM("SNR()")(denoiser, denoiser, row), expected)
+    v = _slices(row, 1).flatten()
+    across = 2 * v @ jacobian @ v
+    sliced, reduced = l.sigma**2 / 2 * ((v @ psi(x)) ** 2 + across), l.sigma**2 / 2 * (psi(x).square().sum() + across)
+    torch.testing.assert_close(SSM("SNR()", reduced=False)(denoiser, denoiser, row), sliced)
+    torch.testing.assert_close(SSM("SNR()")(denoiser, denoiser, row), reduced)
+    assert abs(sliced - reduced) > 1e-3
 
 
 def test_random_slices_have_the_mean_of_the_exact_trace():
