@@ -130,7 +130,8 @@ def check(config: Pretrain) -> models.Card:
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
     if config.evaluation.bits_per_dim:
-        require_bound(config.chain.policy(denoiser, card.names), config.chain.times(denoiser), data)
+        policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
+        require_bound(policy, times, data.split(config.held_out)[1])
     return card
 
 

@@ -228,6 +228,17 @@ def test_repeated_times_and_continuous_data_are_refused():
         require_bound(policy, TimeGrid(5).times(Geometric()), grey_data(None))
 
 
+def test_captions_that_come_once_leave_nothing_to_bound():
+    """No sample of such data is held out: said before any training."""
+    x = torch.zeros(6, 1, 8, 8)
+    once = data.captioned(x, [f"a picture {i}" for i in range(6)], levels=256)
+    assert len(once.split(0.25)[1]) == 0
+    policy = Policy(Denoiser(torch.nn.Identity(), VP(), "v"), DDPM())
+    for held_out in (once.split(0.25)[1], once._take(np.array([0]))):
+        with pytest.raises(ConfigError, match="expected at least 2"):
+            require_bound(policy, TimeGrid(5).times(VP()), held_out)
+
+
 def test_data_say_their_grey_levels(tmp_path):
     digits = data.load("digits")
     assert digits.levels == digits.split(0.25)[1].levels == 17

@@ -92,8 +92,8 @@ def require_bound(policy: Policy, times: Tensor, data: Dataset) -> int:
     """Refuse a chain or data for which Eq. (1) is not defined. Returns the number of values of a feature.
 
     Raises:
-        ConfigError: data without known levels (float images, latents); a kernel without noise at some step, or whose
-            steps do not keep the schedule's marginals, Eq. (3).
+        ConfigError: fewer than two samples, or data without known levels (float images, latents); a kernel without
+            noise at some step, or whose steps do not keep the schedule's marginals, Eq. (3).
     """
     if not isinstance(policy.space, Pixels):
         raise ConfigError(
@@ -101,6 +101,11 @@ def require_bound(policy: Policy, times: Tensor, data: Dataset) -> int:
         )
     if data.levels is None:
         raise ConfigError("bits_per_dim = True: the data are continuous, expected images of known grey levels")
+    if len(data) < 2:
+        raise ConfigError(
+            f"bits_per_dim = True: {len(data)} samples are held out, expected at least 2 (held_out is a share of each "
+            "class or caption)"
+        )
     noisy = times[policy.schedule(times).sigma > 0]
     t, s = policy.schedule(noisy[:-1]), policy.schedule(noisy[1:])
     c = _inference(policy.kernel).coefficients(t, s, noisy[1:] - noisy[:-1])
