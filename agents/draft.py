@@ -91,6 +91,8 @@ class Ends:
     def __init__(self, task: Task, config: Config, seed: int) -> None:
         self.task, self.config, self.seed = task, config, seed
         self.steps = len(task.times) - 1
+        self.first = self.steps - config.trained(self.steps)
+        self.noisy = bool((task.policy.stds(task.times)[self.first :] > 0).any())
         self.reference = frozen_copy(task.policy) if config.kl_loss else None
 
     def __call__(self, part: Part) -> Terms:
@@ -107,16 +109,21 @@ class Ends:
 
     def walk(self, part: Part) -> tuple[Tensor, Tensor]:
         """The ends (n, *) of the walks, and D summed over their steps (n,); Eq. (1), (2), (4)."""
-        noise = rollout_noise(self.seed, part.iteration, part.rows.tolist(), self.steps, self.task.shape).to(part.x)
+        noise = self._noise(part)
         x, kl = part.x, part.x.new_zeros(len(part.x))
-        first = self.steps - self.config.trained(self.steps)
-        for k in range(first, self.steps):
-            if self.config.recompute and first < self.steps - 1:
+        for k in range(self.first, self.steps):
+            if self.config.recompute and self.first < self.steps - 1:
                 x, more = checkpoint(self._step, x, k, part.cond, noise[:, k + 1], use_reentrant=False)
             else:
                 x, more = self._step(x, k, part.cond, noise[:, k + 1])
             kl = kl + more
         return x, kl
+
+    def _noise(self, part: Part) -> Tensor:
+        """The walks' own noise (n, K+1, *); not drawn where no trained step takes any, as in most last steps."""
+        if not self.noisy:
+            return torch.zeros_like(part.x)[:, None].expand(-1, self.steps + 1, *self.task.shape)
+        return rollout_noise(self.seed, part.iteration, part.rows.tolist(), self.steps, self.task.shape).to(part.x)
 
     def _step(self, x: Tensor, k: int, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Step k from x, and its D."""
