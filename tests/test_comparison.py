@@ -169,6 +169,19 @@ def test_the_whole_command(tiny_root, tmp_path):
     assert (folder / "comparison.md").read_text() == page
 
 
+def test_a_run_that_fails_keeps_the_evaluations_that_it_had(tiny_root, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
+    stop = ("--guard.action", "halt", "--guard.log_ratio", 1e-9)
+    said = rlfusion(tmp_path, "compare", "--agents", "ddpo", "--rewards", "ink", *SMALL, *RUNS, *stop, "--name", "it")
+    assert said.code == 0, said.err
+    folder = tmp_path / "runs" / "it"
+    outcomes = json.loads((folder / "comparison.json").read_text())
+    assert [len(o["points"]) for o in outcomes] == [1, 1]
+    assert all(o["problem"].startswith("failed: rollout 1: max |log ratio|") for o in outcomes)
+    assert "ddpo (seed 0 failed: rollout 1" in (folder / "comparison.md").read_text()
+
+
 def test_an_agent_that_cannot_serve_is_a_cell_that_says_so(tiny_root, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")

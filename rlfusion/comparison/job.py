@@ -75,7 +75,7 @@ def _base(config: Compare, signals: Signals, progress: Progress) -> Path:
 def _run(
     settings: Finetune, base: Path, folder: Path, root: str, signals: Signals, progress: Progress
 ) -> tuple[list[Point], str]:
-    """The curve of one run, and why it has none or ends early."""
+    """The curve of one run, and why it has none or ends before its time."""
     settings = _with(settings, root=root, name=folder.name, base=str(base))
     try:
         finetune.check(settings)
@@ -85,8 +85,13 @@ def _run(
     except ConfigError as error:
         return [], f"refused: {error}"
     except NumericalError as error:
-        return [], f"failed: {error}"
+        return _so_far(folder), f"failed: {error}"
     return curve(folder), ""
+
+
+def _so_far(folder: Path) -> list[Point]:
+    """The evaluations of a run that failed, none where it failed before the first."""
+    return curve(folder) if (folder / "before.json").is_file() and (folder / "timing.jsonl").is_file() else []
 
 
 def _with(settings: Finetune, **changes: Any) -> Finetune:

@@ -88,7 +88,7 @@ def _row(config: Compare, agent: str, runs: list[Outcome]) -> str:
         _join(ends, lambda p: f"{p.frechet:.1f}"),
         _join(ends, lambda p: f"{p.diversity:.2f}"),
     ]
-    failed = [f"seed {o.seed} {o.problem}" for o in runs if o.problem]
+    failed = [f"(seed {o.seed} {o.problem})" for o in runs if o.problem]
     return f"| {' '.join([agent, *failed])} | {' | '.join(cells)} |"
 
 
