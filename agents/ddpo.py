@@ -37,7 +37,7 @@ from rlfusion.policy import Policy
 from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import Objective, Terms, Transitions, require_finite
+from rlfusion.transitions import Objective, Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.weights import learned, restore
 
 
@@ -205,7 +205,8 @@ class Learner:
         """Make the updates of one rollout.
 
         Returns:
-            reward, reward_std, advantage_std, loss, log_ratio_max, clip_fraction, approx_kl, ess (effective share of
+            reward, reward_std, advantage_std, loss, log_ratio_first (|log ratio| at most, before the first step: 0 up
+            to rounding unless rollouts run ahead), log_ratio_max, clip_fraction, approx_kl, ess (effective share of
             the transitions under their importance weights), grad_norm; with a reference also kl (nats a walk at the
             states of the rollout, averaged over its updates).
 
@@ -220,10 +221,12 @@ class Learner:
         reward = batch.reward - (self.config.kl_reward * reference.log_ratio if reference else 0.0)
         advantage = self.advantages(reward, batch.group)
         proximal = self._proximal(batch)
-        records, norms = [], []
+        records, norms, first = [], [], 0.0
         for walks, walk, step in self._parts(len(batch)):
             objective = self._objective(batch, advantage, proximal, walks)
-            records += self.transitions.accumulate(batch, walk, step, objective, reference, self.config.kl_loss)
+            part = self.transitions.accumulate(batch, walk, step, objective, reference, self.config.kl_loss)
+            first = first if norms else largest_log_ratio(part)
+            records += part
             if self.last:
                 scale = self._scale(batch.reward, batch.group)
                 self.last.accumulate(batch, walks, scale, self.config.micro_batch)
@@ -234,6 +237,7 @@ class Learner:
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
             "advantage_std": advantage.std(correction=0).item(),
+            "log_ratio_first": first,
             **self.transitions.summary(records, self.config.clip, self._features(batch)),
             "grad_norm": sum(norms) / len(norms),
         }

@@ -27,7 +27,7 @@ from rlfusion.policy import Policy
 from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import Terms, Transitions, require_finite
+from rlfusion.transitions import Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.weights import learned, restore
 
 
@@ -132,8 +132,9 @@ class Learner:
         """Make the updates of one rollout.
 
         Returns:
-            reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_max,
-            clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over all stochastic steps).
+            reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_first (before the
+            first step), log_ratio_max, clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
+            all stochastic steps).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
@@ -148,12 +149,13 @@ class Learner:
             clip = (c.clip_low, c.clip_high)
             return clipped_surrogate(terms.log_ratio / features, advantage[terms.walk], clip, c.dual_clip)
 
-        records, norms = [], []
+        records, norms, first = [], [], 0.0
         for epoch in range(c.epochs):
             order = stream(self.seed, "grpo", self.iteration, epoch).permutation(len(batch))
             for walks in torch.from_numpy(order).tensor_split(c.updates_per_epoch):
                 walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
                 part = self.transitions.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
+                first = first if norms else largest_log_ratio(part)
                 records += part
                 norms.append(self.optimization.step())
         self.iteration += 1
@@ -163,6 +165,7 @@ class Learner:
             "reward_std": batch.reward.std(correction=0).item(),
             "advantage_std": advantage.std(correction=0).item(),
             "window_first": float(steps[0]),
+            "log_ratio_first": first,
             **self.transitions.summary(records, max(c.clip_low, c.clip_high), features),
             "grad_norm": sum(norms) / len(norms),
         }

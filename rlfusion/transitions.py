@@ -153,6 +153,11 @@ class Transitions:
         return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
 
 
+def largest_log_ratio(records: list[dict[str, Tensor]]) -> float:
+    """The largest |Eq. (1)| of some records of ``accumulate``."""
+    return max(record["log_ratio"].abs().max().item() for record in records)
+
+
 def require_finite(reward: Tensor) -> None:
     """Raise NumericalError, naming the walks, unless every reward (B,) is finite."""
     if not bool(reward.isfinite().all()):

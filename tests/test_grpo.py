@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from chains import Capture, affine, class_walks, collect, mlp
 from test_ddpo_gradient import STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward
 
 from rlfusion.agent import Plan
-from rlfusion.agents import ddpo
+from rlfusion.agents import ddpo, grpo
 from rlfusion.agents.grpo import Config, Learner
 from rlfusion.errors import ConfigError, NumericalError
 from rlfusion.grid import TimeGrid
@@ -94,6 +95,29 @@ def test_a_lopsided_clip_by_hand():
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
     loss = clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), (0.1, 0.3))
     torch.testing.assert_close(loss, torch.tensor([-1.3, 1.5, -0.5, 0.9]))
+
+
+@pytest.mark.parametrize(("low", "high", "clipped"), [(0.1, 0.3, False), (0.3, 0.1, True)])
+def test_each_side_of_the_clip_is_its_own(low, high, clipped):
+    """Ratios of 1.25 are held by c_high alone."""
+    policy = mlp().double()
+    batch = class_walks(policy)
+    batch = replace(batch, log_prob=batch.log_prob - math.log(1.25))
+    free = gradient(batch, Config(clip_low=9.0, clip_high=9.0, dual_clip=None, **ONE), policy)
+    held = gradient(batch, Config(clip_low=low, clip_high=high, dual_clip=None, **ONE), policy)
+    assert torch.allclose(held, free) != clipped
+
+
+@pytest.mark.parametrize("module", [grpo, ddpo])
+def test_the_gap_before_the_first_step_is_told(module):
+    policy, more = mlp(), {"lr": 1e-2, "epochs": 2, "updates_per_epoch": 2}
+    batch = class_walks(policy)
+    metrics = module.Learner(policy, TIMES, module.Config(**more)).update(batch)
+    assert metrics["log_ratio_first"] < 1e-5 < 0.1 < metrics["log_ratio_max"]
+    policy = mlp()
+    off = replace(batch, log_prob=batch.log_prob + 0.01)
+    metrics = module.Learner(policy, TIMES, module.Config(**more)).update(off)
+    assert metrics["log_ratio_first"] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_a_saved_learner_continues_bit_for_bit():
