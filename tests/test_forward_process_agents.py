@@ -88,6 +88,54 @@ def test_nft_by_hand():
         assert record["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_gradient_of_nft_is_its_finite_difference_with_the_weight_held():
+    """Adaptive, with the pull to the base: w of Eq. (3) is that of the present weights and stays as it is."""
+    batch, old, base, b, c, kl = scored(30), (0.4, 0.1), (0.3, 0.2), 0.7, 2.0, 0.35
+    policy = affine(old, Rectified(), DDIM(1.0), "x0")
+    config = nft.Config(beta=b, advantage_clip=c, kl=kl, times="Uniform(margin=0.2)", **ONE | {"micro_batch": 11})
+    learner, rows, key = nft.Learner(policy, config), torch.arange(len(batch)), (3,)
+    r = torch.rand(len(batch), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x0, x = batch.x[:, 0], renoise(batch.x[:, 0], Rectified(), learner.times, key).x
+    at = torch.tensor([0.55, -0.05], dtype=torch.float64)
+
+    def signs(theta) -> tuple:
+        f, f_old = theta[0] * x + theta[1], old[0] * x + old[1]
+        return f, (1 - b) * f_old + b * f - x0, (1 + b) * f_old - b * f - x0
+
+    weights = [e.abs().mean(1) for e in signs(at)[1:]]
+
+    def loss(theta) -> float:
+        f, towards, away = signs(theta)
+        parts = [e.square().mean(1) / w for e, w in zip((towards, away), weights)]
+        pull = (f - base[0] * x - base[1]).square().mean(1)
+        return ((r * parts[0] + (1 - r) * parts[1]) * c / b + kl * pull).mean().item()
+
+    with torch.no_grad():
+        policy.denoiser.net.theta.copy_(at)
+        learner.base.denoiser.net.theta.copy_(torch.tensor(base))
+    learner.accumulate(batch, r, rows, key)
+    h = 1e-6
+    difference = [(loss(at + h * e) - loss(at - h * e)) / (2 * h) for e in torch.eye(2, dtype=torch.float64)]
+    torch.testing.assert_close(policy.denoiser.net.theta.grad.tolist(), difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("reward", "expected"), [([0.0, 2.0], [0.25, 0.75]), ([5.0, 5.0], [0.5, 0.5])])
+def test_the_optimality_of_nft_is_half_plus_half_the_held_advantage(reward, expected):
+    """Eq. (1) with c = 2: group-relative advantages of -1 and 1, or 0."""
+    seen = []
+
+    class Looked(nft.Learner):
+        def accumulate(self, batch, optimality, rows, key):
+            seen.append(optimality)
+            return super().accumulate(batch, optimality, rows, key)
+
+    batch = ends(mlp(), n=2)
+    batch.group.zero_()
+    batch.reward.copy_(torch.tensor(reward))
+    Looked(mlp(), nft.Config(advantage_clip=2.0, **ONE)).update(batch)
+    torch.testing.assert_close(seen[0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_nft_with_all_good_is_supervised_training():
     batch, policy = scored(), affine((0.4, 0.1), Rectified(), DDIM(1.0), "x0")
     learner = nft.Learner(policy, nft.Config(adaptive=False, advantage_clip=1.0, times=MIDDLE, **ONE))
