@@ -79,12 +79,12 @@ class Job:
         c = self.config
         with self.learner.optimization.ema.averaged():
             result = measure(self.policy, self.times, self.judged, self.reward, c.reward_name, c.evaluation, c.seed)
-            ode = self._ode(step)
-        self.tracker.scalars(step, "evaluation", result)
-        self.tracker.scalars(step, "evaluation_ode", ode)
+            self.tracker.scalars(step, "evaluation", result)
+            if c.evaluation.deterministic:
+                self.tracker.scalars(step, "evaluation_ode", self._ode())
         return result
 
-    def _ode(self, step: int) -> dict[str, float]:
+    def _ode(self) -> dict[str, float]:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
         c = self.config
         policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())

@@ -62,7 +62,7 @@ class Compare:
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
-    evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500))
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500, deterministic=False))
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
