@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo, dpo, draft, drwr, grpo, nft, refl
+from rlfusion.agents import ddpo, dpo, draft, drwr, grpo, nft, qsm, refl
 
 AGENTS: Mapping[str, type] = {
     "ddpo": ddpo.Config,
@@ -12,5 +12,6 @@ AGENTS: Mapping[str, type] = {
     "draft": draft.Config,
     "refl": refl.Config,
     "drwr": drwr.Config,
+    "qsm": qsm.Config,
 }
 """The settings of each algorithm by name."""

@@ -49,6 +49,14 @@ class SNR:
 
 
 @dataclass(frozen=True)
+class Score:
+    """w = SNR / sigma^2: the score error, unweighted. It grows as 1 / sigma^2 over the eps error towards clean data."""
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l) / l.sigma.square())
+
+
+@dataclass(frozen=True)
 class TruncatedSNR:
     """w = max(SNR, 1) (Salimans & Ho 2022, section 4): the larger of the x0 and the eps error."""
 
@@ -98,5 +106,5 @@ def _own(kind: str | Kind, l: Level, weight: Tensor) -> Tensor:
 
 
 WEIGHTS: Mapping[str, Callable[..., Weight]] = {
-    cls.__name__: cls for cls in (Own, SNR, TruncatedSNR, SNRPlusOne, MinSNR, VLB)
+    cls.__name__: cls for cls in (Own, SNR, Score, TruncatedSNR, SNRPlusOne, MinSNR, VLB)
 }
