@@ -28,7 +28,14 @@ from rlfusion.guard import Guarded
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, make_reward, measure, require_judgeable
 from rlfusion.policy import Policy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import base_model, card_of, require_same_data, require_solvable, seen
+from rlfusion.pretraining import (
+    base_model,
+    card_of,
+    require_no_class,
+    require_same_data,
+    require_solvable,
+    seen,
+)
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, facts, find, score
 from rlfusion.rollout import make_backend
@@ -125,6 +132,8 @@ def check(config: Finetune) -> None:
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
     lora.attach(denoiser.net, config.lora)
     require_solvable(denoiser, config.chain)
+    if not config.base:
+        require_no_class(config.pretrain, config.chain)
     policy = config.chain.policy(denoiser, card.names)
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)

@@ -129,10 +129,24 @@ def check(config: Pretrain) -> models.Card:
     denoiser = models.build(card)
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
+    require_no_class(config, config.chain)
     if config.evaluation.bits_per_dim:
         policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
         require_bound(policy, times, data.split(config.held_out)[1])
     return card
+
+
+def require_no_class(config: Base, chain: Chain) -> None:
+    """Refuse guidance away from "no class" for a network that ``config`` never shows it.
+
+    Raises:
+        ConfigError: no label is dropped.
+    """
+    if chain.weight and not chain.negative and not config.train.label_dropout:
+        raise ConfigError(
+            f"guidance = {chain.weight} with train.label_dropout = 0.0: the network never learns its answer to "
+            '"no class"; expected a label_dropout above 0, or chain.negative'
+        )
 
 
 def require_solvable(denoiser: Denoiser, chain: Chain) -> None:

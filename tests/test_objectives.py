@@ -5,10 +5,11 @@ from functools import cache, reduce
 import pytest
 import torch
 
-from rlfusion import checkpoint, models, pretraining
+from rlfusion import checkpoint, finetune, models, pretraining
 from rlfusion.cli import settings_of
 from rlfusion.config import Pretrain, to_yaml
 from rlfusion.data import Dataset, digits
+from rlfusion.errors import ConfigError
 from rlfusion.pretrain import PRESETS, Learner
 
 SMALL = ("--train.steps", "6", "--train.batch", "8", "--train.warmup", "2")
@@ -29,6 +30,16 @@ def test_what_is_given_beside_a_preset_wins():
     config = settings_of("pretrain", ["--train.lr", "0.02", "--objective", "ct", "--chain.steps", "3"])
     assert (config.train.lr, config.chain.steps) == (0.02, 3)
     assert config.train.loss == PRESETS["ct"]["train.loss"]
+
+
+def test_guidance_away_from_no_class_needs_a_network_that_learns_it():
+    """Consistency presets drop no label."""
+    guided = ["--objective", "sct", "--chain.guidance", "1.5"]
+    for command, check in (("pretrain", pretraining.check), ("finetune", finetune.check)):
+        with pytest.raises(ConfigError, match="label_dropout"):
+            check(settings_of(command, [*guided, "--chain.steps", "2"]))
+    pretraining.check(settings_of("pretrain", [*guided, "--train.label_dropout", "0.1"]))
+    pretraining.check(settings_of("pretrain", [*guided, "--chain.negative", "3"]))
 
 
 @cache
