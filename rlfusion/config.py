@@ -59,6 +59,16 @@ class Ray:
     gpus_per_worker: float = 0.0
     limits: Limits = field(default_factory=Limits)
 
+    def settings(self, workers: int, threads: int, device: str) -> Settings:
+        """The backend's settings for so many workers.
+
+        Raises:
+            ConfigError: values that no backend can use.
+        """
+        if workers and device.startswith("cuda") and not self.gpus_per_worker:
+            raise ConfigError(f"gpus_per_worker = 0 with device = {device}: expected a share of a GPU above 0")
+        return Settings(workers, self.cpus_per_worker, self.gpus_per_worker, threads, self.address, self.limits)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -229,8 +239,6 @@ class Finetune:
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
                 f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
             )
-        if self.rollout.workers and self.device.startswith("cuda") and not self.ray.gpus_per_worker:
-            raise ConfigError(f"gpus_per_worker = 0 with device = {self.device}: expected a share of a GPU above 0")
         r = self.rollout
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
         _ = self.settings  # refuses what no backend can use
@@ -238,10 +246,7 @@ class Finetune:
     @property
     def settings(self) -> Settings:
         """The backend's settings."""
-        ray = self.ray
-        return Settings(
-            self.rollout.workers, ray.cpus_per_worker, ray.gpus_per_worker, self.threads, ray.address, ray.limits
-        )
+        return self.ray.settings(self.rollout.workers, self.threads, self.device)
 
     @property
     def reward_name(self) -> str:
@@ -281,6 +286,8 @@ class Distill:
         student: what the student is, where it is not as its teacher.
         chain: the student's sampler: it is saved with it, and with it the student is sampled and fine-tuned.
         method: the method and its settings.
+        workers: Ray workers that make pairs of the teacher, where the method learns from them; 0 makes them here.
+        ray: the Ray workers.
         evaluation: the evaluation.
         checkpoint_every: updates between checkpoints.
     """
@@ -296,11 +303,19 @@ class Distill:
     student: distill.Student = field(default_factory=lambda: distill.METHODS["cd"].STUDENT)
     chain: Chain = field(default_factory=lambda: distill.METHODS["cd"].CHAIN)
     method: distill.Method = field(default_factory=lambda: distill.METHODS["cd"]())
+    workers: int = 0
+    ray: Ray = field(default_factory=Ray)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "checkpoint_every")
+        _ = self.settings  # refuses what no backend can use
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the backend that makes pairs."""
+        return self.ray.settings(self.workers, self.threads, self.device)
 
     @property
     def held_out(self) -> float:

@@ -80,8 +80,9 @@ def teach(
     guided = Chain(guidance=config.guidance).policy(teacher, card.names).denoiser
     unguided = _on(teacher, student)
     answers = unguided if guided is teacher else _on(guided, student)
-    data = encoded(data, teacher.space)
-    return Teaching(answers, unguided, student, own, card, config.chain, data, config.seed, folder)
+    samples = encoded(data, teacher.space)
+    about = (own, card, config.chain, samples, config.guidance, config.seed, folder, config.settings)
+    return Teaching(answers, unguided, student, *about)
 
 
 def _on(teacher: nn.Module, student: Denoiser) -> nn.Module:
@@ -165,6 +166,7 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     teacher, card = models.load(path)
     train_data = seen(config.teacher, config.pretrain, data.split(config.held_out)[0])
     teaching = teach(config, teacher, card, train_data, folder, device)
+    teaching = replace(teaching, say=progress.say, stop=signals.check)
     stages = plan(config, teaching)
     progress.say(f"plan: {config.method.name}, {stages.total} updates; a student of {config.chain.moves} steps")
     fit(config, teaching, folder, signals, progress)

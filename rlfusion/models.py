@@ -26,6 +26,7 @@ from rlfusion.nets.captions import Captions
 from rlfusion.nets.dit import DiT
 from rlfusion.nets.guidance import Guidance
 from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.nets.points import Points
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
 from rlfusion.space import Pixels, Space
@@ -44,7 +45,7 @@ SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "Karras": schedule.Karras,
     "Geometric": schedule.Geometric,
 }
-NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT}
+NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT, "Points": Points}
 
 
 @dataclass(frozen=True)

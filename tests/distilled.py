@@ -9,16 +9,22 @@ from rlfusion import checkpoint, config, distilling, models
 from rlfusion.chain import Chain
 from rlfusion.data import Dataset
 from rlfusion.distill import METHODS, Method, Student, Teaching
+from rlfusion.distill.pairs import Making
 
 SHAPE, CLASSES = (1, 4, 4), ("a", "b", "c")
 CARD = models.Card(models.Config("ResidualMLP(width=16, depth=1)", "Cosine()", "v"), SHAPE, CLASSES)
 CPU = torch.device("cpu")
+
+FEW = Making(count=12, shard=5, steps=3)
 
 SMALL: dict[str, dict] = {
     "cd": {"intervals": 8, "mu": 0.5},
     "ct": {"s0": 2, "s1": 8, "mu0": 0.9},
     "pd": {"steps": 3, "start": 8},
     "guided_pd": {"steps": 2, "start": 8, "first": 3},
+    "dmd": {"regression": 0.5, "r1": 0.1, "pairs": FEW},
+    "reflow": {"rounds": 2, "pairs": FEW},
+    "regression": {"pairs": FEW},
 }
 """Settings with which a run of a method is a matter of a second, beside 6 steps of 8 samples."""
 

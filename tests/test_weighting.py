@@ -8,10 +8,10 @@ import torch
 from scipy.stats import norm
 
 from rlfusion.errors import ConfigError
-from rlfusion.parameterization import predict, solve, target
+from rlfusion.parameterization import convert, predict, solve, target
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.times import LogitNormal, LogNormal, Uniform
-from rlfusion.pretrain.weighting import SNR, VLB, MinSNR, Own, SNRPlusOne, TruncatedSNR
+from rlfusion.pretrain.weighting import SNR, VLB, MinSNR, Own, RectifiedFlow, SNRPlusOne, TruncatedSNR
 from rlfusion.schedule import DDPM, VP, Cosine, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR, time_of
 
 SCHEDULES = [
@@ -98,6 +98,22 @@ def test_with_geometric_levels_the_bound_is_the_plain_eps_loss():
     torch.testing.assert_close(VLB()("eps", l), torch.full_like(T, math.log(500)))
 
 
+@pytest.mark.parametrize("schedule", [DDPM(), Cosine(), Trig()], ids=repr)
+@pytest.mark.parametrize("kind", ["eps", "v", "v_handbook", "flow"])
+def test_a_network_read_as_a_rectified_flow_has_the_error_in_u(kind, schedule):
+    """Handbook 2.4.5 corrected: B v - x (sigma - alpha) - (x0 - eps) = (B / alpha) (eps - eps_hat)."""
+    t = T[T < 0.9]
+    l = schedule(t)
+    g = torch.Generator().manual_seed(0)
+    x0, eps, error = torch.randn(3, len(t), generator=g, dtype=torch.float64)
+    x, y = l.alpha * x0 + l.sigma * eps, target(kind, x0, eps, l)
+    wrong = convert(kind, "InstaFlow()", y + error, x, l) - (x0 - eps)
+    torch.testing.assert_close(RectifiedFlow(1e9)(kind, l) * error**2, wrong**2, rtol=1e-6, atol=1e-12)
+    capped = RectifiedFlow(4.0)("eps", l)
+    assert capped.max().item() == pytest.approx(4)
+    assert (capped < 4).any()
+
+
 U = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 
 
@@ -124,6 +140,7 @@ def test_quantiles_of_times():
         (lambda: Denoising(weight="MinSRN()"), ["'MinSRN'", "did you mean 'MinSNR'"]),
         (lambda: Denoising(weight="MinSNR(gamma=-1)"), ["gamma = -1", "> 0"]),
         (lambda: Denoising(times="Uniform(margin=0.5)"), ["margin = 0.5", "< 0.5"]),
+        (lambda: Denoising(weight="RectifiedFlow(cap=0.5)"), ["cap = 0.5", ">= 1"]),
         (lambda: Denoising(times="LogitNormal(std=0)"), ["std = 0", "> 0"]),
         (lambda: Denoising(times="LogNormal(sdt=1)"), ["'sdt'", "did you mean 'std'"]),
     ],

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.distill import cd, ct, guided_pd, lcm, pd, scd
+from rlfusion.distill import add, cd, ct, dmd, guided_pd, lcm, pd, reflow, regression, scd, sds, vsd
 from rlfusion.distill.base import Distiller, Method, Settings, Teaching
 from rlfusion.distill.mapped import OnSchedule
 from rlfusion.distill.stages import Stage, Staged, local_steps
@@ -15,6 +15,12 @@ METHODS: Mapping[str, type] = {
     "scd": scd.Config,
     "pd": pd.Config,
     "guided_pd": guided_pd.Config,
+    "sds": sds.Config,
+    "vsd": vsd.Config,
+    "dmd": dmd.Config,
+    "add": add.Config,
+    "reflow": reflow.Config,
+    "regression": regression.Config,
 }
 """The settings of each method by name."""
 

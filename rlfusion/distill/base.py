@@ -6,8 +6,9 @@ a function on the student's own schedule, so that only one schedule and one tabl
     (1)  teacher(x_t, t, c) = (x0_hat, eps_hat),     x_t = alpha(t) x0 + sigma(t) eps  on the student's schedule
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,11 +19,14 @@ from rlfusion import spec
 from rlfusion.chain import Chain
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
+from rlfusion.distill.mapped import on_its_own
+from rlfusion.distill.pairs import Making, Pairs, make_pairs
 from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import EMA_RULES, Learner, Optimization
 from rlfusion.models import Card
 from rlfusion.pretrain import Draws, Fit, Loss
+from rlfusion.rollout import Settings as Workers
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,12 @@ class Teaching:
         teacher_card: of the teacher.
         chain: the sampler of the student.
         data: training samples in the student's space (latents, where the teacher has an autoencoder).
+        guidance: the weight w with which the teacher answers.
         seed: keys every draw.
         folder: of the run; a method may keep files of its own there.
+        workers: who makes pairs of the teacher.
+        say: tells the user.
+        stop: raises where a signal asked to stop; called where all work so far is saved.
     """
 
     teacher: nn.Module
@@ -48,8 +56,18 @@ class Teaching:
     teacher_card: Card
     chain: Chain
     data: Dataset
+    guidance: float
     seed: int
     folder: Path
+    workers: Workers = field(default_factory=Workers)
+    say: Callable[[str], None] = print
+    stop: Callable[[], None] = lambda: None
+
+    def pairs(self, making: Making, name: str = "pairs", source: Denoiser | None = None) -> Callable[[], Pairs]:
+        """What makes, or finds in ``folder/name``, pairs of the teacher; or of ``source``, a student as it was."""
+        own = (on_its_own(self.unguided), self.teacher_card, making, self.guidance)
+        model = own if source is None else (source, self.card, making, 0.0)
+        return partial(make_pairs, *model, self.folder / name, self.seed, self.workers, self.say, self.stop)
 
     @property
     def device(self) -> torch.device:

@@ -51,3 +51,8 @@ class OnSchedule(nn.Module):
         own = self.denoiser.schedule(at)
         c = (own.alpha.square() + own.sigma.square()).sqrt() / (l.alpha.square() + l.sigma.square()).sqrt()
         return self.denoiser(cast(c, x) * x, at.reshape(t.shape), cond)
+
+
+def on_its_own(teacher: nn.Module) -> nn.Module:
+    """The teacher within this wrapper, if it is in one: on the schedule that is its own."""
+    return teacher.denoiser if isinstance(teacher, OnSchedule) else teacher

@@ -42,7 +42,7 @@ class Fit:
         """
         loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
         loss.backward()
-        lr = self.optimization.optimizer.lr = self.rate(batch)
+        lr = self.optimization.optimizer.lr = rate(self.lr, self.warmup, batch, self.draw.total)
         norm = self.optimization.step()
         self.follow(batch)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
@@ -55,11 +55,6 @@ class Fit:
             for mine, theirs in zip(self.teacher.parameters(), self.denoiser.parameters()):
                 mine.lerp_(theirs, 1 - decay)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear rise, then a cosine to 0."""
-        rise = min(1.0, (step + 1) / (self.warmup + 1))
-        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * step / self.draw.total))
-
     def state_dict(self) -> dict:
         state = {"optimization": self.optimization.state_dict()}
         state |= {name: module.state_dict() for name, module in self.kept.items()}
@@ -71,3 +66,9 @@ class Fit:
             module.load_state_dict(state[name])
         if self.teacher is not self.denoiser:
             self.teacher.load_state_dict(state["teacher"])
+
+
+def rate(peak: float, warmup: int, step: int, total: int) -> float:
+    """The learning rate of a step: a linear rise to ``peak`` over ``warmup`` steps, a cosine to 0 over ``total``."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / total))

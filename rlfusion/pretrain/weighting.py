@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlfusion.errors import require_positive
+from rlfusion.errors import ConfigError, require_positive
 from rlfusion.kinds import Kind
 from rlfusion.parameterization import solve
 from rlfusion.schedule import Level
@@ -96,6 +96,23 @@ class VLB:
         return _own(kind, l, l.alpha * (l.alpha * l.d_sigma - l.d_alpha * l.sigma) / l.sigma**3)
 
 
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """w = SNR min(((alpha + sigma) / alpha)^2, cap): the error in u = x0 - eps of a network that is read as a rectified
+    flow in y = x / (alpha + sigma) (handbook 2.4.5, errata 48-52), whose weight on the eps error has no bound without
+    the cap as alpha -> 0.
+    """
+
+    cap: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.cap >= 1:
+            raise ConfigError(f"cap = {self.cap}: expected a number >= 1, the weight at clean data")
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l) * ((l.alpha + l.sigma) / l.alpha).square().clamp(max=self.cap))
+
+
 def _snr(l: Level) -> Tensor:
     return (l.alpha / l.sigma).square()
 
@@ -106,5 +123,5 @@ def _own(kind: str | Kind, l: Level, weight: Tensor) -> Tensor:
 
 
 WEIGHTS: Mapping[str, Callable[..., Weight]] = {
-    cls.__name__: cls for cls in (Own, SNR, Score, TruncatedSNR, SNRPlusOne, MinSNR, VLB)
+    cls.__name__: cls for cls in (Own, SNR, Score, TruncatedSNR, SNRPlusOne, MinSNR, VLB, RectifiedFlow)
 }

@@ -1,0 +1,63 @@
+"""A discriminator that tells real samples from a generator's, at noise levels or clean (DMD2, section 4.3; ADD).
+
+(1)  real and fake are noised alike, x_t = alpha x + sigma eps with noise of their own and one t, and D answers a
+     logit (B,) of (x_t, t, c);  clean: t = 0
+(2)  loss = d(D(real), D(fake)) + r1 / 2 |grad_x D(real_t)|^2
+"""
+
+import torch
+from torch import Tensor
+
+from rlfusion.learner import Optimization
+from rlfusion.nets.critic import Critic
+from rlfusion.objectives import Adversarial, gradient_penalty
+from rlfusion.pretrain import Draw
+from rlfusion.pretrain.times import Times
+from rlfusion.renoise import noised
+
+
+class Discriminator:
+    """Eq. (1) and (2). ``times`` is the law of t, or None for clean samples; the schedule is the critic's own."""
+
+    def __init__(
+        self, critic: Critic, losses: Adversarial, times: Times | None, r1: float, lr: float, weight_decay: float = 0.0
+    ) -> None:
+        self.critic, self.losses, self.times, self.r1 = critic, losses, times, r1
+        self.optimization = Optimization(critic, lr, weight_decay)
+
+    def update(self, draw: Draw, fake: Tensor) -> dict[str, Tensor]:
+        """A step of D on the draw's real samples and as many generated ones, (B, *), constants here.
+
+        Returns:
+            discriminator_loss and discriminator_accuracy, 0-dim.
+        """
+        real, t = self._noised(draw, draw.x0, "real")
+        real.requires_grad_(self.r1 > 0)
+        on_real, on_fake = self.critic(real, t, draw.cond), self._logits(draw, fake.detach())
+        loss = self.losses.discriminator(on_real, on_fake)
+        if self.r1:
+            loss = loss + self.r1 / 2 * gradient_penalty(on_real, real)
+        loss.mean().backward()
+        self.optimization.step()
+        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        return {"discriminator_loss": loss.detach().mean(), "discriminator_accuracy": right}
+
+    def generator_loss(self, draw: Draw, fake: Tensor) -> Tensor:
+        """The generator's loss (B,) of samples (B, *) with gradients; D's weights get none of it."""
+        self.critic.requires_grad_(False)
+        try:
+            return self.losses.generator(self._logits(draw, fake))
+        finally:
+            self.critic.requires_grad_(True)
+
+    def _logits(self, draw: Draw, fake: Tensor) -> Tensor:
+        x, t = self._noised(draw, fake, "fake")
+        return self.critic(x, t, draw.cond)
+
+    def _noised(self, draw: Draw, x: Tensor, whose: str) -> tuple[Tensor, Tensor]:
+        """Eq. (1)."""
+        schedule = self.critic.denoiser.schedule
+        if self.times is None:
+            return x, torch.zeros(len(x), dtype=torch.float64)
+        t = self.times(draw.u, schedule)
+        return noised(x, draw.normal(f"discriminator noise, {whose}", *x.shape), t, schedule), t

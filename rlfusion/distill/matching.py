@@ -1,0 +1,242 @@
+"""The learner of methods that move a generator's samples towards the teacher's law: SDS, VSD, DMD, ADD.
+
+In update n:
+
+    (1)  ``fake_updates`` times, on fresh samples of the generator, constants: a step of the fake denoiser, which learns
+         the generator's law by the denoising loss, and a step of the discriminator
+    (2)  a step of the generator G on
+             matching * 1/2 |G - sg(G - w (x0_fake - x0_real)(x_t))|^2,   x_t = G noised afresh      (objectives.pull)
+           + adversarial * g(D(G_t))
+           + regression * d(G(z), x_0)    on pairs (z, x_0) of the teacher (``pairs``)
+
+x0_real is the teacher's, guided if asked; x0_fake that of the fake denoiser, or without one G itself, which leaves out
+the entropy of the generator (SDS, ADD). Noise levels are the teacher's, so student and teacher may differ in all else.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion import spec
+from rlfusion.denoiser import Denoiser
+from rlfusion.distill.base import Settings, Teaching
+from rlfusion.distill.discriminator import Discriminator
+from rlfusion.distill.generator import Generator, Inputs
+from rlfusion.distill.mapped import on_its_own
+from rlfusion.errors import require_positive
+from rlfusion.learner import Optimization, average
+from rlfusion.nets.critic import Critic
+from rlfusion.objectives import MATCHING, Adversarial, MatchingWeight, pull
+from rlfusion.policy import Policy
+from rlfusion.pretrain import Draw, Loss, rate
+from rlfusion.pretrain.denoising import Denoising
+from rlfusion.pretrain.times import TIMES, Times
+from rlfusion.renoise import noised
+from rlfusion.schedule import level
+
+Drawing = Callable[[int], Draw]
+
+
+class Fake:
+    """The denoiser of the generator's own law: ``loss`` on its samples (handbook 3.2.3; VSD's phi, DMD's mu_fake)."""
+
+    def __init__(self, denoiser: Denoiser, loss: Loss, lr: float) -> None:
+        self.denoiser, self.loss = denoiser, loss
+        self.optimization = Optimization(denoiser, lr)
+
+    def update(self, draw: Draw, samples: Tensor) -> dict[str, Tensor]:
+        """A step on generated samples (B, *). Returns fake_loss, 0-dim."""
+        loss = self.loss(self.denoiser, self.denoiser, replace(draw, x0=samples.detach())).mean()
+        loss.backward()
+        self.optimization.step()
+        return {"fake_loss": loss.detach()}
+
+
+@dataclass(frozen=True)
+class Regression:
+    """d(G(z), x_0) on pairs: ``draw`` gives them, ``metric`` is d."""
+
+    draw: Drawing
+    metric: Callable[[Tensor, Tensor], Tensor]
+    weight: float
+
+    def __call__(self, generator: Generator, step: int) -> Tensor:
+        """The weighted loss (B,) of update ``step``: the generator's first answer to the noise of the pairs."""
+        draw = self.draw(step)
+        x = draw.eps * generator.policy.prior_std(generator.times)
+        return self.weight * self.metric(generator.policy.denoiser(x, generator.times[0], draw.cond).x0, draw.x0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What Eq. (1) and (2) are made of; a part that is None, or of weight 0, is not there."""
+
+    generator: Generator
+    teacher: nn.Module
+    weight: MatchingWeight
+    times: Times
+    matching: float = 1.0
+    fake: Fake | None = None
+    fake_updates: int = 1
+    discriminator: Discriminator | None = None
+    adversarial: float = 0.0
+    regression: Regression | None = None
+
+
+class Learner:
+    """Eq. (1) and (2). ``draw`` gives the real samples and all randomness: ``1 + fake_updates`` draws an update.
+
+    The generator's learning rate rises over ``warmup`` updates and falls to 0 along a cosine over ``total``; those of
+    the others do not change, since they follow the generator to the end.
+    """
+
+    def __init__(self, parts: Parts, draw: Drawing, optimization: Optimization, warmup: int, total: int) -> None:
+        self.parts, self.draw, self.optimization = parts, draw, optimization
+        self.lr, self.warmup, self.total = optimization.optimizer.lr, warmup, total
+
+    def update(self, batch: int) -> dict[str, float]:
+        """Update number ``batch``.
+
+        Returns:
+            loss, grad_norm, direction (the mean size of w (x0_fake - x0_real)), and what the parts add.
+
+        Raises:
+            NumericalError: a gradient is not finite.
+        """
+        follows = bool(self.parts.fake or self.parts.discriminator)
+        others = self.parts.fake_updates if follows else 0
+        first = batch * (1 + others)
+        records = [self._follow(self.draw(first + i)) for i in range(others)]
+        loss, record = self._loss(self.draw(first + others), batch)
+        loss.backward()
+        lr = self.optimization.optimizer.lr = rate(self.lr, self.warmup, batch, self.total)
+        norm = self.optimization.step()
+        return (average(records) if records else {}) | average([record]) | {"grad_norm": norm, "lr": lr}
+
+    def _follow(self, draw: Draw) -> dict[str, Tensor]:
+        """Eq. (1), once."""
+        with torch.no_grad():
+            samples = self.parts.generator(draw)
+        record = self.parts.fake.update(draw, samples) if self.parts.fake else {}
+        return record | (self.parts.discriminator.update(draw, samples) if self.parts.discriminator else {})
+
+    def _loss(self, draw: Draw, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. (2), the mean over the batch, and what to log of it."""
+        p, record = self.parts, {}
+        x = p.generator(draw)
+        loss = x.new_zeros(())
+        if p.matching:
+            real, fake, weight = self._predictions(draw, x.detach())
+            record["direction"] = (weight * (fake - real)).abs().mean()
+            loss = loss + p.matching * pull(x, fake, real, weight).mean()
+        if p.discriminator is not None and p.adversarial:
+            adversarial = p.discriminator.generator_loss(draw, x).mean()
+            record["adversarial"] = adversarial.detach()
+            loss = loss + p.adversarial * adversarial
+        if p.regression is not None:
+            regression = p.regression(p.generator, step).mean()
+            record["regression"] = regression.detach()
+            loss = loss + regression
+        return loss, record | {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def _predictions(self, draw: Draw, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x0_real, x0_fake (B, *) of x noised, and their weight."""
+        p, schedule = self.parts, self.parts.teacher.schedule
+        t = p.times(draw.u, schedule)
+        x_t = noised(x, draw.eps, t, schedule)
+        real = p.teacher(x_t, t, draw.cond).x0
+        fake = x if p.fake is None else p.fake.denoiser(x_t, t, draw.cond).x0
+        return real, fake, p.weight(level(schedule, t, x), x, real)
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict()}
+        return state | {name: part.optimization.state_dict() for name, part in self._others().items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state["optimization"])
+        for name, part in self._others().items():
+            part.optimization.load_state_dict(state[name])
+
+    def _others(self) -> dict[str, Fake | Discriminator]:
+        held = {"fake": self.parts.fake, "discriminator": self.parts.discriminator}
+        return {name: part for name, part in held.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Matching(Settings):
+    """The settings of every method of this family, beside those of all.
+
+    Attributes:
+        weight: w of the direction: KL(), Eps(), Alpha() or Normalized().
+        times: how the noise levels are drawn at which teacher and generator are compared: Uniform(margin=...),
+            LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
+    """
+
+    weight: str = "Eps()"
+    times: str = "Uniform(margin=0.02)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self._weight, self._times  # refuses what no table holds
+
+    @cached_property
+    def _weight(self) -> MatchingWeight:
+        return spec.parse(self.weight, MATCHING, "weight")
+
+    @cached_property
+    def _times(self) -> Times:
+        return spec.parse(self.times, TIMES, "distribution of times")
+
+    def check(self, teaching: Teaching) -> None:
+        """Every student and teacher will do: they meet in x0 alone."""
+
+    def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
+        """What ``Parts`` is made of, by name."""
+        generator = Generator(Policy(teaching.student, teaching.chain.make_kernel()), teaching.times, inputs)
+        settings = {"weight": self._weight, "times": self._times}
+        return {"generator": generator, "teacher": on_its_own(teaching.teacher), **settings}
+
+    def drawing(self, teaching: Teaching, each: int) -> Drawing:
+        """Draws of the data, ``each`` for every update."""
+        return self.draws(teaching, self.steps * each, self.name)
+
+
+@dataclass(frozen=True)
+class Following(Matching):
+    """Those of methods with a fake denoiser, beside them.
+
+    Attributes:
+        fake_lr: learning rate of the fake denoiser.
+        fake_updates: its steps, and those of a discriminator, for one of the generator.
+    """
+
+    fake_lr: float = 1e-3
+    fake_updates: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "fake_lr", "fake_updates")
+
+    def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
+        denoiser = trainable_copy(on_its_own(teaching.unguided))
+        fake = Fake(denoiser, Denoising(times=self.times), self.fake_lr)
+        return {**super().parts(teaching, inputs), "fake": fake, "fake_updates": self.fake_updates}
+
+
+def trainable_copy(denoiser: Denoiser) -> Denoiser:
+    """A copy of a denoiser, every parameter trained."""
+    return copy.deepcopy(denoiser).requires_grad_(True)
+
+
+def judging(teaching: Teaching, losses: Adversarial, times: Times | None, r1: float, lr: float) -> Discriminator:
+    """A discriminator that begins as the teacher's network, under a head that begins at 0: no sample is judged yet."""
+    critic = Critic(trainable_copy(on_its_own(teaching.unguided)), teaching.data.shape)
+    nn.init.zeros_(critic.head.weight)
+    nn.init.zeros_(critic.head.bias)
+    return Discriminator(critic.to(teaching.device), losses, times, r1, lr)

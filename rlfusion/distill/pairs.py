@@ -1,0 +1,227 @@
+"""Pairs of a teacher: noise, and where its probability-flow ODE takes it; made by the rollout workers, kept as shards.
+
+    (1)  x_1 = sigma(1) z,   x_0 = the end of the walk from x_1 by DDIM(eta=0) over K steps;     the pair is (x_0, z)
+
+Shard n holds the walks of rollout n of the plan of ``rlfusion.rollout``, so that a pair is a pure function of (seed,
+teacher, n, its number): any number of workers gives the same, and what is already there is not made again.
+
+    pairs/shard-00000.safetensors    x0 (N, *), eps (N, *), label (N,)
+    pairs/pairs.json                 whose pairs they are, and the SHA-256 of each shard
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlfusion import models
+from rlfusion.chain import Chain
+from rlfusion.checkpoint import write_json_atomic
+from rlfusion.data import Dataset
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError, require_positive
+from rlfusion.policy import Policy
+from rlfusion.pretrain import Draw, Draws
+from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
+from rlfusion.seeding import Key
+from rlfusion.tensors import Cond
+from rlfusion.trajectory import concatenate
+from rlfusion.weights import Weights, pack, sha256, unpack
+
+ITEM = 250
+"""Walks of a work item."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """How pairs are made.
+
+    Attributes:
+        count: pairs in all, spread evenly over the classes.
+        shard: pairs of a shard: what an interrupted job makes again at most.
+        steps: K, the teacher's steps.
+    """
+
+    count: int = 8000
+    shard: int = 2000
+    steps: int = 50
+
+    def __post_init__(self) -> None:
+        require_positive(self, "count", "shard", "steps")
+
+    def check(self, card: models.Card) -> None:
+        """Raise ConfigError where there are fewer pairs than classes."""
+        if self.count < card.classes:
+            raise ConfigError(f"count = {self.count}: expected a pair for each of the {card.classes} classes at least")
+
+    def chain(self, guidance: float) -> Chain:
+        """The chain of Eq. (1), with the weight w of the teacher's classifier-free guidance."""
+        return Chain(steps=self.steps, kernel="DDIM(eta=0.0)", guidance=guidance)
+
+
+class Pairs(NamedTuple):
+    """x0 (N, *), eps (N, *), label (N,) int64, on the CPU."""
+
+    x0: Tensor
+    eps: Tensor
+    label: Tensor
+
+
+class PairDraws:
+    """Draws as of supervised training, whose noise is that of the pair. ``pairs`` is asked at the first draw."""
+
+    def __init__(
+        self, pairs: Callable[[], Pairs], classes: int, batch: int, total: int, device: torch.device, *key: Key
+    ) -> None:
+        """``total`` is the steps of the training, ``key`` = (seed, purpose)."""
+        self.pairs, self.classes, self.batch, self.total = pairs, classes, batch, total
+        self.device, self.key = device, key
+
+    @cached_property
+    def _held(self) -> tuple[Draws, Tensor]:
+        pairs = self.pairs()
+        data = Dataset(pairs.x0, pairs.label, tuple(str(i) for i in range(self.classes)))
+        return Draws(data, self.batch, 0.0, self.total, self.device, *self.key), pairs.eps.to(self.device)
+
+    def __call__(self, step: int) -> Draw:
+        """What step ``step`` draws."""
+        draws, eps = self._held
+        draw = draws(step)
+        return replace(draw, eps=eps[draw.index])
+
+
+def make_pairs(
+    teacher: Denoiser,
+    card: models.Card,
+    making: Making,
+    guidance: float,
+    folder: Path,
+    seed: int,
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    stop: Callable[[], None] = lambda: None,
+) -> Pairs:
+    """The pairs of ``teacher``, the model of ``card``, from ``folder`` as far as they are there.
+
+    A shard that is damaged, or of another teacher, is renamed
+    ``*.corrupt``, told, and made again. ``stop`` is called after every shard, and may raise.
+    """
+    chain = making.chain(guidance)
+    policy = chain.policy(teacher, card.names)
+    weights = Weights.of(policy, 0)
+    held = _Shards(folder, _identity(card, chain, making.shard, seed, weights))
+    sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]
+    missing = [n for n in range(len(sizes)) if not held.sound(n, say)]
+    if missing:
+        device = str(next(policy.parameters()).device)
+        with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
+            for n in missing:
+                held.write(n, _walk(backend, weights, card.classes, seed, n, sizes[n]))
+                stop()
+    parts = [held.read(n) for n in range(len(sizes))]
+    return Pairs(*(torch.cat([part[name] for part in parts]) for name in Pairs._fields))
+
+
+def _walk(backend: Backend, weights: Weights, classes: int, seed: int, n: int, size: int) -> dict[str, Tensor]:
+    """Eq. (1) for the ``size`` pairs of shard n, class by class in turn."""
+    each = -(-size // classes)
+    items = plan(seed, n, classes, each, ITEM, classes, weights.version)
+    walks = concatenate(backend.collect(items, weights)).to("cpu")
+    shape = tuple(walks.x.shape[2:])
+    chosen = torch.arange(each * classes).reshape(classes, each).T.flatten()[:size]
+    eps = rollout_noise(seed, n, chosen.tolist(), 0, shape)[:, 0]
+    return {"x0": walks.x[chosen, -1], "eps": eps, "label": walks.group[chosen]}
+
+
+def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
+    """The teacher's task of one worker, from plain data: the builder that rollout backends call."""
+    torch.set_num_threads(config["threads"])
+    card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
+    denoiser = models.build(card)
+    models.load_space(denoiser, blobs.get("space"))
+    policy = chain.policy(denoiser.to(config["device"]), card.names)
+    return Task(
+        policy=policy,
+        grid=chain.grid,
+        shape=policy.space.latent(card.shape),
+        conditions=torch.arange(card.classes),
+        decode=_as_it_is,
+        reward=_nothing,
+        reward_name="none",
+        device=config["device"],
+        needs=prefix(chain.moves, chain.moves),
+    )
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    """Nobody looks at the samples: there is nothing to decode."""
+    return x
+
+
+def _nothing(samples: Tensor, cond: Cond) -> Tensor:
+    """The environment asks for a reward at the end of the walk; pairs have none."""
+    return samples.new_zeros(len(samples))
+
+
+def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settings: Settings) -> Recipe:
+    described = {
+        "card": asdict(card),
+        "chain": asdict(chain),
+        "threads": settings.threads,
+        "device": device.partition(":")[0] if settings.workers else device,  # Ray shows a worker its own GPU alone
+    }
+    return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))
+
+
+def _identity(card: models.Card, chain: Chain, shard: int, seed: int, weights: Weights) -> str:
+    """16 hex digits over all that the pairs depend on, but for how many there are."""
+    about = {**asdict(chain), "shard": shard, "seed": seed, "model": asdict(card.config), "names": card.names}
+    return hashlib.sha256((json.dumps(about, sort_keys=True) + weights.sha256).encode()).hexdigest()[:16]
+
+
+class _Shards:
+    """The files of one folder, and their manifest."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+        folder.mkdir(parents=True, exist_ok=True)
+        self.manifest = folder / "pairs.json"
+        held = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
+        self.known: dict[str, str] = held.get("shards", {}) if held.get("identity") == identity else {}
+
+    def path(self, n: int) -> Path:
+        return self.folder / f"shard-{n:05d}.safetensors"
+
+    def sound(self, n: int, say: Callable[[str], None]) -> bool:
+        """The shard is there and is what was written for this teacher; another file in its place is set aside."""
+        path = self.path(n)
+        if not path.is_file():
+            return False
+        if sha256(path.read_bytes()) == self.known.get(path.name):
+            return True
+        aside = path.with_suffix(".corrupt")
+        path.replace(aside)
+        say(f"pairs {path} are damaged or another teacher's: set aside as {aside.name}, and made again")
+        return False
+
+    def write(self, n: int, tensors: dict[str, Tensor]) -> None:
+        """The shard, then the manifest that knows it; each is whole or as it was."""
+        blob, path = pack(tensors), self.path(n)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        self.known[path.name] = sha256(blob)
+        write_json_atomic(self.manifest, {"identity": self.identity, "shards": self.known})
+
+    def read(self, n: int) -> dict[str, Tensor]:
+        return unpack(self.path(n).read_bytes())
