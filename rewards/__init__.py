@@ -1,26 +1,42 @@
 """Rewards: one file each; ``build`` makes one by name, ``score`` checks what it answers."""
 
-from rlfusion.rewards.base import Learned, Reward, RewardError, score
+from rlfusion.rewards.base import Learned, Reward, RewardError, RewardFailure, score, valid
 from rlfusion.rewards.class_logprob import ClassLogProb
+from rlfusion.rewards.grouped import GroupWise, PairWise, needs_groups
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from rlfusion.rewards.registry import REWARDS, build, facts, find
+from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, facts, find, labels, names_of
+from rlfusion.rewards.remote import Remote
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
+from rlfusion.rewards.wrapped import Care, bare, caches
 
 __all__ = [
     "REWARDS",
+    "Care",
     "ClassLogProb",
+    "GroupWise",
     "JpegCompressibility",
     "JpegIncompressibility",
     "Learned",
+    "PairWise",
+    "Remote",
     "Reward",
     "RewardError",
+    "RewardFailure",
     "WeightedSum",
+    "asks",
+    "bare",
     "build",
+    "caches",
+    "everywhere",
     "facts",
     "find",
     "ink",
+    "labels",
+    "names_of",
+    "needs_groups",
     "score",
     "symmetry",
+    "valid",
 ]

@@ -5,9 +5,11 @@ condition that they were drawn for, and the answer is one finite number a sample
 if autograd passes through it. A result that is missing, short or not finite is an error, never a zero.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from rlfusion.tensors import Cond
 
 NAMED = 10
 """How many offending items an error names."""
+FEWEST = 2
+_log = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
@@ -40,22 +44,70 @@ class Learned(nn.Module, ABC):
 class RewardError(NumericalError):
     """A reward's result is not one finite number a sample."""
 
+    kind = "reward failure"
+
+
+class RewardFailure(RewardError):
+    """A reward could not score some of its samples, and says which and why; the others' values are good.
+
+    Attributes:
+        name: the reward.
+        values: (B,), NaN where it failed.
+        reasons: why, by the number of the sample.
+    """
+
+    def __init__(self, name: str, values: Tensor, reasons: Mapping[int, str]) -> None:
+        super().__init__(name, values, dict(reasons))
+        self.name, self.values, self.reasons = name, values, dict(reasons)
+
+    def __str__(self) -> str:
+        whole = len(self.reasons) == len(self.values) and len(set(self.reasons.values())) == 1
+        said = [f"item {i}: {reason}" for i, reason in self.reasons.items()]
+        said = [*self.reasons.values()][:1] if whole else said
+        more = f"; and {len(said) - NAMED} more" if len(said) > NAMED else ""
+        listed = "; ".join(said[:NAMED])
+        return f"reward {self.name!r} failed for {len(self.reasons)} of {len(self.values)} samples: {listed}{more}"
+
+    @classmethod
+    def of_all(cls, name: str, count: int, reason: str) -> Self:
+        """One reason why none of ``count`` samples was scored."""
+        return cls(name, torch.full((count,), torch.nan), dict.fromkeys(range(count), reason))
+
 
 def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool = False) -> Tensor:
     """The checked result of a reward, (B,), on the device of ``samples``, in float32 (float64 for float64 samples).
 
     With ``masked`` a NaN says that the reward failed for that sample, and passes; who asked for that drops the sample.
+    So do the samples of a ``RewardFailure``, whose reasons are logged.
 
     Gradients pass. An exception inside the reward propagates with a note that names the reward.
 
     Raises:
         RewardError: the result is not a tensor, not (B,), not real numbers, or not finite; it names reward and items.
+        RewardFailure: the reward says which samples it could not score, and not ``masked``.
     """
     try:
         result = reward(samples, cond)
+    except RewardFailure as failure:
+        if not masked:
+            raise
+        _log.warning("%s", failure)
+        result = failure.values
     except Exception as error:  # whatever a user's reward raises, re-raised
         error.add_note(f"raised by the reward {name!r} on samples {tuple(samples.shape)}")
         raise
+    result = well_formed(result, samples, name)
+    checked = result.detach()
+    _require_finite(checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) if masked else checked, name)
+    return result
+
+
+def well_formed(result: object, samples: Tensor, name: str) -> Tensor:
+    """What a reward answered, (B,), on the device of ``samples``, in float32 (float64 for float64 samples).
+
+    Raises:
+        RewardError: it is not a tensor, not (B,), or not real numbers.
+    """
     if not isinstance(result, Tensor):
         raise RewardError(
             f"reward {name!r} answered {type(result).__name__}: expected a tensor of shape ({len(samples)},)"
@@ -64,10 +116,22 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
         raise RewardError(f"reward {name!r} answered shape {tuple(result.shape)}: expected ({len(samples)},)")
     if result.is_complex():
         raise RewardError(f"reward {name!r} answered {result.dtype}: expected real numbers")
-    result = result.to(samples.device, torch.promote_types(samples.dtype, torch.float32))
-    checked = result.detach()
-    _require_finite(checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) if masked else checked, name)
-    return result
+    return result.to(samples.device, torch.promote_types(samples.dtype, torch.float32))
+
+
+def valid(values: Tensor, name: str, most: float) -> tuple[Tensor, float]:
+    """Where ``values`` (B,) are numbers, and the share of those that failed.
+
+    Raises:
+        RewardError: more than the share ``most`` of them failed, or all but one.
+    """
+    fine = ~values.isnan()
+    failed = 1 - fine.double().mean().item()
+    if failed > most or int(fine.sum()) < min(FEWEST, len(values)):
+        raise RewardError(
+            f"reward {name!r} failed for {failed:.0%} of {len(values)} samples: expected at most max_failed = {most:g}"
+        )
+    return fine, failed
 
 
 def _require_finite(result: Tensor, name: str) -> None:

@@ -1,7 +1,8 @@
 """From a name and its options to a reward.
 
-A name is, in this order, a row of ``REWARDS``, ``package.module:name``, or an entry point of the group
-``rlfusion.rewards``. What it names is one of
+A name is, in this order, a row of ``REWARDS``, the address of a server, ``http://host:port`` (``remote``),
+``path/to/file.py:name``, ``package.module:name``, or an entry point of the group ``rlfusion.rewards``. What it names is
+one of
 
     a reward    a module, or a callable with just two required positional parameters, (samples, cond); options set
                 the others
@@ -13,11 +14,18 @@ words declares ``prompts``.
 """
 
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import nn
 
@@ -26,8 +34,10 @@ from rlfusion.rewards.base import Reward
 from rlfusion.rewards.class_logprob import ClassLogProb
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from rlfusion.rewards.remote import Remote, is_url
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
+from rlfusion.rewards.wrapped import Care
 
 GROUP = "rlfusion.rewards"
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -39,6 +49,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
 }
 
 Options = Mapping[str, Mapping[str, Any]]
+NO_CARE = Care()
 
 
 def facts(prompts: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
@@ -47,24 +58,43 @@ def facts(prompts: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
 
 
 def build(
-    reward: str | Mapping[str, float], options: Options | None = None, facts: Mapping[str, Any] | None = None
+    reward: str | Mapping[str, float],
+    options: Options | None = None,
+    facts: Mapping[str, Any] | None = None,
+    care: Care = NO_CARE,
+    made: Mapping[str, Reward] | None = None,
 ) -> Reward:
     """One reward by name, or the ``WeightedSum`` of several by ``{name: weight}``.
 
     ``options`` holds the settings of each by its name: ``{"jpeg_compressibility": {"quality": 80}}``; ``facts`` (the
-    function of that name makes them) fill in what they leave open.
+    function of that name makes them) fill in what they leave open. ``care`` is put around each. ``made`` are those
+    that exist already, by name.
 
     Raises:
         ConfigError: an unknown name or option (with the nearest one), a missing or unusable option, options for a
             reward that is not in use, or a thing that is no reward.
     """
-    names = [reward] if isinstance(reward, str) else list(reward)
-    options = options or {}
+    names, options = names_of(reward), options or {}
     for name in options:
         if name not in names:
             raise unknown("reward in the options", name, names)
-    built = {name: _build(name, options.get(name) or {}, facts or {}) for name in names}
+    built = dict(made or {})
+    for name in names:
+        given = options.get(name) or {}
+        one = built[name] if name in built else _build(name, given, facts or {})
+        built[name] = care.around(one, name, json.dumps([name, given], sort_keys=True, default=str))
+    built = {name: built[name] for name in names}
     return built[reward] if isinstance(reward, str) else WeightedSum(built, reward)
+
+
+def asks(name: str) -> set[str]:
+    """Which facts of the model the reward of that name asks for."""
+    return {"prompts", "shape", "classes"} & set(inspect.signature(find(name)).parameters)
+
+
+def names_of(reward: str | Mapping[str, float]) -> list[str]:
+    """The names in a setting."""
+    return [reward] if isinstance(reward, str) else list(reward)
 
 
 def find(name: str) -> Callable[..., Any]:
@@ -75,6 +105,8 @@ def find(name: str) -> Callable[..., Any]:
     """
     if name in REWARDS:
         return REWARDS[name]
+    if is_url(name):
+        return functools.partial(Remote, name)
     found = _from_module(name) if ":" in name else _from_entry_point(name)
     if not callable(found):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}: expected a function, a class or a callable")
@@ -82,24 +114,71 @@ def find(name: str) -> Callable[..., Any]:
 
 
 def _from_module(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":")
     if not module_name or not attribute:
-        raise ConfigError(f"reward {name!r}: expected package.module:name")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module was found, something that it needs was not
-        raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+        raise ConfigError(f"reward {name!r}: expected package.module:name or path/to/file.py:name")
+    module = _load_file(name, Path(module_name)) if module_name.endswith(".py") else _import(name, module_name)
     if attribute not in vars(module):
         raise unknown(f"name in module {module_name!r}", attribute, [n for n in vars(module) if n[0] != "_"])
     return vars(module)[attribute]
 
 
+def _import(name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module was found, something that it needs was not
+        raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+
+
+def _load_file(name: str, path: Path) -> ModuleType:
+    """The module that a file holds, once a process; a file that changed is another module."""
+    if not path.is_file():
+        raise ConfigError(f"reward {name!r}: no file {str(path)!r} (from the folder {str(Path.cwd())!r})")
+    path = path.resolve()
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
+    module_name = f"rlfusion_reward_{path.stem}_{digest}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def everywhere(name: str) -> str:
+    """The name by which a process with another working directory, too, finds the reward."""
+    file, colon, attribute = name.rpartition(":")
+    if name in REWARDS or is_url(name) or not file.endswith(".py"):
+        return name
+    return f"{Path(file).resolve()}{colon}{attribute}"
+
+
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """A short name of each, for logs and folders: the last part where that tells them apart, else the whole."""
+    short = {name: _label(name) for name in names}
+    alike = [label for label in short.values()]
+    return {name: label if alike.count(label) == 1 else name for name, label in short.items()}
+
+
+def _label(name: str) -> str:
+    if is_url(name):
+        first, *others = [urlsplit(url).netloc.replace(":", "-") for url in name.split(",")]
+        return f"{first}+{len(others)}" if others else first
+    return name.partition("(")[0].rpartition(":")[2]
+
+
 def _from_entry_point(name: str) -> Any:
     points = entry_points(group=GROUP)
     if name not in points.names:
-        raise ConfigError(f"{unknown('reward', name, {*REWARDS, *points.names})} (or package.module:name)")
+        raise ConfigError(
+            f"{unknown('reward', name, {*REWARDS, *points.names})} (or package.module:name, path/to/file.py:name, http://host:port)"
+        )
     return points[name].load()
 
 

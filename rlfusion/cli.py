@@ -1,4 +1,4 @@
-"""The command line: ``rlfusion finetune | compare | pretrain | distill | sample | evaluate``.
+"""The command line: ``rlfusion finetune | compare | pretrain | distill | sample | evaluate | ...``.
 
 Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what was expected, the nearest valid name),
 4 numerical failure, 75 stopped by a signal after saving (resume with --resume).
@@ -41,6 +41,8 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
+  rlfusion check-reward NAME                 is a reward fit to be trained on? (docs/rewards.md)
+  rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
   tensorboard --logdir runs                  all runs, with before/after grids
 
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
@@ -51,6 +53,7 @@ PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
+RESUMABLE = ("finetune", "compare", "pretrain", "pretrain-autoencoder")
 RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
 
 
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rlfusion: {_one_line(error)}", file=sys.stderr)
         return BAD_CONFIG
     except NumericalError as error:
-        print("\n".join(["rlfusion: numerical failure: " + str(error), *_notes(error)]), file=sys.stderr)
+        print("\n".join([f"rlfusion: {error.kind}: {error}", *_notes(error)]), file=sys.stderr)
         return NUMERICAL
     except KeyboardInterrupt:
         print("rlfusion: interrupted", file=sys.stderr)
@@ -208,6 +211,25 @@ def _evaluate(arguments: list[str]) -> None:
     commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _chain_of(_told(arguments, "checkpoint"))))
 
 
+def _check_reward(arguments: list[str]) -> None:
+    from rlfusion import commands
+    from rlfusion.reward_check import CheckReward
+
+    commands.run_check_reward(parse(CheckReward, "check-reward", _reward_first(arguments)))
+
+
+def _serve_reward(arguments: list[str]) -> None:
+    from rlfusion import commands
+    from rlfusion.serving import Serve
+
+    commands.run_serve_reward(parse(Serve, "serve-reward", _reward_first(arguments)))
+
+
+def _reward_first(arguments: list[str]) -> list[str]:
+    """``NAME ...`` as ``--reward NAME ...``."""
+    return ["--reward", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
 def _chain_of(model: str | None) -> dict[str, Any]:
     """The chain that a model was made with, as defaults; none for no model."""
     from rlfusion.models import load_card
@@ -224,6 +246,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
     "sample": _sample,
     "evaluate": _evaluate,
+    "check-reward": _check_reward,
+    "serve-reward": _serve_reward,
 }
 
 
@@ -245,7 +269,7 @@ def parse(
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
         description=settings.__doc__.splitlines()[0],
-        epilog=RESUMING if command not in ("sample", "evaluate") else None,
+        epilog=RESUMING if command in RESUMABLE else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

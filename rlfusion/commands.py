@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlfusion import autoencoding, checkpoint, comparison, config, models
@@ -19,7 +20,9 @@ from rlfusion.finetune import HEADLINES, finetune
 from rlfusion.measure import Judged, draw, make_reward, measure
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
+from rlfusion.reward_check import CheckReward, check_reward
 from rlfusion.run import Signals, locked, new_folder, pick_device, set_numerics
+from rlfusion.serving import Serve, serve
 from rlfusion.tracking import grid, save_png
 
 COLUMNS = 10
@@ -130,6 +133,29 @@ def run_evaluate(settings: config.Evaluate) -> None:
     _print(Console(), result, settings.checkpoint)
     if settings.out:
         checkpoint.write_json_atomic(Path(settings.out), result)
+
+
+def run_check_reward(settings: CheckReward) -> None:
+    """Check a reward, and print what was found, row by row.
+
+    Raises:
+        ConfigError: it fails a check.
+    """
+    table = Table(title=f"reward {settings.reward}")
+    for name in ("check", "", "what was seen"):
+        table.add_column(name, overflow="fold")
+    failed = []
+    for check, verdict, said in check_reward(settings):
+        table.add_row(check, verdict, escape(said))
+        failed += [check] if verdict == "FAILS" else []
+    Console().print(table)
+    if failed:
+        raise ConfigError(f"reward {settings.reward!r} fails: {', '.join(failed)}")
+
+
+def run_serve_reward(settings: Serve) -> None:
+    """Serve a reward until a signal."""
+    serve(settings, lambda said: print(said, flush=True))
 
 
 def new_run(settings: Any, name: str) -> tuple[Any, Path]:

@@ -14,9 +14,10 @@ from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.chain import Chain
 from rlfusion.denoiser import Precision
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.errors import ConfigError, require_not_negative, require_positive, unknown
 from rlfusion.guard import Config as Guards
 from rlfusion.monitor import Config as Monitoring
+from rlfusion.rewards import Care, labels, names_of
 from rlfusion.rollout import Limits, Settings
 
 
@@ -181,13 +182,15 @@ class Finetune:
             the labels are random, so that the base follows its prompt in part of its samples only.
         lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
             ends of layers' names by commas; empty trains all weights. The saved model has them merged.
-        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name, or a
-            mapping of such names to weights.
-        reward_options: settings of each named reward.
+        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name,
+            path/to/file.py:name, http://host:port, or a mapping of such names to weights (docs/rewards.md).
+        reward_options: settings of each named reward, those of ``monitor.held_out`` among them.
         reward_normalize: several rewards: "none" adds them as they are; "group" and "batch" give each mean 0 and std 1
             over the prompt's walks, or the rollout's, before its weight.
         reward_failures: a reward that is NaN for a sample is an error ("error"), or the sample is left out ("mask").
         max_failed: share of a rollout whose rewards may fail before that is an error after all.
+        reward_timeout_s: a reward that takes longer for one batch has failed for it; 0 sets no limit.
+        reward_cache: samples whose rewards each process remembers, should a batch be scored again; 0 for none.
         budget_queries: rewards asked for after which the training ends, however many updates are left; 0 sets no limit.
         updates: rollouts, each followed by the learner's updates.
         chain: the sampling chain that is trained.
@@ -214,6 +217,8 @@ class Finetune:
     reward_normalize: Literal["none", "group", "batch"] = "none"
     reward_failures: Literal["error", "mask"] = "error"
     max_failed: float = 0.1
+    reward_timeout_s: float = 0.0
+    reward_cache: int = 0
     updates: int = 24
     budget_queries: int = 0
     chain: Chain = field(default_factory=Chain)
@@ -227,7 +232,8 @@ class Finetune:
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")
-        require_not_negative(self, "budget_queries")
+        require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
+        self._require_known_options()
         lora.parse(self.lora)
         if not 0 <= self.max_failed < 1:
             raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
@@ -243,6 +249,16 @@ class Finetune:
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
         _ = self.settings  # refuses what no backend can use
 
+    def _require_known_options(self) -> None:
+        names = [*names_of(self.reward), *self.monitor.held_out]
+        for name in self.reward_options:
+            if name not in names:
+                raise unknown("reward in the options", name, names)
+
+    def options_of(self, *names: str) -> dict[str, dict[str, Any]]:
+        """The options of these rewards."""
+        return {name: options for name, options in self.reward_options.items() if name in names}
+
     @property
     def settings(self) -> Settings:
         """The backend's settings."""
@@ -251,8 +267,17 @@ class Finetune:
     @property
     def reward_name(self) -> str:
         """The reward in a word, for tables and folder names."""
-        names = [self.reward] if isinstance(self.reward, str) else list(self.reward)
-        return "+".join(name.partition("(")[0].rpartition(":")[2] for name in names)
+        return "+".join(label.replace("/", "-") for label in labels(names_of(self.reward)).values())
+
+    @property
+    def may_fail(self) -> float | None:
+        """The share of rewards that may fail; None where none may."""
+        return self.max_failed if self.reward_failures == "mask" else None
+
+    @property
+    def care(self) -> Care:
+        """How rewards are called."""
+        return Care(self.reward_timeout_s, self.reward_cache)
 
     @property
     def default_name(self) -> str:

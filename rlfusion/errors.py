@@ -9,7 +9,9 @@ class ConfigError(ValueError):
 
 
 class NumericalError(ArithmeticError):
-    """A non-finite number where a finite one is needed (exit code 4)."""
+    """A non-finite number where a finite one is needed (exit code 4). ``kind`` is what the command line calls it."""
+
+    kind = "numerical failure"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:

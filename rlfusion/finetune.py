@@ -20,7 +20,7 @@ from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.collector import Collector
-from rlfusion.config import Finetune
+from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.evaluate import require_bound, require_independent
@@ -37,12 +37,12 @@ from rlfusion.pretraining import (
     seen,
 )
 from rlfusion.progress import Progress
-from rlfusion.rewards import Reward, build, facts, find, score
+from rlfusion.rewards import Reward, build, facts, find, names_of, score
 from rlfusion.rollout import make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
-from rlfusion.tasks import make_task, recipe
+from rlfusion.tasks import make_task, recipe, require_whole_groups
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
@@ -83,21 +83,22 @@ class Job:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure the averaged weights with the chain's own sampler, and log it."""
-        c = self.config
         with self.learner.optimization.ema.averaged():
-            result = measure(self.policy, self.times, self.judged, self.reward, c.reward_name, c.evaluation, c.seed)
+            result = self._measure(self.policy, self.config.evaluation)
             self.tracker.scalars(step, "evaluation", result)
-            if c.evaluation.deterministic:
+            if self.config.evaluation.deterministic:
                 self.tracker.scalars(step, "evaluation_ode", self._ode())
         return result
 
     def _ode(self) -> dict[str, float]:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
-        c = self.config
         policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())
-        settings = replace(c.evaluation, bits_per_dim=False)  # no density
-        result = measure(policy, self.times, self.judged, self.reward, c.reward_name, settings, c.seed)
+        result = self._measure(policy, replace(self.config.evaluation, bits_per_dim=False))  # no density
         return {name: result[name] for name in ("reward", "agreement", "frechet")}
+
+    def _measure(self, policy: Policy, settings: Evaluation) -> dict[str, float]:
+        c = self.config
+        return measure(policy, self.times, self.judged, self.reward, c.reward_name, settings, c.seed, c.may_fail)
 
     def picture(self, step: int, name: str) -> Tensor:
         """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard."""
@@ -137,11 +138,14 @@ def check(config: Finetune) -> None:
     policy = config.chain.policy(denoiser, card.names)
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)
-    reward = build(config.reward, config.reward_options, facts(card.names, card.shape))
+    options = config.options_of(*names_of(config.reward))
+    reward = build(config.reward, options, facts(card.names, card.shape), config.care)
+    require_whole_groups(config, card.classes, reward)
     config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
     for name in config.monitor.held_out:
         find(name)
-    score(reward, to_pixels(data.x[:TRIED]), data.label[:TRIED], config.reward_name)
+    label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
+    score(reward, to_pixels(data.x[:TRIED]), label, config.reward_name, config.reward_failures == "mask")
 
 
 def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, progress: Progress) -> Job:
@@ -160,7 +164,8 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     times = config.chain.times(denoiser)
     data = load(config.pretrain.data, config.pretrain.size)
     judged = Judged.of(data, config.pretrain.held_out, root, device)
-    reward = make_reward(config.reward, config.reward_options, judged.train, root)
+    options = config.options_of(*names_of(config.reward))
+    reward = make_reward(config.reward, options, judged.train, root, config.care)
     require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
@@ -229,7 +234,8 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
 
 def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
     item = collector.items(-1, weights.version)[0]
-    small = replace(item, groups=item.groups[:PREFLIGHT_SAMPLES])
+    each = job.config.rollout.samples_per_prompt
+    small = replace(item, groups=item.groups[: max(1, PREFLIGHT_SAMPLES // each) * each])  # whole prompts
     batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), job.config)
     found = preflight(job.learner, batch)
     if found.get("reward_std") == 0:

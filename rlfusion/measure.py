@@ -14,11 +14,12 @@ from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward, build, facts, score
+from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
 from rlfusion.sampling import chain_noise, sample, walk
 from rlfusion.seeding import Key
 
 CHUNK = 500
+NO_CARE = Care()
 GRID_ROWS, GRID_COLUMNS = 8, 20
 
 
@@ -54,18 +55,21 @@ def require_judgeable(data: Dataset, held_out: float) -> None:
 
 
 def make_reward(
-    reward: str | dict[str, float], options: dict[str, dict[str, Any]], train: Dataset, root: Path
+    reward: str | dict[str, float],
+    options: dict[str, dict[str, Any]],
+    train: Dataset,
+    root: Path,
+    care: Care = NO_CARE,
 ) -> Reward:
     """The reward that settings name. A class_logprob without weights gets the classifier of ``train``, from the cache.
 
     Raises:
         ConfigError: an unknown reward or option.
     """
-    names = [reward] if isinstance(reward, str) else list(reward)
-    if "class_logprob" in names and not options.get("class_logprob", {}).get("weights"):
+    if "class_logprob" in names_of(reward) and not options.get("class_logprob", {}).get("weights"):
         weights = str(classifier.cached(train, classifier.REWARD, root))
         options = {**options, "class_logprob": {**options.get("class_logprob", {}), "weights": weights}}
-    return build(reward, options, facts(train.names, train.shape))
+    return build(reward, options, facts(train.names, train.shape), care)
 
 
 def reward_parts(reward: Reward) -> dict[str, Tensor]:
@@ -108,12 +112,15 @@ def measure(
     reward_name: str,
     settings: Evaluation,
     seed: int,
+    max_failed: float | None = None,
 ) -> dict[str, float]:
     """reward and reward_std (where there is a reward), all of ``evaluate.Report`` and, if asked, bits_per_dim, by name.
 
+    With ``max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are averaged.
+
     Raises:
         ConfigError: bits per dimension are asked for and not defined.
-        NumericalError: a sample or a reward is not finite.
+        NumericalError: a sample or a reward is not finite, or too many failed.
     """
     bits = evaluate.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
     device = next(policy.parameters()).device
@@ -122,7 +129,10 @@ def measure(
     result = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict() | bits
     if reward is None:
         return result
-    value = score(reward, samples, label, reward_name)
+    value = score(reward, samples, label, reward_name, masked=max_failed is not None)
+    if max_failed is not None:
+        fine, result["reward_failed"] = valid(value, reward_name, max_failed)
+        value = value[fine]
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.evaluate import agreement, class_spread, features, frechet_distance, image_statistics
 from rlfusion.evaluate.report import Judge
-from rlfusion.rewards import Reward, score
+from rlfusion.rewards import Reward, score, valid
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,19 @@ class Monitor:
     """Compares samples with the base model's."""
 
     def __init__(
-        self, config: Config, judge: Judge, rewards: Mapping[str, Reward], base: Tensor, label: Tensor
+        self,
+        config: Config,
+        judge: Judge,
+        rewards: Mapping[str, Reward],
+        base: Tensor,
+        label: Tensor,
+        max_failed: float | None = None,
     ) -> None:
         """``rewards`` are the trained one, named "reward", and those held out; ``base`` (B, C, H, W) the base model's
-        samples for ``label`` (B,).
+        samples for ``label`` (B,). With ``max_failed`` up to that share of a reward's values may fail.
         """
         self.config, self.judge, self.rewards, self.label = config, judge, rewards, label
+        self.max_failed = max_failed
         self.base = features(judge, base)
         self.spread = _spread(self.base, label)
         self.images = image_statistics(base)._asdict()
@@ -98,7 +105,7 @@ class Monitor:
         of their walks.
         """
         ours, images = features(self.judge, samples), image_statistics(samples)._asdict()
-        seen = {name: score(reward, samples, self.label, name).mean().item() for name, reward in self.rewards.items()}
+        seen = {name: self._mean(name, samples) for name in self.rewards}
         seen["agreement"] = agreement(self.judge, ours, self.label)
         seen["diversity"] = _spread(ours, self.label) / self.spread
         seen["frechet_base"] = frechet_distance(ours, self.base)
@@ -106,6 +113,13 @@ class Monitor:
             std = was.std(correction=0).clamp(min=1e-6)
             seen[name] = ((images[name].mean() - was.mean()) / std).item()
         return seen if kl is None else seen | {"kl": kl}
+
+    def _mean(self, name: str, samples: Tensor) -> float:
+        """The mean of one reward, over those that did not fail."""
+        value = score(self.rewards[name], samples, self.label, name, masked=self.max_failed is not None)
+        if self.max_failed is not None:
+            value = value[valid(value, name, self.max_failed)[0]]
+        return value.mean().item()
 
     def alarms(self, seen: dict[str, float]) -> list[str]:
         """What has run away, a sentence each."""

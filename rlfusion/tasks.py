@@ -9,9 +9,21 @@ import torch
 from rlfusion import lora, models
 from rlfusion.chain import Chain
 from rlfusion.config import Finetune
+from rlfusion.errors import ConfigError
 from rlfusion.measure import reward_parts
 from rlfusion.policy import Policy
-from rlfusion.rewards import Learned, Reward, WeightedSum, build, facts
+from rlfusion.rewards import (
+    Care,
+    Learned,
+    Reward,
+    WeightedSum,
+    bare,
+    build,
+    everywhere,
+    facts,
+    names_of,
+    needs_groups,
+)
 from rlfusion.rollout import Needs, Recipe, Task
 from rlfusion.weights import pack, unpack
 
@@ -24,7 +36,8 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     denoiser.precision = config["precision"]
     lora.attach(denoiser.net, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
-    reward = build(config["reward"], config["reward_options"], facts(card.names, card.shape))
+    known = facts(card.names, card.shape)
+    reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]))
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
@@ -72,8 +85,9 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
     described = {
         "card": asdict(card),
         "chain": asdict(config.chain),
-        "reward": config.reward,
-        "reward_options": worker_options(config, reward),
+        "reward": _everywhere(config.reward),
+        "reward_options": {everywhere(name): held for name, held in worker_options(config, reward).items()},
+        "care": asdict(config.care),
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
@@ -91,7 +105,36 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
 def worker_options(config: Finetune, reward: Reward) -> dict[str, dict[str, Any]]:
     """The options with which a worker builds ``reward``, whose learned parts arrive as bytes."""
     parts = reward.rewards if isinstance(reward, WeightedSum) else {config.reward: reward}
-    blank = {name: part.blank() for name, part in parts.items() if isinstance(part, Learned)}
-    return config.reward_options | {
-        name: (config.reward_options.get(name) or {}) | made for name, made in blank.items()
-    }
+    bared = {name: bare(part) for name, part in parts.items()}
+    blank = {name: part.blank() for name, part in bared.items() if isinstance(part, Learned)}
+    given = config.options_of(*names_of(config.reward))
+    return given | {name: (given.get(name) or {}) | made for name, made in blank.items()}
+
+
+def _everywhere(reward: str | Mapping[str, float]) -> str | dict[str, float]:
+    """A reward's setting for a process with another working directory."""
+    return everywhere(reward) if isinstance(reward, str) else {everywhere(n): w for n, w in reward.items()}
+
+
+def require_whole_groups(config: Finetune, prompts: int, reward: Reward) -> None:
+    """Refuse rollouts that would tear the groups of a reward that compares the samples of a prompt.
+
+    Raises:
+        ConfigError: the agent scores sample by sample, a prompt has one sample, an item holds part of a prompt's
+            samples, or a prompt comes twice in a rollout.
+    """
+    if not needs_groups(reward):
+        return
+    r, what = config.rollout, f"reward {config.reward_name!r} compares the samples of a prompt"
+    if not config.agent.needs(config.chain.moves).end:
+        raise ConfigError(f"agent = {config.agent.name}: it scores as it learns, sample by sample, and {what}")
+    if r.samples_per_prompt < 2:
+        raise ConfigError(f"samples_per_prompt = {r.samples_per_prompt}: {what}, expected 2 at least")
+    if r.item % r.samples_per_prompt:
+        near = max(1, round(r.item / r.samples_per_prompt)) * r.samples_per_prompt
+        raise ConfigError(
+            f"rollout.item = {r.item}: {what}, expected a multiple of samples_per_prompt = "
+            f"{r.samples_per_prompt}, such as {near}"
+        )
+    if r.prompts > prompts:
+        raise ConfigError(f"rollout.prompts = {r.prompts}: {what}, expected at most the {prompts} that there are")

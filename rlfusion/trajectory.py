@@ -25,6 +25,7 @@ class Trajectory:
         version: the version of the weights that acted.
         begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
         terms: (B, R), what each of several named rewards said, before its weight, in their order; None for one reward.
+        cached: (B,), the share of its rewards that a cache remembered; None without one.
     """
 
     x: Tensor
@@ -36,6 +37,7 @@ class Trajectory:
     version: int
     begin: Tensor | None = None
     terms: Tensor | None = None
+    cached: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)
@@ -65,7 +67,7 @@ class Trajectory:
 
 def _kept(t: Trajectory) -> dict[str, Tensor]:
     """The tensors of batch B that a record has, by name."""
-    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms")}
+    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms", "cached")}
     return {name: value for name, value in held.items() if value is not None}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlfusion.config import Finetune
 from rlfusion.measure import Judged, divergence, draw, make_reward
@@ -46,9 +46,13 @@ class Watch:
             file.write_bytes(pack({"samples": self._draw().cpu()}))
         base = unpack(file.read_bytes())["samples"].to(self._label.device)
         c = self.config
-        held_out = {n: make_reward(n, _only(n, c), self.judged.train, Path(c.root)) for n in c.monitor.held_out}
+        train, root = self.judged.train, Path(c.root)
+        held_out = {n: make_reward(n, c.options_of(n), train, root, c.care) for n in c.monitor.held_out}
+        for reward in held_out.values():
+            if isinstance(reward, nn.Module):
+                reward.to(base.device)
         rewards = {"reward": self.reward, **held_out}
-        self.monitor = Monitor(c.monitor, self.judged.judge, rewards, base, self._label)
+        self.monitor = Monitor(c.monitor, self.judged.judge, rewards, base, self._label, c.may_fail)
 
     def due(self, done: int) -> bool:
         """Whether ``done`` updates are the time for a look."""
@@ -106,8 +110,3 @@ class Watch:
         ]
         with (self.folder / "diagnosis.md").open("a") as file:
             file.write("\n".join(lines))
-
-
-def _only(name: str, config: Finetune) -> dict:
-    """The options of one reward."""
-    return {name: config.reward_options[name]} if name in config.reward_options else {}

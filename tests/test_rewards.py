@@ -272,7 +272,11 @@ def test_short_names():
 @pytest.mark.parametrize(
     ("reward", "options", "message"),
     [
-        ("inc", {}, r"unknown reward 'inc': .* did you mean 'ink'\? \(or package.module:name\)"),
+        (
+            "inc",
+            {},
+            r"unknown reward 'inc': .* did you mean 'ink'\? \(or package.module:name, path/to/file.py:name, http",
+        ),
         ({"simmetry": 1.0}, {}, "did you mean 'symmetry'"),
         ("jpeg_compressibility", {"jpeg_compressibility": {"qualty": 9}}, "'qualty': .* did you mean 'quality'"),
         ("jpeg_compressibility", {"jpeg_compressibility": {"quality": 0}}, "quality = 0: expected"),

@@ -20,7 +20,7 @@ from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
 from rlfusion.policy import Policy
-from rlfusion.rewards import Reward, WeightedSum, score
+from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.item import WorkItem, rollout_noise
 from rlfusion.rollout.needs import Needs
 from rlfusion.tensors import Cond, map_cond
@@ -140,6 +140,7 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
     options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = [obs.x], [], obs.cond, None
+    before = _remembered(task)
     for k in range(len(task.times) - 1 if needs.end else int(begin.max())):
         distribution = task.policy(obs)
         action = distribution.sample(noise[:, k + 1])
@@ -157,7 +158,20 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         item.version,
         None if needs.path else begin.to(task.device),
         torch.stack(list(task._terms.values()), 1) if needs.end and task._terms else None,
+        _cached(before, _remembered(task), group) if needs.end else None,
     )
+
+
+def _remembered(task: Task) -> tuple[int, int]:
+    """The samples so far whose rewards caches remembered, and those that they were asked for."""
+    held = list(caches(task.reward))
+    return sum(c.found for c in held), sum(c.asked for c in held)
+
+
+def _cached(before: tuple[int, int], after: tuple[int, int], group: Tensor) -> Tensor | None:
+    """``Trajectory.cached`` of an item whose samples have these groups."""
+    found, asked = after[0] - before[0], after[1] - before[1]
+    return torch.full((len(group),), found / asked) if asked else None
 
 
 def _kept(x: Tensor, action: Tensor, goes_on: Tensor) -> Tensor:

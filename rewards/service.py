@@ -1,0 +1,217 @@
+"""The server of a reward, as an ASGI application: what ``remote`` asks of.
+
+    GET  /health   -> 200, is it alive?                                      (JSON)
+    POST /hello    facts of the model -> what is served for them             (frame -> JSON, ``remote.Served``)
+    POST /score    question -> answer                                        (frame -> frame, ``exchange``)
+
+    401 wrong or no token · 400 no frame, no question, or facts for which there is no reward · 413 too many bytes ·
+    408 the question was not complete in time · 503 an earlier question hangs · 504 this one was not scored in time
+
+A request is refused before its body is read where its token is wrong, compared in constant time; a body is read up to
+``max_bytes`` and no further. One thread scores, question by question: a reward need not be safe for several.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from torch import nn
+
+from rlfusion.errors import ConfigError, require_positive
+from rlfusion.rewards.base import Reward
+from rlfusion.rewards.exchange import answer, asked, greeted
+from rlfusion.rewards.frames import FrameError
+from rlfusion.rewards.grouped import needs_groups
+from rlfusion.rewards.remote import Served
+from rlfusion.weights import pack
+from rlfusion.weights import sha256 as digest
+
+_log = logging.getLogger(__name__)
+MODELS = 4
+"""How many models' facts a server keeps a reward for."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes.
+
+    Attributes:
+        max_bytes: of a question.
+        deadline_s: to receive a question, and to score it.
+    """
+
+    max_bytes: int = 256 * 2**20
+    deadline_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_bytes", "deadline_s")
+
+
+class Offer:
+    """A reward for each model that asks: ``make(facts)``, kept for the last few. It is given the facts that it
+    ``wants``, by name.
+    """
+
+    def __init__(
+        self, name: str, options: Mapping[str, Any], wants: Collection[str], make: Callable[[dict[str, Any]], Reward]
+    ) -> None:
+        self.name, self.wants, self._make = name, wants, make
+        self._described = json.dumps([name, dict(options)], sort_keys=True, default=str)
+        self._kept: OrderedDict[str, tuple[Reward, str]] = OrderedDict()
+
+    def reward(self, facts: Mapping[str, Any]) -> tuple[Reward, str]:
+        """The reward for a model of these facts, and its identity: a digest of its name, options and weights.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        told = {key: value for key, value in facts.items() if key in self.wants}
+        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        key = json.dumps(facts, sort_keys=True)
+        if key not in self._kept:
+            reward = self._make(facts)
+            state = digest(pack(reward.state_dict())) if isinstance(reward, nn.Module) else ""
+            self._kept[key] = reward, sha256(f"{self._described}{state}".encode()).hexdigest()[:16]
+            while len(self._kept) > MODELS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def served(self, facts: Mapping[str, Any], limits: Limits) -> Served:
+        """What is told of it."""
+        reward, identity = self.reward(facts)
+        return Served(self.name, identity, needs_groups(reward), limits.max_bytes)
+
+
+class Refused(Exception):
+    """A request that gets an HTTP status and a line of text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(status, text)
+        self.status, self.text = status, text
+
+
+class Service:
+    """The state of a server: its one scoring thread, and when it was last asked.
+
+    Attributes:
+        last: time of the last request, on the monotonic clock.
+    """
+
+    def __init__(self, offer: Offer, token: str, limits: Limits, device: str = "cpu") -> None:
+        self.offer, self.limits, self.device = offer, limits, device
+        self._expected = f"Bearer {token}".encode() if token else b""
+        self._thread = ThreadPoolExecutor(1, "reward")
+        self._since: float | None = None
+        self.last = time.monotonic()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a token is asked for."""
+        return bool(self._expected)
+
+    async def health(self, request: Any) -> bytes:
+        """Alive, and not hanging."""
+        self._require_token(request)
+        self._require_free()
+        return json.dumps({"alive": True, "reward": self.offer.name}).encode()
+
+    async def hello(self, request: Any) -> bytes:
+        """What is served for the facts of the body."""
+        facts = greeted(await self._body(request))
+        return json.dumps(asdict(await self._do(lambda: self.offer.served(facts, self.limits)))).encode()
+
+    async def score(self, request: Any) -> bytes:
+        """The answer to the question of the body."""
+        question = asked(await self._body(request))
+        return await self._do(lambda: answer(*self.offer.reward(question.facts), question, self.device))
+
+    def _require_token(self, request: Any) -> None:
+        self.last = time.monotonic()
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given if self._expected else b"", self._expected):
+            raise Refused(401, "the token is wrong or missing")
+
+    @property
+    def hanging(self) -> bool:
+        """Whether the question that is being scored is past its deadline."""
+        since = self._since
+        return since is not None and time.monotonic() - since > self.limits.deadline_s
+
+    def _require_free(self) -> None:
+        if self.hanging:
+            raise Refused(503, f"reward {self.offer.name!r} hangs")
+
+    async def _body(self, request: Any) -> bytes:
+        """The body of a request whose token is right, of at most ``max_bytes``, received in time."""
+        self._require_token(request)
+        self._require_free()
+        most = self.limits.max_bytes
+        if int(request.headers.get("content-length", 0)) > most:
+            raise Refused(413, f"{request.headers['content-length']} bytes: expected at most {most}")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.deadline_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise Refused(413, f"more than {most} bytes")
+        except TimeoutError:
+            raise Refused(408, f"the question was not complete within {self.limits.deadline_s:g} s") from None
+        return bytes(body)
+
+    async def _do(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` gives, in the scoring thread, after the questions before it."""
+
+        def timed() -> Any:
+            self._since = time.monotonic()
+            try:
+                return work()
+            finally:
+                self._since, self.last = None, time.monotonic()
+
+        future = asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), self.limits.deadline_s)
+        except TimeoutError:
+            raise Refused(504, f"no score from {self.offer.name!r} in {self.limits.deadline_s:g} s") from None
+
+
+def application(service: Service) -> Any:
+    """The ASGI application of a service."""
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import PlainTextResponse, Response
+    from starlette.routing import Route
+
+    def answering(handler: Callable[[Any], Awaitable[bytes]], media: str) -> Callable[[Any], Awaitable[Any]]:
+        async def endpoint(request: Any) -> Any:
+            try:
+                return Response(await handler(request), media_type=media)
+            except Refused as refused:
+                return PlainTextResponse(refused.text, refused.status, {"Connection": "close"})
+            except (FrameError, ConfigError) as error:
+                return PlainTextResponse(f"{type(error).__name__}: {error}"[:1000], 400)
+            except ClientDisconnect:
+                return PlainTextResponse("the asker went away", 400)
+            except Exception as error:  # a reward that cannot be made, say: told to the asker, who asks again later
+                _log.exception("%s", request.url.path)
+                return PlainTextResponse(f"{type(error).__name__}: {error}"[:1000], 500)
+
+        return endpoint
+
+    return Starlette(
+        routes=[
+            Route("/health", answering(service.health, "application/json"), methods=["GET"]),
+            Route("/hello", answering(service.hello, "application/json"), methods=["POST"]),
+            Route("/score", answering(service.score, "application/octet-stream"), methods=["POST"]),
+        ]
+    )

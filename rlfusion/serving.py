@@ -1,0 +1,162 @@
+"""``rlfusion serve-reward``: a reward for other processes, environments and machines, over HTTP.
+
+It listens on this machine's loopback unless told otherwise, and elsewhere only with a token. The protocol is that of
+``rlfusion.rewards.service``; its client is any reward's name of the form ``http://host:port``.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from torch import nn
+
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.rewards import Care, Reward, asks, build
+from rlfusion.rewards.secret import VARIABLE, read_token
+from rlfusion.rewards.service import Limits, Offer, Service, application
+from rlfusion.run import Signals, pick_device, set_numerics
+
+MIB = 2**20
+CONNECTIONS = 64
+GRACE_S = 5
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a reward over HTTP, for rewards named http://host:port.
+
+    Attributes:
+        reward: its name, as of finetune.
+        options: its settings.
+        host: the address to listen on; others than this machine's loopback need a token.
+        port: 0 for any free one; the line that is printed says which.
+        token_file: holds the token that clients must show, mode 600; empty takes it from the environment variable
+            RLFUSION_REWARD_TOKEN, and if there is none, whoever reaches the port may ask.
+        max_mb: MiB of one question.
+        deadline_s: to receive a question, and to score it.
+        cache: samples whose rewards are remembered, should a batch be asked again; 0 for none.
+        idle_s: stop when nobody asked for so long; 0 never does.
+        device: "cpu", "cuda", or "auto".
+        threads: CPU threads of torch.
+    """
+
+    reward: str
+    options: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8500
+    token_file: str = ""
+    max_mb: int = 256
+    deadline_s: float = 120.0
+    cache: int = 0
+    idle_s: float = 0.0
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_mb", "deadline_s", "threads")
+        require_not_negative(self, "port", "cache", "idle_s")
+        if not (_is_loopback(self.host) or read_token(self.token_file)):
+            raise ConfigError(
+                f"host = {self.host!r}: others than this machine's loopback need a token, expected token_file or "
+                f"the environment variable {VARIABLE}"
+            )
+
+
+def serve(settings: Serve, say: Callable[[str], None] = print) -> None:
+    """Serve until a signal, or until nobody asks any more.
+
+    Raises:
+        ConfigError: no such reward, or an address that cannot be listened on.
+    """
+    set_numerics(settings.threads, pick_device(settings.device))
+    service = make_service(settings)
+    with listening(settings.host, settings.port) as listener, Signals():
+        say(f"serving {settings.reward} at {address(listener)}" + ("" if service.guarded else ", without a token"))
+        server(service, settings.idle_s).run(sockets=[listener])
+    if service.hanging:
+        os._exit(1)  # its thread cannot be ended in any other way
+
+
+def make_service(settings: Serve) -> Service:
+    """The service of these settings. A reward that asks nothing of the model is made at once.
+
+    Raises:
+        ConfigError: no such reward.
+    """
+    name, device = settings.reward, pick_device(settings.device)
+    if name == "class_logprob" and not settings.options.get("weights"):
+        raise ConfigError("options.weights = None: expected the file of a classifier (runs/cache/classifier-...)")
+
+    def make(facts: dict[str, Any]) -> Reward:
+        options = {name: settings.options} if settings.options else {}
+        reward = build(name, options, facts, Care(cache=settings.cache))
+        return reward.to(device) if isinstance(reward, nn.Module) else reward
+
+    offer = Offer(name, settings.options, asks(name), make)
+    if not offer.wants:
+        offer.reward({})
+    limits = Limits(settings.max_mb * MIB, settings.deadline_s)
+    return Service(offer, read_token(settings.token_file), limits, str(device))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address is not to be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"host, port = {host}, {port}: cannot be listened on ({error})") from error
+
+
+def address(listener: socket.socket) -> str:
+    """The ``http://host:port`` of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def server(service: Service, idle_s: float = 0.0) -> Any:
+    """The HTTP server of a service; its ``run(sockets=[listener])`` serves until ``should_exit`` is set.
+
+    Raises:
+        ConfigError: the libraries of the extra ``serve`` are not installed.
+    """
+    try:
+        import uvicorn
+
+        app = application(service)
+    except ImportError as error:
+        raise ConfigError(f"serve-reward needs the extra `serve`: pip install 'rlfusion[serve]' ({error})") from error
+
+    async def look() -> None:
+        if idle_s and time.monotonic() - service.last > idle_s:
+            made.should_exit = True
+
+    made = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=GRACE_S,
+            callback_notify=look,
+            timeout_notify=1,
+            server_header=False,
+        )
+    )
+    return made
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

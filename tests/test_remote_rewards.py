@@ -1,0 +1,406 @@
+"""Remote rewards: the frames, the client's tries, the service; the same bits as at home, and every fault named."""
+
+import math
+import threading
+import time
+
+import pytest
+import torch
+from reward_servers import FAULTS, IDENTITY, Faulty, client, serving
+from torch import nn
+
+from rlfusion.errors import ConfigError
+from rlfusion.nets.classifier import Classifier
+from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
+from rlfusion.rewards.exchange import answer, answered, ask, asked, graded
+from rlfusion.rewards.frames import HEAD, FrameError, decode, encode
+from rlfusion.rewards.replicas import Replicas
+from rlfusion.rewards.secret import VARIABLE, read_token
+from rlfusion.rewards.service import Limits
+from rlfusion.serving import Serve
+
+TOKEN = "a-secret-of-24-characters"
+
+
+class Net(nn.Module):
+    """A reward whose last bits depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Classifier("mlp", (1, 8, 8), 10).eval().requires_grad_(False)
+
+    def forward(self, samples, cond):
+        return self.net(samples).log_softmax(1).gather(1, cond[:, None])[:, 0]
+
+
+@pytest.fixture
+def samples():
+    return torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def label():
+    return torch.arange(24) % 10
+
+
+# --- frames ---
+
+
+def test_a_message_comes_back_bit_for_bit():
+    x = torch.tensor([0.1, -0.0, math.inf, math.nan, 1e-45])
+    message = {"a": x, "b": [1, None, "ü", {3: torch.arange(2), "h": x.bfloat16()}], "c": (), "d": math.nan}
+    back = decode(encode(message))
+    assert back["a"].numpy().tobytes() == x.numpy().tobytes()
+    assert torch.equal(back["b"][3]["h"].view(torch.int16), x.bfloat16().view(torch.int16))
+    assert back["b"][:3] == [1, None, "ü"]
+    assert list(back["b"][3]) == [3, "h"]
+    assert back["c"] == ()
+    assert encode(message) == encode(message)
+
+
+def test_every_truncation_of_a_frame_is_refused():
+    frame = encode({"values": torch.arange(3.0), "errors": {1: "why"}})
+    for length in range(len(frame)):
+        with pytest.raises(FrameError):
+            decode(frame[:length])
+    with pytest.raises(FrameError, match="too long"):
+        decode(frame + b"\0")
+
+
+def test_no_flipped_byte_of_a_frame_raises_anything_else():
+    """Damage is a FrameError, or another message; the transport's own checksum is TCP's."""
+    frame = encode({"values": torch.arange(3.0), "errors": {1: "why"}})
+    refused = 0
+    for place in range(len(frame)):
+        broken = bytearray(frame)
+        broken[place] ^= 0xFF
+        try:
+            decode(bytes(broken))
+        except FrameError:
+            refused += 1
+    assert refused > HEAD.size
+
+
+def test_deep_json_is_refused():
+    text = b"[" * 100_000
+    with pytest.raises(FrameError):
+        decode(HEAD.pack(b"RLF1", len(text), 0) + text)
+
+
+# --- question and answer ---
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"samples": torch.zeros(2, 8, 8), "cond": None, "facts": {}},
+        {"samples": torch.zeros(0, 1, 8, 8), "cond": None, "facts": {}},
+        {"samples": torch.zeros(2, 1, 8, 8, dtype=torch.int64), "cond": None, "facts": {}},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": torch.zeros(3), "facts": {}},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": "a cat", "facts": {}},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": None, "facts": []},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": None},
+        [],
+    ],
+)
+def test_what_is_no_question_is_refused(message):
+    with pytest.raises(FrameError):
+        asked(encode(message))
+
+
+def test_a_question_comes_back_whole(samples):
+    cond = {"text": torch.rand(24, 5), "size": torch.arange(24)}
+    question = asked(ask(samples, cond, facts(("a", "b"), (1, 8, 8))))
+    assert torch.equal(question.samples, samples)
+    assert torch.equal(question.cond["text"], cond["text"])
+    assert question.facts == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2}
+
+
+def test_one_broken_sample_costs_no_other_its_value(samples):
+    def picky(x, cond):
+        if bool((x.mean((1, 2, 3)) > limit).any()):
+            raise ValueError("too bright")
+        return x.mean((1, 2, 3))
+
+    means = samples.mean((1, 2, 3))
+    limit = means.topk(2).values[1] - 1e-6
+    values, reasons = graded(picky, samples, None)
+    bad = set(means.topk(2).indices.tolist())
+    assert set(reasons) == bad
+    assert set(reasons.values()) == {"ValueError: too bright"}
+    good = [i for i in range(24) if i not in bad]
+    torch.testing.assert_close(values[good], means[good])
+    assert values[list(bad)].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "reasons"),
+    [
+        (torch.tensor([1.0, math.nan, math.inf]), {1: "answered nan", 2: "answered inf"}),
+        (torch.zeros(2), dict.fromkeys(range(3), "RewardError: reward 'it' answered shape (2,): expected (3,)")),
+        (None, dict.fromkeys(range(3), "RewardError: reward 'it' answered NoneType: expected a tensor of shape (3,)")),
+    ],
+)
+def test_what_is_no_number_is_an_error_of_its_item(given, reasons, samples):
+    values, found = graded(lambda x, c: given, samples[:3], None)
+    assert found == reasons
+    assert values.isnan().tolist() == [i in reasons for i in range(3)]
+
+
+def test_an_answer_that_hides_a_failure_is_refused(samples):
+    good = decode(answer(lambda x, c: x.mean((1, 2, 3)), "id", asked(ask(samples, None, {}))))
+    assert answered(encode(good), 24).identity == "id"
+    for wrong in ({"errors": {2: "why"}}, {"values": good["values"] + math.nan}, {"values": good["values"][:3]}):
+        with pytest.raises(FrameError):
+            answered(encode(good | wrong), 24)
+
+
+# --- which replica, when: no clock, no sockets ---
+
+
+def test_replicas_rest_longer_with_each_failure_and_the_rested_are_asked_first():
+    three = Replicas(["a", "b", "c"], first_s=1.0, longest_s=3.0)
+    assert [three.next(first, 0.0) for first in range(4)] == [("a", 0), ("b", 0), ("c", 0), ("a", 0)]
+    three.failed("b", "refused", 0.0)
+    assert three.next(1, 0.5) == ("c", 0)  # b rests until 1
+    assert three.next(1, 1.0) == ("b", 0)
+    three.failed("b", "refused", 1.0)
+    assert three.next(1, 2.9) == ("c", 0)  # until 3
+    assert three.next(1, 3.0) == ("b", 0)
+    for _ in range(2000):
+        three.failed("b", "late", 3.0)
+    assert three.next(1, 5.9) == ("c", 0)
+    assert three.next(1, 6.0) == ("b", 0)  # never longer than 3
+    for url in ("a", "c"):
+        three.failed(url, "gone", 5.8)
+    assert three.next(1, 5.9) == ("b", pytest.approx(0.1))
+    assert three.reasons == "a: gone; b: late; c: gone"
+    three.answered("b")
+    assert three.next(1, 5.9) == ("b", 0)
+    assert not three.failing("b")
+
+
+# --- the same bits as at home ---
+
+
+def test_a_served_network_gives_the_bits_of_the_local_one(samples, label):
+    net = Net()
+    with serving(net) as url:
+        assert torch.equal(client(url)(samples, label), net(samples, label))
+        parts = torch.cat([net(samples[i : i + 7], label[i : i + 7]) for i in range(0, 24, 7)])
+        assert torch.equal(client(url, batch=7)(samples, label), parts)
+        assert not client(url)(samples.requires_grad_(), label).requires_grad
+
+
+def test_the_name_of_a_server_is_the_name_of_a_reward(samples, label):
+    net = Net()
+    with serving(net) as url:
+        total = build({url: 2.0, "ink": 1.0}, {url: {"timeout_s": 30.0}}, facts("abc", (1, 8, 8)))
+        assert torch.equal(total(samples, label), 2.0 * net(samples, label) + samples.mean((1, 2, 3)))
+    with pytest.raises(ConfigError, match=r"'timeout': .*did you mean 'timeout_s'"):
+        build(url, {url: {"timeout": 3}})
+    for wrong in ("http://", "http://me:secret@host:1", "http://a:1,ftp://b"):
+        with pytest.raises(ConfigError, match="expected http://host:port"):
+            build(wrong)
+
+
+def test_the_words_of_the_prompts_reach_the_server(samples):
+    made = []
+
+    def make(known):
+        made.append(known)
+        lengths = torch.tensor([float(len(p)) for p in known["prompts"]])
+        return lambda x, cond: lengths[cond]
+
+    cond = torch.arange(24) % 2
+    with serving(None, wants={"prompts"}, make=make) as url:
+        for shape in ((1, 8, 8), (1, 8, 8), (3, 8, 8)):
+            told = facts(("one", "fifteen"), shape)
+            assert client(url, **told)(samples, cond).tolist() == [3.0, 7.0] * 12
+        assert client(url, **facts(("a", "bc"), (1, 8, 8)))(samples, cond).tolist() == [1.0, 2.0] * 12
+    assert made == [{"prompts": ("one", "fifteen")}, {"prompts": ("a", "bc")}]
+
+
+# --- faults ---
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_tried_again_and_leaves_no_trace(fault, samples, label):
+    net = Net()
+    timeout = 0.5 if fault == "hang" else 20.0
+    with Faulty(net, FAULTS[fault]) as one:
+        remote = client(one.url, timeout_s=timeout, patience_s=60.0)
+        assert torch.equal(remote(samples, label), net(samples, label))
+        assert one.questions == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays_is_named(fault, samples, label):
+    with Faulty(Net(), FAULTS[fault], always=True) as one:
+        remote = client(one.url, timeout_s=0.5 if fault == "hang" else 20.0)
+        with pytest.raises(RewardFailure, match=rf"no server answered within patience_s = 0 \({one.url}: ") as caught:
+            score(remote, samples, label, "it")
+        assert len(caught.value.reasons) == 24
+        assert score(remote, samples, label, "it", masked=True).isnan().all()
+
+
+def test_a_server_that_is_not_there_is_named(samples, label):
+    with serving(Net()) as url:
+        pass
+    with pytest.raises(RewardFailure, match="ConnectionRefused"):
+        client(url)(samples, label)
+
+
+def test_the_other_replica_answers_whichever_fails(samples, label):
+    net = Net()
+    expected = net(samples, label)
+    for always in (False, True):
+        with Faulty(net, FAULTS["HTTP 500"], always=always) as bad, Faulty(net) as good:
+            for urls in ((bad.url, good.url), (good.url, bad.url)):
+                assert torch.equal(client(*urls)(samples, label), expected)
+                parts = torch.cat([net(samples[i : i + 2], label[i : i + 2]) for i in range(0, 24, 2)])
+                assert torch.equal(client(*urls, batch=2)(samples, label), parts)
+            assert bad.questions > 0
+            assert good.questions > 0
+
+
+def test_what_is_the_asker_s_fault_is_not_tried_again(samples, label):
+    with Faulty(Net(), lambda good: b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n") as one:
+        with pytest.raises(ConfigError, match="refuses: HTTP 302"):
+            client(one.url, patience_s=60.0)(samples, label)
+        assert one.questions == 1
+
+
+@pytest.mark.parametrize("given", ["", "another-secret-of-28-letters", TOKEN[:-1] + "x", TOKEN + "s"])
+def test_a_wrong_token_is_refused_and_nothing_is_scored(given, samples, label, tmp_path, monkeypatch):
+    asked_for = []
+    with serving(lambda x, c: asked_for.append(1) or x.mean((1, 2, 3)), token=TOKEN) as url:
+        monkeypatch.setenv(VARIABLE, given)
+        with pytest.raises(ConfigError, match="refuses: HTTP 401 the token is wrong or missing"):
+            client(url, patience_s=60.0)(samples, label)
+        assert not asked_for
+        monkeypatch.setenv(VARIABLE, TOKEN)
+        assert client(url)(samples, label).shape == (24,)
+
+
+def test_tokens_come_from_private_files_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="its mode is 644, expected 600"):
+        read_token(str(file))
+    file.chmod(0o600)
+    assert read_token(str(file)) == TOKEN
+    assert read_token("") == ""
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="16 printable"):
+        read_token(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_token(str(tmp_path / "absent"))
+
+
+def test_others_than_the_loopback_need_a_token(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"):
+        with pytest.raises(ConfigError, match="need a token"):
+            Serve("ink", host=host)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        Serve("ink", host=host)
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    Serve("ink", host="0.0.0.0")
+
+
+def test_a_question_above_the_size_cap_is_not_sent_and_not_read(samples, label):
+    import urllib3
+
+    with serving(Net(), limits=Limits(max_bytes=5000)) as url:
+        with pytest.raises(ConfigError, match=r"takes questions of 5000 bytes: 24 samples are \d+"):
+            client(url)(samples, label)
+        assert torch.equal(client(url, batch=4)(samples[:4], label[:4]), Net()(samples[:4], label[:4]))
+        pieces = (b"x" * 1000 for _ in range(20))  # no length said
+        answer = urllib3.request("POST", f"{url}/score", body=pieces, retries=False)
+        assert (answer.status, answer.data) == (413, b"more than 5000 bytes")
+
+
+@pytest.mark.parametrize("body", [b"", b"garbage", encode({"samples": None, "cond": None, "facts": {}})])
+def test_the_service_refuses_what_is_no_question(body):
+    import urllib3
+
+    with serving(Net()) as url:
+        for path in ("/score", "/hello"):
+            assert urllib3.request("POST", f"{url}{path}", body=body, retries=False).status == 400
+        assert urllib3.request("GET", f"{url}/elsewhere", retries=False).status == 404
+        assert urllib3.request("GET", f"{url}/health", retries=False).json() == {"alive": True, "reward": "it"}
+
+
+def test_a_reward_that_hangs_on_the_server_is_named_and_another_replica_answers(samples, label):
+    net, goes_on = Net(), threading.Event()
+
+    def stuck(x, c):
+        goes_on.wait(60)
+        return net(x, c)
+
+    with serving(stuck, limits=Limits(deadline_s=0.3)) as bad, serving(net) as good:
+        try:
+            with pytest.raises(RewardFailure, match=r"HTTP 504 no score from 'it' in 0.3 s"):
+                client(bad)(samples, label)
+            while time.monotonic() and not _busy(bad):
+                pass
+            with pytest.raises(RewardFailure, match="HTTP 503 reward 'it' hangs"):
+                client(bad)(samples, label)
+            assert torch.equal(client(bad, good)(samples, label), net(samples, label))
+        finally:
+            goes_on.set()
+
+
+def _busy(url: str) -> bool:
+    import urllib3
+
+    return urllib3.request("GET", f"{url}/health", retries=False).status == 503
+
+
+def test_replicas_of_different_rewards_are_refused(samples, label):
+    said = r"serves a reward of identity \w{16}: expected \w{16}, as http"
+    mean = Net()
+    with serving(mean, name="a") as a, serving(mean, name="b") as b, pytest.raises(ConfigError, match=said):
+        client(a, b, batch=1)(samples, label)
+
+
+def test_a_server_that_comes_back_with_another_reward_is_refused(samples, label):
+    with Faulty(Net()) as one:
+        remote = client(one.url)
+        remote(samples, label)
+        one.faults.append(lambda good: _http_with_identity(good, "1" * 16))
+        with pytest.raises(ConfigError, match=f"identity {'1' * 16}: expected {IDENTITY}"):
+            remote(samples, label)
+
+
+def _http_with_identity(good: bytes, identity: str) -> bytes:
+    from reward_servers import http
+
+    return http(encode(decode(good) | {"identity": identity}))
+
+
+def test_what_the_server_cannot_score_is_an_error_of_its_item(samples, label):
+    def picky(x, c):
+        return x.mean((1, 2, 3)).masked_fill(c == 3, math.nan)
+
+    with serving(picky) as url:
+        for settings in ({}, {"batch": 5}):
+            with pytest.raises(RewardFailure, match=r"3 of 24 samples: item 3: answered nan; item 13: .* item 23"):
+                score(client(url, **settings), samples, label, "it")
+            masked = score(client(url, **settings), samples, label, "it", masked=True)
+            assert masked.isnan().tolist() == (label == 3).tolist()
+
+
+def test_the_client_knows_that_the_served_reward_compares_whole_groups(samples, label):
+    pairs = PairWise(lambda a, b, c: (a.mean((1, 2, 3)) > b.mean((1, 2, 3))).float())
+    with serving(pairs) as url, serving(Net()) as plain:
+        assert needs_groups(client(url))
+        assert not needs_groups(client(plain))
+        cond = torch.arange(24) // 6
+        assert torch.equal(client(url)(samples, cond), pairs(samples, cond))
+        with pytest.raises(ConfigError, match=r"batch = 6: .* compares whole groups"):
+            client(url, batch=6)(samples, cond)
