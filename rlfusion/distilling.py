@@ -25,6 +25,7 @@ from rlfusion.measure import require_judgeable
 from rlfusion.pretraining import LOG_EVERY, base_model, card_of, require_same_data, require_solvable, seen, show
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.stopwatch import Stopwatch
 from rlfusion.tracking import Tracker
 
 
@@ -143,11 +144,13 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
     steps = train(
         learner, batches(config, teaching, start), start, stages.total, config.checkpoint_every, save, signals
     )
+    stopwatch = Stopwatch(folder, start)
     with progress.bar("distilling", stages.total, start) as bar:
         for step, metrics in steps:
             bar.advance(loss=metrics["loss"])
             if (step + 1) % LOG_EVERY == 0 or step + 1 == stages.total:
                 tracker.scalars(step + 1, "distill", metrics)
+                stopwatch.lap(step + 1, 0)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
     tracker.close()

@@ -1,0 +1,214 @@
+"""Every distillation method on digits, from one teacher: quality at 1, 2, 4 and 8 steps, one table from one script.
+
+The teacher is that of ``rlfusion distill`` without ``--teacher``. Each row of ``ROWS`` is a distillation with its
+settings and the numbers of steps that its student is measured at; beside them the teacher and its own samplers, and the
+price at which DDPO raises a reward of a 4-step student and of the teacher. Finished runs are kept and not repeated.
+
+    python benchmarks/distillation.py --root runs/distillation --out docs/distillation.md [--only cd,pd] [--seeds 3]
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlfusion import models
+from rlfusion.chain import Chain
+from rlfusion.cli import main as rlfusion
+from rlfusion.comparison.curves import curve, first_at
+from rlfusion.measure import draw
+from rlfusion.tracking import grid, save_png
+
+
+@dataclass(frozen=True)
+class Row:
+    """A distillation: the name of its method in the table, its arguments, and the steps to measure its student at."""
+
+    label: str
+    arguments: tuple[str, ...]
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+
+
+def halving(method: str, *more: str) -> list[Row]:
+    """Progressive distillation ends at one number of steps: a run for each."""
+    return [Row(method, ("--method", method, "--chain.steps", str(n), *more), (n,)) for n in (1, 2, 4, 8)]
+
+
+ROWS: list[Row] = [
+    *halving("pd"),
+    *halving("guided_pd", "--chain.guidance", "0.0"),
+    Row("cd", ("--method", "cd")),
+    Row("lcm", ("--method", "lcm")),
+    Row("ct", ("--method", "ct")),
+    Row("scd", ("--method", "scd")),
+]
+"""A method adds its rows here."""
+
+TEACHER = [(kernel, n) for kernel in ("DDIM(eta=1.0)", "DDIM(eta=0.0)") for n in (1, 2, 4, 8, 20, 50)]
+"""The teacher's own samplers."""
+
+SHOWN = ("agreement", "frechet", "precision", "recall", "diversity_relative")
+FINETUNED = ("pd", 4)
+"""The student that is fine-tuned: its label and steps."""
+GAIN = 2.0
+TUNING = ("--reward", "ink", "--updates", "12", "--evaluation.every", "1", "--evaluation.samples", "400")
+
+
+def run(*arguments: str) -> None:
+    """A command of ``rlfusion``, silently.
+
+    Raises:
+        SystemExit: it failed, with what it said.
+    """
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = rlfusion(list(arguments))
+    if code:
+        raise SystemExit(said.getvalue())
+
+
+def teacher(root: Path) -> tuple[Path, float]:
+    """The teacher's run, and the CPU seconds of its training with one evaluation."""
+    folder = root / "teacher"
+    if not (folder / "seconds.json").is_file():
+        begin = time.process_time()
+        run("pretrain", "--root", str(root), "--name", folder.name)
+        (folder / "seconds.json").write_text(json.dumps(time.process_time() - begin))
+    return folder, json.loads((folder / "seconds.json").read_text())
+
+
+def distilled(row: Row, seed: int, root: Path) -> tuple[Path, float]:
+    """The run of one distillation, and the CPU seconds of its training alone."""
+    name = "-".join([row.label, *(str(n) for n in row.steps), f"seed{seed}"])
+    folder = root / name
+    if not (folder / "model").is_dir():
+        place = ("--root", str(root), "--name", name, "--seed", str(seed), "--teacher", str(root / "teacher"))
+        run("distill", *place, *row.arguments)
+    last = (folder / "timing.jsonl").read_text().splitlines()[-1]
+    return folder, json.loads(last)["cpu_seconds"]
+
+
+def measured(folder: Path, steps: int, *more: str) -> dict[str, float]:
+    """The evaluation of a model at a number of steps."""
+    out = folder / f"steps-{'-'.join([str(steps), *more[1::2]])}.json"
+    if not out.is_file():
+        place = ("--checkpoint", str(folder), "--root", str(folder.parent), "--out", str(out))
+        run("evaluate", *place, "--chain.steps", str(steps), *more)
+    return json.loads(out.read_text())
+
+
+def line(label: str, steps: int, results: list[dict[str, float]], seconds: list[float]) -> str:
+    """One row: each figure for every seed."""
+    figures = [
+        " / ".join(f"{r[name]:.3f}" if name != "frechet" else f"{r[name]:.2f}" for r in results) for name in SHOWN
+    ]
+    return f"| {label} | {steps} | {' | '.join(figures)} | {' / '.join(f'{s:.0f}' for s in seconds)} |"
+
+
+def table(rows: list[Row], seeds: int, root: Path) -> list[str]:
+    """The lines of the teacher and of every row."""
+    folder, seconds = teacher(root)
+    lines = [
+        line(f"teacher, {kernel}", n, [measured(folder, n, "--chain.kernel", kernel)], [seconds])
+        for kernel, n in TEACHER
+    ]
+    for row in rows:
+        runs = [distilled(row, seed, root) for seed in range(seeds)]
+        for n in row.steps:
+            lines.append(line(row.label, n, [measured(f, n) for f, _ in runs], [s for _, s in runs]))
+            print(lines[-1], flush=True)
+    return lines
+
+
+def strip(folder: Path, chain: Chain) -> torch.Tensor:
+    """A sample of each class, (classes, C, H, W)."""
+    denoiser, card = models.load(folder)
+    policy = chain.policy(denoiser, card.names)
+    return draw(policy, chain.times(denoiser), torch.arange(card.classes), card.shape, 0, "strip")
+
+
+def picture(rows: list[Row], root: Path) -> torch.Tensor:
+    """A line of samples of the teacher at 50 steps, and of each row at each number of steps, of the first seed."""
+    lines = [strip(root / "teacher", Chain(steps=50))]
+    for row in rows:
+        folder = distilled(row, 0, root)[0]
+        own = models.load_card(folder).chain
+        lines += [strip(folder, Chain(**{**own, "steps": n})) for n in row.steps]
+    return grid(torch.cat(lines), len(lines[0]))
+
+
+def price(folder: Path, name: str, root: Path, *more: str) -> str:
+    """What DDPO paid for the gain: a line of the second table."""
+    tuned = root / name
+    if not (tuned / "summary.json").is_file():
+        run("finetune", "--root", str(root), "--name", name, "--base", str(folder), *TUNING, *more)
+    points = curve(tuned)
+    reached, last = first_at(points, GAIN), points[-1]
+    at = reached or last
+    each = 1e3 * last.cpu_seconds / last.queries
+    return f"| {name} | {at.queries if reached else 'not reached'} | {at.gain:.2f} | {at.frechet:.1f} | {each:.2f} |"
+
+
+def page(lines: list[str], prices: list[str], rows: list[Row], seeds: int, floor: float) -> str:
+    """The tables in Markdown."""
+    settings = [f"| {row.label} | {', '.join(map(str, row.steps))} | `{' '.join(row.arguments)}` |" for row in rows]
+    return "\n".join(
+        [
+            "Made by `python benchmarks/distillation.py`: one teacher, `rlfusion pretrain` as it is, and "
+            f"`rlfusion distill` with the arguments below, seeds {', '.join(map(str, range(seeds)))}; 1,000 samples "
+            "each, agreement and Frechet distance by the judge network. The Frechet distance between the two splits of "
+            f"the real digits is {floor:.2f}. CPU seconds of the training on one thread (of the teacher's with one "
+            f"evaluation); torch {torch.__version__}, Python {platform.python_version()}.",
+            "",
+            "| model | steps | agreement | Frechet | precision | recall | diversity / real | CPU s |",
+            "|---|---|---|---|---|---|---|---|",
+            *lines,
+            "",
+            "![A sample of each class: the teacher at 50 steps, then the rows above, first seed](distillation.png)",
+            "",
+            f"DDPO on the reward `ink`, to a gain of {GAIN:g} standard deviations of the base's rewards:",
+            "",
+            "| base | queries | gain | Frechet | CPU ms a query |",
+            "|---|---|---|---|---|",
+            *prices,
+            "",
+            "| model | steps | arguments of `rlfusion distill` |",
+            "|---|---|---|",
+            *settings,
+            "",
+        ]
+    )
+
+
+MARK = "<!-- made by benchmarks/distillation.py -->"
+
+
+def main() -> None:
+    """Distil what is not distilled yet, and write the tables into the page, below the mark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/distillation"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/distillation.md"), help="the page to write in")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument("--only", default="", help="labels of rows, by commas; all by default")
+    arguments = parser.parse_args()
+    rows = [row for row in ROWS if not arguments.only or row.label in arguments.only.split(",")]
+    lines = table(rows, arguments.seeds, arguments.root)
+    student = next((row for row in rows if row.label == FINETUNED[0] and FINETUNED[1] in row.steps), None)
+    root, prices = arguments.root, [price(arguments.root / "teacher", "teacher-ddpo", arguments.root)]
+    if student:
+        own = ("--chain.kernel", "DDIM(eta=0.5)") if student.label == "pd" else ()
+        prices.append(price(distilled(student, 0, root)[0], "student-ddpo", root, *own))
+    floor = json.loads((root / "teacher" / "evaluation.json").read_text())["frechet_floor"]
+    save_png(arguments.out.with_suffix(".png"), picture(rows, root))
+    text = arguments.out.read_text().partition(MARK)[0] if arguments.out.is_file() else ""
+    arguments.out.write_text(f"{text}{MARK}\n\n{page(lines, prices, rows, arguments.seeds, floor)}")
+
+
+if __name__ == "__main__":
+    main()
