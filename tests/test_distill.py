@@ -280,4 +280,4 @@ def test_the_same_settings_come_back_from_the_configuration(student):
     settings = cli.settings_of("distill", ["--config", str(student / "config.yaml"), "--seed", "1"])
     assert (settings.method.steps, settings.chain.steps, settings.seed) == (30, 2, 1)
     assert isinstance(settings, config.Distill)
-    assert settings.method == small("cd", steps=30, batch=16, intervals=40, mu=0.0)
+    assert settings.method == small("cd", steps=30, batch=16, intervals=20, mu=0.95)

@@ -11,7 +11,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.parameterization import convert, predict, solve, target
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.times import LogitNormal, LogNormal, Uniform
-from rlfusion.pretrain.weighting import SNR, VLB, MinSNR, Own, RectifiedFlow, SNRPlusOne, TruncatedSNR
+from rlfusion.pretrain.weighting import SNR, VLB, BoundedSNR, MinSNR, Own, RectifiedFlow, SNRPlusOne, TruncatedSNR
 from rlfusion.schedule import DDPM, VP, Cosine, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR, time_of
 
 SCHEDULES = [
@@ -28,6 +28,11 @@ TABLE = {
     ),
     SNRPlusOne(): (lambda s: s + 1, lambda s: (s + 1) / s, lambda s: 1 + 0 * s),
     MinSNR(): (lambda s: s.clamp(max=5), lambda s: s.clamp(max=5) / s, lambda s: s.clamp(max=5) / (s + 1)),
+    BoundedSNR(1.0, 5.0): (
+        lambda s: s.clamp(1, 5),
+        lambda s: s.clamp(1, 5) / s,
+        lambda s: s.clamp(1, 5) / (s + 1),
+    ),
     MinSNR(2.0): (lambda s: s.clamp(max=2), lambda s: s.clamp(max=2) / s, lambda s: s.clamp(max=2) / (s + 1)),
 }
 """On the x0, eps and v error of a VP schedule: Hang et al. 2023, section 3.4; Salimans & Ho 2022, section 4."""

@@ -47,11 +47,12 @@ class Config(Settings):
     """
 
     name: Literal["cd"] = "cd"
-    intervals: int = 40
+    lr: float = 3e-4
+    intervals: int = 20
     span: int = 1
     solver: Solver = "ddim"
-    metric: str = "PseudoHuber(c=0.03)"
-    mu: float = 0.0
+    metric: str = "L2()"
+    mu: float = 0.95
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")

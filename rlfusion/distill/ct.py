@@ -48,10 +48,11 @@ class Config(Settings):
     """
 
     name: Literal["ct"] = "ct"
+    lr: float = 3e-4
     s0: int = 10
     s1: int = 40
-    mu0: float = 0.0
-    metric: str = "PseudoHuber(c=0.03)"
+    mu0: float = 0.95
+    metric: str = "L2()"
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")

@@ -38,10 +38,11 @@ class Config(Settings):
     """
 
     name: Literal["lcm"] = "lcm"
+    lr: float = 3e-4
     skip: int = 20
     w_low: float = 0.0
     w_high: float = 4.0
-    metric: str = "PseudoHuber(c=0.03)"
+    metric: str = "L2()"
     mu: float = 0.95
     boundary: str = "LCM()"
 

@@ -58,8 +58,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Match(NoisedLoss):
-    """Eq. (1). ``weight`` and ``times`` are those of pretraining."""
+    """Eq. (1). ``weight`` and ``times`` are those of pretraining; at low noise the weight is bounded: what a teacher of
+    x0 says of the noise has its error divided by sigma.
+    """
 
+    weight: str = "BoundedSNR()"
+    times: str = "Uniform(margin=0.001)"
     teacher: nn.Module | None = None
 
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:

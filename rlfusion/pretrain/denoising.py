@@ -37,7 +37,8 @@ class NoisedLoss(Loss):
     """What every loss on noised data shares: Eq. (1)'s w and the law of t.
 
     Attributes:
-        weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...), VLB().
+        weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...),
+            BoundedSNR(low=..., high=...), VLB().
         times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
     """
 

@@ -86,6 +86,21 @@ class MinSNR:
 
 
 @dataclass(frozen=True)
+class BoundedSNR:
+    """w = SNR, held in [low, high]: like truncated SNR at high noise, and no more than ``high`` at low noise."""
+
+    low: float = 1.0
+    high: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high:
+            raise ConfigError(f"low = {self.low}, high = {self.high}: expected 0 < low <= high")
+
+    def __call__(self, kind: str | Kind, l: Level) -> Tensor:
+        return _own(kind, l, _snr(l).clamp(self.low, self.high))
+
+
+@dataclass(frozen=True)
 class VLB:
     """w = -SNR' / 2, Eq. (3): with uniform times the loss is the diffusion part of the bound in nats per dimension.
 
@@ -123,5 +138,5 @@ def _own(kind: str | Kind, l: Level, weight: Tensor) -> Tensor:
 
 
 WEIGHTS: Mapping[str, Callable[..., Weight]] = {
-    cls.__name__: cls for cls in (Own, SNR, Score, TruncatedSNR, SNRPlusOne, MinSNR, VLB, RectifiedFlow)
+    cls.__name__: cls for cls in (Own, SNR, Score, TruncatedSNR, SNRPlusOne, MinSNR, BoundedSNR, VLB, RectifiedFlow)
 }
