@@ -7,10 +7,12 @@ the losses and gradients of affine functions below are expectations, not samples
 
 import copy
 import math
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
+from mixtures import mmd_p_value
 from oracles import Mixture, flow_map
 from scipy.spatial.distance import cdist
 from scipy.special import ndtr
@@ -573,8 +575,7 @@ def energy(x, y):
     return 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
 
 
-def karras_level(sigma):
-    schedule = Karras()
+def karras_level(schedule, sigma):
     low, high = (s ** (1 / 7) for s in (schedule.sigma_min, schedule.sigma_max))
     return 1.0, sigma, (sigma ** (1 / 7) - low) / (high - low)
 
@@ -592,9 +593,11 @@ def trained(loss, kind, schedule, law, **train):
         return copy.deepcopy(one.denoiser)
 
 
+NEAR = ("CM(sigma_data=0.8)", Karras(sigma_max=8.0), partial(karras_level, Karras(sigma_max=8.0)))
+LONG = {"steps": 1000, "batch": 256}
 RECIPES = {
-    "ct": ("CT(s0=2, s1=20)", *CM, karras_level, {"steps": 700, "lr": 3e-3}),
-    "ict": ("ICT(s0=10, s1=40, metric='PseudoHuber(c=0.03)')", *CM, karras_level, {"steps": 700, "lr": 2e-3}),
+    "ct": ("CT(s0=2, s1=60, mu0=0.3)", *NEAR, {**LONG, "lr": 2e-3}),
+    "ict": ("ICT(s0=10, s1=80, metric='PseudoHuber(c=0.03)')", *NEAR, {**LONG, "lr": 2e-3}),
     "sct": ("SCT(rise=300)", "TrigFlow(sigma_data=0.8)", Trig(0.8), trig_level, {"steps": 700, "lr": 1e-3}),
 }
 
@@ -603,29 +606,49 @@ WITHIN = {"ct": (0.04, 0.2, 0.3), "ict": (0.03, 0.12, 0.2), "sct": (0.03, 0.12, 
 """The errors allowed; untrained they are (0.06, 0.30, 0.60)."""
 
 
+@cache
+def taught(name):
+    loss, kind, schedule, _, train = RECIPES[name]
+    return trained(loss, kind, schedule, TWO, **train)
+
+
+def some(n=4000):
+    """Data (n, 2)."""
+    rng = np.random.default_rng(11)
+    return np.stack([TWO.sample(n, rng)[:, 0] for _ in range(2)], 1)
+
+
+def taken(name, steps):
+    """Samples of so many steps."""
+    return drawn(taught(name), steps, Renoise(RECIPES[name][2](FIRST).sigma.item()))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_approaches_the_exact_consistency_function(name):
     """Root mean square errors at sigma / alpha = 0.2, 0.8, 3 (the data has a standard deviation of 0.8), and the energy
     distance of samples to data, where two sets of data are 0.001 apart and no training leaves 0.75."""
-    loss, kind, schedule, level_of, train = RECIPES[name]
-    denoiser = trained(loss, kind, schedule, TWO, **train)
-    found = error(denoiser, TWO, level_of, (0.2, 0.8, 3.0))
-    rng = np.random.default_rng(11)
-    real = np.stack([TWO.sample(4000, rng)[:, 0] for _ in range(2)], 1)
-    one, two = (energy(drawn(denoiser, steps, Renoise(schedule(FIRST).sigma.item())), real) for steps in (1, 2))
+    found = error(taught(name), TWO, RECIPES[name][3], (0.2, 0.8, 3.0))
     assert all(np.array(found) < WITHIN[name]), found
-    assert one < 0.15
-    assert two < 0.06
-    assert two < one
+    assert energy(taken(name, 1), some()) < 0.04
+    assert energy(taken(name, 2), some()) < 0.02
 
 
-def test_ct_ends_at_the_floor_of_its_last_grid():
+@pytest.mark.parametrize("name", ["ct", "ict"])
+def test_samples_of_four_steps_are_those_of_the_mixture(name):
+    """By the two-sample test whose power is in ``test_pretrain_mixture``."""
+    assert mmd_p_value(*(torch.from_numpy(x[:600]) for x in (taken(name, 4), some()))) > 0.005
+
+
+@pytest.mark.parametrize("loss", ["CT(s0=2, s1=10)", "ICT(s0=10, s1=10, mean=0.0, metric='L2()')"])
+def test_training_ends_at_the_floor_of_its_last_grid(loss):
     """On N(m, lam) in 2-D; the floor is that of ``fixed_point``, and the functions reached are its slopes."""
     n, law = 10, Mixture.scalar([1.0], [M], [LAM])
     schedule = Karras(sigma_max=20.0)
-    loss = f"CT(s0=2, s1={n})"
     denoiser = trained(loss, "CM(sigma_data=0.5)", schedule, law, steps=600, lr=3e-3)
-    k, floor = fixed_point(schedule(torch.linspace(0, 1, n + 1, dtype=torch.float64)).sigma.numpy())
+    tau = schedule(torch.linspace(0, 1, n + 1, dtype=torch.float64)).sigma
+    k, floors = fixed_point(tau.numpy())
+    often = probabilities(tau, 0.0, 2.0) / tau.diff() if loss.startswith("ICT") else torch.full((n,), 1 / n)
+    floor = (often.numpy() * floors).sum()
     rng, size = np.random.default_rng(3), 20_000
     x0, eps = (torch.from_numpy(rng.standard_normal((size, 1, 1, 2), dtype=np.float32)) for _ in range(2))
     u = (torch.arange(size, dtype=torch.float64) + 0.5) / size
@@ -633,7 +656,7 @@ def test_ct_ends_at_the_floor_of_its_last_grid():
     with torch.no_grad():
         value = losses.make(loss)(denoiser, denoiser, draw)
     mean, deviation = value.mean().item(), value.std().item() / size**0.5
-    assert floor.mean() - 4 * deviation < mean < 1.1 * floor.mean()
+    assert floor - 4 * deviation < mean < 1.1 * floor
     x = torch.linspace(-2, 2, 2).reshape(2, 1, 1, 1).expand(2, 1, 1, 2)
     for i in (4, 7, 10):
         sigma = schedule(torch.tensor(i / n, dtype=torch.float64)).sigma.item()
