@@ -16,7 +16,7 @@ from processes import rlfusion
 from test_resume import assert_same, outcome, place
 from torch import Tensor, nn
 
-from rlfusion import qvalue, spec
+from rlfusion import lora, qvalue, spec
 from rlfusion.agent import Plan
 from rlfusion.agents.qsm import Config, Learner
 from rlfusion.critic import Mean, Regression, Soft, explained_variance, make_critic
@@ -33,6 +33,7 @@ from rlfusion.renoise import SPAN, divergence, renoise
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.schedule import VP, Cosine, Geometric, Karras, Rectified, Trig, level
 from rlfusion.trajectory import Trajectory
+from rlfusion.weights import ADAPTER
 
 K, R = 4.0, 0.7
 ONE = {"epochs": 1, "updates_per_epoch": 1, "noisings": 1, "micro_batch": 10**6, "scale": "none"}
@@ -546,3 +547,17 @@ def test_stopped_and_resumed_a_run_ends_with_the_same_bits(q, tiny_root, tmp_pat
     assert 0 < int(stopped.checkpoints()[-1].removeprefix("step-")) < 6
     assert stopped.resume().wait().code == 0
     assert_same(stopped, outcome(whole.folder))
+
+
+def test_adapters_are_trained_and_the_critic_has_none():
+    pytest.importorskip("peft")
+    policy = mlp()
+    lora.attach(policy.denoiser.net, "LoRA(rank=2)")
+    learner = made(Config(critic_updates=3), policy)
+    before = copy.deepcopy(learner.trained.state_dict())
+    learner.update(walked(mlp(), "learned"))
+    moved = {name for name, value in learner.trained.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(ADAPTER in name for name in moved)
+    assert all(ADAPTER in name for name in learner.state_dict()["base"])
+    assert not any(ADAPTER in name for name in learner.critic.critic.state_dict())
