@@ -67,7 +67,7 @@ def ours_and_floor(case: Case, sampler: Sampler, device: str) -> tuple[Callable[
         nn.init.normal_(parameter, std=0.02)
     denoiser = Denoiser(net.to(device), sampler.schedule, sampler.kind)
     chain, label = sampler.chain, torch.arange(case.batch, device=device) % CLASSES
-    times = chain.grid.times(sampler.schedule)
+    times = chain.times(denoiser)
     noise = torch.randn(case.batch, len(times), *case.shape, device=device)
     rows = case.batch * (2 if chain.weight else 1)
     held = (

@@ -30,10 +30,10 @@ from rlfusion.envs.interface import (
     observation_space,
 )
 from rlfusion.errors import ConfigError, NumericalError, unknown
-from rlfusion.grid import TimeGrid
+from rlfusion.grid import Grid, TimeGrid
 from rlfusion.policy import Observation, Policy
 from rlfusion.rewards import Reward, ink, score
-from rlfusion.schedule import Cosine, Schedule
+from rlfusion.schedule import Cosine, Schedule, prior_std
 
 TEN_STEPS = TimeGrid(10)
 DIGITS = tuple(range(10))
@@ -55,7 +55,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         *,
         reward: Reward = ink,
         schedule: Schedule | None = None,
-        grid: TimeGrid = TEN_STEPS,
+        grid: Grid = TEN_STEPS,
         shape: tuple[int, ...] = (1, 8, 8),
         conditions: Any = DIGITS,
         decode: Callable[[Tensor], Tensor] = to_pixels,
@@ -102,7 +102,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         }
         self.schedule = _schedule(schedule, action, policy)
         self.times = grid.times(self.schedule)
-        self._prior_std = float(self.schedule(self.times[:1]).sigma)
+        self._prior_std = prior_std(self.schedule, self.times)
         self._reward, self._decode, self._policy, self._masked = reward, decode, policy, masked
         self._io = BACKENDS[backend](torch.device(device))
         table = condition_table(conditions)

@@ -71,8 +71,8 @@ class Agent(Protocol):
     def plan(self) -> str:
         """What happens to each rollout, in a line."""
 
-    def learner(self, task: Task, data: Dataset, seed: int) -> AgentLearner:
-        """The learner of ``task.policy``; ``data`` are the training samples of the base model.
+    def learner(self, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
+        """The learner of ``task.policy``; ``data`` are the training samples of the base model, None where not known.
 
         Raises:
             ConfigError: the chain or the reward cannot be learned from in this way.

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from rlfusion import space
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.space import Space
@@ -97,6 +98,8 @@ class Latents:
 
     ``module`` has ``mean`` (samples in [-1, 1] to codes) and a call that undoes it; ``about`` says how to build it.
     """
+
+    chunk = space.CHUNK
 
     def __init__(self, module: nn.Module, about: dict[str, Any], shift: float = 0.0, scale: float = 1.0) -> None:
         self.module = module.eval().requires_grad_(False)

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlfusion import spec
 from rlfusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.errors import ConfigError, require_not_negative, unknown
-from rlfusion.grid import Spacing, TimeGrid
+from rlfusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
 from rlfusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.policy import Policy
 
@@ -24,7 +24,8 @@ class Chain:
 
     Attributes:
         steps: denoising steps (network calls) of an episode.
-        spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM).
+        spacing: of the time grid; "leading" and "linspace" need a discrete schedule (DDPM), "model" a pretrained model
+            that has a grid of its own (and is its default).
         kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
             Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
         last_noise: standard deviation of noise that the step to clean data adds, which otherwise has none and so no
@@ -35,7 +36,8 @@ class Chain:
         guidance_rescale: share of the guided answer that gets the conditional answer's standard deviation back.
         guidance_low: the least time, in [0, 1], at which guidance acts.
         guidance_high: the greatest.
-        negative: name of the class that guidance leads away from; empty leads away from "no class".
+        negative: name of the class that guidance leads away from; empty leads away from "no class". Of a model that
+            reads texts, the negative prompt.
         repeats: moves at each of the ``steps`` + 1 levels, for annealed Langevin dynamics; 0 is a plain chain.
     """
 
@@ -81,14 +83,16 @@ class Chain:
         """K, the steps of a walk."""
         return self.repeats * (self.steps + 1) if self.repeats else self.steps
 
-    @property
-    def grid(self) -> TimeGrid:
-        """The time grid."""
+    def grid(self, denoiser: Denoiser) -> Grid:
+        """The time grid for the denoiser."""
+        if self.spacing == "model" and denoiser.own is not None:
+            times = denoiser.own.times(self.steps)
+            return Listed(tuple((repeated(times, self.repeats) if self.repeats else times).tolist()))
         return TimeGrid(self.steps, self.spacing, self.repeats)
 
     def times(self, denoiser: Denoiser) -> Tensor:
         """The K + 1 falling times on the denoiser's schedule."""
-        return self.grid.times(denoiser.schedule)
+        return self.grid(denoiser).times(denoiser.schedule)
 
     def policy(self, denoiser: Denoiser, names: Sequence[str]) -> Policy:
         """The policy over this chain, of a denoiser whose classes have these names.
@@ -106,26 +110,42 @@ class Chain:
         return policy
 
     def _policy(self, denoiser: Denoiser, names: Sequence[str]) -> Policy:
+        if denoiser.own is not None:
+            return Policy(denoiser.own.around(self._guided(denoiser)), self.make_kernel())
         if denoiser.weights is not None:
-            self._require_plain_guidance(denoiser.weights)
-            return Policy(Embedded(denoiser, self.weight), self.make_kernel())
+            return Policy(self._embedded(denoiser), self.make_kernel())
         if not self.weight:
             return Policy(denoiser, self.make_kernel())
         if self.negative and self.negative not in names:
             raise unknown("class for negative", self.negative, names)
         null = torch.tensor([names.index(self.negative) if self.negative else len(names)])
-        settings = (self.guidance_rescale, self.guidance_low, self.guidance_high)
-        return Policy(Guided(denoiser, self.weight, null, *settings), self.make_kernel())
+        return Policy(Guided(denoiser, self.weight, null, *self._interval), self.make_kernel())
 
-    def _require_plain_guidance(self, weights: tuple[float, float]) -> None:
-        """Refuse guidance that a network which reads w in the range ``weights`` cannot follow."""
-        low, high = weights
+    def _guided(self, denoiser: Denoiser) -> nn.Module:
+        """A pretrained model under this guidance: by an input that it reads, or by two answers."""
+        if denoiser.weights is not None:
+            return self._embedded(denoiser)
+        return Guided(denoiser, self.weight, denoiser.own.null, *self._interval) if self.weight else denoiser
+
+    @property
+    def _interval(self) -> tuple[float, float, float]:
+        """How much of a guided answer's scale is given back, and when guidance acts."""
+        return self.guidance_rescale, self.guidance_low, self.guidance_high
+
+    def _embedded(self, denoiser: Denoiser) -> Embedded:
+        """A network that reads w in a range, under this guidance.
+
+        Raises:
+            ConfigError: guidance that it cannot follow.
+        """
+        low, high = denoiser.weights
         if not low <= self.weight <= high:
             raise ConfigError(
                 f"guidance = {self.weight}: this model reads the guidance weight and knows {low} to {high} alone"
             )
-        if (self.guidance_rescale, self.guidance_low, self.guidance_high, self.negative) != (0.0, 0.0, 1.0, ""):
+        if (*self._interval, self.negative) != (0.0, 0.0, 1.0, ""):
             raise ConfigError(
                 "guidance_rescale, guidance_low, guidance_high, negative: this model reads the guidance weight and has "
                 "no second answer, expected none of them"
             )
+        return Embedded(denoiser, self.weight)

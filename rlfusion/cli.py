@@ -51,6 +51,13 @@ Every command takes --help (all settings with their meaning), --config FILE.yaml
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
 
+PIPELINE_DEFAULTS = {
+    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8},
+    "sample": {"count": 8, "scale": 1},
+    "evaluate": {"evaluation.samples": 64},
+}
+"""Defaults of the commands where the model is a pretrained pipeline."""
+
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
 RESUMABLE = ("finetune", "compare", "pretrain", "pretrain-autoencoder")
@@ -144,9 +151,9 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         arguments = _long(arguments, "method")
         typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
         return parse(typed, kind, arguments, make=config.Distill)
-    arguments = _long(arguments, "agent")
+    arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in _long(arguments, "agent")]
     typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
-    return parse(typed, kind, arguments, _chain_of(_told(arguments, "base")), make=config.Finetune)
+    return parse(typed, kind, arguments, _defaults("finetune", arguments, "base"), make=config.Finetune)
 
 
 def _long(arguments: list[str], what: str) -> list[str]:
@@ -202,13 +209,13 @@ def _resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
 def _sample(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_sample(parse(config.Sample, "sample", arguments, _chain_of(_told(arguments, "checkpoint"))))
+    commands.run_sample(parse(config.Sample, "sample", arguments, _defaults("sample", arguments, "checkpoint")))
 
 
 def _evaluate(arguments: list[str]) -> None:
     from rlfusion import commands, config
 
-    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _chain_of(_told(arguments, "checkpoint"))))
+    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, _defaults("evaluate", arguments, "checkpoint")))
 
 
 def _check_reward(arguments: list[str]) -> None:
@@ -230,12 +237,22 @@ def _reward_first(arguments: list[str]) -> list[str]:
     return ["--reward", *arguments] if arguments and not arguments[0].startswith("-") else arguments
 
 
-def _chain_of(model: str | None) -> dict[str, Any]:
-    """The chain that a model was made with, as defaults; none for no model."""
-    from rlfusion.models import load_card
+def _defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]:
+    """The chain that the model of an option was made with, as defaults, and of a pretrained pipeline numbers that suit
+    its size; none for no model.
+    """
+    from rlfusion import models, pipelines
 
-    chain = load_card(Path(model)).chain if model else {}
-    return {f"chain.{name}": value for name, value in chain.items()}
+    name = _told(arguments, option)
+    if not name:
+        return {}
+    if pipelines.is_pipeline(name):
+        variant = str(_told(arguments, "pipeline", "variant") or "")
+        chain, few = pipelines.defaults(name, command == "finetune", variant), PIPELINE_DEFAULTS[command]
+    else:
+        card = models.load_card(Path(name))
+        chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+    return few | {f"chain.{key}": value for key, value in chain.items()}
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlfusion import autoencoding, checkpoint, comparison, config, models
+from rlfusion import autoencoding, checkpoint, comparison, config, models, pipelines
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.distilling import distill
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
-from rlfusion.finetune import HEADLINES, finetune
-from rlfusion.measure import Judged, draw, make_reward, measure
+from rlfusion.finetune import finetune, headlines
+from rlfusion.measure import Judged, Unjudged, draw, measure
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
 from rlfusion.reward_check import CheckReward, check_reward
@@ -26,6 +26,7 @@ from rlfusion.serving import Serve, serve
 from rlfusion.tracking import grid, save_png
 
 COLUMNS = 10
+PLAIN = pipelines.Settings()
 
 
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
@@ -36,7 +37,7 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
     table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {time.monotonic() - begin:.0f} s")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
-    for name in HEADLINES:
+    for name in headlines(result["after"]):
         table.add_row(name, f"{result['before'][name]:.4g}", f"{result['after'][name]:.4g}")
     console = Console()
     console.print(table)
@@ -94,7 +95,7 @@ def run_autoencoder(settings: autoencoding.Autoencode, folder: Path) -> None:
 def run_sample(settings: config.Sample) -> None:
     """Draw samples and write the picture."""
     set_numerics(settings.threads, pick_device(settings.device))
-    denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
+    denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device, settings.pipeline)
     if settings.label and settings.label not in card.names and not card.captioned:
         raise ConfigError(f"label = {settings.label!r}: expected one of {', '.join(card.names)}")
     if settings.label not in ("", *card.names):
@@ -114,25 +115,35 @@ def run_sample(settings: config.Sample) -> None:
 def run_evaluate(settings: config.Evaluate) -> None:
     """Measure a model, print the figures, and write them if asked."""
     set_numerics(settings.threads, pick_device(settings.device))
-    _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device)
-    data = load(settings.data, settings.size)
-    if (data.shape, data.names) != (card.shape, card.names):
-        raise ConfigError(
-            f"data = {settings.data!r}: its samples are {data.shape} of {data.classes} classes, "
-            f"the model's {card.shape} of {card.classes}"
-        )
+    _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device, settings.pipeline)
     device, root = pick_device(settings.device), Path(settings.root)
-    judged = Judged.of(data, settings.held_out, root, device)
+    judged = Unjudged(card.shape, card.names) if card.pipeline else _judged(settings, card, device)
     reward = None
     if settings.reward:
-        reward = make_reward(settings.reward, settings.reward_options, judged.train, root)
-        require_independent(judged.judge, reward)
+        reward = judged.reward(settings.reward, settings.reward_options, root)
+        if judged.judge is not None:
+            require_independent(judged.judge, reward)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
     result = measure(policy, times, judged, reward, str(settings.reward), settings.evaluation, settings.seed)
     _print(Console(), result, settings.checkpoint)
     if settings.out:
         checkpoint.write_json_atomic(Path(settings.out), result)
+
+
+def _judged(settings: config.Evaluate, card: models.Card, device: torch.device) -> Judged:
+    """The data of an evaluation and their judge.
+
+    Raises:
+        ConfigError: data that are not the model's.
+    """
+    data = load(settings.data, settings.size)
+    if (data.shape, data.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"data = {settings.data!r}: its samples are {data.shape} of {data.classes} classes, "
+            f"the model's {card.shape} of {card.classes}"
+        )
+    return Judged.of(data, settings.held_out, Path(settings.root), device)
 
 
 def run_check_reward(settings: CheckReward) -> None:
@@ -170,8 +181,12 @@ def new_run(settings: Any, name: str) -> tuple[Any, Path]:
     return settings, folder
 
 
-def _sampler(path: str, chain: Chain, device: str) -> tuple[Any, ...]:
-    denoiser, card = models.load(Path(path))
+def _sampler(path: str, chain: Chain, device: str, pipeline: pipelines.Settings = PLAIN) -> tuple[Any, ...]:
+    card = models.describe(path, pipeline, chain.negative)
+    if card.pipeline:
+        denoiser = models.build(card, device=pick_device(device))
+    else:
+        denoiser, card = models.load(Path(path))
     denoiser = denoiser.to(pick_device(device))
     return denoiser, card, chain.policy(denoiser, card.names), chain.times(denoiser)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlfusion import distill, lora, models, pretrain, spec
+from rlfusion import distill, lora, models, pipelines, pretrain, spec
 from rlfusion.agent import Agent, Plan
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.chain import Chain
@@ -177,9 +177,11 @@ class Finetune:
         threads: CPU threads of torch.
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
-        base: folder of the model to start from (a run or its model folder); empty pretrains one as ``pretrain`` says.
+        base: the model to start from: folder of a run or of its model, a diffusers folder or a name on the hub of a
+            pretrained pipeline; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
             the labels are random, so that the base follows its prompt in part of its samples only.
+        pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
         lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
             ends of layers' names by commas; empty trains all weights. The saved model has them merged.
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name,
@@ -211,6 +213,7 @@ class Finetune:
     precision: Precision = "float32"
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
     lora: str = ""
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -372,7 +375,8 @@ class Sample:
     """Draw samples of a model as one image grid.
 
     Attributes:
-        checkpoint: folder of a model or of a run.
+        checkpoint: folder of a model or of a run, or a pretrained pipeline by its folder or its name on the hub.
+        pipeline: of such a pipeline: its prompts, the size of its images, its precision.
         out: the PNG to write.
         count: samples; the classes take turns unless ``label`` is given.
         label: the class of every sample, by name; empty for all in turn.
@@ -384,6 +388,7 @@ class Sample:
     """
 
     checkpoint: str
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
     out: str = "grid.png"
     count: int = 100
     label: str = ""
@@ -402,7 +407,9 @@ class Evaluate:
     """Measure a model: reward, agreement with the prompt, Frechet distance, precision, recall, diversity.
 
     Attributes:
-        checkpoint: folder of a model or of a run.
+        checkpoint: folder of a model or of a run, or a pretrained pipeline by its folder or its name on the hub.
+        pipeline: of such a pipeline: its prompts, the size of its images, its precision. There are no data to compare
+            with: its report is without a judge.
         reward: as of finetune; empty measures no reward.
         reward_options: settings of each named reward.
         data: the real data to compare with, as of pretrain.
@@ -418,6 +425,7 @@ class Evaluate:
     """
 
     checkpoint: str
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
     reward: str | dict[str, float] = ""
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: str = "digits"

@@ -9,7 +9,7 @@ time T = 1000. A consistency model in the sense of Song et al. 2023 is no wrappe
 import torch
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Denoiser, Precision
+from rlfusion.denoiser import Denoiser, Own, Precision
 from rlfusion.errors import require_positive
 from rlfusion.kinds import Kind
 from rlfusion.parameterization import Prediction
@@ -39,6 +39,10 @@ class LCM(nn.Module):
     @space.setter
     def space(self, space: Space) -> None:
         self.denoiser.space = space
+
+    @property
+    def own(self) -> Own | None:
+        return self.denoiser.own
 
     @property
     def precision(self) -> Precision:

@@ -1,7 +1,8 @@
 """A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,28 @@ from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 Precision = Literal["float32", "bfloat16"]
 
 
+class Own(Protocol):
+    """What a pretrained model brings along for its chains: the sampler that it was published with."""
+
+    def times(self, steps: int) -> Tensor:
+        """Its time grid, (K+1,) float64."""
+
+    def null(self, cond: Cond) -> Cond:
+        """The conditions (B,) that guidance leads away from, for those of B samples."""
+
+    def around(self, denoiser: nn.Module) -> nn.Module:
+        """What its sampler puts around the guided denoiser, such as a consistency model's boundary."""
+
+
 class Denoiser(nn.Module):
     """``(x_t, t, cond) -> Prediction(x0, eps)``.
 
     ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
     like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
     ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
-    log-probabilities keep the precision of x. ``space`` is what x is a latent of; ``weights`` is the range of guidance
-    weights w that the network reads, its condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
+    log-probabilities keep the precision of x. ``space`` is what x is a latent of; ``own`` is the sampler that a
+    pretrained model brings along, if any; ``weights`` is the range of guidance weights w that the network reads, its
+    condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
@@ -31,6 +46,7 @@ class Denoiser(nn.Module):
         named(kind)
         self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
         self.space: Space = Pixels()
+        self.own: Own | None = None
         self.weights: tuple[float, float] | None = None
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
@@ -77,6 +93,10 @@ class Embedded(nn.Module):
     def space(self) -> Space:
         return self.denoiser.space
 
+    @property
+    def own(self) -> Own | None:
+        return self.denoiser.own
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         w = torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)
         return self.denoiser(x, t, {"label": cond, "w": w})
@@ -89,7 +109,8 @@ class Guided(nn.Module):
         (2)  y <- f y,  f = rescale std(y_c) / std(y) + 1 - rescale                    (Lin et al. 2023, Eq. 15, 16)
 
     y is the network's answer; Eq. (1) is affine, so it is the same in x0 and eps. y_0 is the answer to ``null``, the
-    condition of one sample, batch 1, that means "no condition", or a negative one. Guidance acts where
+    condition of one sample, batch 1, that means "no condition", or a negative one; or a function that gives each
+    sample's for its condition. Guidance acts where
     ``low`` <= t <= ``high`` (Kynkaanniemi et al. 2024); elsewhere y = y_c. All is one network call: B rows, and one
     more for every row that is guided.
     """
@@ -98,7 +119,7 @@ class Guided(nn.Module):
         self,
         denoiser: nn.Module,
         weight: float,
-        null: Cond,
+        null: Cond | Callable[[Cond], Cond],
         rescale: float = 0.0,
         low: float = 0.0,
         high: float = 1.0,
@@ -124,6 +145,10 @@ class Guided(nn.Module):
     def space(self) -> Space:
         return self.denoiser.space
 
+    @property
+    def own(self) -> Own | None:
+        return self.denoiser.own
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         inside = (t >= self.low) & (t <= self.high)
         if not bool(inside.any()):
@@ -134,9 +159,8 @@ class Guided(nn.Module):
 
     def _guided(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor | slice) -> Prediction:
         """Eq. (1) and (2) in ``rows`` of the batch."""
-        self.null = map_cond(lambda c: c.to(x.device), self.null)  # moves once; a copy a step would stall a GPU
         mine = x[rows]
-        null = map_cond(lambda c: c.expand(len(mine), *c.shape[1:]), self.null)
+        null = self._null(map_cond(lambda c: c[rows], cond), mine)
         at = t if t.ndim == 0 else torch.cat([t, t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]])
         both = self.denoiser(torch.cat([x, mine]), at, cat_cond([cond, null]))
         conditional = Prediction(*(half[: len(x)] for half in both))
@@ -148,6 +172,13 @@ class Guided(nn.Module):
         if isinstance(rows, slice):
             return guided
         return Prediction(*(whole.index_copy(0, rows, new) for whole, new in zip(conditional, guided)))
+
+    def _null(self, cond: Cond, x: Tensor) -> Cond:
+        """The condition of y_0 for the rows ``x`` of condition ``cond``."""
+        if callable(self.null):
+            return self.null(cond)
+        self.null = map_cond(lambda c: c.to(x.device), self.null)  # moves once; a copy a step would stall a GPU
+        return map_cond(lambda c: c.expand(len(x), *c.shape[1:]), self.null)
 
     def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Eq. (1): (1 + w) conditional - w unconditional."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlfusion import checkpoint, lora, models
+from rlfusion import checkpoint, lora, models, origin
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
@@ -25,20 +25,13 @@ from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
-from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, make_reward, measure, require_judgeable
-from rlfusion.policy import Policy
+from rlfusion.measure import Judged, Unjudged, grid_samples, look_of, measure, require_judgeable
+from rlfusion.policy import Policy, frozen_copy
 from rlfusion.preflight import preflight
-from rlfusion.pretraining import (
-    base_model,
-    card_of,
-    require_no_class,
-    require_same_data,
-    require_solvable,
-    seen,
-)
+from rlfusion.pretraining import card_of, require_no_class, require_same_data, require_solvable
 from rlfusion.progress import Progress
 from rlfusion.rewards import Reward, build, facts, find, names_of, score
-from rlfusion.rollout import make_backend
+from rlfusion.rollout import Backend, Local, Recipe, make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
@@ -51,6 +44,12 @@ from rlfusion.weights import Weights, pack, sha256, unpack
 PREFLIGHT_SAMPLES = 64
 TRIED = 4
 HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
+PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
+
+
+def headlines(result: dict[str, float]) -> list[str]:
+    """The names of what to show of an evaluation."""
+    return [name for name in (HEADLINES if "frechet" in result else PLAIN) if name in result]
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Job:
     policy: Policy
     times: Tensor
     learner: AgentLearner
-    judged: Judged
+    judged: Judged | Unjudged
     reward: Reward
     tracker: Tracker
     guarded: Guarded
@@ -94,7 +93,7 @@ class Job:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
         policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())
         result = self._measure(policy, replace(self.config.evaluation, bits_per_dim=False))  # no density
-        return {name: result[name] for name in ("reward", "agreement", "frechet")}
+        return {name: result[name] for name in ("reward", "agreement", "frechet", "diversity") if name in result}
 
     def _measure(self, policy: Policy, settings: Evaluation) -> dict[str, float]:
         c = self.config
@@ -103,9 +102,9 @@ class Job:
     def picture(self, step: int, name: str) -> Tensor:
         """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard."""
         with self.learner.optimization.ema.averaged():
-            columns = min(self.card.classes, GRID_COLUMNS)
-            samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed)
-        picture = grid(samples, columns)
+            columns, rows, scale = look_of(self.card)
+            samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed, rows)
+        picture = grid(samples, columns, scale)
         save_png(self.folder / "samples" / f"{name}.png", picture)
         self.tracker.image(step, f"samples/{name}", picture)
         return picture
@@ -125,13 +124,17 @@ def check(config: Finetune) -> None:
         ConfigError: says which setting and why.
     """
     pick_device(config.device)
+    card = origin.pretrained(config)
+    if card is not None:
+        origin.check_pretrained(config, card)
+        return
     data = load(config.pretrain.data, config.pretrain.size)
     require_judgeable(data, config.pretrain.held_out)
     made = card_of(config.pretrain, data)
     card = models.load_card(Path(config.base)) if config.base else made
     require_same_data(f"base = {config.base!r}", card, made, config.pretrain.data)
     denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
-    lora.attach(denoiser.net, config.lora)
+    models.adapt(denoiser, card, config.lora)
     require_solvable(denoiser, config.chain)
     if not config.base:
         require_no_class(config.pretrain, config.chain)
@@ -156,25 +159,19 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     """
     root, device = Path(config.root), pick_device(config.device)
     config.chain.make_kernel()
-    base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
-    denoiser, card = models.load(base)
-    denoiser.precision = config.precision
-    lora.attach(denoiser.net, config.lora, config.seed)
-    policy = config.chain.policy(denoiser.to(device), card.names)
-    times = config.chain.times(denoiser)
-    data = load(config.pretrain.data, config.pretrain.size)
-    judged = Judged.of(data, config.pretrain.held_out, root, device)
-    options = config.options_of(*names_of(config.reward))
-    reward = make_reward(config.reward, options, judged.train, root, config.care)
-    require_independent(judged.judge, reward)
+    denoiser, card, judged, data = origin.begin(config, root, device, signals, progress)
+    policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
+    require_solvable(denoiser, config.chain)
+    reward = judged.reward(config.reward, config.options_of(*names_of(config.reward)), root, config.care)
+    if judged.judge is not None:
+        require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
-    trained_on = encoded(seen(config.base, config.pretrain, judged.train), denoiser.space)
-    learner = config.agent.learner(make_task(config, card, policy, reward), trained_on, config.seed)
+    learner = config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:
-        models.save(folder / "best", lora.merged(denoiser), card)
+        models.save(folder / "best", denoiser, card)
 
     watch = Watch(config, folder, policy, times, judged, reward, save_best)
     guarded = Guarded(learner, config.guard, folder)
@@ -201,11 +198,18 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         job = prepare(config, folder, tracker, signals, progress)
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device))
-        with make_backend(described, config.settings) as backend:
+        with _backend(job, described) as backend:
             collector = Collector(backend, config, job.card.classes, start)
             before = _begin(job, collector, found.path if found else None, progress)
             done = _improve(job, collector, signals, progress)
         return _finish(job, before, done)
+
+
+def _backend(job: Job, described: Recipe) -> Backend:
+    """The backend of the settings. In this process a pretrained model shares what is not trained with its copy."""
+    if job.card.pipeline and not job.config.rollout.workers:
+        return Local(make_task(job.config, job.card, frozen_copy(job.policy), job.reward))
+    return make_backend(described, job.config.settings)
 
 
 def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress) -> dict[str, float]:
@@ -278,13 +282,13 @@ def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
     after = job.evaluate(total)
     job.picture(total, "after")
     with job.learner.optimization.ema.averaged():
-        models.save(folder / "model", lora.merged(job.denoiser), job.card)
-        if job.config.lora:
+        models.save(folder / "model", job.denoiser, job.card)
+        if job.config.lora and not job.card.pipeline:
             lora.save(folder / "adapter", job.denoiser.net)
     result = {"before": before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.watch.best.step > 0:
         result["best"] = {"updates": job.watch.best.step, job.watch.best.name: job.watch.best.value}
-    job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in HEADLINES})
+    job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in headlines(after)})
     job.tracker.flush()
     checkpoint.write_json_atomic(folder / "summary.json", result)
     return result

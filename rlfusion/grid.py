@@ -6,10 +6,11 @@ On a discrete schedule of T times the spacings are those of the field (Lin et al
     linspace   k = 1 + round(linspace(T - 1, 0, K))
 
 each followed by 0. On a continuous schedule only trailing, the even grid, exists. (diffusers counts code times k - 1.)
+"model" is the grid of a pretrained model's own sampler (``Listed``), where it has one.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -18,7 +19,25 @@ from torch import Tensor
 from rlfusion.errors import ConfigError, require_not_negative, unknown
 from rlfusion.schedule import Schedule
 
-Spacing = Literal["trailing", "leading", "linspace"]
+Spacing = Literal["trailing", "leading", "linspace", "model"]
+
+
+class Grid(Protocol):
+    """The times of a chain."""
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The K + 1 falling times on ``schedule``, float64, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Times that a model's own sampler gives (spacing "model"), one by one."""
+
+    listed: tuple[float, ...]
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """The times, whatever the schedule."""
+        return torch.tensor(self.listed, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,8 @@ class TimeGrid:
             ConfigError: more steps than the schedule has times, or a discrete spacing on a continuous schedule.
         """
         total = schedule.resolution
+        if self.spacing == "model":
+            raise ConfigError("spacing 'model' needs a model with a sampler of its own: expected another here")
         if total is None:
             if self.spacing != "trailing":
                 raise ConfigError(f"spacing {self.spacing!r} needs a discrete schedule: expected 'trailing' here")

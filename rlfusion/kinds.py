@@ -12,7 +12,7 @@ on any path they read x_t / alpha at tau = sigma / alpha.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,33 @@ class Plain:
 
     def time(self, t: Tensor, l: Level) -> Tensor:
         return t
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A kind whose network counts time in its own units: rate c_noise + offset (k - 1 of a table: T, -1).
+
+    ``whole`` says that it gets whole numbers, and how: "round" or "floor" (up to 1e-3, for rounding); "" is neither.
+    """
+
+    kind: Kind
+    rate: float
+    offset: float = 0.0
+    whole: Literal["", "round", "floor"] = ""
+
+    def row(self, l: Level) -> tuple[Tensor, Tensor]:
+        return self.kind.row(l)
+
+    def solution(self, l: Level) -> Solution:
+        return self.kind.solution(l)
+
+    def scale(self, l: Level) -> Tensor:
+        return self.kind.scale(l)
+
+    def time(self, t: Tensor, l: Level) -> Tensor:
+        time = self.rate * self.kind.time(t, l) + self.offset
+        whole = {"": lambda: time, "round": time.round, "floor": (time + 1e-3).floor}
+        return whole[self.whole]()
 
 
 @dataclass(frozen=True)

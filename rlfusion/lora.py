@@ -50,8 +50,9 @@ def parse(text: str) -> LoRA | None:
     return spec.parse(text, {"LoRA": LoRA}, "adapter") if text else None
 
 
-def attach(net: nn.Module, text: str, seed: int = 0) -> None:
-    """Give ``net`` the adapters of ``text`` (none for ""), in place; everything else is frozen.
+def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "") -> None:
+    """Give ``net`` the adapters of ``text`` (none for ""), in float32, in place; everything else is frozen. ``targets``
+    are its layers where the text names none.
 
     Raises:
         ConfigError: no package peft, or a target that no layer has.
@@ -63,14 +64,18 @@ def attach(net: nn.Module, text: str, seed: int = 0) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"lora = {text!r} needs the package peft: pip install 'rlfusion[lora]'") from error
+    layers = _layers(net, settings.targets or targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
-        target_modules="|".join(map(re.escape, _layers(net, settings.targets))),  # a list would mean ends of names
+        target_modules="|".join(map(re.escape, layers)),  # a list would mean ends of names
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(seed, "adapters"))
         inject_adapter_in_model(config, net)
+    for name, parameter in net.named_parameters():
+        if ADAPTER in name:
+            parameter.data = parameter.data.float()
 
 
 def _layers(net: nn.Module, targets: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion import classifier, evaluate
+from rlfusion import classifier, evaluate, models
 from rlfusion.config import Evaluation
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError
@@ -18,9 +18,9 @@ from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
 from rlfusion.sampling import chain_noise, sample, walk
 from rlfusion.seeding import Key
 
-CHUNK = 500
 NO_CARE = Care()
 GRID_ROWS, GRID_COLUMNS = 8, 20
+PIPELINE_ROWS, PIPELINE_COLUMNS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,59 @@ class Judged:
         train, rest = data.split(held_out)
         judge = classifier.load(classifier.cached(train, classifier.JUDGE, root))
         return cls(train, rest, judge.to(device))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a sample."""
+        return self.train.shape
+
+    @property
+    def classes(self) -> int:
+        """How many conditions there are."""
+        return self.train.classes
+
+    def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """All of ``evaluate.Report``, by name."""
+        return evaluate.report(samples, label, self.judge, self.held_out, self.train).as_dict()
+
+    def reward(
+        self, reward: str | dict[str, float], options: dict[str, dict[str, Any]], root: Path, care: Care = NO_CARE
+    ) -> Reward:
+        """The reward that settings name, as ``make_reward``."""
+        return make_reward(reward, options, self.train, root, care)
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """What is known of samples where no data is: their shape, and the prompts. No judge can be trained."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    judge: None = None
+
+    @property
+    def classes(self) -> int:
+        """How many prompts there are."""
+        return len(self.names)
+
+    def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """``evaluate.plain_report``."""
+        return evaluate.plain_report(samples, label)
+
+    def reward(
+        self, reward: str | dict[str, float], options: dict[str, dict[str, Any]], root: Path, care: Care = NO_CARE
+    ) -> Reward:
+        """The reward that settings name.
+
+        Raises:
+            ConfigError: as ``build``, or a class_logprob that would need data to learn from.
+        """
+        if "class_logprob" in names_of(reward) and not options.get("class_logprob", {}).get("weights"):
+            raise ConfigError(
+                "reward 'class_logprob' has no data to learn classes from here: expected its option weights, or "
+                "another reward"
+            )
+        return build(reward, options, facts(self.names, self.shape), care)
 
 
 def require_judgeable(data: Dataset, held_out: float) -> None:
@@ -96,9 +149,9 @@ def divergence(policy: Policy, base: Policy, times: Tensor, label: Tensor, shape
 def _noise(
     policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], key: tuple[Key, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The noise of walks and their labels, ``CHUNK`` at a time."""
+    """The noise of walks and their labels, as many at a time as the model's space says."""
     latent = policy.space.latent(shape)
-    for rows in torch.arange(len(label)).split(CHUNK):
+    for rows in torch.arange(len(label)).split(policy.space.chunk):
         noise = chain_noise(key, rows.tolist(), len(times) - 1, latent)
         yield noise.to(label.device), label[rows.to(label.device)]
 
@@ -107,14 +160,14 @@ def _noise(
 def measure(
     policy: Policy,
     times: Tensor,
-    judged: Judged,
+    judged: Judged | Unjudged,
     reward: Reward | None,
     reward_name: str,
     settings: Evaluation,
     seed: int,
     max_failed: float | None = None,
 ) -> dict[str, float]:
-    """reward and reward_std (where there is a reward), all of ``evaluate.Report`` and, if asked, bits_per_dim, by name.
+    """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
 
     With ``max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are averaged.
 
@@ -124,9 +177,9 @@ def measure(
     """
     bits = evaluate.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
     device = next(policy.parameters()).device
-    label = torch.arange(settings.samples, device=device) % judged.train.classes
-    samples = draw(policy, times, label, judged.train.shape, seed, "evaluation")
-    result = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict() | bits
+    label = torch.arange(settings.samples, device=device) % judged.classes
+    samples = draw(policy, times, label, judged.shape, seed, "evaluation")
+    result = judged.report(samples, label) | bits
     if reward is None:
         return result
     value = score(reward, samples, label, reward_name, masked=max_failed is not None)
@@ -136,8 +189,17 @@ def measure(
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
 
 
-def grid_samples(policy: Policy, times: Tensor, classes: int, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Samples on the fixed seeds of the grid, ``GRID_ROWS`` a class, class by class along the columns."""
+def look_of(card: models.Card) -> tuple[int, int, int]:
+    """Columns and rows of a model's grid, and pixels of the picture for one of a sample."""
+    if card.pipeline:
+        return min(card.classes, PIPELINE_COLUMNS), PIPELINE_ROWS, 1
+    return min(card.classes, GRID_COLUMNS), GRID_ROWS, 4
+
+
+def grid_samples(
+    policy: Policy, times: Tensor, classes: int, shape: tuple[int, ...], seed: int, rows: int = GRID_ROWS
+) -> Tensor:
+    """Samples on the fixed seeds of the grid, ``rows`` a class, class by class along the columns."""
     device = next(policy.parameters()).device
-    label = torch.arange(GRID_ROWS * classes, device=device) % classes
+    label = torch.arange(rows * classes, device=device) % classes
     return draw(policy, times, label, shape, seed, "grid").cpu()

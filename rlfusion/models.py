@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion import autoencoder, schedule, spec
+from rlfusion import autoencoder, lora, pipelines, schedule, spec
 from rlfusion.autoencoder import Latents
 from rlfusion.consistency import LCM
 from rlfusion.denoiser import Denoiser
@@ -72,7 +72,8 @@ class Card:
     settings of the chain that it was made with (``chain.Chain``; empty for none in particular), whether the names are
     captions, which the network reads, and the autoencoder in whose latents it works (``autoencoder.build``; empty for
     pixels). Of a distilled model also the boundary of a consistency function around it (``LCM(...)``; empty for none)
-    and the range (low, high) of guidance weights that the network reads (empty for none).
+    and the range (low, high) of guidance weights that the network reads (empty for none). ``pipeline`` says which
+    pretrained pipeline it is, if it is one (``pipelines.model``); its names are prompts.
     """
 
     config: Config
@@ -83,6 +84,7 @@ class Card:
     autoencoder: dict[str, Any] = field(default_factory=dict)
     boundary: str = ""
     weights: tuple[float, ...] = ()
+    pipeline: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -91,17 +93,21 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        own = {name: card[name] for name in ("chain", "captioned", "autoencoder", "boundary") if name in card}
+        known = ("chain", "captioned", "autoencoder", "boundary", "pipeline")
+        own = {name: card[name] for name in known if name in card}
         own["weights"] = tuple(card.get("weights", ()))
         return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), **own)
 
 
-def build(card: Card, seed: int = 0) -> Denoiser:
-    """A denoiser with initial weights keyed by ``seed``.
+def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Denoiser:
+    """A denoiser with initial weights keyed by ``seed``; of a pretrained pipeline, with its own, and with prompts that
+    are encoded on ``device``.
 
     Raises:
         ConfigError: an unknown network, schedule, kind or setting of one.
     """
+    if card.pipeline:
+        return pipelines.build(card.pipeline, card.names, device)
     config = card.config
     space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
     with initial(seed):
@@ -142,6 +148,55 @@ def make_net(text: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     return spec.call(spec.lookup(NETS, name, "network"), {**settings, **given}, f"network {name!r}")
 
 
+def of_pipeline(name: str, settings: pipelines.Settings, negative: str, cache: Path | None) -> Card:
+    """The card of a pretrained pipeline by its folder or hub id.
+
+    Raises:
+        ConfigError: no such pipeline, one that is not known, no prompts, or a size that does not fit.
+    """
+    about, prompts = settings.about(name, negative, cache)
+    path = pipelines.folder(name, settings.variant)
+    config = Config(pipelines.index(path)["_class_name"], pipelines.index(path)["scheduler"][1], "of the scheduler")
+    return Card(config, pipelines.shape(path, settings.size), prompts.texts, pipeline=about)
+
+
+def describe(name: str, settings: pipelines.Settings, negative: str = "", cache: Path | None = None) -> Card:
+    """The card of a model folder, of a run's, or of a pretrained pipeline by its folder or hub id.
+
+    ``settings`` give a pipeline its prompts; of a saved one they replace those that it was trained on.
+
+    Raises:
+        ConfigError: there is no such model, or the settings do not fit it.
+    """
+    if pipelines.is_pipeline(name):
+        return of_pipeline(name, settings, negative, cache)
+    card = load_card(Path(name))
+    if not card.pipeline or not settings.prompts:
+        return card
+    prompts = pipelines.read_prompts(settings.prompts, negative)
+    return replace(card, names=prompts.texts, pipeline=card.pipeline | {"negatives": list(prompts.negatives)})
+
+
+def require_trainable(card: Card) -> None:
+    """Raise ConfigError where all weights of a pipeline cannot be trained: in low precision."""
+    if (dtype := card.pipeline["dtype"]) != "float32":
+        raise ConfigError(f"dtype = {dtype}: whole weights are trained in float32, expected that or adapters (lora)")
+
+
+def adapt(denoiser: Denoiser, card: Card, text: str, seed: int = 0) -> None:
+    """Give a model the adapters of ``text`` (none for ""); a pretrained one, unless told otherwise, in its attention.
+
+    Raises:
+        ConfigError: as ``lora.attach``; or frozen weights of low precision, with nothing else to train.
+    """
+    if not card.pipeline:
+        lora.attach(denoiser.net, text, seed)
+        return
+    if not text:
+        require_trainable(card)
+    lora.attach(denoiser.net.model, text, seed, denoiser.net.family.targets)
+
+
 def space_blob(space: Space) -> dict[str, bytes]:
     """{"space": the autoencoder's weights}, or nothing for pixels."""
     return {"space": pack(space.module.state_dict())} if isinstance(space, Latents) else {}
@@ -154,15 +209,27 @@ def load_space(denoiser: Denoiser, blob: bytes | None) -> None:
 
 
 def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
-    """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all."""
+    """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all. Adapters are
+    merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if card.pipeline:
+        made = replace(card, pipeline=pipelines.save(folder, denoiser.net, denoiser.space, card.pipeline))
+        _write(folder / "model.json", json.dumps({"format": FORMAT, **asdict(made)}, indent=1).encode())
+        return
+    denoiser = lora.merged(denoiser)
     blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
     about = {"format": FORMAT, **asdict(card), "sha256": sha256(blob)}
     about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
     contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
     for name, content in (contents | {"model.json": json.dumps(about, indent=1).encode()}).items():
-        (folder / f"{name}.tmp").write_bytes(content)
-        os.replace(folder / f"{name}.tmp", folder / name)
+        _write(folder / name, content)
+
+
+def _write(file: Path, content: bytes) -> None:
+    part = file.with_name(f"{file.name}.tmp")
+    part.write_bytes(content)
+    os.replace(part, file)
 
 
 def find(path: Path) -> Path:
@@ -185,7 +252,8 @@ def load_card(path: Path) -> Card:
     """
     held, file = _read_about(path)
     try:
-        return Card.from_json(held)
+        card = Card.from_json(held)
+        return replace(card, pipeline=pipelines.placed(card.pipeline, file.parent)) if card.pipeline else card
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{str(file)!r} is no model's description: {type(error).__name__}: {error}") from error
 
@@ -209,6 +277,8 @@ def load(path: Path) -> tuple[Denoiser, Card]:
         ConfigError: no model there, weights that are not the saved ones, or weights of another architecture.
     """
     card, folder, about = load_card(path), find(path), _read_about(path)[0]
+    if card.pipeline:
+        return build(card), card
     denoiser = build(card)
     modules = {"weights": (denoiser, about.get("sha256"))}
     if card.autoencoder:

@@ -9,6 +9,8 @@
     (6)  kl               sum_t KL(p_theta(. | x_t) || p_base(. | x_t)) in nats a walk, at the states of the policy's
          walks; steps without noise have none, and a chain without noise has no kl
 
+Without a judge (no data to train one on) there are no (1) and (3), and (2) is measured in thumbnails.
+
 A reward that rises while these run away is being hacked: UniRL saw dark pixels go from .45 to .93 of the picture while
 its author's reward check passed.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.evaluate import agreement, class_spread, features, frechet_distance, image_statistics
+from rlfusion.evaluate import agreement, class_spread, features, frechet_distance, image_statistics, thumbnails
 from rlfusion.evaluate.report import Judge
 from rlfusion.rewards import Reward, score, valid
 
@@ -81,7 +83,7 @@ class Monitor:
     def __init__(
         self,
         config: Config,
-        judge: Judge,
+        judge: Judge | None,
         rewards: Mapping[str, Reward],
         base: Tensor,
         label: Tensor,
@@ -92,23 +94,28 @@ class Monitor:
         """
         self.config, self.judge, self.rewards, self.label = config, judge, rewards, label
         self.max_failed = max_failed
-        self.base = features(judge, base)
+        self.base = self._features(base)
         self.spread = _spread(self.base, label)
         self.images = image_statistics(base)._asdict()
-        self.agreement = agreement(judge, self.base, label)
+        self.agreement = agreement(judge, self.base, label) if judge else 0.0
         with torch.no_grad():
             self.scores = {name: score(reward, base, label, name) for name, reward in rewards.items()}
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What distances between samples are measured in."""
+        return features(self.judge, x) if self.judge else thumbnails(x)
 
     @torch.no_grad()
     def look(self, samples: Tensor, kl: float | None = None) -> dict[str, float]:
         """Eq. (1) to (6) and the reward, by name, of samples (B, C, H, W) for the labels of the base's; ``kl`` is that
         of their walks.
         """
-        ours, images = features(self.judge, samples), image_statistics(samples)._asdict()
+        ours, images = self._features(samples), image_statistics(samples)._asdict()
         seen = {name: self._mean(name, samples) for name in self.rewards}
-        seen["agreement"] = agreement(self.judge, ours, self.label)
         seen["diversity"] = _spread(ours, self.label) / self.spread
-        seen["frechet_base"] = frechet_distance(ours, self.base)
+        if self.judge:
+            seen["agreement"] = agreement(self.judge, ours, self.label)
+            seen["frechet_base"] = frechet_distance(ours, self.base)
         for name, was in self.images.items():
             std = was.std(correction=0).clamp(min=1e-6)
             seen[name] = ((images[name].mean() - was.mean()) / std).item()
@@ -126,7 +133,7 @@ class Monitor:
         c, found = self.config, []
         if seen["diversity"] < c.diversity:
             found.append(f"diversity within a prompt is {seen['diversity']:.2f} of the base model's")
-        if self.agreement - seen["agreement"] > c.agreement:
+        if self.judge and self.agreement - seen["agreement"] > c.agreement:
             found.append(f"agreement fell from {self.agreement:.3f} to {seen['agreement']:.3f}")
         if c.frechet_base is not None and seen["frechet_base"] > c.frechet_base:
             found.append(f"the Frechet distance to the base's samples is {seen['frechet_base']:.1f}")

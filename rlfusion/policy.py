@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rlfusion.errors import ConfigError
 from rlfusion.gaussian import Gaussian
 from rlfusion.kernel import Coefficients, Kernel, apply, transition
-from rlfusion.schedule import Schedule, level
+from rlfusion.schedule import Schedule, level, prior_std
 from rlfusion.space import Space
 from rlfusion.tensors import Cond
 
@@ -53,8 +53,8 @@ class Policy(nn.Module):
         return self.kernel.coefficients(self.schedule(t), self.schedule(s), s - t).std.expand(len(t))
 
     def prior_std(self, times: Tensor) -> float:
-        """The standard deviation sigma(t_0) of the noise where the chain begins."""
-        return float(self.schedule(times[:1]).sigma)
+        """The standard deviation of the noise where the chain begins."""
+        return prior_std(self.schedule, times)
 
 
 def frozen_copy(policy: Policy) -> Policy:

@@ -6,15 +6,19 @@
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from rlfusion.tensors import to_pixels
 
+CHUNK = 500
+
 
 class Space(Protocol):
-    """Eq. (1) to (3)."""
+    """Eq. (1) to (3); ``chunk`` samples are walked and decoded at a time where nothing else says how many."""
+
+    chunk: int
 
     def encode(self, x: Tensor) -> Tensor: ...
 
@@ -26,6 +30,8 @@ class Space(Protocol):
 @dataclass(frozen=True)
 class Pixels:
     """Samples are their own latents."""
+
+    chunk: ClassVar[int] = CHUNK
 
     def encode(self, x: Tensor) -> Tensor:
         return x

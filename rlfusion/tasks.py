@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlfusion import lora, models
+from rlfusion import models
 from rlfusion.chain import Chain
 from rlfusion.config import Finetune
 from rlfusion.errors import ConfigError
@@ -34,7 +34,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card)
     denoiser.precision = config["precision"]
-    lora.attach(denoiser.net, config["lora"])
+    models.adapt(denoiser, card, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
     known = facts(card.names, card.shape)
     reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]))
@@ -67,7 +67,7 @@ def _task(
 ) -> Task:
     return Task(
         policy=policy,
-        grid=chain.grid,
+        grid=chain.grid(policy.denoiser),
         shape=policy.space.latent(card.shape),
         conditions=torch.arange(card.classes),
         decode=policy.space.decode,
@@ -97,7 +97,9 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
         "needs": asdict(config.agent.needs(config.chain.moves)),
     }
     blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
-    if config.lora:  # else each version of the weights is all of them
+    if (
+        config.lora and not card.pipeline
+    ):  # a pipeline has them in its files; else each version of the weights is all of them
         blobs["policy"] = pack(policy.state_dict())
     return Recipe("rlfusion.tasks:build_task", described, blobs)
 

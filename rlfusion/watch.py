@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.config import Finetune
-from rlfusion.measure import Judged, divergence, draw, make_reward
+from rlfusion.measure import Judged, Unjudged, divergence, draw
 from rlfusion.monitor import Best, Monitor
 from rlfusion.policy import Policy, frozen_copy
 from rlfusion.rewards import Reward
@@ -28,7 +28,7 @@ class Watch:
     folder: Path
     policy: Policy
     times: Tensor
-    judged: Judged
+    judged: Judged | Unjudged
     reward: Reward
     save_best: Callable[[], None]
 
@@ -46,8 +46,7 @@ class Watch:
             file.write_bytes(pack({"samples": self._draw().cpu()}))
         base = unpack(file.read_bytes())["samples"].to(self._label.device)
         c = self.config
-        train, root = self.judged.train, Path(c.root)
-        held_out = {n: make_reward(n, c.options_of(n), train, root, c.care) for n in c.monitor.held_out}
+        held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.care) for n in c.monitor.held_out}
         for reward in held_out.values():
             if isinstance(reward, nn.Module):
                 reward.to(base.device)
@@ -87,16 +86,16 @@ class Watch:
     @property
     def _label(self) -> Tensor:
         device = next(self.policy.parameters()).device
-        return torch.arange(self.config.monitor.samples, device=device) % self.judged.train.classes
+        return torch.arange(self.config.monitor.samples, device=device) % self.judged.classes
 
     def _draw(self) -> Tensor:
-        return draw(self.policy, self.times, self._label, self.judged.train.shape, self.config.seed, "monitor")
+        return draw(self.policy, self.times, self._label, self.judged.shape, self.config.seed, "monitor")
 
     def _divergence(self) -> float | None:
         """``kl`` of the walks that ``_draw`` draws."""
         if self.base is None:
             return None
-        shape = self.judged.train.shape
+        shape = self.judged.shape
         kl = divergence(self.policy, self.base, self.times, self._label, shape, self.config.seed, "monitor")
         return kl.mean().item()
 

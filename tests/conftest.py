@@ -27,3 +27,17 @@ def tiny_root(tmp_path_factory) -> Path:
 def classifiers(tiny_root) -> list[Path]:
     """The cached judge and reward classifier, to be linked into other roots."""
     return sorted((tiny_root / "cache").glob("classifier-*"))
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory) -> dict[str, Path]:
+    """The folder of a tiny random pipeline of each family, by its name in ``tiny_pipelines.MAKERS``."""
+    import torch
+    from tiny_pipelines import MAKERS
+
+    root = tmp_path_factory.mktemp("pipelines")
+    for name, make in MAKERS.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            make().save_pretrained(root / name)
+    return {name: root / name for name in MAKERS}

@@ -4,6 +4,7 @@ from rlfusion.evaluate.frechet import frechet_distance, frechet_gaussian
 from rlfusion.evaluate.images import ImageStatistics, image_statistics
 from rlfusion.evaluate.likelihood import Bound, bits_per_dim, bound, require_bound
 from rlfusion.evaluate.manifold import PrecisionRecall, class_spread, precision_recall
+from rlfusion.evaluate.plain import plain_report, thumbnails
 from rlfusion.evaluate.report import Judge, Report, agreement, features, report, require_independent
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "frechet_distance",
     "frechet_gaussian",
     "image_statistics",
+    "plain_report",
     "precision_recall",
     "report",
     "require_bound",
     "require_independent",
+    "thumbnails",
 ]

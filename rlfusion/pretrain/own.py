@@ -24,14 +24,16 @@ class OwnLoss:
     batch: int
     dropout: float
 
-    def of(self, model: nn.Module, data: Dataset, *key: Key) -> Callable[[int], Tensor] | None:
+    def of(self, model: nn.Module, data: Dataset | None, *key: Key) -> Callable[[int], Tensor] | None:
         """The term as a function of the optimiser step, of the denoiser within its guidance; None for weight 0.
 
         Raises:
-            ConfigError: the loss is not defined for the model, or needs a teacher.
+            ConfigError: the loss is not defined for the model, or needs a teacher; or there are no data.
         """
         if not self.weight:
             return None
+        if data is None:
+            raise ConfigError(f"pretrain_weight = {self.weight}: the base model's data are not known, expected 0")
         denoiser = model.denoiser if isinstance(model, Guided) else model
         loss = make(self.loss)
         loss.check(denoiser)

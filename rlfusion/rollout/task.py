@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.errors import ConfigError
-from rlfusion.grid import TimeGrid
+from rlfusion.grid import Grid
 from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.item import WorkItem, rollout_noise
@@ -45,7 +45,7 @@ class Task:
     """
 
     policy: Policy
-    grid: TimeGrid
+    grid: Grid
     shape: tuple[int, ...]
     conditions: Tensor | None
     decode: Callable[[Tensor], Tensor]

@@ -2,12 +2,14 @@
 
 from rlfusion.schedule.base import Level, Schedule, diffused, level, time_of
 from rlfusion.schedule.paths import Geometric, Karras, Rectified, Trig
+from rlfusion.schedule.tables import Between, SquaredCosine, UnitPrior, prior_std
 from rlfusion.schedule.vp import DDPM, VP, Cosine, ScaledLinear
 from rlfusion.schedule.zero_snr import ZeroSNR
 
 __all__ = [
     "DDPM",
     "VP",
+    "Between",
     "Cosine",
     "Geometric",
     "Karras",
@@ -15,9 +17,12 @@ __all__ = [
     "Rectified",
     "ScaledLinear",
     "Schedule",
+    "SquaredCosine",
     "Trig",
+    "UnitPrior",
     "ZeroSNR",
     "diffused",
     "level",
+    "prior_std",
     "time_of",
 ]

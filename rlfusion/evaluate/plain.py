@@ -1,0 +1,37 @@
+"""What can be said of samples without a judge or data: how bright, how busy, how much they differ within a prompt.
+
+diversity     mean root-mean-square difference of two samples of one prompt, in thumbnails of 16x16 pixels
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.evaluate.images import image_statistics
+from rlfusion.evaluate.manifold import class_spread
+
+SIDE = 16
+
+
+def thumbnails(x: Tensor) -> Tensor:
+    """Pixels (N, C, H, W) -> features (N, F), whose distances are root-mean-square differences of thumbnails."""
+    small = F.adaptive_avg_pool2d(x, (min(SIDE, x.shape[2]), min(SIDE, x.shape[3]))).flatten(1)
+    return small / small.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def plain_report(samples: Tensor, label: Tensor) -> dict[str, float]:
+    """count, diversity (of prompts with two samples) and the means of ``image_statistics`` of samples (B, C, H, W).
+
+    Raises:
+        NumericalError: a sample is not finite.
+        ConfigError: no prompt has two samples.
+    """
+    if not bool(samples.isfinite().all()):
+        raise NumericalError("samples are not finite")
+    spread = class_spread(thumbnails(samples), label)
+    if not spread:
+        raise ConfigError(f"samples = {len(samples)}: expected two of a prompt at least, for diversity")
+    means = {name: value.mean().item() for name, value in image_statistics(samples)._asdict().items()}
+    return {"count": float(len(samples)), "diversity": sum(spread.values()) / len(spread), **means}

@@ -1,0 +1,31 @@
+"""Pretrained text-to-image pipelines of diffusers as denoisers: one small file a family, all else common."""
+
+from rlfusion.pipelines.conditions import Conditions
+from rlfusion.pipelines.export import save
+from rlfusion.pipelines.family import Family, Net
+from rlfusion.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
+from rlfusion.pipelines.model import build, placed
+from rlfusion.pipelines.prompts import Prompts
+from rlfusion.pipelines.prompts import read as read_prompts
+from rlfusion.pipelines.scheduler import READERS, Sampling
+from rlfusion.pipelines.settings import Settings, defaults
+
+__all__ = [
+    "FAMILIES",
+    "READERS",
+    "Conditions",
+    "Family",
+    "Net",
+    "Prompts",
+    "Sampling",
+    "Settings",
+    "build",
+    "defaults",
+    "folder",
+    "index",
+    "is_pipeline",
+    "placed",
+    "read_prompts",
+    "save",
+    "shape",
+]

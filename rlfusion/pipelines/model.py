@@ -1,0 +1,175 @@
+"""A diffusers pipeline as a ``Denoiser``: its network, its autoencoder as the space, its scheduler as the own sampler.
+
+What a model card holds of one (``about``), all JSON:
+
+    name        folder or hub id                       dtype          of the network's frozen weights
+    variant     of the weights' files ("fp16")         checkpointing  activations computed again in the backward pass
+    side        pixels, 0 for the model's own          decode         samples decoded at a time
+    negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
+    adapters    folders of trained adapters that are merged into the weights, in this order
+
+Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError
+from rlfusion.pipelines import hub
+from rlfusion.pipelines.conditions import Conditions, Rows
+from rlfusion.pipelines.family import Family, Net, plain_grid
+from rlfusion.pipelines.scheduler import Sampling, read
+from rlfusion.pipelines.space import Decoded
+from rlfusion.tensors import Cond
+from rlfusion.weights import pack, unpack
+
+LORA = "pytorch_lora_weights.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The sampler that a pipeline was published with, as ``denoiser.Own``."""
+
+    sampling: Sampling
+    conditions: Conditions
+
+    def times(self, steps: int) -> Tensor:
+        return self.sampling.times(steps)
+
+    def null(self, cond: Cond) -> Cond:
+        return self.conditions.null(cond)
+
+    def around(self, denoiser: nn.Module) -> nn.Module:
+        return self.sampling.around(denoiser)
+
+
+def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser of ``about`` for ``prompts``, with its weights, on the CPU; prompts are encoded on ``device``.
+
+    Raises:
+        ConfigError: no such pipeline, one of another family, or a setting that it cannot follow.
+    """
+    path = hub.folder(about["name"], about["variant"])
+    family = hub.family(path)
+    read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
+    pipe, conditions = _conditions(path, family, about, prompts, device)
+    model = getattr(adapted(pipe, about["adapters"]), family.network)
+    if about["checkpointing"]:
+        model.enable_gradient_checkpointing()
+    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"])
+    sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"]))))
+    denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
+    denoiser.space, denoiser.own = space, Published(sampling, conditions)
+    if family.embeds(model.config):
+        denoiser.weights = (-1.0, math.inf)
+    return denoiser
+
+
+def placed(about: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``about`` as it was saved in ``folder``, with the paths in it that mean that folder."""
+    here = str(folder.resolve())
+    adapters = [here if place == "." else place for place in about["adapters"]]
+    return about | {"name": here if about["name"] == "." else about["name"], "adapters": adapters}
+
+
+def adapted(pipe: Any, adapters: Sequence[str]) -> Any:
+    """The pipeline with the adapters of these folders merged into its weights.
+
+    Raises:
+        ConfigError: there are none, or none that fit.
+    """
+    for place in adapters:
+        try:
+            pipe.load_lora_weights(place, weight_name=LORA)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"adapters {str(Path(place) / LORA)!r} cannot be loaded: {error}") from error
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
+    """The pipeline, all of it or without some components, on the CPU.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
+    absent = {name: None for name in without if name in hub.index(path)}
+    try:
+        return hub.diffusers().DiffusionPipeline.from_pretrained(
+            path,
+            use_safetensors=True,
+            variant=about["variant"] or None,
+            dtype=DTYPES[about["dtype"]],
+            local_files_only=True,
+            **absent,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"pipeline {about['name']!r} cannot be loaded: {first}") from error
+
+
+def _conditions(
+    path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str], device: torch.device | str
+) -> tuple[Any, Conditions]:
+    """The pipeline without what reads prompts, and their embeddings, from the cache or computed and kept there."""
+    file = _cached(path, family, about, prompts)
+    if file is not None and file.is_file():
+        return load(path, about, without=family.texts), Conditions(*_parts(unpack(file.read_bytes())))
+    pipe = load(path, about)
+    held = _encode(pipe, family, about, prompts, hub.shape(path, about["side"])[1], device)
+    pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}")
+        part.write_bytes(pack(held))
+        part.replace(file)
+    return pipe, Conditions(*_parts(held))
+
+
+@torch.no_grad()
+def _encode(
+    pipe: Any, family: Family, about: dict[str, Any], prompts: Sequence[str], side: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """ "prompt.NAME" and "negative.NAME", one prompt after another, so that none depends on the others beside it."""
+    for name in family.texts:
+        module = pipe.components.get(name)
+        if isinstance(module, nn.Module):
+            module.to(device)
+    pairs = [family.encode(pipe, text, no or None, side, device) for text, no in zip(prompts, about["negatives"])]
+    held = {f"prompt.{name}": torch.cat([pair[0][name] for pair in pairs]) for name in pairs[0][0]}
+    if pairs[0][1] is not None:
+        held |= {f"negative.{name}": torch.cat([pair[1][name] for pair in pairs]) for name in pairs[0][1]}
+    return {name: tensor.cpu() for name, tensor in held.items()}
+
+
+def _parts(held: dict[str, Tensor]) -> tuple[Rows, Rows | None]:
+    """The rows of prompts and of negative ones of what ``_encode`` made."""
+    parts: dict[str, Rows] = {"prompt": {}, "negative": {}}
+    for name, tensor in held.items():
+        part, _, own = name.partition(".")
+        parts[part][own] = tensor
+    return parts["prompt"], parts["negative"] or None
+
+
+def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str]) -> Path | None:
+    """The file of the embeddings, named by all that they depend on; files of weights by their sizes and times."""
+    if not about["cache"]:
+        return None
+    folders = [path / name for name in family.texts]
+    files = [f.resolve() for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    same = [stats, list(prompts), about["negatives"], about["dtype"], about["side"]]
+    digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+    return Path(about["cache"]) / f"embeddings-{digest}.safetensors"

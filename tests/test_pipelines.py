@@ -1,0 +1,263 @@
+"""Pretrained pipelines: our sampler against the pipeline's own, for each family and each scheduler, on tiny models."""
+
+from collections.abc import Callable
+
+import diffusers
+import pytest
+import torch
+from diffusers import schedulers
+from tiny_pipelines import SCALED, SD15
+
+from rlfusion import pipelines
+from rlfusion.chain import Chain
+from rlfusion.denoiser import Denoiser
+from rlfusion.errors import ConfigError
+from rlfusion.kinds import Timed
+from rlfusion.pipelines import flux
+from rlfusion.pipelines.family import plain_grid
+from rlfusion.pipelines.model import Published
+from rlfusion.pipelines.scheduler import read
+from rlfusion.sampling import sample
+from rlfusion.schedule import Between, Rectified, ScaledLinear, SquaredCosine, UnitPrior, ZeroSNR, prior_std
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+PROMPTS, NEGATIVES = ["a red cat", "two dogs, 3"], ["dark", "blurred"]
+ABOUT = {
+    "variant": "",
+    "dtype": "float32",
+    "checkpointing": False,
+    "decode": 2,
+    "negatives": NEGATIVES,
+    "cache": "",
+    "adapters": [],
+}
+SIDE = {"sana": 32}
+SCALE, STEPS = 3.0, 4
+ALIKE = 1e-4
+
+
+def about(folder, **settings) -> dict:
+    return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **settings}
+
+
+@pytest.fixture(scope="session")
+def denoisers(tiny_pipelines) -> dict[str, Denoiser]:
+    return {name: pipelines.build(about(folder), PROMPTS) for name, folder in tiny_pipelines.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_pipelines) -> dict[str, diffusers.DiffusionPipeline]:
+    found = {name: diffusers.DiffusionPipeline.from_pretrained(folder) for name, folder in tiny_pipelines.items()}
+    for pipe in found.values():
+        pipe.set_progress_bar_config(disable=True)
+    return found
+
+
+def noise(denoiser, side: int, steps: int = STEPS) -> torch.Tensor:
+    shape = denoiser.space.latent((3, side, side))
+    return torch.randn(2, steps + 1, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def ours(denoiser, z, kernel: str = "", scale: float = SCALE) -> torch.Tensor:
+    kernel = kernel or denoiser.own.sampling.kernel
+    chain = Chain(steps=z.shape[1] - 1, spacing="model", kernel=kernel, guidance_scale=scale)
+    return sample(chain.policy(denoiser, PROMPTS), z, chain.times(denoiser), torch.arange(2))
+
+
+@torch.no_grad()
+def theirs(pipe, z, side: int, scale: float = SCALE, **settings) -> torch.Tensor:
+    """What the pipeline itself makes of the same noise."""
+    packed = isinstance(pipe, diffusers.FluxPipeline)
+    if not isinstance(pipe, diffusers.FluxPipeline | diffusers.LatentConsistencyModelPipeline):
+        settings["negative_prompt"] = NEGATIVES
+    if isinstance(pipe, diffusers.SanaPipeline):
+        settings["use_resolution_binning"] = False
+    start = z[:, 0].clone()
+    made = pipe(
+        PROMPTS, height=side, width=side, num_inference_steps=z.shape[1] - 1, guidance_scale=scale,
+        latents=flux.pack(start) if packed else start, output_type="latent", **settings,
+    ).images  # fmt: skip
+    return flux.unpack(made, start) if packed else made
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype == torch.float32
+    assert (a - b).abs().max().item() <= ALIKE * max(1.0, b.abs().max().item()), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sana"])
+def test_our_sampler_ends_where_the_pipelines_own_does(name, denoisers, loaded):
+    side, denoiser = SIDE.get(name, 16), denoisers[name]
+    z = noise(denoiser, side)
+    expected = theirs(loaded[name], z, side)
+    agree(ours(denoiser, z), expected)
+    swapped = ours(denoiser, z, scale=1.0)
+    assert (swapped - expected).abs().max() > 1e-3, "guidance acts"
+    agree(swapped, theirs(loaded[name], z, side, 1.0))
+
+
+def following(pipe, denoiser, scheduler, monkeypatch=None, z=None) -> tuple[Denoiser, diffusers.DiffusionPipeline]:
+    """The tiny Stable Diffusion with another scheduler, on both sides; ``z`` is the noise that theirs draws."""
+    sampling, given = read(scheduler, plain_grid({}, ())), dict(scheduler.config)
+    if isinstance(scheduler, schedulers.FlowMatchEulerDiscreteScheduler):
+        scheduler.init_noise_sigma = 1.0  # which this pipeline asks for
+    other = Denoiser(denoiser.net, sampling.schedule, sampling.kind)
+    other.space, other.own = denoiser.space, Published(sampling, denoiser.own.conditions)
+    if monkeypatch is not None:
+        drawn = iter(z.transpose(0, 1)[1:])
+        monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *_, **__: next(drawn))
+    walked = diffusers.StableDiffusionPipeline(**{**pipe.components, "scheduler": scheduler})
+    walked.set_progress_bar_config(disable=True)
+    scheduler.register_to_config(**given)  # the pipeline means it well with old settings
+    return other, walked
+
+
+SCHEDULERS: dict[str, Callable] = {
+    "ddim": lambda: schedulers.DDIMScheduler(**SD15),
+    "ddim to clean data": lambda: schedulers.DDIMScheduler(**{**SD15, "set_alpha_to_one": True, "steps_offset": 0}),
+    "ddim, linear betas, x0": lambda: schedulers.DDIMScheduler(clip_sample=False, prediction_type="sample"),
+    "ddim, cosine betas": lambda: schedulers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False),
+    "ddim, v, zero SNR, trailing": lambda: schedulers.DDIMScheduler(
+        **{**SD15, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    ),
+    "euler": lambda: schedulers.EulerDiscreteScheduler(**SCALED),
+    "euler, leading": lambda: schedulers.EulerDiscreteScheduler(**SCALED, timestep_spacing="leading", steps_offset=1),
+    "euler, trailing, v": lambda: schedulers.EulerDiscreteScheduler(
+        **SCALED, timestep_spacing="trailing", prediction_type="v_prediction"
+    ),
+    "euler, Karras": lambda: schedulers.EulerDiscreteScheduler(**SCALED, use_karras_sigmas=True),
+    "euler, exponential": lambda: schedulers.EulerDiscreteScheduler(
+        **SCALED, use_exponential_sigmas=True, final_sigmas_type="sigma_min"
+    ),
+    "dpm, one step": lambda: schedulers.DPMSolverMultistepScheduler(**SCALED, solver_order=1),
+    "dpm, one step, Karras": lambda: schedulers.DPMSolverMultistepScheduler(
+        **SCALED, solver_order=1, use_karras_sigmas=True
+    ),
+    "dpm, one step, flow": lambda: schedulers.DPMSolverMultistepScheduler(
+        solver_order=1, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+    ),
+    "flow": lambda: schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, Karras": lambda: schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_karras_sigmas=True),
+    "flow, shift to a terminal": lambda: schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_without_noise_is_followed(name, denoisers, loaded):
+    denoiser, pipe = following(loaded["sd"], denoisers["sd"], SCHEDULERS[name]())
+    z = noise(denoiser, 16)
+    last = denoiser.schedule(denoiser.own.times(STEPS)[-1]).alpha.item() if "exponential" in name else 1.0
+    agree(
+        ours(denoiser, z) / last, theirs(pipe, z, 16)
+    )  # an Euler scheduler that ends at sigma_min ends with x / alpha
+
+
+NOISY: dict[str, Callable] = {
+    "ancestral euler": lambda: schedulers.EulerAncestralDiscreteScheduler(**SCALED),
+    "ancestral euler, trailing": lambda: schedulers.EulerAncestralDiscreteScheduler(
+        **SCALED, timestep_spacing="trailing"
+    ),
+    "ddpm": lambda: schedulers.DDPMScheduler(**SCALED, clip_sample=False),
+    "ddpm, large variance": lambda: schedulers.DDPMScheduler(**SCALED, clip_sample=False, variance_type="fixed_large"),
+    "lcm": lambda: schedulers.LCMScheduler(),
+    "dpm, one step of the SDE": lambda: schedulers.DPMSolverMultistepScheduler(
+        **SCALED, solver_order=1, algorithm_type="sde-dpmsolver++"
+    ),
+    "flow, noised again": lambda: schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_scheduler_with_noise_is_followed_on_the_same_noise(name, denoisers, loaded, monkeypatch):
+    scheduler = NOISY[name]()
+    z = noise(denoisers["sd"], 16)
+    denoiser, pipe = following(loaded["sd"], denoisers["sd"], scheduler, monkeypatch, z)
+    agree(ours(denoiser, z), theirs(pipe, z, 16))
+
+
+def test_a_latent_consistency_model_reads_the_guidance_weight(denoisers, loaded, monkeypatch):
+    pipe, denoiser = loaded["lcm"], denoisers["lcm"]
+    z = noise(denoiser, 16)
+    drawn = []
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: drawn.pop(0))
+    for scale in (1.0, 8.5):
+        drawn[:] = list(z.transpose(0, 1)[1:])
+        agree(ours(denoiser, z, scale=scale), theirs(pipe, z, 16, scale))
+
+
+def test_the_multistep_scheduler_of_stable_diffusion_is_walked_by_single_steps(denoisers, loaded):
+    pndm = schedulers.PNDMScheduler(**SCALED, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True)
+    denoiser, pipe = following(loaded["sd"], denoisers["sd"], pndm)
+    pipe.scheduler = schedulers.DDIMScheduler.from_config(pndm.config, clip_sample=False)
+    z = noise(denoiser, 16)
+    agree(ours(denoiser, z), theirs(pipe, z, 16))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (lambda: schedulers.HeunDiscreteScheduler(), "unknown scheduler 'HeunDiscreteScheduler'.*DDIMScheduler"),
+        (lambda: schedulers.DDIMScheduler(), "clip_sample = True"),
+        (lambda: schedulers.DDIMScheduler(clip_sample=False, trained_betas=[0.1, 0.2]), "trained_betas"),
+        (lambda: schedulers.DDPMScheduler(clip_sample=False, variance_type="learned"), "variance_type.*'learned'"),
+        (lambda: schedulers.EulerDiscreteScheduler(interpolation_type="log_linear"), "interpolation_type"),
+        (lambda: schedulers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type"),
+        (lambda: schedulers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+    ],
+)
+def test_what_is_not_followed_is_refused_by_name(scheduler, message):
+    with pytest.raises(ConfigError, match=message):
+        read(scheduler(), plain_grid({}, ()))
+
+
+def test_prompts_are_encoded_alone_and_once(tiny_pipelines, tmp_path, monkeypatch):
+    folder = tiny_pipelines["sd"]
+    first = pipelines.build(about(folder, cache=str(tmp_path)), PROMPTS)
+    alone = pipelines.build(about(folder, negatives=["dark"]), PROMPTS[:1])
+    label = torch.tensor([0])
+    assert torch.equal(
+        first.net.conditions(label, torch.float32)["text"], alone.net.conditions(label, torch.float32)["text"]
+    )
+    monkeypatch.setattr("rlfusion.pipelines.model._encode", None)
+    again = pipelines.build(about(folder, cache=str(tmp_path)), PROMPTS)
+    assert again.net.conditions.table.keys() == first.net.conditions.table.keys()
+    assert all(torch.equal(t, again.net.conditions.table[n]) for n, t in first.net.conditions.table.items())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_schedules_of_pipelines_keep_their_levels():
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    for base in (ScaledLinear(), SquaredCosine(), ZeroSNR("ScaledLinear()")):
+        held, wrapped = base(t), UnitPrior(base)(t)
+        assert all(torch.equal(a, b) for a, b in zip(held, wrapped))
+        assert prior_std(UnitPrior(base), t.flip(0)) == 1.0
+    assert prior_std(ScaledLinear(), t.flip(0)) == pytest.approx(0.99766, abs=1e-5)
+    between = torch.tensor([0.0105, 0.3337, 0.9999], dtype=torch.float64)
+    for linear in ("sigma", "log_sigma"):
+        schedule = Between(ScaledLinear(), linear)
+        assert all(torch.equal(a[1:], b[1:]) for a, b in zip(schedule(t), ScaledLinear()(t)))
+        l = schedule(between)
+        torch.testing.assert_close(l.alpha**2 + l.sigma**2, torch.ones(3, dtype=torch.float64))
+        k = between * 1000
+        low, high = (ScaledLinear()(end / 1000) for end in (k.floor(), k.ceil()))
+        u, (v, w) = l.sigma / l.alpha, (end.sigma / end.alpha for end in (low, high))
+        share = k - k.floor()
+        expected = v + share * (w - v) if linear == "sigma" else (v.log() + share * (w.log() - v.log())).exp()
+        torch.testing.assert_close(u, expected)
+        h = 1e-7
+        ahead, behind = schedule(between + h), schedule(between - h)
+        torch.testing.assert_close(l.d_alpha, (ahead.alpha - behind.alpha) / (2 * h), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(l.d_sigma, (ahead.sigma - behind.sigma) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_counts_time_in_its_own_units():
+    t = torch.tensor([1.0, 0.9996, 0.5], dtype=torch.float64)
+    l = Rectified()(t)
+    from rlfusion.parameterization import named
+
+    kind = Timed(named("flow"), 1000, -1.0)
+    torch.testing.assert_close(kind.time(t, l), torch.tensor([999.0, 998.6, 499.0], dtype=torch.float64))
+    assert Timed(named("flow"), 1000, whole="floor").time(t, l).tolist() == [1000, 999, 500]
+    assert Timed(named("flow"), 1000, whole="round").time(t, l).tolist() == [1000, 1000, 500]
+    assert kind.row(l) == named("flow").row(l)
