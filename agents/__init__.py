@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from rlfusion.agents import ddpo, dpo, draft, drwr, grpo, nft, qsm, refl
+from rlfusion.agents import dawr, ddpo, dpo, draft, drwr, grpo, nft, qsm, refl
 
 AGENTS: Mapping[str, type] = {
     "ddpo": ddpo.Config,
@@ -13,5 +13,6 @@ AGENTS: Mapping[str, type] = {
     "refl": refl.Config,
     "drwr": drwr.Config,
     "qsm": qsm.Config,
+    "dawr": dawr.Config,
 }
 """The settings of each algorithm by name."""

@@ -33,7 +33,7 @@ LAYERS = [
     "rollout",
     "agent transitions replay",
     "pretrain guard monitor",
-    "renoise reward_gradient qvalue",
+    "renoise reward_gradient qvalue chain_value",
     "weighted critic",
     "agents distill",
     "config preflight",
