@@ -59,7 +59,7 @@ class Settings:
     """Settings of every weighted regression.
 
     Attributes:
-        lr: learning rate of AdamW.
+        lr: learning rate of AdamW; on noised samples a smaller one, of some 1e-4.
         beta: inverse temperature of the weights exp(beta A).
         w_max: limit of exp(beta A), before it is scaled; null for none. It moves the fixed point to q min(exp(beta A),
             w_max), and the zero of A then matters.
@@ -85,7 +85,7 @@ class Settings:
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
-    lr: float = 3e-4
+    lr: float = 1e-3
     beta: float = 1.0
     w_max: float | None = 20.0
     mean_one: bool = True
@@ -94,8 +94,8 @@ class Settings:
     noisings: int = 4
     times: str = "Uniform()"
     time_weight: str = "Own()"
-    epochs: int = 1
-    updates_per_epoch: int = 4
+    epochs: int = 2
+    updates_per_epoch: int = 1
     kl: float = 0.0
     pretrain_weight: float = 0.0
     pretrain_loss: str = "Denoising()"

@@ -349,7 +349,7 @@ def test_the_preflight_says_how_few_samples_count_and_refuses_other_weights():
         (lambda: Config(label_dropout=1.5), "label_dropout = 1.5"),
         (lambda: Config(memory=200).check(Plan(10, 24, 0, 20)), "memory = 200: expected 0, or at least the 240"),
         (lambda: Config().check(Plan(10, 1, 0, 20)), "samples_per_prompt = 1"),
-        (lambda: Config().check(Plan(1, 3, 0, 20)), "updates_per_epoch = 4"),
+        (lambda: Config(updates_per_epoch=4).check(Plan(1, 3, 0, 20)), "updates_per_epoch = 4"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make, said):
