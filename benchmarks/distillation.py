@@ -28,21 +28,39 @@ from rlfusion.tracking import grid, save_png
 
 @dataclass(frozen=True)
 class Row:
-    """A distillation: the name of its method in the table, its arguments, and the steps to measure its student at."""
+    """A distillation: the name of its method in the table, its arguments, and the steps to measure its student at.
+
+    ``after`` is the row, of the same label and steps, whose student is the teacher; none for the teacher of all.
+    """
 
     label: str
     arguments: tuple[str, ...]
     steps: tuple[int, ...] = (1, 2, 4, 8)
+    after: tuple[int, ...] = ()
+
+    def name(self, seed: int) -> str:
+        """Of the run's folder."""
+        return "-".join([self.label, *map(str, self.steps), f"seed{seed}"])
+
+    def teacher(self, seed: int) -> str:
+        """Of the folder of its teacher."""
+        return Row(self.label, (), self.after).name(seed) if self.after else "teacher"
 
 
-def halving(method: str, *more: str) -> list[Row]:
-    """Progressive distillation ends at one number of steps: a run for each."""
-    return [Row(method, ("--method", method, "--chain.steps", str(n), *more), (n,)) for n in (1, 2, 4, 8)]
+def halving(n: int, start: int) -> Row:
+    """Progressive distillation to ``n`` steps: from the teacher of all, or by a further round from the student of
+    ``start`` = 2 n steps.
+    """
+    arguments = ("--method", "pd", "--chain.steps", str(n), "--method.start", str(start))
+    return Row("pd", arguments, (n,), (start,) if start == 2 * n else ())
 
 
 ROWS: list[Row] = [
-    *halving("pd"),
-    *halving("guided_pd", "--chain.guidance", "0.0"),
+    halving(8, 32),
+    halving(4, 8),
+    halving(2, 4),
+    halving(1, 2),
+    Row("guided_pd", ("--method", "guided_pd", "--chain.steps", "4"), (4,)),
     Row("cd", ("--method", "cd")),
     Row("lcm", ("--method", "lcm")),
     Row("ct", ("--method", "ct")),
@@ -85,11 +103,10 @@ def teacher(root: Path) -> tuple[Path, float]:
 
 def distilled(row: Row, seed: int, root: Path) -> tuple[Path, float]:
     """The run of one distillation, and the CPU seconds of its training alone."""
-    name = "-".join([row.label, *(str(n) for n in row.steps), f"seed{seed}"])
-    folder = root / name
-    if not (folder / "model").is_dir():
-        place = ("--root", str(root), "--name", name, "--seed", str(seed), "--teacher", str(root / "teacher"))
-        run("distill", *place, *row.arguments)
+    folder = root / row.name(seed)
+    if not (folder / "evaluation.json").is_file():
+        place = ("--root", str(root), "--name", folder.name, "--seed", str(seed))
+        run("distill", *place, "--teacher", str(root / row.teacher(seed)), *row.arguments)
     last = (folder / "timing.jsonl").read_text().splitlines()[-1]
     return folder, json.loads(last)["cpu_seconds"]
 

@@ -133,7 +133,7 @@ def _job(kind: str, arguments: list[str]) -> None:
 
 def settings_of(kind: str, arguments: list[str]) -> Any:
     """The settings of a job; those of an agent or a method are of the algorithm that ``--agent`` or ``--method`` names.
-    The chain of a fine-tuning is that of the model of ``--base``, unless told otherwise.
+    The chain of a fine-tuning or a comparison is that of the model of ``--base``, unless told otherwise.
     """
     from rlfusion import config
 
@@ -146,7 +146,7 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     if kind == "compare":
         from rlfusion.comparison import Compare
 
-        return parse(Compare, kind, _listed(arguments))
+        return parse(Compare, kind, _listed(arguments), _chain_of(_told(arguments, "base")))
     if kind == "distill":
         arguments = _long(arguments, "method")
         typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))

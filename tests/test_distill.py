@@ -260,6 +260,29 @@ def test_the_chain_of_the_base_is_that_of_its_fine_tuning(student, tiny_root):
 
 
 @pytest.mark.parametrize(
+    ("agent", "steps", "more"),
+    [
+        ("ddpo", 1, ("--chain.last_noise", 0.1)),
+        ("grpo", 1, ("--chain.last_noise", 0.1)),
+        ("grpo", 4, ()),
+        ("refl", 1, ()),
+        ("draft", 1, ()),
+        ("draft", 4, ()),
+    ],
+)
+def test_students_of_one_to_four_steps_are_fine_tuned(student, tiny_root, agent, steps, more):
+    own = ("--updates", 2, "--evaluation.samples", 60, "--rollout.prompts", 4, "--rollout.samples_per_prompt", 6)
+    name = f"{agent}-{steps}"
+    place = ("--root", tiny_root, "--base", student, "--name", name, "--reward", "ink", "--monitor.every", 0)
+    chain = ("--chain.steps", steps, *more)
+    result = rlfusion(tiny_root.parent, "finetune", *place, "--agent", agent, *chain, *own)
+    assert result.code == 0, result.err
+    (before, _), (after, _) = models.load(student), models.load(tiny_root / name)
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert models.load_card(tiny_root / name).chain["kernel"] == "Renoise()"
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--method", "cdd"), "unknown method 'cdd': expected one of .*did you mean 'cd'"),

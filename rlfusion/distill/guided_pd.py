@@ -35,7 +35,7 @@ class Config(Rounds):
     """
 
     name: Literal["guided_pd"] = "guided_pd"
-    steps: int = 1500
+    steps: int = 1000
     w_low: float = 0.0
     w_high: float = 4.0
     first: int = 2000

@@ -152,7 +152,7 @@ class Config(Rounds):
     """
 
     name: Literal["pd"] = "pd"
-    steps: int = 1500
+    steps: int = 1000
 
     def check(self, teaching: Teaching) -> None:
         self.check_rounds(teaching)
