@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import NumericalError
+from rlfusion.errors import ConfigError, NumericalError
 from rlfusion.tensors import Cond
 
 NAMED = 10
@@ -141,3 +141,20 @@ def _require_finite(result: Tensor, name: str) -> None:
     listed = ", ".join(f"item {i} = {result[i].item()}" for i in items[:NAMED])
     more = f", and {len(items) - NAMED} more" if len(items) > NAMED else ""
     raise RewardError(f"reward {name!r} is not finite for {len(items)} of {len(result)} samples: {listed}{more}")
+
+
+def require_labels(cond: Cond, count: int, classes: int, name: str) -> Tensor:
+    """The condition, where it is one label in 0..classes-1 for each of ``count`` samples, (count,) int64.
+
+    Raises:
+        ConfigError: it is not ("no class" among the labels is classes).
+    """
+    if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != (count,):
+        raise ConfigError(f"{name} needs a label ({count},) int64 as condition: got {_described(cond)}")
+    if len(cond) and not 0 <= int(cond.min()) <= int(cond.max()) < classes:
+        raise ConfigError(f"{name} knows the labels 0..{classes - 1}: got {cond.min()}..{cond.max()}")
+    return cond
+
+
+def _described(cond: Cond) -> str:
+    return f"{cond.dtype} {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__

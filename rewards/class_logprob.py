@@ -12,7 +12,7 @@ from torch import Tensor
 from rlfusion.classifier import load
 from rlfusion.errors import ConfigError
 from rlfusion.nets.classifier import Classifier
-from rlfusion.rewards.base import Learned
+from rlfusion.rewards.base import Learned, require_labels
 
 
 class ClassLogProb(Learned):
@@ -54,15 +54,5 @@ class ClassLogProb(Learned):
         Raises:
             ConfigError: the condition is no label, or one outside the classifier's classes ("no class" among them).
         """
-        classes = self.classifier.classes
-        if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.shape != samples.shape[:1]:
-            raise ConfigError(
-                f"class_logprob needs a label ({len(samples)},) int64 as condition: got {_describe(cond)}"
-            )
-        if len(cond) and not 0 <= int(cond.min()) <= int(cond.max()) < classes:
-            raise ConfigError(f"class_logprob knows the labels 0..{classes - 1}: got {cond.min()}..{cond.max()}")
-        return self.classifier(samples).log_softmax(1).gather(1, cond[:, None])[:, 0]
-
-
-def _describe(cond: object) -> str:
-    return f"{cond.dtype} {tuple(cond.shape)}" if isinstance(cond, Tensor) else type(cond).__name__
+        label = require_labels(cond, len(samples), self.classifier.classes, "class_logprob")
+        return self.classifier(samples).log_softmax(1).gather(1, label[:, None])[:, 0]

@@ -30,10 +30,16 @@ from urllib.parse import urlsplit
 from torch import nn
 
 from rlfusion.errors import ConfigError, unknown
+from rlfusion.rewards.aesthetic import Aesthetic
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.class_logprob import ClassLogProb
+from rlfusion.rewards.clip_class import ClipClass
+from rlfusion.rewards.clip_score import ClipScore
+from rlfusion.rewards.clip_similarity import ClipSimilarity
+from rlfusion.rewards.hps_v2 import HPSv2
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from rlfusion.rewards.pick_score import PickScore
 from rlfusion.rewards.remote import Remote, is_url
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
@@ -46,6 +52,12 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "jpeg_compressibility": JpegCompressibility,
     "jpeg_incompressibility": JpegIncompressibility,
     "class_logprob": ClassLogProb,
+    "clip_score": ClipScore,
+    "clip_class": ClipClass,
+    "clip_similarity": ClipSimilarity,
+    "aesthetic": Aesthetic,
+    "hps_v2": HPSv2,
+    "pick_score": PickScore,
 }
 
 Options = Mapping[str, Mapping[str, Any]]

@@ -39,6 +39,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
                                              a student of a few steps: cd, ... (docs/distillation.md)
   rlfusion finetune --base runs/STUDENT      any model to start from, also a student, with its own chain
   rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
+  rlfusion train-clip                        a small CLIP of images and words, for the CLIP rewards (docs/rewards.md)
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
   rlfusion check-reward NAME                 is a reward fit to be trained on? (docs/rewards.md)
@@ -104,7 +105,7 @@ def _run(arguments: list[str]) -> int:
 
 def _job(kind: str, arguments: list[str]) -> None:
     """finetune, pretrain, compare or distill: a new run, or an old one to resume."""
-    from rlfusion import autoencoding, commands, comparison
+    from rlfusion import autoencoding, commands, comparison, contrastive
     from rlfusion.distilling import check as check_distill
     from rlfusion.finetune import check as check_finetune
     from rlfusion.pretraining import check as check_pretrain
@@ -115,6 +116,7 @@ def _job(kind: str, arguments: list[str]) -> None:
         "pretrain": commands.run_pretrain,
         "distill": commands.run_distill,
         "pretrain-autoencoder": commands.run_autoencoder,
+        "train-clip": commands.run_clip,
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         run(*_resumed(kind, arguments))
@@ -126,6 +128,7 @@ def _job(kind: str, arguments: list[str]) -> None:
         "pretrain": check_pretrain,
         "distill": check_distill,
         "pretrain-autoencoder": autoencoding.check,
+        "train-clip": contrastive.check,
     }[kind]
     check(settings)
     run(*commands.new_run(settings, settings.default_name))
@@ -143,6 +146,10 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         from rlfusion.autoencoding import Autoencode
 
         return parse(Autoencode, kind, arguments)
+    if kind == "train-clip":
+        from rlfusion.contrastive import TrainClip
+
+        return parse(TrainClip, kind, arguments)
     if kind == "compare":
         from rlfusion.comparison import Compare
 
@@ -261,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": partial(_job, "pretrain"),
     "distill": partial(_job, "distill"),
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
+    "train-clip": partial(_job, "train-clip"),
     "sample": _sample,
     "evaluate": _evaluate,
     "check-reward": _check_reward,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlfusion import autoencoding, checkpoint, comparison, config, models, pipelines
+from rlfusion import autoencoding, checkpoint, comparison, config, contrastive, models, pipelines
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.distilling import distill
@@ -90,6 +90,16 @@ def run_autoencoder(settings: autoencoding.Autoencode, folder: Path) -> None:
     console = Console()
     _print(console, result, f"{settings.steps} steps, {time.monotonic() - begin:.0f} s")
     _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")
+
+
+def run_clip(settings: contrastive.TrainClip, folder: Path) -> None:
+    """Train a CLIP in ``folder``, and print how well it does."""
+    begin = time.monotonic()
+    with Signals() as signals, locked(folder):
+        result = contrastive.run(settings, folder, signals, Progress())
+    console = Console()
+    _print(console, result, f"{settings.steps} steps, {time.monotonic() - begin:.0f} s")
+    _where(console, folder, "clip/, evaluation.json, metrics.jsonl, config.yaml")
 
 
 def run_sample(settings: config.Sample) -> None:

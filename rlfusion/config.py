@@ -184,8 +184,9 @@ class Finetune:
         pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
         lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
             ends of layers' names by commas; empty trains all weights. The saved model has them merged.
-        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, package.module:name,
-            path/to/file.py:name, http://host:port, or a mapping of such names to weights (docs/rewards.md).
+        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, clip_score, clip_class,
+            clip_similarity, aesthetic, hps_v2, pick_score, package.module:name, path/to/file.py:name,
+            http://host:port, or a mapping of such names to weights (docs/rewards.md).
         reward_options: settings of each named reward, those of ``monitor.held_out`` among them.
         reward_normalize: several rewards: "none" adds them as they are; "group" and "batch" give each mean 0 and std 1
             over the prompt's walks, or the rollout's, before its weight.

@@ -4,6 +4,8 @@
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +129,27 @@ def captioned(x: Tensor, captions: list[str], levels: int | None) -> Dataset:
 
 
 def _read_image(file: Path, size: int) -> np.ndarray:
+    with _opened(file) as image:
+        return _fitted(image, size)
+
+
+def read_image(file: Path) -> Tensor:
+    """The image in a file, (3, H, W) float32 in [0, 1].
+
+    Raises:
+        ConfigError: no image there that can be read.
+    """
+    with _opened(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            return _fitted(image, size)
+            yield image
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"image {str(file)!r} cannot be read: {error}") from error
 

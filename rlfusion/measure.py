@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion import classifier, evaluate, models
+from rlfusion import classifier, contrastive, evaluate, models
 from rlfusion.config import Evaluation
 from rlfusion.data import Dataset
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
+from rlfusion.progress import Progress
 from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
 from rlfusion.sampling import chain_noise, sample, walk
 from rlfusion.seeding import Key
@@ -114,15 +115,39 @@ def make_reward(
     root: Path,
     care: Care = NO_CARE,
 ) -> Reward:
-    """The reward that settings name. A class_logprob without weights gets the classifier of ``train``, from the cache.
+    """The reward that settings name. One of ``TRAINED`` without weights gets those of ``train``, from the cache.
 
     Raises:
         ConfigError: an unknown reward or option.
     """
-    if "class_logprob" in names_of(reward) and not options.get("class_logprob", {}).get("weights"):
-        weights = str(classifier.cached(train, classifier.REWARD, root))
-        options = {**options, "class_logprob": {**options.get("class_logprob", {}), "weights": weights}}
-    return build(reward, options, facts(train.names, train.shape), care)
+    made = {}
+    for name in names_of(reward):
+        given = options.get(name) or {}
+        key, make = TRAINED.get(name, ("", None))
+        if make and not given.get(key):
+            made[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
+    return build(reward, options | made, facts(train.names, train.shape), care)
+
+
+def _trained_classifier(train: Dataset, root: Path) -> dict[str, Any]:
+    return {"weights": str(classifier.cached(train, classifier.REWARD, root))}
+
+
+def _trained_clip(train: Dataset, root: Path) -> dict[str, Any]:
+    return {"model": str(contrastive.cached(train, root, Progress()))}
+
+
+def _trained_texts(train: Dataset, root: Path) -> dict[str, Any]:
+    return {**_trained_clip(train, root), "template": contrastive.templates_of((), train)[0]}
+
+
+TRAINED = {
+    "class_logprob": ("weights", _trained_classifier),
+    "clip_score": ("model", _trained_texts),
+    "clip_class": ("model", _trained_texts),
+    "clip_similarity": ("model", _trained_clip),
+}
+"""Rewards that are trained here where the option does not name their weights, and what gives them their options."""
 
 
 def reward_parts(reward: Reward) -> dict[str, Tensor]:

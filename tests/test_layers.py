@@ -28,7 +28,7 @@ LAYERS = [
     "autoencoder pipelines",
     "classifier evaluate models checkpoint tracking",
     "rewards run",
-    "autoencoding",
+    "autoencoding contrastive",
     "envs",
     "rollout",
     "agent transitions replay",
@@ -71,7 +71,8 @@ HOMES = {
     "urllib3": {"rlfusion.rewards.remote"},
     "transformers": {"rlfusion.pipelines.hub"},
     "diffusers": {"rlfusion.autoencoder", "rlfusion.pipelines.hub", "rlfusion.pipelines.scheduler"},
-    **{name: set() for name in ("open_clip", "stable_baselines3", "scipy")},
+    "open_clip": {"rlfusion.rewards.openclip"},
+    **{name: set() for name in ("stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
 }
 """The only modules that may import a library."""
