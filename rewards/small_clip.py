@@ -7,6 +7,7 @@ from typing import Any
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 
 LONGEST, PATCHES = 32, 4
+"""The image's longest side, and its patches along a side."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SmallClip:
         heads: of each attention.
         embed: numbers in an embedding.
         image: side of what the image tower reads; 0 takes the samples' shorter side, at most 32, in fours.
-        patch: side of a patch; 0 takes a quarter of the image's.
+        patch: side of a patch; 0 takes a quarter of the image's, at least 4.
         context: tokens of a text.
     """
 
@@ -44,10 +45,11 @@ class SmallClip:
             ConfigError: patches that do not tile the image.
         """
         image = self.image or max(PATCHES, min(*shape[1:], LONGEST) // PATCHES * PATCHES)
-        patch = self.patch or max(1, image // PATCHES)
+        patch = self.patch or max(PATCHES, image // PATCHES)
         if image % patch:
             raise ConfigError(f"patch = {patch}: expected a number that divides the image's {image} pixels")
         vision = {"image_size": image, "patch_size": patch, "head_width": self.width // self.heads}
+        vision |= {"pool_type": "avg", "final_ln_after_pool": True}
         text = {"context_length": self.context, "vocab_size": 49408, "heads": self.heads}
         towers = {"width": self.width, "layers": self.layers}
         model = {"embed_dim": self.embed, "vision_cfg": vision | towers, "text_cfg": text | towers}

@@ -75,7 +75,7 @@ class TrainClip:
     held_out: float = 0.25
     model: SmallClip = field(default_factory=SmallClip)
     templates: list[str] = field(default_factory=list)
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 64
     lr: float = 2e-3
     weight_decay: float = 0.01

@@ -263,7 +263,9 @@ def test_score_is_float32_and_keeps_gradient(images):
 
 
 def test_short_names():
-    assert set(REWARDS) == {"ink", "symmetry", "jpeg_compressibility", "jpeg_incompressibility", "class_logprob"}
+    of_a_clip = {"clip_score", "clip_class", "clip_similarity", "aesthetic", "hps_v2", "pick_score"}
+    jpeg = {"jpeg_compressibility", "jpeg_incompressibility"}
+    assert {"ink", "symmetry", "class_logprob"} | jpeg | of_a_clip <= set(REWARDS)
     assert build("ink") is ink
     assert build("jpeg_compressibility", {"jpeg_compressibility": {"quality": 80}}) == JpegCompressibility(80)
     assert build("jpeg_incompressibility") == JpegIncompressibility()
