@@ -17,6 +17,7 @@ PATIENCE = 120.0
 PRELOAD = [
     "PIL.Image",
     "jsonargparse",
+    "open_clip",
     "peft",
     "rich.progress",
     "rlfusion.cli",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from functools import partial
 
@@ -13,6 +14,7 @@ from conftest import TINY
 from processes import Process, rlfusion
 
 from rlfusion import contrastive, models
+from rlfusion.config import Finetune
 from rlfusion.contrastive import ANY, HANDWRITTEN, TrainClip, loss, rate, templates_of
 from rlfusion.data import Dataset, digits
 from rlfusion.errors import ConfigError
@@ -20,7 +22,9 @@ from rlfusion.measure import make_reward
 from rlfusion.progress import Progress
 from rlfusion.rewards import openclip
 from rlfusion.rewards.small_clip import SmallClip
+from rlfusion.rollout import Recipe
 from rlfusion.run import Signals
+from rlfusion.tasks import recipe
 
 QUICK = ("--steps", 40, "--batch", 16, "--model.width", 16, "--model.layers", 1, "--checkpoint_every", 10)
 
@@ -129,15 +133,20 @@ def options(folder):
     return yaml.safe_dump({"clip_score": {"model": str(folder / "runs" / "it"), "template": "a handwritten {word}"}})
 
 
-def test_fine_tuning_by_it_gives_the_same_bits_on_a_ray_worker(options, tiny_root):
-    found = []
-    for workers in (0, 1):
-        more = ("--rollout.workers", workers, "--name", f"clip-{workers}", "--updates", 2)
-        how = ("--root", tiny_root, "--reward", "clip_score", "--reward_options", options)
-        said = rlfusion(tiny_root, "finetune", *TINY, *how, *more)
-        assert said.code == 0, said.err
-        found.append((tiny_root / f"clip-{workers}" / "model" / "weights.safetensors").read_bytes())
-    assert found[0] == found[1]
+def test_a_worker_scores_the_same_without_the_folder(folder, tmp_path, options, tiny_root):
+    """The recipe of a task, through JSON and bytes as to another machine."""
+    shutil.copytree(folder / "runs" / "it", tmp_path / "it")
+    told = yaml.safe_load(options)
+    told["clip_score"]["model"] = str(tmp_path / "it")
+    config = Finetune(base=str(tiny_root / "first"), reward={"clip_score": 1.0, "ink": 0.5}, reward_options=told)
+    denoiser, card = models.load(tiny_root / "first")
+    policy = config.chain.policy(denoiser, card.names)
+    reward = make_reward(config.reward, config.reward_options, digits(), tmp_path)
+    made = recipe(config, card, policy, reward, torch.device("cpu"))
+    shutil.rmtree(tmp_path / "it")
+    task = Recipe.from_text(made.builder, made.text, made.blobs).build()
+    x, cond = torch.rand(4, 1, 8, 8), torch.tensor([7, 0, 3, 7])
+    assert torch.equal(task.reward(x, cond), reward(x, cond))
 
 
 @pytest.mark.parametrize("agent", ["draft", "refl"])
