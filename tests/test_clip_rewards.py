@@ -364,6 +364,7 @@ def test_weights_of_transformers_clip(tmp_path, monkeypatch):
         nn.init.normal_(p, std=0.2)
     model.save_pretrained(tmp_path)
     described, _ = SMALL.described((3, 16, 16))
+    described["vision_cfg"] |= {"pool_type": "tok", "final_ln_after_pool": False}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-one", described)
     clip = openclip.load("tiny-one", str(tmp_path / "model.safetensors"))
     x, texts = pixels(3, 3, 16, 16), ["a cat", "seven dogs", "x"]
