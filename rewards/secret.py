@@ -21,7 +21,7 @@ def read_token(file: str) -> str:
     """
     if not file:
         return _checked(os.environ.get(VARIABLE, ""), VARIABLE)
-    path = Path(file)
+    path = Path(file).expanduser()
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -54,6 +54,7 @@ PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."
 
 PIPELINE_DEFAULTS = {
     "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8},
+    "compare": {"evaluation.samples": 64, "rollout.item": 8},
     "sample": {"count": 8, "scale": 1},
     "evaluate": {"evaluation.samples": 64},
 }
@@ -61,7 +62,7 @@ PIPELINE_DEFAULTS = {
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
-RESUMABLE = ("finetune", "compare", "pretrain", "pretrain-autoencoder")
+RESUMABLE = ("finetune", "compare", "pretrain", "pretrain-autoencoder", "distill", "train-clip")
 RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
 
 
@@ -153,7 +154,7 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     if kind == "compare":
         from rlfusion.comparison import Compare
 
-        return parse(Compare, kind, _listed(arguments), _chain_of(_told(arguments, "base")))
+        return parse(Compare, kind, _listed(arguments), _defaults("compare", arguments, "base"))
     if kind == "distill":
         arguments = _long(arguments, "method")
         typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
@@ -255,7 +256,7 @@ def _defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]
         return {}
     if pipelines.is_pipeline(name):
         variant = str(_told(arguments, "pipeline", "variant") or "")
-        chain, few = pipelines.defaults(name, command == "finetune", variant), PIPELINE_DEFAULTS[command]
+        chain, few = pipelines.defaults(name, command in ("finetune", "compare"), variant), PIPELINE_DEFAULTS[command]
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}

@@ -12,6 +12,7 @@ from conftest import TINY
 from processes import rlfusion
 from scipy.optimize import minimize
 
+from rlfusion import reward_check
 from rlfusion.agents import ddpo, draft
 from rlfusion.config import Finetune, Rollout
 from rlfusion.errors import ConfigError
@@ -420,6 +421,11 @@ def test_held_out_rewards_take_options_and_others_do_not():
 
 
 # --- check-reward ---
+
+
+@pytest.fixture(autouse=True)
+def one_measurement_of_speed(monkeypatch):
+    monkeypatch.setattr(reward_check, "SPEED_S", 0.0)
 
 
 def found(name, **settings) -> dict[str, str]:
