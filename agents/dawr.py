@@ -64,7 +64,7 @@ class Config(weighted.Settings, chain_value.Settings):
 
     def needs(self, steps: int) -> Needs:
         """Every transition; samples and rewards alone where nothing looks at the steps."""
-        return transitions() if self.on == "chain" or self.learns_value else samples(steps)
+        return transitions() if self.on != "noised" or self.learns_value else samples(steps)
 
     def plan(self) -> str:
         """What happens to each rollout, in a line."""

@@ -4,7 +4,8 @@ Samples of the policy are learned again, each with a weight that grows with its 
 
     (1)  w = min(exp(beta R), w_max),     R as it is, or z-scored over the rollout or its prompt (DPPO)
     (2)  loss = E w | eps - eps_theta(x_t, t, c) |^2 on fresh noise, in what the network predicts;
-         or, along the stored walk, -E sum_t w log p_theta(x_s | x_t, c)
+         or, along the stored walk, -E sum_t w log p_theta(x_s | x_t, c), perhaps with the mean weight's part of it
+         in expectation ("centred", the default: without it the noise of the walks outweighs all but strong rewards)
 
 On samples of p Eq. (2) ends at the tilted density p exp(beta R) / Z, clipped at p min(exp(beta R), w_max) / Z'. After j
 rollouts, each of the policy that the last one left, it is p exp(j beta R) / Z: there is no end but the best sample,
@@ -50,6 +51,10 @@ class Config(weighted.Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_not_negative(self, "memory")
+        if self.memory and self.on == "centred":
+            raise ConfigError(
+                f"memory = {self.memory}: 'centred' is of the present weights, expected 0 (or on = chain)"
+            )
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates, or a memory smaller than a rollout."""

@@ -21,12 +21,13 @@ from rlfusion.trajectory import Trajectory
 
 
 class Terms(NamedTuple):
-    """Eq. (1) of N transitions, and which walk and step each is, (N,) each."""
+    """Eq. (1) of N transitions, which walk and step each is, (N,) each, and the policy's distributions."""
 
     log_prob: Tensor
     log_ratio: Tensor
     walk: Tensor
     step: Tensor
+    distribution: Gaussian
 
 
 Objective = Callable[[Terms], Tensor]
@@ -103,17 +104,18 @@ class Transitions:
         distribution = self.policy(obs)
         log_prob = distribution.log_prob(action)
         at, k = walk.to(action.device), step.to(action.device)
-        return distribution, Terms(log_prob, log_prob - batch.log_prob[at, k], at, k)
+        return distribution, Terms(log_prob, log_prob - batch.log_prob[at, k], at, k, distribution)
 
     @torch.no_grad()
-    def refer(self, batch: Trajectory) -> Reference:
-        """The reference on a batch."""
+    def refer(self, batch: Trajectory, policy: Policy | None = None) -> Reference:
+        """The reference, or another policy, on a batch."""
+        policy = self.reference if policy is None else policy
         means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(batch.log_prob)
         walk, step = self.all(torch.arange(len(batch)))
         for rows in torch.arange(len(walk)).split(self.micro_batch):
             at, k = walk[rows].to(means.device), step[rows].to(means.device)
             obs, action = batch.transitions(walk[rows], step[rows])
-            distribution = self.reference(obs)
+            distribution = policy(obs)
             means[at, k] = distribution.mean
             ratio[at, k] = (batch.log_prob[at, k] - distribution.log_prob(action)).to(ratio)
         return Reference(means, ratio.sum(1).to(batch.reward))

@@ -5,6 +5,8 @@ Every walk, or every transition of it, has a weight w >= 0, a constant (``advant
     (1)  on = "noised":  E w w(t) | y_theta(x_t, t, c) - (a x_0 + b eps) |^2,     x_t = alpha x_0 + sigma eps, fresh
          the loss of the model's own training (``pretrain.denoising``) in what its network predicts, on scored samples
     (2)  on = "chain":   - E sum_t w log p_theta(x_s | x_t, c) over the stochastic steps of the stored walk
+         on = "centred": the same for walks of the present weights, acting, in expectation:
+         E sum_t [ - (w - 1) log p_theta(x_s | x_t, c) + KL(p_theta(. | x_t, c) || p_acting(. | x_t, c)) ]
     (3)  plus kl times   | y_theta - y_base |^2  (noised),  or  sum_t KL(p_theta || p_base)  (chain)
     (4)  plus pretrain_weight times the loss of the base model's own training, on its own data
 
@@ -16,6 +18,9 @@ that the base can draw. With (4) it is the mixture (q w + pretrain_weight p_data
 (2) moves the mean of each step to E_w[x_s | x_t], that of the walk reweighted by w, which is exact as steps become
 small (their std is the kernel's and stays); the last, noise-free step needs no change. The prior at pure noise cannot
 move: there the weights act in so far as they differ between walks that begin alike.
+"centred" takes the part of the weights that is 1 out of the sampled noise: given x_t, E log p_theta(x_s) is -KL up to
+a constant. The expected loss, its gradient at any theta and the fixed point are those of "chain", to a fraction of the
+variance: with z-scored A and a moderate beta most of a mean weight of 1 says nothing of the reward.
 For a few-step consistency policy choose (2): (1) makes a denoiser of it, whose single step is a blur.
 """
 
@@ -34,6 +39,7 @@ from rlfusion.agent import Plan
 from rlfusion.data import Dataset
 from rlfusion.denoiser import answer
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.gaussian import Gaussian
 from rlfusion.learner import Optimization, average
 from rlfusion.parameterization import target
 from rlfusion.policy import Policy, frozen_copy
@@ -68,7 +74,8 @@ class Settings:
         normalize: of rewards or advantages, before beta: mean 0 and std 1 over the rollout ("batch") or each prompt
             ("group"), or as they are ("none"). The tilt of a rollout is then exp(beta A / std) with its own std, and
             does not fade as the policy narrows.
-        on: what is regressed on: "noised" samples, Eq. (1), or the transitions of the "chain", Eq. (2).
+        on: what is regressed on: "noised" samples, Eq. (1), or the transitions of the "chain", Eq. (2), "centred" where
+            the walks are those of the present weights.
         noisings: times that each sample is noised in a pass.
         times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
         time_weight: w(t) of Eq. (1), as of pretrain.train.loss: Own(), SNR(), MinSNR(gamma=...), ...
@@ -90,7 +97,7 @@ class Settings:
     w_max: float | None = 20.0
     mean_one: bool = True
     normalize: Literal["none", "batch", "group"] = "group"
-    on: Literal["noised", "chain"] = "chain"
+    on: Literal["noised", "chain", "centred"] = "centred"
     noisings: int = 4
     times: str = "Uniform()"
     time_weight: str = "Own()"
@@ -122,7 +129,9 @@ class Settings:
         return Denoising(self.time_weight, self.times)
 
     def check(self, plan: Plan) -> None:
-        """Raises ConfigError for fewer walks than updates, or nothing to compare in a prompt."""
+        """Raises ConfigError for fewer walks than updates, nothing to compare in a prompt, or "centred" stale walks."""
+        if self.on == "centred" and plan.lag:
+            raise ConfigError(f"lag = {plan.lag}: on 'centred' is of the present weights, expected 0 (or on = chain)")
         if self.updates_per_epoch > plan.walks:
             raise ConfigError(
                 f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
@@ -174,6 +183,9 @@ class Form(Protocol):
 
     base: Policy | None
 
+    def begin(self, batch: Trajectory) -> None:
+        """Take in what the policy says of a batch before it is updated."""
+
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of the mean over ``walks`` of the batch; records of loss and, with a base, kl."""
 
@@ -188,6 +200,9 @@ class OnNoised:
         self.policy, self.config = policy, config
         self.base = frozen_copy(policy) if config.kl else None
         self.times = spec.parse(config.times, TIMES, "distribution of times")
+
+    def begin(self, batch: Trajectory) -> None:
+        pass
 
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         rows = walks.repeat(self.config.noisings).to(batch.x.device)
@@ -227,13 +242,22 @@ class OnChain:
             ConfigError: no step of the chain is stochastic.
         """
         self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl))
-        self.base, self.kl = self.transitions.reference, config.kl
+        self.base, self.kl, self.centred = self.transitions.reference, config.kl, config.on == "centred"
+        self.acting: Tensor | None = None
+
+    def begin(self, batch: Trajectory) -> None:
+        """The means of the acting policy's steps, (B, K, *)."""
+        self.acting = self.transitions.refer(batch, self.transitions.policy).mean if self.centred else None
 
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         some, of = batch.take(walks), walks.to(batch.x.device)
 
         def objective(terms: Terms) -> Tensor:
-            return -weigh(Places(of[terms.walk], terms.step)) * terms.log_prob
+            weight, own = weigh(Places(of[terms.walk], terms.step)), terms.distribution
+            if self.acting is None:
+                return -weight * terms.log_prob
+            acting = Gaussian(self.acting[of[terms.walk], terms.step], own.std)
+            return (1 - weight) * terms.log_prob + own.kl(acting)
 
         reference = None if self.base is None else self.transitions.refer(some)
         places = self.transitions.all(torch.arange(len(walks)))
@@ -273,6 +297,7 @@ class Regression:
         Raises:
             NumericalError: a weight or a gradient is not finite; the update that it belongs to has not been made.
         """
+        self.form.begin(batch)
         records, norms, more = [], [], []
         updates = self.config.epochs * self.config.updates_per_epoch
         for number, walks in enumerate(self._parts(len(batch), count, iteration)):

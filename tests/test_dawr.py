@@ -169,7 +169,7 @@ def test_a_mean_as_the_baseline_is_drwr_up_to_a_factor_of_each_prompt(rule):
     assert ours.update(batch)["loss"] == pytest.approx(same_as.update(batch)["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"on": "chain"}, {"on": "noised"}, {"on": "chain", "advantage": "critic"}])
+@pytest.mark.parametrize("settings", [{"on": "centred"}, {"on": "noised"}, {"on": "chain", "advantage": "critic"}])
 def test_a_saved_learner_continues_bit_for_bit(settings, tmp_path):
     points = plane_data(40)
     data = replace(points, x=points.x.repeat(1, 1, 3, 1))
@@ -205,7 +205,7 @@ def test_equal_rewards_teach_nothing_and_break_nothing():
 
 @pytest.mark.parametrize("name", ["eps", "flow", "TrigFlow", "consistency"])
 def test_it_learns_with_every_kind_of_policy(name):
-    first, last, std = learned_by(Config(on="chain", lr=3e-3, ema_decay=0.0), name)
+    first, last, std = learned_by(Config(lr=3e-3, ema_decay=0.0), name)
     assert last > first + std
 
 
