@@ -88,8 +88,8 @@ class Preprocess:
         """Fill borders up to ``size``, then cut the middle out."""
         missing = [max(0, want - have) for want, have in zip(self.size, x.shape[2:])]
         if any(missing):
-            (h, w), fill = missing, self.fill_color if self.resize_mode == "longest" else 0
-            x = F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2), value=fill / 255)
+            h, w = missing
+            x = F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2), value=self.fill_color / 255)
         top, left = (round((have - want) / 2) for have, want in zip(x.shape[2:], self.size))
         return x[:, :, top : top + self.size[0], left : left + self.size[1]]
 

@@ -83,13 +83,14 @@ class Unjudged:
         """The reward that settings name.
 
         Raises:
-            ConfigError: as ``build``, or a class_logprob that would need data to learn from.
+            ConfigError: as ``build``, or one of ``TRAINED`` that would need data to learn from.
         """
-        if "class_logprob" in names_of(reward) and not options.get("class_logprob", {}).get("weights"):
-            raise ConfigError(
-                "reward 'class_logprob' has no data to learn classes from here: expected its option weights, or "
-                "another reward"
-            )
+        for name in names_of(reward):
+            key, _ = TRAINED.get(name, ("", None))
+            if key and not (options.get(name) or {}).get(key):
+                raise ConfigError(
+                    f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
+                )
         return build(reward, options, facts(self.names, self.shape), care)
 
 

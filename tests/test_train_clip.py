@@ -18,7 +18,7 @@ from rlfusion.config import Finetune
 from rlfusion.contrastive import ANY, HANDWRITTEN, TrainClip, loss, rate, templates_of
 from rlfusion.data import Dataset, digits
 from rlfusion.errors import ConfigError
-from rlfusion.measure import make_reward
+from rlfusion.measure import Unjudged, make_reward
 from rlfusion.progress import Progress
 from rlfusion.rewards import openclip
 from rlfusion.rewards.small_clip import SmallClip
@@ -171,3 +171,9 @@ def test_without_a_model_one_is_trained_on_the_data_and_kept(tmp_path, monkeypat
     assert torch.equal(other.rewards["clip_class"].table, clip.table("{}", data.names))
     given = make_reward("clip_score", {"clip_score": {"model": str(cached)}}, data, tmp_path)
     assert torch.equal(given.table, clip.table("{}", data.names))
+
+
+@pytest.mark.parametrize("name", ["clip_score", "clip_class", "clip_similarity", "class_logprob"])
+def test_without_data_a_reward_without_weights_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match=f"reward '{name}' has no data to learn from"):
+        Unjudged((3, 8, 8), ("a cat", "a dog")).reward({name: 1.0, "ink": 1.0}, {}, tmp_path)
