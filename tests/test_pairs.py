@@ -31,10 +31,11 @@ def made(folder: Path, model: Denoiser | None = None, making: Making = MAKING, g
 
 def ends(pairs: Pairs, guidance: float) -> torch.Tensor:
     chain = MAKING.chain(guidance)
-    policy = chain.policy(teacher(), CARD.names)
+    model = teacher()
+    policy = chain.policy(model, CARD.names)
     noise = torch.zeros(len(pairs.x0), 6, 1, 2, 2)
     noise[:, 0] = pairs.eps
-    return sample(policy, noise, chain.grid.times(policy.schedule), pairs.label)
+    return sample(policy, noise, chain.times(model), pairs.label)
 
 
 def equal(one: Pairs, other: Pairs) -> bool:

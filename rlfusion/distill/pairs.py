@@ -149,7 +149,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     policy = chain.policy(denoiser.to(config["device"]), card.names)
     return Task(
         policy=policy,
-        grid=chain.grid,
+        grid=chain.grid(policy.denoiser),
         shape=policy.space.latent(card.shape),
         conditions=torch.arange(card.classes),
         decode=_as_it_is,
