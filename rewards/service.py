@@ -55,6 +55,12 @@ class Limits:
         require_positive(self, "max_bytes", "deadline_s")
 
 
+def require_servable(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a reward whose weights a run would find for it, but a server cannot."""
+    if name == "class_logprob" and not options.get("weights"):
+        raise ConfigError("options.weights = None: expected the file of a classifier (runs/cache/classifier-...)")
+
+
 class Offer:
     """A reward for each model that asks: ``make(facts)``, kept for the last few. It is given the facts that it
     ``wants``, by name.

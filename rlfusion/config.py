@@ -53,12 +53,17 @@ class Ray:
         cpus_per_worker: CPU cores that each worker reserves.
         gpus_per_worker: GPUs, or a fraction of one, that each worker reserves.
         limits: deadlines and retries.
+        reward_envs: rewards that run in an actor with a runtime environment of its own, by name: what Ray calls
+            runtime_env, such as {pip: [...]}, {working_dir: ...}, {env_vars: {...}}.
+        gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
     """
 
     address: str = ""
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     limits: Limits = field(default_factory=Limits)
+    reward_envs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gpus_per_reward: float = 0.0
 
     def settings(self, workers: int, threads: int, device: str) -> Settings:
         """The backend's settings for so many workers.
@@ -258,6 +263,12 @@ class Finetune:
         for name in self.reward_options:
             if name not in names:
                 raise unknown("reward in the options", name, names)
+        for name in self.ray.reward_envs:
+            if name not in names_of(self.reward):
+                raise unknown("reward in ray.reward_envs", name, names_of(self.reward))
+        if self.ray.reward_envs and not self.rollout.workers:
+            raise ConfigError("rollout.workers = 0 with ray.reward_envs: expected Ray workers, 1 at least")
+        require_not_negative(self.ray, "gpus_per_reward")
 
     def options_of(self, *names: str) -> dict[str, dict[str, Any]]:
         """The options of these rewards."""

@@ -7,6 +7,7 @@ uninterrupted run did, bit for bit, and no queue is saved.
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from rlfusion.rollout import Backend, Local, Recipe, make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
-from rlfusion.tasks import make_task, recipe, require_whole_groups
+from rlfusion.tasks import actors_of, from_actors, make_task, recipe, require_whole_groups
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
@@ -142,17 +143,28 @@ def check(config: Finetune) -> None:
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)
     options = config.options_of(*names_of(config.reward))
-    reward = build(config.reward, options, facts(card.names, card.shape), config.care)
-    require_whole_groups(config, card.classes, reward)
-    config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
+    known = facts(card.names, card.shape)
     for name in config.monitor.held_out:
         find(name)
-    label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
-    score(reward, to_pixels(data.x[:TRIED]), label, config.reward_name, config.reward_failures == "mask")
+    with actors_of(config) as actors:
+        made = from_actors(actors, known, config.ray.limits.item_s)
+        reward = build(config.reward, options, known, config.care, made)
+        require_whole_groups(config, card.classes, reward)
+        config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
+        label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
+        score(reward, to_pixels(data.x[:TRIED]), label, config.reward_name, config.reward_failures == "mask")
 
 
-def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, progress: Progress) -> Job:
+def prepare(
+    config: Finetune,
+    folder: Path,
+    tracker: Tracker,
+    signals: Signals,
+    progress: Progress,
+    actors: Mapping[str, str] | None = None,
+) -> Job:
     """Find or make the base model, the judge and the reward, and build the learner with the base model's weights.
+    ``actors`` are those of ``tasks.actors_of``.
 
     Raises:
         ConfigError: settings that cannot work together.
@@ -162,7 +174,9 @@ def prepare(config: Finetune, folder: Path, tracker: Tracker, signals: Signals, 
     denoiser, card, judged, data = origin.begin(config, root, device, signals, progress)
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     require_solvable(denoiser, config.chain)
-    reward = judged.reward(config.reward, config.options_of(*names_of(config.reward)), root, config.care)
+    options = config.options_of(*names_of(config.reward))
+    made = from_actors(actors or {}, facts(card.names, card.shape), config.ray.limits.item_s)
+    reward = judged.reward(config.reward, options, root, config.care, made)
     if judged.judge is not None:
         require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
@@ -194,10 +208,10 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if finished.is_file():
         progress.say(f"{folder} is finished: this is its result")
         return json.loads(finished.read_text())
-    with closing(Tracker(folder, start)) as tracker:
-        job = prepare(config, folder, tracker, signals, progress)
+    with closing(Tracker(folder, start)) as tracker, actors_of(config) as actors:
+        job = prepare(config, folder, tracker, signals, progress, actors)
         progress.say(f"plan: {config.agent.plan()}")
-        described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device))
+        described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device), actors)
         with _backend(job, described) as backend:
             collector = Collector(backend, config, job.card.classes, start)
             before = _begin(job, collector, found.path if found else None, progress)

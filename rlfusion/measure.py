@@ -1,6 +1,6 @@
 """Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,15 @@ class Judged:
         return evaluate.report(samples, label, self.judge, self.held_out, self.train).as_dict()
 
     def reward(
-        self, reward: str | dict[str, float], options: dict[str, dict[str, Any]], root: Path, care: Care = NO_CARE
+        self,
+        reward: str | dict[str, float],
+        options: dict[str, dict[str, Any]],
+        root: Path,
+        care: Care = NO_CARE,
+        made: Mapping[str, Reward] | None = None,
     ) -> Reward:
         """The reward that settings name, as ``make_reward``."""
-        return make_reward(reward, options, self.train, root, care)
+        return make_reward(reward, options, self.train, root, care, made)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ class Unjudged:
         return evaluate.plain_report(samples, label)
 
     def reward(
-        self, reward: str | dict[str, float], options: dict[str, dict[str, Any]], root: Path, care: Care = NO_CARE
+        self,
+        reward: str | dict[str, float],
+        options: dict[str, dict[str, Any]],
+        root: Path,
+        care: Care = NO_CARE,
+        made: Mapping[str, Reward] | None = None,
     ) -> Reward:
         """The reward that settings name.
 
@@ -91,7 +101,7 @@ class Unjudged:
                 raise ConfigError(
                     f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
                 )
-        return build(reward, options, facts(self.names, self.shape), care)
+        return build(reward, options, facts(self.names, self.shape), care, made)
 
 
 def require_judgeable(data: Dataset, held_out: float) -> None:
@@ -115,19 +125,21 @@ def make_reward(
     train: Dataset,
     root: Path,
     care: Care = NO_CARE,
+    made: Mapping[str, Reward] | None = None,
 ) -> Reward:
     """The reward that settings name. One of ``TRAINED`` without weights gets those of ``train``, from the cache.
+    ``made`` are those that exist already, by name.
 
     Raises:
         ConfigError: an unknown reward or option.
     """
-    made = {}
+    full = {}
     for name in names_of(reward):
         given = options.get(name) or {}
         key, make = TRAINED.get(name, ("", None))
         if make and not given.get(key):
-            made[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
-    return build(reward, options | made, facts(train.names, train.shape), care)
+            full[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
+    return build(reward, options | full, facts(train.names, train.shape), care, made)
 
 
 def _trained_classifier(train: Dataset, root: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from rlfusion.errors import ConfigError
 from rlfusion.measure import Judged, Unjudged
 from rlfusion.pretraining import base_model, seen
 from rlfusion.progress import Progress
-from rlfusion.rewards import find, names_of, score
+from rlfusion.rewards import facts, find, names_of, score
 from rlfusion.run import Signals
 from rlfusion.seeding import normal
+from rlfusion.tasks import actors_of, from_actors, require_whole_groups
 from rlfusion.tensors import to_pixels
 
 TRIED = 2
@@ -93,8 +94,12 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
         )
     judged = Unjudged(card.shape, card.names)
     options = config.options_of(*names_of(config.reward))
-    reward = judged.reward(config.reward, options, Path(config.root), config.care)
     for name in config.monitor.held_out:
         find(name)
     samples = to_pixels(normal(("check",), range(TRIED), card.shape))
-    score(reward, samples, torch.arange(TRIED) % card.classes, config.reward_name)
+    with actors_of(config) as actors:
+        made = from_actors(actors, facts(card.names, card.shape), config.ray.limits.item_s)
+        reward = judged.reward(config.reward, options, Path(config.root), config.care, made)
+        require_whole_groups(config, card.classes, reward)
+        label = torch.zeros(TRIED, dtype=torch.int64)  # of one prompt, for rewards that compare
+        score(reward, samples, label, config.reward_name, config.reward_failures == "mask")

@@ -17,7 +17,7 @@ from torch import nn
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.rewards import Care, Reward, asks, build
 from rlfusion.rewards.secret import VARIABLE, read_token
-from rlfusion.rewards.service import Limits, Offer, Service, application
+from rlfusion.rewards.service import Limits, Offer, Service, application, require_servable
 from rlfusion.run import Signals, pick_device, set_numerics
 
 MIB = 2**20
@@ -88,8 +88,7 @@ def make_service(settings: Serve) -> Service:
         ConfigError: no such reward.
     """
     name, device = settings.reward, pick_device(settings.device)
-    if name == "class_logprob" and not settings.options.get("weights"):
-        raise ConfigError("options.weights = None: expected the file of a classifier (runs/cache/classifier-...)")
+    require_servable(name, settings.options)
 
     def make(facts: dict[str, Any]) -> Reward:
         options = {name: settings.options} if settings.options else {}

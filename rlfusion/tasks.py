@@ -1,6 +1,8 @@
 """How the settings of a fine-tuning become the task of a worker: from plain data and bytes alone, wherever it runs."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +39,8 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     models.adapt(denoiser, card, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
     known = facts(card.names, card.shape)
-    reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]))
+    made = from_actors(config["actors"], known, config["actor_s"])
+    reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]), made)
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
@@ -79,7 +82,14 @@ def _task(
     )
 
 
-def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, device: torch.device) -> Recipe:
+def recipe(
+    config: Finetune,
+    card: models.Card,
+    policy: Policy,
+    reward: Reward,
+    device: torch.device,
+    actors: Mapping[str, str] | None = None,
+) -> Recipe:
     """What every worker builds its task from. The learned parts of the reward, the decoder, and
     weights that are not trained travel as bytes."""
     described = {
@@ -88,6 +98,8 @@ def recipe(config: Finetune, card: models.Card, policy: Policy, reward: Reward, 
         "reward": _everywhere(config.reward),
         "reward_options": {everywhere(name): held for name, held in worker_options(config, reward).items()},
         "care": asdict(config.care),
+        "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
+        "actor_s": config.ray.limits.item_s,
         "reward_name": config.reward_name,
         "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
         "threads": config.threads,
@@ -116,6 +128,41 @@ def worker_options(config: Finetune, reward: Reward) -> dict[str, dict[str, Any]
 def _everywhere(reward: str | Mapping[str, float]) -> str | dict[str, float]:
     """A reward's setting for a process with another working directory."""
     return everywhere(reward) if isinstance(reward, str) else {everywhere(n): w for n, w in reward.items()}
+
+
+@contextmanager
+def actors_of(config: Finetune) -> Iterator[dict[str, str]]:
+    """The running actors of ``ray.reward_envs``: their names by reward; none, and no Ray, where there are no such.
+
+    Raises:
+        ConfigError: one cannot be started.
+    """
+    ray = config.ray
+    if not ray.reward_envs:
+        yield {}
+        return
+    from rlfusion.rollout.ray_rewards import reward_actors
+
+    envs = {everywhere(name): env for name, env in ray.reward_envs.items()}
+    options = {everywhere(name): held for name, held in config.reward_options.items()}
+    workers = config.rollout.workers
+    cpus = math.ceil(workers * ray.cpus_per_worker)
+    gpus = math.ceil(workers * ray.gpus_per_worker + len(envs) * ray.gpus_per_reward)
+    with reward_actors(envs, options, ray.address, cpus, gpus, ray.gpus_per_reward, config.threads) as names:
+        yield {name: names[everywhere(name)] for name in ray.reward_envs}
+
+
+def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:
+    """The rewards of running actors, for a model of these facts.
+
+    Raises:
+        ConfigError: an actor cannot make its reward.
+    """
+    if not actors:
+        return {}
+    from rlfusion.rollout.ray_rewards import ActorReward
+
+    return {name: ActorReward(name, actor, known, timeout_s) for name, actor in actors.items()}
 
 
 def require_whole_groups(config: Finetune, prompts: int, reward: Reward) -> None:

@@ -39,7 +39,8 @@ LAYERS = [
     "config preflight",
     "measure",
     "pretraining",
-    "tasks watch scoring distilling serving reward_check origin",
+    "tasks watch scoring distilling serving reward_check",
+    "origin",
     "collector",
     "finetune",
     "comparison",
@@ -53,7 +54,7 @@ LAYERS = [
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}
 
 HOMES = {
-    "ray": {"rlfusion.rollout.ray_backend"},
+    "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_rewards"},
     "torch.utils.tensorboard": {"rlfusion.tracking"},
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
     | {"rlfusion.rollout.task"},
@@ -165,7 +166,7 @@ def test_the_top_folders_are_never_imported_by_their_bare_names():
 
 
 def test_heavy_libraries_are_loaded_only_where_they_are_used():
-    at_import = {i.target.split(".")[0] for m in MODULES for i in imports(m) if not i.lazy and "ray_backend" not in m}
+    at_import = {i.target.split(".")[0] for m in MODULES for i in imports(m) if not i.lazy and ".ray_" not in m}
     assert not at_import & {"ray", "tensorboard", "sklearn", "jsonargparse"}
 
 

@@ -1,0 +1,142 @@
+"""Rewards in Ray actors, each with a runtime environment of its own: for dependencies that conflict with ours.
+
+One actor a reward, for the workers and the driver alike. What crosses is the two frames of ``rewards.exchange``, by the
+rules of the HTTP service: the values are those of the reward at home, bit for bit, and what cannot be scored is an
+error of its item. An actor that dies is started anew by Ray, up to ``RESTARTS`` times, as scoring needs no memory.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import torch
+from ray._private.runtime_env.py_modules import upload_py_modules_if_needed
+from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from torch import Tensor, nn
+
+from rlfusion.errors import ConfigError
+from rlfusion.rewards import Reward, asks, build
+from rlfusion.rewards.base import RewardFailure
+from rlfusion.rewards.exchange import answer, answered, ask, asked, greeted
+from rlfusion.rewards.frames import encode
+from rlfusion.rewards.grouped import MayGroup
+from rlfusion.rewards.service import Limits, Offer, require_servable
+from rlfusion.rollout.ray_backend import cluster
+from rlfusion.tensors import Cond
+
+RESTARTS = 3
+
+
+class RewardActor:
+    """A reward, made anew wherever Ray starts it."""
+
+    def __init__(self, name: str, options: Mapping[str, Any], paths: list[str], threads: int, gpu: bool) -> None:
+        sys.path.extend(path for path in paths if path not in sys.path)  # last: the environment's own come first
+        torch.set_num_threads(threads)
+        self.device = "cuda" if gpu else "cpu"
+
+        def make(facts: dict[str, Any]) -> Reward:
+            reward = build(name, {name: options} if options else {}, facts)
+            return reward.to(self.device) if isinstance(reward, nn.Module) else reward
+
+        self.offer = Offer(name, options, asks(name), make)
+
+    def hello(self, frame: bytes) -> dict[str, Any]:
+        """What is served for the facts of the frame (``remote.Served``)."""
+        return asdict(self.offer.served(greeted(frame), Limits()))
+
+    def score(self, frame: bytes) -> bytes:
+        """The answer to the question of the frame."""
+        question = asked(frame)
+        return answer(*self.offer.reward(question.facts), question, self.device)
+
+
+class ActorReward(MayGroup):
+    """The reward of a running actor, by the actor's name."""
+
+    def __init__(self, name: str, actor: str, facts: Mapping[str, Any], timeout_s: float) -> None:
+        """
+        Raises:
+            ConfigError: the actor cannot make its reward; it says why.
+        """
+        super().__init__()
+        self.name, self.facts, self.timeout_s = name, dict(facts), timeout_s
+        self._actor = ray.get_actor(actor)
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.facts.items()}
+        try:
+            self._groups = ray.get(self._actor.hello.remote(encode({"facts": plain})), timeout=timeout_s)["groups"]
+        except (RayError, GetTimeoutError) as error:
+            raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
+
+    @property
+    def groups(self) -> bool:
+        """As ``MayGroup.groups``."""
+        return self._groups
+
+    def forward(self, samples: Tensor, cond: Cond) -> Tensor:
+        """samples (B, C, H, W) in [0, 1] -> (B,), without gradient.
+
+        Raises:
+            RewardFailure: some samples cannot be scored, or the actor is gone or late.
+        """
+        frame = ask(samples.detach(), cond, self.facts)
+        try:
+            found = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
+        except (RayError, GetTimeoutError) as error:
+            raise RewardFailure.of_all(self.name, len(samples), f"its Ray actor failed: {_said(error)}") from error
+        return answered(found, len(samples)).checked(self.name)
+
+
+@contextmanager
+def reward_actors(
+    envs: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]],
+    address: str,
+    cpus: int,
+    gpus: int,
+    gpus_per_reward: float,
+    threads: int,
+) -> Iterator[dict[str, str]]:
+    """Start an actor for each reward of ``envs`` (its runtime environment by its name): the actors' names by reward.
+
+    The Ray cluster is that of ``address``, or a private one of ``cpus`` and ``gpus``, which the rollout workers share.
+    """
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(cluster(address, cpus, gpus))
+        paths, held, names = [os.path.abspath(path) for path in sys.path], [], {}
+        for number, (name, env) in enumerate(envs.items()):
+            require_servable(name, options.get(name) or {})
+            names[name] = f"rlfusion-reward-{os.getpid()}-{number}"
+            actor = ray.remote(RewardActor).options(
+                name=names[name],
+                runtime_env=_uploaded(env),
+                num_cpus=0,
+                num_gpus=gpus_per_reward,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
+            held.append(actor.remote(name, dict(options.get(name) or {}), paths, threads, gpus_per_reward > 0))
+        try:
+            yield names
+        finally:
+            for actor in held:
+                ray.kill(actor)
+
+
+def _uploaded(env: Mapping[str, Any]) -> dict[str, Any]:
+    """A runtime environment whose folders of this machine are in the cluster: Ray itself does that for whole jobs."""
+    with TemporaryDirectory(prefix="rlf-") as scratch:
+        placed = upload_working_dir_if_needed(dict(env), include_gitignore=True, scratch_dir=scratch)
+        return upload_py_modules_if_needed(placed, include_gitignore=True, scratch_dir=scratch)
+
+
+def _said(error: Exception) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
