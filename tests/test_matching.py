@@ -19,6 +19,7 @@ from rlfusion.kernel import Renoise
 from rlfusion.learner import Optimization
 from rlfusion.nets.critic import Critic
 from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.nets.points import Points
 from rlfusion.objectives import ADVERSARIAL, MATCHING
 from rlfusion.policy import Policy
 from rlfusion.pretrain import LOSSES, Draws
@@ -118,6 +119,21 @@ def test_without_it_the_generator_ends_at_the_mode():
     mu, tau = reached(run(setting(fake=False), 500))
     assert mu == pytest.approx(M, abs=0.03)
     assert max(tau) < 0.03
+
+
+def test_points_go_to_the_mode_and_are_drawn_evenly():
+    """For points SDS is the gradient of a KL: each goes to a mode of the teacher's noised law, here the only one."""
+    torch.manual_seed(0)
+    net = Points(SHAPE, 1, count=8)
+    run(setting(fake=False, net=net), 400)
+    points = net.label.weight[0].unflatten(0, (8, 2))
+    assert torch.allclose(points, torch.tensor(M).expand(8, 2), atol=0.03)
+    noise = torch.randn(8000, *SHAPE)
+    net.label.weight.data[0] = torch.arange(16.0)
+    drawn = net(80 * noise, torch.ones(8000), torch.zeros(8000, dtype=torch.int64))[:, 0, 0, 0]
+    share = drawn.unique(return_counts=True)[1] / 8000
+    assert share.tolist() == pytest.approx([1 / 8] * 8, abs=0.02)
+    assert torch.equal(drawn, net(noise, torch.ones(8000), torch.zeros(8000, dtype=torch.int64))[:, 0, 0, 0])
 
 
 def test_the_expected_gradient_is_the_kls():

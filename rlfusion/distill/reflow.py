@@ -1,4 +1,4 @@
-"""Reflow (Liu et al. 2022, 2023; handbook 2.4, 3.2.7, corrected): straighter paths by training on one's own pairs.
+"""Reflow (Liu et al. 2022, 2023; handbook 2.4, corrected): straighter paths by training on one's own pairs.
 
     (1)  round r: pairs (x_0, eps), x_0 where the ODE of the model of round r - 1 takes the noise eps; round 1's are the
          teacher's

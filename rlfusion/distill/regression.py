@@ -1,4 +1,4 @@
-"""Regression on pairs of an ODE: noise to sample in one step (Luhman & Luhman 2021; handbook 2.4.1, 3.2.7).
+"""Regression on pairs of an ODE: noise to sample in one step (Luhman & Luhman 2021; handbook 2.4.1).
 
     (1)  L = E d( f_theta(sigma(1) z, 1, c), x_0 ),    x_0 where the teacher's ODE takes z
 
