@@ -235,11 +235,29 @@ def test_a_fault_is_tried_again_and_leaves_no_trace(fault, samples, label):
         assert one.questions == 2
 
 
+REASONS = {
+    "hang": "timed out",
+    "HTTP 500": "HTTP 500 out of memory",
+    "HTTP 503": "HTTP 503 busy",
+    "garbage": "it answered nonsense: the bytes begin with",
+    "empty": "it answered nonsense: 0 bytes",
+    "truncated frame": "it answered nonsense: the frame is truncated",
+    "truncated body": "IncompleteRead",
+    "too long a frame": "it answered nonsense: the frame is too long",
+    "oversized": r"it answered more than \d+ bytes",
+    "a head that lies": "it answered nonsense: the frame is truncated",
+    "no JSON": "it answered nonsense: the frame holds no message",
+    "another message": "it answered nonsense: expected a message of values, errors, identity",
+    "values missing": r"it answered nonsense: expected values \(24,\)",
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_is_named(fault, samples, label):
     with Faulty(Net(), FAULTS[fault], always=True) as one:
         remote = client(one.url, timeout_s=0.5 if fault == "hang" else 20.0)
-        with pytest.raises(RewardFailure, match=rf"no server answered within patience_s = 0 \({one.url}: ") as caught:
+        said = rf"no server answered within patience_s = 0 \({one.url}: .*{REASONS.get(fault, '')}"
+        with pytest.raises(RewardFailure, match=said) as caught:
             score(remote, samples, label, "it")
         assert len(caught.value.reasons) == 24
         assert score(remote, samples, label, "it", masked=True).isnan().all()
