@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rlfusion import checkpoint, models
+from rlfusion import checkpoint, models, pretraining
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.config import Distill
@@ -21,6 +21,7 @@ from rlfusion.data import Dataset, load
 from rlfusion.denoiser import Denoiser
 from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
 from rlfusion.distill.student import Match, adopt, require_agreement
+from rlfusion.errors import ConfigError
 from rlfusion.measure import require_judgeable
 from rlfusion.pretraining import LOG_EVERY, base_model, card_of, require_same_data, require_solvable, seen, show
 from rlfusion.progress import Progress
@@ -58,8 +59,26 @@ def check(config: Distill) -> None:
     require_same_data(f"teacher = {config.teacher!r}", card, card_of(config.pretrain, data), config.pretrain.data)
     teaching = teach(config, teacher, card, data.split(config.held_out)[0], Path(), torch.device("cpu"))
     require_solvable(teaching.student, config.chain)
+    require_no_class(config, teaching.card)
     config.chain.policy(teaching.student, card.names)
     config.method.check(teaching)
+
+
+def require_no_class(config: Distill, student: models.Card) -> None:
+    """Refuse guidance away from "no class" by a teacher made here, or of a student, that is never shown it.
+
+    Raises:
+        ConfigError: no label is dropped.
+    """
+    if not config.teacher:
+        weight = student.weights[-1] if student.weights else config.guidance
+        pretraining.require_no_class(config.pretrain, Chain(guidance=weight))
+    if config.chain.weight and not student.weights and not config.chain.negative and not config.method.label_dropout:
+        raise ConfigError(
+            f"chain.guidance = {config.chain.weight} with method.label_dropout = 0.0: the student is never taught its "
+            'answer to "no class"; expected guidance = ..., which builds it into the student, a label_dropout above 0, '
+            "or chain.negative"
+        )
 
 
 def teach(

@@ -37,7 +37,7 @@ class Config(Rounds):
     name: Literal["guided_pd"] = "guided_pd"
     steps: int = 1000
     w_low: float = 0.0
-    w_high: float = 4.0
+    w_high: float = 2.0
     first: int = 2000
 
     def __post_init__(self) -> None:
