@@ -426,6 +426,19 @@ def test_without_network_the_error_says_what_to_provide(monkeypatch):
         build("hps_v2", {"hps_v2": {"version": "3.0"}}, told)
 
 
+def test_an_architecture_whose_weights_do_not_come_is_refused(monkeypatch, folder):
+    """open_clip goes on with random weights where a hub has the description alone."""
+
+    def half(repo_id, filename, **kwargs):
+        if filename.endswith(".json"):
+            return str(folder / openclip.DESCRIPTION)
+        raise OSError("no weights here")
+
+    monkeypatch.setattr("open_clip.pretrained.hf_hub_download", half)
+    with pytest.raises(ConfigError, match=r"model = 'hf-hub:me/it'.*cannot be loaded"):
+        openclip.load("hf-hub:me/it")
+
+
 def test_weights_of_another_activation_are_refused(monkeypatch, tmp_path, folder):
     """open_clip only warns where a tag's weights were trained with QuickGELU and the architecture has GELU."""
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *args, **kwargs: str(folder / openclip.WEIGHTS))
