@@ -43,6 +43,9 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion sample --checkpoint runs/NAME     a picture of its samples
   rlfusion evaluate --checkpoint runs/NAME   its quality in figures
   rlfusion check-reward NAME                 is a reward fit to be trained on? (docs/rewards.md)
+  rlfusion finetune --model HUB-ID --pipeline.prompts FILE.txt
+                                             a pretrained text-to-image pipeline (docs/models.md)
+  rlfusion check-model HUB-ID                is a model fit to be trained by reward?
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
   tensorboard --logdir runs                  all runs, with before/after grids
 
@@ -57,6 +60,7 @@ PIPELINE_DEFAULTS = {
     "compare": {"evaluation.samples": 64, "rollout.item": 8},
     "sample": {"count": 8, "scale": 1},
     "evaluate": {"evaluation.samples": 64},
+    "check-model": {},
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
 
@@ -233,6 +237,14 @@ def _check_reward(arguments: list[str]) -> None:
     commands.run_check_reward(parse(CheckReward, "check-reward", _reward_first(arguments)))
 
 
+def _check_model(arguments: list[str]) -> None:
+    from rlfusion import commands
+    from rlfusion.model_check import CheckModel
+
+    arguments = ["--model", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    commands.run_check_model(parse(CheckModel, "check-model", arguments, _defaults("check-model", arguments, "model")))
+
+
 def _serve_reward(arguments: list[str]) -> None:
     from rlfusion import commands
     from rlfusion.serving import Serve
@@ -256,7 +268,8 @@ def _defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]
         return {}
     if pipelines.is_pipeline(name):
         variant = str(_told(arguments, "pipeline", "variant") or "")
-        chain, few = pipelines.defaults(name, command in ("finetune", "compare"), variant), PIPELINE_DEFAULTS[command]
+        training = command in ("finetune", "compare", "check-model")
+        chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
@@ -272,6 +285,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train-clip": partial(_job, "train-clip"),
     "sample": _sample,
     "evaluate": _evaluate,
+    "check-model": _check_model,
     "check-reward": _check_reward,
     "serve-reward": _serve_reward,
 }

@@ -1,6 +1,7 @@
 """What each command of ``rlfusion.cli`` does with its settings."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
 from rlfusion.finetune import finetune, headlines
 from rlfusion.measure import Judged, Unjudged, draw, measure
+from rlfusion.model_check import CheckModel, check_model
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
-from rlfusion.reward_check import CheckReward, check_reward
+from rlfusion.reward_check import CheckReward, Finding, check_reward
 from rlfusion.run import Signals, locked, new_folder, pick_device, set_numerics
 from rlfusion.serving import Serve, serve
 from rlfusion.tracking import grid, save_png
@@ -162,16 +164,30 @@ def run_check_reward(settings: CheckReward) -> None:
     Raises:
         ConfigError: it fails a check.
     """
-    table = Table(title=f"reward {settings.reward}")
+    _findings(f"reward {settings.reward!r}", check_reward(settings))
+
+
+def run_check_model(settings: CheckModel) -> None:
+    """Check a model, and print what was found, row by row.
+
+    Raises:
+        ConfigError: it fails a check.
+    """
+    _findings(f"model {settings.model!r}", check_model(settings))
+
+
+def _findings(what: str, findings: Iterable[Finding]) -> None:
+    """Print findings as a table; one that failed is an error."""
+    table = Table(title=what)
     for name in ("check", "", "what was seen"):
         table.add_column(name, overflow="fold")
     failed = []
-    for check, verdict, said in check_reward(settings):
+    for check, verdict, said in findings:
         table.add_row(check, verdict, escape(said))
         failed += [check] if verdict == "FAILS" else []
     Console().print(table)
     if failed:
-        raise ConfigError(f"reward {settings.reward!r} fails: {', '.join(failed)}")
+        raise ConfigError(f"{what} fails: {', '.join(failed)}")
 
 
 def run_serve_reward(settings: Serve) -> None:

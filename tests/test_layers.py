@@ -40,7 +40,7 @@ LAYERS = [
     "measure",
     "pretraining",
     "tasks watch scoring distilling serving reward_check",
-    "origin",
+    "origin model_check",
     "collector",
     "finetune",
     "comparison",

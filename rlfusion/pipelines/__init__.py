@@ -5,6 +5,7 @@ from rlfusion.pipelines.export import save
 from rlfusion.pipelines.family import Family, Net
 from rlfusion.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
 from rlfusion.pipelines.model import build, placed
+from rlfusion.pipelines.parity import published
 from rlfusion.pipelines.prompts import Prompts
 from rlfusion.pipelines.prompts import read as read_prompts
 from rlfusion.pipelines.scheduler import READERS, Sampling
@@ -25,6 +26,7 @@ __all__ = [
     "index",
     "is_pipeline",
     "placed",
+    "published",
     "read_prompts",
     "save",
     "shape",

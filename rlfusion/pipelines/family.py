@@ -5,7 +5,7 @@ scheduler for times. All else (schedules, kinds, kernels, guidance, decoding) is
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Family:
         targets: LoRA's layers.
         multiple: sides of a latent are multiples of it.
         guided: whether guidance by a second answer is its own way.
+        call: further settings with which the pipeline itself makes an image of just the size that it is told.
     """
 
     network: str
@@ -49,6 +50,7 @@ class Family:
     targets: str = ATTENTION
     multiple: int = 1
     guided: bool = True
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Net(nn.Module):

@@ -34,4 +34,5 @@ FAMILY = Family(
     side=lambda config: config["sample_size"],
     grid=plain_grid,
     embeds=lambda config: False,
+    call={"use_resolution_binning": False},
 )
