@@ -89,13 +89,17 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/chains"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/chains.md"), help="the table to write")
     parser.add_argument("--seeds", type=int, default=1, help="fine-tunings of each cell")
+    parser.add_argument("--objective", choices=KINDS, action="append", help="of one kind alone, or several")
+    parser.add_argument("--kernel", choices=KINDS["eps"], action="append", help="of one kernel alone, or several")
     arguments = parser.parse_args()
+    chosen = [(o, k) for o in arguments.objective or KINDS for k in KINDS[o] if k in (arguments.kernel or KINDS[o])]
+    if not chosen:
+        parser.error(f"none of {arguments.objective} has any of the kernels {arguments.kernel}")
     lines = []
-    for objective, kernels in KINDS.items():
-        for kernel in kernels:
-            cells = [cell(objective, kernel, arguments.root, seed) for seed in range(arguments.seeds)]
-            lines.append(line(objective, kernel, cells))
-            print(lines[-1], flush=True)
+    for objective, kernel in chosen:
+        cells = [cell(objective, kernel, arguments.root, seed) for seed in range(arguments.seeds)]
+        lines.append(line(objective, kernel, cells))
+        print(lines[-1], flush=True)
     arguments.out.write_text(page(lines, arguments.seeds))
 
 
