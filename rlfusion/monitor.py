@@ -99,7 +99,7 @@ class Monitor:
         self.images = image_statistics(base)._asdict()
         self.agreement = agreement(judge, self.base, label) if judge else 0.0
         with torch.no_grad():
-            self.scores = {name: score(reward, base, label, name) for name, reward in rewards.items()}
+            self.scores = {name: self._scored(name, base) for name in rewards}
 
     def _features(self, x: Tensor) -> Tensor:
         """What distances between samples are measured in."""
@@ -111,7 +111,7 @@ class Monitor:
         of their walks.
         """
         ours, images = self._features(samples), image_statistics(samples)._asdict()
-        seen = {name: self._mean(name, samples) for name in self.rewards}
+        seen = {name: self._scored(name, samples).mean().item() for name in self.rewards}
         seen["diversity"] = _spread(ours, self.label) / self.spread
         if self.judge:
             seen["agreement"] = agreement(self.judge, ours, self.label)
@@ -121,12 +121,10 @@ class Monitor:
             seen[name] = ((images[name].mean() - was.mean()) / std).item()
         return seen if kl is None else seen | {"kl": kl}
 
-    def _mean(self, name: str, samples: Tensor) -> float:
-        """The mean of one reward, over those that did not fail."""
+    def _scored(self, name: str, samples: Tensor) -> Tensor:
+        """The values of one reward, without those that failed."""
         value = score(self.rewards[name], samples, self.label, name, masked=self.max_failed is not None)
-        if self.max_failed is not None:
-            value = value[valid(value, name, self.max_failed)[0]]
-        return value.mean().item()
+        return value if self.max_failed is None else value[valid(value, name, self.max_failed)[0]]
 
     def alarms(self, seen: dict[str, float]) -> list[str]:
         """What has run away, a sentence each."""
