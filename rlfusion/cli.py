@@ -46,6 +46,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion finetune --model HUB-ID --pipeline.prompts FILE.txt
                                              a pretrained text-to-image pipeline (docs/models.md)
   rlfusion check-model HUB-ID                is a model fit to be trained by reward?
+  rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
   tensorboard --logdir runs                  all runs, with before/after grids
 
@@ -237,6 +238,15 @@ def _check_reward(arguments: list[str]) -> None:
     commands.run_check_reward(parse(CheckReward, "check-reward", _reward_first(arguments)))
 
 
+def _doctor(arguments: list[str]) -> None:
+    from rlfusion import commands, finetune
+
+    settings = settings_of("finetune", arguments) if arguments else None
+    if settings is not None:
+        finetune.check(settings)
+    commands.run_doctor(settings)
+
+
 def _check_model(arguments: list[str]) -> None:
     from rlfusion import commands
     from rlfusion.model_check import CheckModel
@@ -286,6 +296,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "check-model": _check_model,
+    "doctor": _doctor,
     "check-reward": _check_reward,
     "serve-reward": _serve_reward,
 }

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlfusion import autoencoding, checkpoint, comparison, config, contrastive, models, pipelines
+from rlfusion import autoencoding, checkpoint, comparison, config, contrastive, doctor, models, pipelines
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.distilling import distill
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
-from rlfusion.finetune import finetune, headlines
-from rlfusion.measure import Judged, Unjudged, draw, measure
+from rlfusion.finetune import finetune
+from rlfusion.measure import Judged, Unjudged, draw, headlines, measure
 from rlfusion.model_check import CheckModel, check_model
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
@@ -188,6 +188,24 @@ def _findings(what: str, findings: Iterable[Finding]) -> None:
     Console().print(table)
     if failed:
         raise ConfigError(f"{what} fails: {', '.join(failed)}")
+
+
+def run_doctor(settings: config.Finetune | None) -> None:
+    """Print what is here and, for settings, the memory that they need."""
+    table = Table(title="what is here", show_header=False)
+    for row in doctor.environment():
+        table.add_row(*map(escape, row))
+    console = Console()
+    console.print(table)
+    if settings is None:
+        return
+    found = doctor.needs(settings)
+    table = Table(title="memory of this fine-tuning, before scratch space and the reward's own")
+    table.add_column("")
+    table.add_column("GB", justify="right")
+    for name, size in [*found.items(), ("together", sum(found.values()))]:
+        table.add_row(name, f"{size / 1e9:.3f}")
+    console.print(table)
 
 
 def run_serve_reward(settings: Serve) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlfusion import checkpoint, lora, models, origin
+from rlfusion import checkpoint, lora, memory, models, origin
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
@@ -26,7 +26,7 @@ from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
 from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
-from rlfusion.measure import Judged, Unjudged, grid_samples, look_of, measure, require_judgeable
+from rlfusion.measure import Judged, Unjudged, grid_samples, headlines, look_of, measure, require_judgeable
 from rlfusion.policy import Policy, frozen_copy
 from rlfusion.preflight import preflight
 from rlfusion.pretraining import card_of, require_no_class, require_same_data, require_solvable
@@ -44,13 +44,6 @@ from rlfusion.weights import Weights, pack, sha256, unpack
 
 PREFLIGHT_SAMPLES = 64
 TRIED = 4
-HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
-PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
-
-
-def headlines(result: dict[str, float]) -> list[str]:
-    """The names of what to show of an evaluation."""
-    return [name for name in (HEADLINES if "frechet" in result else PLAIN) if name in result]
 
 
 @dataclass
@@ -181,6 +174,9 @@ def prepare(
         require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
+    if card.pipeline:
+        found = memory.estimate(config, denoiser, policy, times, policy.space.latent(card.shape))
+        progress.say(f"memory: about {memory.said(found)}, and scratch space beside")
     learner = config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
     card = replace(card, chain=asdict(config.chain))
 

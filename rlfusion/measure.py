@@ -21,6 +21,8 @@ from rlfusion.seeding import Key
 
 NO_CARE = Care()
 GRID_ROWS, GRID_COLUMNS = 8, 20
+HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
+PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
 PIPELINE_ROWS, PIPELINE_COLUMNS = 2, 8
 
 
@@ -225,6 +227,11 @@ def measure(
         fine, result["reward_failed"] = valid(value, reward_name, max_failed)
         value = value[fine]
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
+
+
+def headlines(result: dict[str, float]) -> list[str]:
+    """The names of what to show of an evaluation."""
+    return [name for name in (HEADLINES if "frechet" in result else PLAIN) if name in result]
 
 
 def look_of(card: models.Card) -> tuple[int, int, int]:

@@ -41,6 +41,8 @@ LAYERS = [
     "pretraining",
     "tasks watch scoring distilling serving reward_check",
     "origin model_check",
+    "memory",
+    "doctor",
     "collector",
     "finetune",
     "comparison",
