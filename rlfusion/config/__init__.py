@@ -1,0 +1,37 @@
+"""The settings of each command: frozen dataclasses, read from YAML and the command line, written back as YAML.
+
+All counts are global (prompts, samples per prompt, updates per rollout): no result depends on the number of workers.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from rlfusion.chain import Chain
+from rlfusion.config.distill import Distill, with_method
+from rlfusion.config.finetune import Finetune, with_agent
+from rlfusion.config.models import Evaluate, Sample
+from rlfusion.config.parts import Evaluation, Ray, Rollout
+from rlfusion.config.pretrain import Base, Pretrain
+
+__all__ = [
+    "Base",
+    "Chain",
+    "Distill",
+    "Evaluate",
+    "Evaluation",
+    "Finetune",
+    "Pretrain",
+    "Ray",
+    "Rollout",
+    "Sample",
+    "to_yaml",
+    "with_agent",
+    "with_method",
+]
+
+
+def to_yaml(config: Any) -> str:
+    """The complete settings as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)

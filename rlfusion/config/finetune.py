@@ -1,0 +1,157 @@
+"""The settings of ``rlfusion finetune``."""
+
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, Literal
+
+from rlfusion import lora, pipelines, pretrain, spec
+from rlfusion.agent import Agent, Plan
+from rlfusion.agents import AGENTS, ddpo
+from rlfusion.chain import Chain
+from rlfusion.config.parts import Evaluation, Ray, Rollout
+from rlfusion.config.pretrain import Base
+from rlfusion.denoiser import Precision
+from rlfusion.errors import ConfigError, require_not_negative, require_positive, unknown
+from rlfusion.guard import Config as Guards
+from rlfusion.monitor import Config as Monitoring
+from rlfusion.rewards import Care, labels, names_of
+from rlfusion.rollout import Settings
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Improve a model for a reward. Without a base model, one is pretrained first and kept in root/cache.
+
+    Attributes:
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        seed: keys every random draw of the fine-tuning.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
+            log-probabilities and the optimiser stay in float32.
+        base: the model to start from: folder of a run or of its model, a diffusers folder or a name on the hub of a
+            pretrained pipeline; empty pretrains one as ``pretrain`` says. --model is the same.
+        pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
+            the labels are random, so that the base follows its prompt in part of its samples only.
+        pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
+        lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
+            ends of layers' names by commas; empty trains all weights. The saved model has them merged.
+        reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, clip_score, clip_class,
+            clip_similarity, aesthetic, hps_v2, pick_score, package.module:name, path/to/file.py:name,
+            http://host:port, or a mapping of such names to weights (docs/rewards.md).
+        reward_options: settings of each named reward, those of ``monitor.held_out`` among them.
+        reward_normalize: several rewards: "none" adds them as they are; "group" and "batch" give each mean 0 and std 1
+            over the prompt's walks, or the rollout's, before its weight.
+        reward_failures: a reward that is NaN for a sample is an error ("error"), or the sample is left out ("mask").
+        max_failed: share of a rollout whose rewards may fail before that is an error after all.
+        reward_timeout_s: a reward that takes longer for one batch has failed for it; 0 sets no limit.
+        reward_cache: samples whose rewards each process remembers, should a batch be scored again; 0 for none.
+        budget_queries: rewards asked for after which the training ends, however many updates are left; 0 sets no limit.
+        updates: rollouts, each followed by the learner's updates.
+        chain: the sampling chain that is trained.
+        rollout: how many walks are collected, and by how many workers.
+        ray: the workers.
+        agent: the algorithm and its settings.
+        guard: what is done about updates that go wrong.
+        monitor: what is watched beside the reward.
+        evaluation: the evaluation.
+        checkpoint_every: rollouts between checkpoints.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    precision: Precision = "float32"
+    base: str = ""
+    pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
+    lora: str = ""
+    reward: str | dict[str, float] = "class_logprob"
+    reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward_normalize: Literal["none", "group", "batch"] = "none"
+    reward_failures: Literal["error", "mask"] = "error"
+    max_failed: float = 0.1
+    reward_timeout_s: float = 0.0
+    reward_cache: int = 0
+    updates: int = 24
+    budget_queries: int = 0
+    chain: Chain = field(default_factory=Chain)
+    rollout: Rollout = field(default_factory=Rollout)
+    ray: Ray = field(default_factory=Ray)
+    agent: Agent = field(default_factory=ddpo.Config)
+    guard: Guards = field(default_factory=Guards)
+    monitor: Monitoring = field(default_factory=Monitoring)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint_every: int = 8
+
+    def __post_init__(self) -> None:
+        require_positive(self, "threads", "updates", "checkpoint_every")
+        require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
+        self._require_known_options()
+        lora.parse(self.lora)
+        if not 0 <= self.max_failed < 1:
+            raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
+        if self.reward_normalize != "none" and isinstance(self.reward, str):
+            raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
+        unscored = not self.agent.needs(self.chain.moves).end
+        if unscored and (self.reward_normalize, self.reward_failures) != ("none", "error"):
+            raise ConfigError(
+                f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
+                f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
+            )
+        r = self.rollout
+        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
+        _ = self.settings  # refuses what no backend can use
+
+    def _require_known_options(self) -> None:
+        names = [*names_of(self.reward), *self.monitor.held_out]
+        for name in self.reward_options:
+            if name not in names:
+                raise unknown("reward in the options", name, names)
+        for name in self.ray.reward_envs:
+            if name not in names_of(self.reward):
+                raise unknown("reward in ray.reward_envs", name, names_of(self.reward))
+        if self.ray.reward_envs and not self.rollout.workers:
+            raise ConfigError("rollout.workers = 0 with ray.reward_envs: expected Ray workers, 1 at least")
+        require_not_negative(self.ray, "gpus_per_reward")
+
+    def options_of(self, *names: str) -> dict[str, dict[str, Any]]:
+        """The options of these rewards."""
+        return {name: options for name, options in self.reward_options.items() if name in names}
+
+    @property
+    def settings(self) -> Settings:
+        """The backend's settings."""
+        return self.ray.settings(self.rollout.workers, self.threads, self.device)
+
+    @property
+    def reward_name(self) -> str:
+        """The reward in a word, for tables and folder names."""
+        return "+".join(label.replace("/", "-") for label in labels(names_of(self.reward)).values())
+
+    @property
+    def may_fail(self) -> float | None:
+        """The share of rewards that may fail; None where none may."""
+        return self.max_failed if self.reward_failures == "mask" else None
+
+    @property
+    def care(self) -> Care:
+        """How rewards are called."""
+        return Care(self.reward_timeout_s, self.reward_cache)
+
+    @property
+    def default_name(self) -> str:
+        return f"{self.agent.name}-{self.reward_name}-seed{self.seed}"
+
+
+def with_agent(name: str) -> type[Finetune]:
+    """``Finetune`` as it is read from the command line: its ``agent`` has the settings of one algorithm.
+
+    Raises:
+        ConfigError: no such algorithm.
+    """
+    agent = spec.lookup(AGENTS, name, "agent")
+    field_ = ("agent", agent, field(default_factory=agent))
+    return make_dataclass("Finetune", [field_], bases=(Finetune,), frozen=True, namespace={"__doc__": Finetune.__doc__})

@@ -1,0 +1,86 @@
+"""The settings that several commands share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.rollout import Limits, Settings
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How many walks are collected, and by how many workers.
+
+    Attributes:
+        prompts: distinct prompts (classes) of a rollout.
+        samples_per_prompt: walks of each.
+        item: walks of one work item; a work item is what one worker does at a time.
+        workers: Ray actors that collect; 0 collects in this process, without Ray.
+        lag: rollouts that may be collected ahead of the weights; each walk then has weights up to ``lag`` updates old.
+    """
+
+    prompts: int = 10
+    samples_per_prompt: int = 24
+    item: int = 120
+    workers: int = 0
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prompts", "samples_per_prompt", "item")
+        require_not_negative(self, "workers", "lag")
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Settings of the Ray workers, where ``rollout.workers`` is not 0.
+
+    Attributes:
+        address: of a running Ray cluster; empty starts a private one on this machine, on its loopback alone.
+        cpus_per_worker: CPU cores that each worker reserves.
+        gpus_per_worker: GPUs, or a fraction of one, that each worker reserves.
+        limits: deadlines and retries.
+        reward_envs: rewards that run in an actor with a runtime environment of its own, by name: what Ray calls
+            runtime_env, such as {pip: [...]}, {working_dir: ...}, {env_vars: {...}}.
+        gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
+    """
+
+    address: str = ""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    limits: Limits = field(default_factory=Limits)
+    reward_envs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gpus_per_reward: float = 0.0
+
+    def settings(self, workers: int, threads: int, device: str) -> Settings:
+        """The backend's settings for so many workers.
+
+        Raises:
+            ConfigError: values that no backend can use.
+        """
+        if workers and device.startswith("cuda") and not self.gpus_per_worker:
+            raise ConfigError(f"gpus_per_worker = 0 with device = {device}: expected a share of a GPU above 0")
+        return Settings(workers, self.cpus_per_worker, self.gpus_per_worker, threads, self.address, self.limits)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of the evaluation on fixed seeds.
+
+    Attributes:
+        samples: how many; the classes take turns.
+        every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+        deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluate.likelihood``), which
+            needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
+    """
+
+    samples: int = 1000
+    every: int = 0
+    deterministic: bool = True
+    bits_per_dim: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 50:
+            raise ConfigError(f"samples = {self.samples}: expected at least 50")
+        if self.every < 0:
+            raise ConfigError(f"every = {self.every}: expected a number >= 0")

@@ -1,0 +1,79 @@
+"""The settings of ``rlfusion pretrain``, and of the base models that other commands pretrain."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlfusion import models, pretrain, spec
+from rlfusion.chain import Chain
+from rlfusion.config.parts import Evaluation
+from rlfusion.errors import ConfigError, require_positive
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a pretrained model is, whoever trains it and wherever.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, for evaluation.
+        autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
+            diffusers AutoencoderKL); empty for pixels.
+        model: the denoiser.
+        train: the training.
+        checkpoint_every: optimiser steps between checkpoints.
+    """
+
+    seed: int = 0
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    autoencoder: str = ""
+    model: models.Config = field(default_factory=models.Config)
+    train: pretrain.Config = field(default_factory=pretrain.Config)
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        require_positive(self, "size", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Pretrain(Base):
+    """Train a denoiser by supervision.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, for evaluation.
+        autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
+            diffusers AutoencoderKL); empty for pixels.
+        model: the denoiser.
+        train: the training.
+        checkpoint_every: optimiser steps between checkpoints.
+        root: folder of all runs, and of what they share (root/cache).
+        name: of the run's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+        chain: the sampler of the evaluation and the grid.
+        evaluation: the evaluation.
+    """
+
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+    chain: Chain = field(default_factory=Chain)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "threads")
+
+    @property
+    def default_name(self) -> str:
+        words = [spec.split(text)[0] for text in (self.model.kind, self.train.loss)]
+        return f"pretrain-{Path(self.data).stem}-{'-'.join(words)}-seed{self.seed}"
