@@ -13,8 +13,10 @@ handbook-notes 2.2.1, 2.2.3, 3.3.2 and the oracle table, section 3.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
+from scipy.interpolate import CubicSpline
 from scipy.special import logsumexp, ndtr
 
 Array = np.ndarray
@@ -111,6 +113,36 @@ def flow_map(law: Mixture, x: Array, start: tuple[float, float], end: tuple[floa
         below = to.cdf(mid) < goal
         low, high = np.where(below, mid, low), np.where(below, high, mid)
     return (low + high) / 2
+
+
+def consistency_on_grid(law: Mixture, sigma: Array, nodes: int = 400) -> tuple[list[CubicSpline], Array]:
+    """Where consistency training in 1-D ends on the grid x_n = x_0 + sigma_n eps, n = 0..N: the functions
+
+        f_0(x) = x,   f_{n+1}(x) = E[f_n(x_n) | x_{n+1} = x],   and the loss E Var(f_n(x_n) | x_{n+1}) of each interval.
+
+    Given x_{n+1} and the component, x_n = (1 - r) x_0 + r x_{n+1}, r = sigma_n / sigma_{n+1}, is normal: Gauss-Hermite.
+    As the grid grows fine, f_n tends to ``flow_map``.
+    """
+    z, weight = np.polynomial.hermite_e.hermegauss(12)
+    weight, unit = weight / weight.sum(), np.linspace(-7.0, 7.0, nodes)
+    mean = law.weight @ law.mean[:, 0]
+    var = law.weight @ (law.cov[:, 0, 0] + (law.mean[:, 0] - mean) ** 2)
+    x = mean + np.sqrt(var + sigma[0] ** 2) * unit
+    functions, losses = [CubicSpline(x, x)], []
+    for low, high in pairwise(sigma):
+        y = mean + np.sqrt(var + high**2) * unit
+        p, pulled = law._pull(y[:, None], 1.0, high)
+        x0 = law.mean[:, 0] + law.cov[:, 0, 0] * pulled[..., 0]
+        std = np.sqrt(law.cov[:, 0, 0] * high**2 / (law.cov[:, 0, 0] + high**2))
+        r = low / high
+        reached = (1 - r) * (x0[..., None] + std[:, None] * z) + r * y[:, None, None]
+        f = functions[-1](np.clip(reached, x[0], x[-1]))
+        first, second = (np.einsum("bi,bij,j->b", p, power, weight) for power in (f, f**2))
+        density = np.exp(law.diffuse(1.0, high).log_density(y[:, None]))
+        losses.append(((second - first**2) * density).sum() * (y[1] - y[0]))
+        functions.append(CubicSpline(y, first))
+        x = y
+    return functions, np.array(losses)
 
 
 def loss_floor(lam: Array, c0: float, c1: float, a: float, b: float) -> float:
