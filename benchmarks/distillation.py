@@ -72,10 +72,11 @@ TEACHER = [(kernel, n) for kernel in ("DDIM(eta=1.0)", "DDIM(eta=0.0)") for n in
 """The teacher's own samplers."""
 
 SHOWN = ("agreement", "frechet", "precision", "recall", "diversity_relative")
-FINETUNED = ("pd", 4)
-"""The student that is fine-tuned: its label and steps."""
+FINETUNED = halving(4, 8)
+"""The student that is fine-tuned."""
 GAIN = 2.0
-TUNING = ("--reward", "ink", "--updates", "12", "--evaluation.every", "1", "--evaluation.samples", "400")
+TUNING = ("--reward", "ink", "--updates", "24", "--agent.lr", "3e-4")
+TUNING += ("--evaluation.every", "1", "--evaluation.samples", "400", "--chain.kernel", "DDIM(eta=1.0)")
 
 
 def run(*arguments: str) -> None:
@@ -135,10 +136,15 @@ def table(rows: list[Row], seeds: int, root: Path) -> list[str]:
         line(f"teacher, {kernel}", n, [measured(folder, n, "--chain.kernel", kernel)], [seconds])
         for kernel, n in TEACHER
     ]
+    spent: dict[str, float] = {}
     for row in rows:
-        runs = [distilled(row, seed, root) for seed in range(seeds)]
+        folders = []
+        for seed in range(seeds):
+            folder, own = distilled(row, seed, root)
+            spent[folder.name] = own + spent.get(row.teacher(seed), 0.0)
+            folders.append(folder)
         for n in row.steps:
-            lines.append(line(row.label, n, [measured(f, n) for f, _ in runs], [s for _, s in runs]))
+            lines.append(line(row.label, n, [measured(f, n) for f in folders], [spent[f.name] for f in folders]))
             print(lines[-1], flush=True)
     return lines
 
@@ -160,11 +166,11 @@ def picture(rows: list[Row], root: Path) -> torch.Tensor:
     return grid(torch.cat(lines), len(lines[0]))
 
 
-def price(folder: Path, name: str, root: Path, *more: str) -> str:
+def price(folder: Path, name: str, root: Path) -> str:
     """What DDPO paid for the gain: a line of the second table."""
     tuned = root / name
     if not (tuned / "summary.json").is_file():
-        run("finetune", "--root", str(root), "--name", name, "--base", str(folder), *TUNING, *more)
+        run("finetune", "--root", str(root), "--name", name, "--base", str(folder), *TUNING)
     points = curve(tuned)
     reached, last = first_at(points, GAIN), points[-1]
     at = reached or last
@@ -180,8 +186,9 @@ def page(lines: list[str], prices: list[str], rows: list[Row], seeds: int, floor
             "Made by `python benchmarks/distillation.py`: one teacher, `rlfusion pretrain` as it is, and "
             f"`rlfusion distill` with the arguments below, seeds {', '.join(map(str, range(seeds)))}; 1,000 samples "
             "each, agreement and Frechet distance by the judge network. The Frechet distance between the two splits of "
-            f"the real digits is {floor:.2f}. CPU seconds of the training on one thread (of the teacher's with one "
-            f"evaluation); torch {torch.__version__}, Python {platform.python_version()}.",
+            f"the real digits is {floor:.2f}. CPU seconds of the training on one thread, with those of the rounds "
+            f"before (of the teacher's with one evaluation); torch {torch.__version__}, "
+            f"Python {platform.python_version()}.",
             "",
             "| model | steps | agreement | Frechet | precision | recall | diversity / real | CPU s |",
             "|---|---|---|---|---|---|---|---|",
@@ -216,11 +223,10 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for row in ROWS if not arguments.only or row.label in arguments.only.split(",")]
     lines = table(rows, arguments.seeds, arguments.root)
-    student = next((row for row in rows if row.label == FINETUNED[0] and FINETUNED[1] in row.steps), None)
-    root, prices = arguments.root, [price(arguments.root / "teacher", "teacher-ddpo", arguments.root)]
-    if student:
-        own = ("--chain.kernel", "DDIM(eta=0.5)") if student.label == "pd" else ()
-        prices.append(price(distilled(student, 0, root)[0], "student-ddpo", root, *own))
+    root = arguments.root
+    prices = [price(root / "teacher", "teacher-ddpo", root)]
+    if FINETUNED in rows:
+        prices.append(price(root / FINETUNED.name(0), "student-ddpo", root))
     floor = json.loads((root / "teacher" / "evaluation.json").read_text())["frechet_floor"]
     save_png(arguments.out.with_suffix(".png"), picture(rows, root))
     text = arguments.out.read_text().partition(MARK)[0] if arguments.out.is_file() else ""
