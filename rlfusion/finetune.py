@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlfusion import checkpoint, lora, memory, models, origin
+from rlfusion import adamw8bit, checkpoint, lora, memory, models, origin
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
@@ -118,6 +118,8 @@ def check(config: Finetune) -> None:
         ConfigError: says which setting and why.
     """
     pick_device(config.device)
+    if config.optimizer == "adamw8bit":
+        adamw8bit.require()
     card = origin.pretrained(config)
     if card is not None:
         origin.check_pretrained(config, card)
@@ -178,6 +180,8 @@ def prepare(
         found = memory.estimate(config, denoiser, policy, times, policy.space.latent(card.shape))
         progress.say(f"memory: about {memory.said(found)}, and scratch space beside")
     learner = config.agent.learner(make_task(config, card, policy, reward), data, config.seed)
+    if config.optimizer == "adamw8bit":
+        learner.optimization.use(adamw8bit.AdamW8bit)
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,10 @@ class Optimization:
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = AdamW(self.named, lr, weight_decay)
         self.ema = EMA(module, ema)
+
+    def use(self, optimizer: Callable[..., Any]) -> None:
+        """Another optimiser with the interface of ``AdamW``, before the first step."""
+        self.optimizer = optimizer(self.named, self.optimizer.lr, self.optimizer.weight_decay)
 
     def step(self) -> float:
         """Step on the accumulated gradients, clear them, and return their norm before clipping.

@@ -3,7 +3,7 @@
 With n bytes of trained and f of frozen weights, and A(b) what one call of the network on b samples keeps for the
 backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:
 
-    (1)  weights n + f,   gradients n,   AdamW's moments 2 n,   their average n
+    (1)  weights n + f,   gradients n,   AdamW's moments 2 n (n / 2 in 8 bits),   their average n
     (2)  copies of what is trained: the rollouts' in this process, the reference, the monitor's base, n each; and the
          guard's, to undo an update: weights, moments and average (and the reference's), once, or 1 + 3 for rollback
     (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
@@ -105,16 +105,17 @@ def estimate(config: Finetune, denoiser: Denoiser, policy: Policy, times: Tensor
     reference = getattr(agent, "kl_loss", 0.0) > 0
     noisy = bool((policy.stds(times) > 0).any())
     copies = (config.rollout.workers == 0) + reference + bool(config.monitor.every and noisy)
-    undo = {"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1) * (4 + reference)
+    undo = {"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1)
+    moments = trained // 2 if config.optimizer == "adamw8bit" else 2 * trained
     rows = getattr(agent, "micro_batch", config.rollout.item)
     vae = getattr(policy.space, "vae", None)
     found = {
         "network, frozen": frozen,
         "network, trained": trained,
-        "gradients and AdamW": 3 * trained,
+        "gradients and AdamW": trained + moments,
         "average": trained,
         "copies of what is trained": copies * trained,
-        "to undo an update": undo * trained,
+        "to undo an update": undo * ((2 + reference) * trained + moments),
         "autoencoder": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0,
         f"activations of {rows} samples": activations(policy, times, shape, rows),
     }

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
 
 LAYERS = [
-    "errors tensors seeding nested numerics progress stopwatch adamw",
+    "errors tensors seeding nested numerics progress stopwatch adamw adamw8bit",
     "gaussian spec hub weights",
     "schedule augment",
     "kinds grid",
@@ -68,6 +68,7 @@ HOMES = {
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.config", "rlfusion.cli"},
     "peft": {"rlfusion.lora", "rlfusion.pipelines.export"},
+    "bitsandbytes": {"rlfusion.adamw8bit"},
     "lpips": {"rlfusion.pretrain.metrics"},
     "starlette": {"rlfusion.rewards.service"},
     "uvicorn": {"rlfusion.serving"},
