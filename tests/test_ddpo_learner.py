@@ -179,6 +179,17 @@ def test_more_updates_than_walks_are_refused():
         Learner(policy, TIMES, Config(updates_per_epoch=9)).update(class_walks(policy, n=8))
 
 
+def test_the_tail_of_the_ratio_by_hand():
+    """r = 2, 1, 1/2: (3.5)^2 / (3 * 5.25) of the transitions count under importance weights."""
+    r = torch.tensor([2.0, 1.0, 0.5])
+    records = [{"loss": torch.ones(2), "log_ratio": r[:2].log()}, {"loss": torch.ones(1), "log_ratio": r[2:].log()}]
+    found = Learner(mlp(), TIMES, Config()).transitions.summary(records, clip=0.2)
+    assert found["ess"] == pytest.approx(3.5**2 / (3 * 5.25), rel=1e-6)
+    assert found["approx_kl"] == pytest.approx((r - 1 - r.log()).mean().item(), rel=1e-5)
+    assert found["clip_fraction"] == pytest.approx(2 / 3)
+    assert found["log_ratio_max"] == pytest.approx(math.log(2), rel=1e-6)
+
+
 def test_walks_join_and_split_by_transition():
     policy = mlp()
     parts = [class_walks(policy, n=n, seed=n) for n in (3, 5)]

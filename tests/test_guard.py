@@ -89,6 +89,11 @@ def test_the_gradient_norm_needs_a_history(tmp_path):
     assert run(tmp_path, [{}, {}, {}, {"grad_norm": 1e6}])[1].bad == 0
 
 
+def test_the_gradient_norm_is_held_against_the_median(tmp_path):
+    """One large norm among the good ones does not make room for another."""
+    assert run(tmp_path, [*[{}] * 4, {"grad_norm": 20.0}, {"grad_norm": 31.0}])[1].bad == 1
+
+
 def test_the_fall_is_from_the_best_rollout_in_deviations_of_the_first(tmp_path):
     assert run(tmp_path, [{}, {"reward": 9.0, "reward_std": 99.0}, {"reward": 6.9}])[1].bad == 1
     assert run(tmp_path, [{}, {"reward": 9.0}, {"reward": 7.1}])[1].bad == 0

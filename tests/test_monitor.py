@@ -14,6 +14,7 @@ from rlfusion.grid import TimeGrid
 from rlfusion.kernel import DDIM
 from rlfusion.measure import divergence
 from rlfusion.monitor import Best, Config, Monitor
+from rlfusion.rewards import RewardError
 from rlfusion.sampling import chain_noise, walk
 from rlfusion.schedule import Cosine
 
@@ -103,6 +104,20 @@ def test_a_held_out_reward_that_falls_while_the_reward_rises_is_an_alarm():
     assert watching.alarms(watching.look(base + 0.9 * std)) == []
     rose = watching.look(base - 1.5 * std)
     assert not any("held-out" in s for s in watching.alarms(rose))
+
+
+def test_rewards_that_fail_for_some_samples_count_for_the_others():
+    def flaky(x, c):
+        value = x.flatten(1).mean(1)
+        return value.where(value < value.max(), torch.nan)
+
+    rewards, base = {"reward": flaky, "mine": flaky}, pictures()
+    watching = Monitor(Config(), Corners(), rewards, base, LABEL, max_failed=0.1)
+    kept = base.flatten(1).mean(1).sort().values[:-1].mean().item()
+    assert watching.look(base)["reward"] == pytest.approx(kept, rel=1e-6)
+    assert watching.alarms(watching.look(base)) == []
+    with pytest.raises(RewardError, match="item"):
+        Monitor(Config(), Corners(), rewards, base, LABEL)
 
 
 def test_the_kl_is_told_and_limited():
