@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlfusion import lora, models
 from rlfusion.consistency import LCM
-from rlfusion.denoiser import Denoiser, Guided
+from rlfusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.nets.critic import Critic
@@ -126,10 +126,12 @@ def make_critic(text: str, task: Task, seed: int) -> Critic:
     Raises:
         ConfigError: an unknown network or setting, or a new network where conditions are no classes.
     """
-    like = bare(task.policy.denoiser)
+    like, weight = bare(task.policy.denoiser)
     with models.initial(integer(seed, "critic")):
         net = copy.deepcopy(lora.merged(like).net) if text == COPY else _new(text, task)
-        critic = Critic(Denoiser(net, like.schedule, like.kind, like.precision), task.shape)
+        own = Denoiser(net, like.schedule, like.kind, like.precision)
+        reads = text == COPY and weight is not None
+        critic = Critic(Embedded(own, weight) if reads else own, task.shape)
     first = next(like.parameters())
     return critic.to(first.device, first.dtype).requires_grad_()
 
@@ -140,8 +142,10 @@ def _new(text: str, task: Task) -> nn.Module:
     return models.make_net(text, task.shape, task.prompts)
 
 
-def bare(denoiser: nn.Module) -> Denoiser:
-    """The denoiser within its wrappers."""
-    while isinstance(denoiser, Guided | LCM):
+def bare(denoiser: nn.Module) -> tuple[Denoiser, float | None]:
+    """The denoiser within its wrappers, and the guidance weight that one of them gives it to read, if one does."""
+    weight = None
+    while isinstance(denoiser, Guided | LCM | Embedded):
+        weight = denoiser.weight if isinstance(denoiser, Embedded) else weight
         denoiser = denoiser.denoiser
-    return denoiser
+    return denoiser, weight

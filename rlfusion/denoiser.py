@@ -74,6 +74,22 @@ def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
     return target(model.kind, prediction.x0, prediction.eps, level(model.schedule, t, x))
 
 
+def require_readable(model: nn.Module, times: Tensor) -> None:
+    """Refuse times (K,) at which what the network of a denoiser, or of a wrapper with its ``kind``, reads or answers is
+    not defined: eps at pure noise, say, or the logarithm of no noise.
+
+    Raises:
+        ConfigError: names the kind and the level.
+    """
+    for t in times:
+        l = model.schedule(t)
+        try:
+            solve(model.kind, l)
+            conditioning(model.kind, t, l)
+        except ValueError as error:
+            raise ConfigError(f"kind = {model.kind}, schedule = {model.schedule}: {error}") from error
+
+
 @lru_cache(maxsize=4096)
 def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
     """The solution at a time that a whole batch shares: the same few in every rollout."""
@@ -90,6 +106,10 @@ class Embedded(nn.Module):
         self.schedule: Schedule = denoiser.schedule
 
     @property
+    def kind(self) -> str | Kind:
+        return self.denoiser.kind
+
+    @property
     def space(self) -> Space:
         return self.denoiser.space
 
@@ -98,8 +118,14 @@ class Embedded(nn.Module):
         return self.denoiser.own
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
-        w = torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)
-        return self.denoiser(x, t, {"label": cond, "w": w})
+        return self.denoiser(x, t, self._read(x, cond))
+
+    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """As ``Denoiser.answer``, where that is what is within."""
+        return self.denoiser.answer(x, t, self._read(x, cond))
+
+    def _read(self, x: Tensor, cond: Cond) -> Cond:
+        return {"label": cond, "w": torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)}
 
 
 class Guided(nn.Module):

@@ -61,7 +61,21 @@ def check(config: Distill) -> None:
     require_solvable(teaching.student, config.chain)
     require_no_class(config, teaching.card)
     config.chain.policy(teaching.student, card.names)
+    require_denoiser(config, card)
     config.method.check(teaching)
+
+
+def require_denoiser(config: Distill, teacher: models.Card) -> None:
+    """Refuse answers of a consistency function to a method that asks for a denoiser's.
+
+    Raises:
+        ConfigError: the teacher has a boundary around it.
+    """
+    if config.method.ASKS and teacher.boundary:
+        raise ConfigError(
+            f"teacher = {config.teacher!r}: it is a consistency function by a boundary, {teacher.boundary}, whose "
+            f"answer is the end of a walk; {config.method.name} expected a denoiser, which says the mean"
+        )
 
 
 def require_no_class(config: Distill, student: models.Card) -> None:

@@ -12,11 +12,10 @@ from rlfusion import autoencoding, checkpoint, models
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, require_readable
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import bits_per_dim, require_bound
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
-from rlfusion.parameterization import solve
 from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, locked, pick_device, set_numerics, train
@@ -156,11 +155,7 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
         ConfigError: names the kind and the level.
     """
     chain.make_kernel()
-    for t in chain.times(denoiser)[:-1]:
-        try:
-            solve(denoiser.kind, denoiser.schedule(t))
-        except ValueError as error:
-            raise ConfigError(f"model.kind = {denoiser.kind}, schedule = {denoiser.schedule}: {error}") from error
+    require_readable(denoiser, chain.times(denoiser)[:-1])
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:

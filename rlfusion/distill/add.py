@@ -12,12 +12,25 @@ paper's frozen image features, which no network at hand has.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Denoiser
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
 from rlfusion.distill.matching import Learner, Matching, Parts, judging
-from rlfusion.errors import require_not_negative, require_positive
+from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.objectives import ADVERSARIAL
+from rlfusion.parameterization import conditioning
+
+
+def require_input(judge: Denoiser) -> None:
+    """Raise ConfigError where a network of this kind can read no clean sample: its time there is infinite."""
+    start = torch.zeros((), dtype=torch.float64)
+    try:
+        conditioning(judge.kind, start, judge.schedule(start))
+    except ValueError as error:
+        raise ConfigError(f"noised = False: {error}; expected noised = True") from error
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ class Config(Matching):
         super().__post_init__()
         require_positive(self, "discriminator_lr", "discriminator_updates")
         require_not_negative(self, "distill", "r1")
+
+    def check(self, teaching: Teaching) -> None:
+        super().check(teaching)
+        if not self.noised:
+            require_input(teaching.own)
 
     def learner(self, teaching: Teaching) -> Distiller:
         times = self._times if self.noised else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlfusion import spec
 from rlfusion.chain import Chain
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, Embedded
 from rlfusion.distill.mapped import on_its_own
 from rlfusion.distill.pairs import Making, Pairs, make_pairs
 from rlfusion.distill.student import Config as Student
@@ -65,7 +65,7 @@ class Teaching:
 
     def pairs(self, making: Making, name: str = "pairs", source: Denoiser | None = None) -> Callable[[], Pairs]:
         """What makes, or finds in ``folder/name``, pairs of the teacher; or of ``source``, a student as it was."""
-        own = (on_its_own(self.unguided), self.teacher_card, making, self.guidance)
+        own = (self.own, self.teacher_card, making, self.guidance)
         model = own if source is None else (source, self.card, making, 0.0)
         return partial(make_pairs, *model, self.folder / name, self.seed, self.workers, self.say, self.stop)
 
@@ -81,7 +81,19 @@ class Teaching:
     @property
     def null(self) -> Tensor:
         """The condition, of batch 1, that means none."""
-        return torch.tensor([self.data.classes])
+        return torch.tensor([self.data.classes], device=self.device)
+
+    @property
+    def own(self) -> Denoiser:
+        """The teacher on its own schedule, without guidance."""
+        return on_its_own(self.unguided)
+
+    @property
+    def begins(self) -> Denoiser | Embedded:
+        """``own`` as what fake denoisers and discriminators begin as; one that reads the guidance weight is at that of
+        the run.
+        """
+        return self.own if self.own.weights is None else Embedded(self.own, self.guidance)
 
 
 class Distiller(Learner[Any], Protocol):
@@ -101,6 +113,9 @@ class Method(Protocol):
 
     STUDENT: ClassVar[Student]
     """What its students are, unless told otherwise."""
+
+    ASKS: ClassVar[bool]
+    """It asks the teacher what it answers, as a denoiser."""
 
     @property
     def name(self) -> str:
@@ -152,6 +167,7 @@ class Settings:
     ema: str = "Constant(decay=0.999)"
 
     STUDENT: ClassVar[Student] = Student()
+    ASKS: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch", "lr", "max_grad_norm")

@@ -71,7 +71,7 @@ class Config(Settings):
 
     def check(self, teaching: Teaching) -> None:
         metric_of(self.metric).check(teaching.student.space)
-        check_grid(self.intervals, teaching.student.schedule)
+        check_grid(self.intervals, teaching.student, teaching.teacher)
 
     def learner(self, teaching: Teaching) -> Distiller:
         move, stops = by_teacher(teaching.teacher, self.solver), tuple(range(self.span, -1, -1))

@@ -14,11 +14,13 @@ t_0 = 0.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from rlfusion import models, spec
 from rlfusion.consistency import LCM
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, require_readable
+from rlfusion.distill.mapped import on_its_own
 from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw, Loss
@@ -55,10 +57,15 @@ def bounded(student: Card, boundary: str) -> Card:
     return student
 
 
-def check_grid(intervals: int, schedule: Schedule) -> None:
-    """Raise ConfigError where a table has too few times for so many intervals."""
+def check_grid(intervals: int, student: nn.Module, teacher: nn.Module | None = None) -> None:
+    """Raise ConfigError where a table has too few times for so many intervals, or the student, or the teacher that is
+    asked, has no answer at pure noise, where the grid ends.
+    """
+    schedule, end = student.schedule, torch.ones(1, dtype=torch.float64)
     if schedule.resolution is not None and intervals >= schedule.resolution:
         raise ConfigError(f"intervals = {intervals}: expected fewer than the {schedule.resolution} times of {schedule}")
+    for model in (student, *([] if teacher is None else [on_its_own(teacher)])):
+        require_readable(model, end)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Config(Settings):
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
     STUDENT: ClassVar[Student] = Student()
+    ASKS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,8 +72,8 @@ class Config(Settings):
 
     def check(self, teaching: Teaching) -> None:
         metric_of(self.metric).check(teaching.student.space)
-        check_grid(self.s1, teaching.student.schedule)
-        if teaching.teacher is not teaching.unguided:
+        check_grid(self.s1, teaching.student)
+        if teaching.guidance:
             raise ConfigError("guidance: ct asks the teacher nothing, expected 0")
 
     def learner(self, teaching: Teaching) -> Distiller:

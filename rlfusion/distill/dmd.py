@@ -65,7 +65,7 @@ class Config(Following):
         super().check(teaching)
         if self.regression:
             self._metric.check(teaching.student.space)
-            self.pairs.check(teaching.card)
+            self.pairs.check(teaching.card, teaching.own)
 
     def learner(self, teaching: Teaching) -> Distiller:
         judge = None

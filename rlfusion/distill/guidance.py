@@ -62,7 +62,7 @@ def check_unguided(teaching: Teaching, method: str) -> None:
     Raises:
         ConfigError: the run sets a guidance, or the teacher reads one.
     """
-    if teaching.teacher is not teaching.unguided:
-        raise ConfigError(f"guidance: {method} draws the guidance weight itself, expected 0")
     if teaching.teacher_card.weights:
         raise ConfigError(f"teacher: it reads the guidance weight already, expected another for {method}")
+    if teaching.guidance:
+        raise ConfigError(f"guidance = {teaching.guidance}: {method} draws the guidance weight itself, expected 0")

@@ -19,7 +19,7 @@ from rlfusion.chain import Chain
 from rlfusion.consistency import RESOLUTION
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.cd import by_teacher
-from rlfusion.distill.consistency import Consistency, constant, metric_of
+from rlfusion.distill.consistency import Consistency, check_grid, constant, metric_of
 from rlfusion.distill.guidance import AnyGuidance, Weighted, check_range, check_unguided
 from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError
@@ -70,6 +70,7 @@ class Config(Settings):
         times = teaching.student.schedule.resolution or RESOLUTION
         if times % self.skip or self.skip == times:
             raise ConfigError(f"skip = {self.skip}: expected a divisor of the {times} times, and fewer")
+        check_grid(self.intervals(teaching), teaching.student, teaching.teacher)
 
     def intervals(self, teaching: Teaching) -> int:
         """T / k."""

@@ -224,19 +224,18 @@ class Following(Matching):
         require_positive(self, "fake_lr", "fake_updates")
 
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
-        denoiser = trainable_copy(on_its_own(teaching.unguided))
-        fake = Fake(denoiser, Denoising(times=self.times), self.fake_lr)
+        fake = Fake(trainable_copy(teaching.begins), Denoising(times=self.times), self.fake_lr)
         return {**super().parts(teaching, inputs), "fake": fake, "fake_updates": self.fake_updates}
 
 
-def trainable_copy(denoiser: Denoiser) -> Denoiser:
+def trainable_copy(denoiser: nn.Module) -> nn.Module:
     """A copy of a denoiser, every parameter trained."""
     return copy.deepcopy(denoiser).requires_grad_(True)
 
 
 def judging(teaching: Teaching, losses: Adversarial, times: Times | None, r1: float, lr: float) -> Discriminator:
     """A discriminator that begins as the teacher's network, under a head that begins at 0: no sample is judged yet."""
-    critic = Critic(trainable_copy(on_its_own(teaching.unguided)), teaching.data.shape)
+    critic = Critic(trainable_copy(teaching.begins), teaching.data.shape)
     nn.init.zeros_(critic.head.weight)
     nn.init.zeros_(critic.head.bias)
     return Discriminator(critic.to(teaching.device), losses, times, r1, lr)

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlfusion import models
 from rlfusion.chain import Chain
 from rlfusion.checkpoint import write_json_atomic
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, require_readable
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.policy import Policy
 from rlfusion.pretrain import Draw, Draws
@@ -56,10 +56,11 @@ class Making:
     def __post_init__(self) -> None:
         require_positive(self, "count", "shard", "steps")
 
-    def check(self, card: models.Card) -> None:
-        """Raise ConfigError where there are fewer pairs than classes."""
+    def check(self, card: models.Card, source: nn.Module) -> None:
+        """Raise ConfigError where there are fewer pairs than classes, or ``source`` cannot walk the chain."""
         if self.count < card.classes:
             raise ConfigError(f"count = {self.count}: expected a pair for each of the {card.classes} classes at least")
+        require_readable(source, self.chain(0.0).times(source)[:-1])
 
     def chain(self, guidance: float) -> Chain:
         """The chain of Eq. (1), with the weight w of the teacher's classifier-free guidance."""
@@ -78,17 +79,26 @@ class PairDraws:
     """Draws as of supervised training, whose noise is that of the pair. ``pairs`` is asked at the first draw."""
 
     def __init__(
-        self, pairs: Callable[[], Pairs], classes: int, batch: int, total: int, device: torch.device, *key: Key
+        self,
+        pairs: Callable[[], Pairs],
+        classes: int,
+        batch: int,
+        total: int,
+        device: torch.device,
+        *key: Key,
+        dropout: float = 0.0,
     ) -> None:
-        """``total`` is the steps of the training, ``key`` = (seed, purpose)."""
+        """``total`` is the steps of the training, ``key`` = (seed, purpose); each pair loses its label with probability
+        ``dropout``.
+        """
         self.pairs, self.classes, self.batch, self.total = pairs, classes, batch, total
-        self.device, self.key = device, key
+        self.device, self.key, self.dropout = device, key, dropout
 
     @cached_property
     def _held(self) -> tuple[Draws, Tensor]:
         pairs = self.pairs()
         data = Dataset(pairs.x0, pairs.label, tuple(str(i) for i in range(self.classes)))
-        return Draws(data, self.batch, 0.0, self.total, self.device, *self.key), pairs.eps.to(self.device)
+        return Draws(data, self.batch, self.dropout, self.total, self.device, *self.key), pairs.eps.to(self.device)
 
     def __call__(self, step: int) -> Draw:
         """What step ``step`` draws."""
@@ -116,7 +126,7 @@ def make_pairs(
     chain = making.chain(guidance)
     policy = chain.policy(teacher, card.names)
     weights = Weights.of(policy, 0)
-    held = _Shards(folder, _identity(card, chain, making.shard, seed, weights))
+    held = _Shards(folder, _identity(card, chain, making, seed, weights))
     sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]
     missing = [n for n in range(len(sizes)) if not held.sound(n, say)]
     if missing:
@@ -180,9 +190,9 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))
 
 
-def _identity(card: models.Card, chain: Chain, shard: int, seed: int, weights: Weights) -> str:
-    """16 hex digits over all that the pairs depend on, but for how many there are."""
-    about = {**asdict(chain), "shard": shard, "seed": seed, "model": asdict(card.config), "names": card.names}
+def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weights: Weights) -> str:
+    """16 hex digits over all that the shards depend on."""
+    about = {**asdict(chain), **asdict(making), "seed": seed, "model": asdict(card.config), "names": card.names}
     return hashlib.sha256((json.dumps(about, sort_keys=True) + weights.sha256).encode()).hexdigest()[:16]
 
 
@@ -193,8 +203,15 @@ class _Shards:
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
         self.manifest = folder / "pairs.json"
-        held = json.loads(self.manifest.read_text()) if self.manifest.is_file() else {}
-        self.known: dict[str, str] = held.get("shards", {}) if held.get("identity") == identity else {}
+        self.known: dict[str, str] = self._read_manifest()
+
+    def _read_manifest(self) -> dict[str, str]:
+        """The SHA-256 of each shard; of none where the manifest is of other pairs, or damaged, as shards may be."""
+        try:
+            held = json.loads(self.manifest.read_bytes())
+            return held["shards"] if held["identity"] == self.identity else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
 
     def path(self, n: int) -> Path:
         return self.folder / f"shard-{n:05d}.safetensors"

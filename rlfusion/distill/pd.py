@@ -20,13 +20,13 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, require_readable
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.ode import along
 from rlfusion.distill.stages import Stage, Staged, local_steps
 from rlfusion.errors import ConfigError
 from rlfusion.grid import TimeGrid
-from rlfusion.parameterization import Prediction, solve
+from rlfusion.parameterization import Prediction
 from rlfusion.pretrain import Draw, Fit, Loss
 from rlfusion.pretrain.denoising import Noised, NoisedLoss
 from rlfusion.schedule import Level, diffused, level
@@ -107,18 +107,12 @@ class Rounds(Settings):
         halvings(self.start, chain.steps)
         if chain.spacing != "trailing" or chain.repeats:
             raise ConfigError("chain.spacing, chain.repeats: expected trailing and 0, the grid that the rounds halve")
-        if teaching.card.boundary:
-            raise ConfigError("teacher: it is a consistency function by a boundary, expected a plain denoiser")
         resolution = student.schedule.resolution
         if resolution is not None and resolution % self.start:
             raise ConfigError(
                 f"start = {self.start}: expected a divisor of the {resolution} times of {student.schedule}"
             )
-        for t in self.grid(teaching, self.start)[:-1]:
-            try:
-                solve(student.kind, student.schedule(t))
-            except ValueError as error:
-                raise ConfigError(f"student.kind = {student.kind}: {error}") from error
+        require_readable(student, self.grid(teaching, self.start)[:-1])
 
     def grid(self, teaching: Teaching, steps: int) -> Tensor:
         """The falling times of a chain of ``steps``."""

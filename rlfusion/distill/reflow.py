@@ -61,7 +61,8 @@ class Config(Settings):
 
     def check(self, teaching: Teaching) -> None:
         self._loss.check(teaching.student)
-        self.pairs.check(teaching.card)
+        for source in (teaching.own, teaching.student)[: self.rounds]:
+            self.pairs.check(teaching.card, source)
 
     def total(self, teaching: Teaching) -> int:
         return self.rounds * self.steps
@@ -79,6 +80,7 @@ class Config(Settings):
         source = copy.deepcopy(teaching.student).requires_grad_(False) if r else None
         pairs = teaching.pairs(self.pairs, f"pairs-{r + 1}", source)
         key = (teaching.seed, "distill", self.name, r)
-        draws = PairDraws(pairs, teaching.card.classes, self.batch, self.steps, teaching.device, *key)
+        about = (teaching.card.classes, self.batch, self.steps, teaching.device)
+        draws = PairDraws(pairs, *about, *key, dropout=self.label_dropout)
         kept = {"source": source} if source else None
         return Fit(teaching.student, self._loss, draws, self.optimization(teaching.student), self.warmup, kept)

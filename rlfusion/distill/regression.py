@@ -60,9 +60,16 @@ class Config(Settings):
 
     def check(self, teaching: Teaching) -> None:
         self._metric.check(teaching.student.space)
-        self.pairs.check(teaching.card)
+        self.pairs.check(teaching.card, teaching.own)
         if teaching.chain.moves != 1:
             raise ConfigError(f"chain.steps = {teaching.chain.steps}: the student is a map of one step, expected 1")
+        if teaching.times[0] != 1:
+            raise ConfigError(f"chain.spacing = {teaching.chain.spacing}: the map is from t = 1, expected trailing")
+        if self.label_dropout:
+            raise ConfigError(
+                f"label_dropout = {self.label_dropout}: without its label a noise has a pair in every class, and no "
+                "map goes to all, expected 0"
+            )
 
     def learner(self, teaching: Teaching) -> Distiller:
         key = (teaching.seed, "distill", self.name)

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, Embedded
 from rlfusion.schedule import Schedule
 from rlfusion.tensors import Cond
 
@@ -18,7 +18,7 @@ from rlfusion.tensors import Cond
 class Critic(nn.Module):
     """Eq. (1). ``denoiser`` is the critic's own: its network, and its kind and schedule for the scales."""
 
-    def __init__(self, denoiser: Denoiser, shape: tuple[int, ...]) -> None:
+    def __init__(self, denoiser: Denoiser | Embedded, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.denoiser, self.head = denoiser, nn.Linear(math.prod(shape), 1)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import spec
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Denoiser, require_readable
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.parameterization import solve
 from rlfusion.pretrain.base import Draw, Loss
@@ -102,11 +102,13 @@ def check_boundary(denoiser: Denoiser) -> None:
         ConfigError: says so, or that the kind is undefined at one of the ends of time.
     """
     schedule, kind = denoiser.schedule, denoiser.kind
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     try:
-        start, _ = (solve(kind, schedule(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
-    except ValueError as error:
-        raise ConfigError(f"kind = {kind}: no consistency function on {schedule}: {error}") from error
-    alpha = schedule(torch.tensor(0.0, dtype=torch.float64)).alpha
+        require_readable(denoiser, ends)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; no consistency function there") from error
+    first = schedule(ends[0])
+    start, alpha = solve(kind, first), first.alpha
     if abs(float(start.x0_y)) > 1e-9 or abs(float(start.x0_x * alpha) - 1) > 1e-9:
         raise ConfigError(
             f"kind = {kind}: expected x0 = x_t at t = 0 on {schedule}, as CM(t_min=...) with the schedule's sigma_min, "

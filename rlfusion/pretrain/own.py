@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Guided
+from rlfusion.denoiser import Denoiser, Guided
 from rlfusion.errors import ConfigError
 from rlfusion.pretrain.draws import Draws
 from rlfusion.pretrain.losses import make
@@ -28,13 +28,19 @@ class OwnLoss:
         """The term as a function of the optimiser step, of the denoiser within its guidance; None for weight 0.
 
         Raises:
-            ConfigError: the loss is not defined for the model, or needs a teacher; or there are no data.
+            ConfigError: the loss is not defined for the model, or needs a teacher; or there are no data, or a student
+                whose own training had no such loss.
         """
         if not self.weight:
             return None
         if data is None:
             raise ConfigError(f"pretrain_weight = {self.weight}: the base model's data are not known, expected 0")
         denoiser = model.denoiser if isinstance(model, Guided) else model
+        if not isinstance(denoiser, Denoiser):
+            raise ConfigError(
+                f"pretrain_weight = {self.weight}: the base model is a student with a boundary or a guidance weight "
+                "around it, which was not trained by a loss on data, expected 0"
+            )
         loss = make(self.loss)
         loss.check(denoiser)
         if loss.teacher_decay(0, 1) is not None:

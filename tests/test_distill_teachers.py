@@ -1,0 +1,167 @@
+"""Teachers and students of every making: what each method takes, what it refuses before work, and who learns on it."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from distilled import CARD, CHAINS, FEW, SHAPE, images, run, scrambled, settings_of, teaching
+
+from rlfusion import distilling
+from rlfusion.agents import AGENTS
+from rlfusion.chain import Chain
+from rlfusion.critic import make_critic
+from rlfusion.denoiser import Embedded
+from rlfusion.distill import METHODS, Student
+from rlfusion.distill.pairs import Making
+from rlfusion.errors import ConfigError
+from rlfusion.pretraining import require_solvable
+from rlfusion.rollout import Task, plan, run_item
+from rlfusion.trajectory import concatenate
+
+READS = replace(CARD, weights=(0.0, 4.0))
+BOUNDARY = replace(CARD, boundary="LCM()")
+
+
+def of(kind: str, schedule: str):
+    return replace(CARD, config=replace(CARD.config, kind=kind, schedule=schedule))
+
+
+@pytest.mark.parametrize("name", ["cd", "pd", "vsd", "dmd", "add", "reflow"])
+def test_a_teacher_that_reads_the_guidance_weight_teaches_at_that_of_the_run(name, tmp_path):
+    settings = replace(settings_of(name, Student(init="match", match=2)), guidance=1.5)
+    settings.method.check(teaching(settings, READS))
+    records = run(settings, READS, tmp_path)
+    assert all(value == value for record in records for value in record.values())
+
+
+def test_fakes_and_discriminators_begin_as_the_teacher_at_that_weight():
+    settings = replace(settings_of("vsd", Student(init="match")), guidance=1.5)
+    given = teaching(settings, READS)
+    x, t, label = torch.randn(4, *SHAPE), torch.full((4,), 0.5, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    fake = settings.method.parts(given)["fake"].denoiser
+    assert torch.equal(fake(x, t, label).x0, given.teacher(x, t, label).x0)
+    assert all(p.requires_grad for p in fake.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_consistency_function_teaches_by_its_weights_alone(name):
+    settings = settings_of(name)
+    if name == "ct":
+        distilling.require_denoiser(settings, BOUNDARY)
+        return
+    with pytest.raises(ConfigError, match=f"consistency function by a boundary.*{name} expected a denoiser"):
+        distilling.require_denoiser(settings, BOUNDARY)
+
+
+@pytest.mark.parametrize("name", ["cd", "lcm", "ct", "dmd", "reflow", "regression"])
+def test_eps_at_pure_noise_is_refused_where_the_method_asks_for_it(name):
+    """The student's own chain leaves it out."""
+    settings = settings_of(name, **({"intervals": 8} if name == "cd" else {}))
+    settings = replace(settings, chain=replace(CHAINS.get(name, METHODS[name].CHAIN), spacing="leading"))
+    given = teaching(settings, of("eps", "ZeroSNR()"))
+    require_solvable(given.student, settings.chain)
+    with pytest.raises(ConfigError, match=r"kind = eps.*does not determine x0 and eps"):
+        settings.method.check(given)
+
+
+def test_a_network_that_reads_the_logarithm_of_the_noise_is_asked_at_none_and_at_all_of_it_nowhere():
+    with pytest.raises(ConfigError, match="no finite time input"):
+        require_solvable(scrambled(of("EDM()", "Cosine()")), Chain(steps=2))
+    require_solvable(scrambled(of("EDM()", "VP()")), Chain(steps=2))
+    assert teaching(settings_of("cd"), of("EDM()", "VP()")).card.boundary == "LCM()"
+    clean = settings_of("add")
+    with pytest.raises(ConfigError, match="expected noised = True"):
+        clean.method.check(teaching(clean, of("EDM()", "VP()")))
+    noised = settings_of("add", noised=True)
+    noised.method.check(teaching(noised, of("EDM()", "VP()")))
+
+
+def test_a_table_with_fewer_times_than_the_teachers_walk_is_refused():
+    settings = settings_of("reflow", pairs=Making(count=12, steps=9))
+    settings = replace(settings, chain=replace(settings.chain, steps=2))
+    with pytest.raises(ConfigError, match="steps = 9: expected at most the schedule's 8 times"):
+        settings.method.check(teaching(settings, of("v", "DDPM(resolution=8)")))
+
+
+def test_labels_of_pairs_are_dropped_as_asked(tmp_path):
+    settings = settings_of("reflow", rounds=1, batch=2000, label_dropout=0.3)
+    draw = distilling.make_learner(settings, teaching(settings, CARD, tmp_path)).draw(0)
+    assert (draw.cond == draw.no_class).double().mean().item() == pytest.approx(0.3, abs=0.04)
+    one = settings_of("regression", label_dropout=0.3)
+    with pytest.raises(ConfigError, match=r"label_dropout = 0\.3.*expected 0"):
+        one.method.check(teaching(one))
+
+
+def test_a_map_from_pure_noise_is_sampled_from_pure_noise():
+    settings = settings_of("regression")
+    settings = replace(settings, chain=replace(settings.chain, spacing="leading"))
+    with pytest.raises(ConfigError, match=r"chain\.spacing = leading"):
+        settings.method.check(teaching(settings, of("v", "DDPM()")))
+
+
+def test_damaged_manifests_and_other_counts_are_made_again(tmp_path):
+    given, said = replace(teaching(settings_of("regression"), CARD, tmp_path)), []
+    given = replace(given, say=said.append)
+    whole = given.pairs(FEW)()
+    manifest = tmp_path / "pairs" / "pairs.json"
+    for damage in ("{", "[]", json.dumps({"shards": {}})):
+        manifest.write_text(damage)
+        again = given.pairs(FEW)()
+        assert torch.equal(again.x0, whole.x0)
+    assert len(said) == 9
+    more = given.pairs(replace(FEW, count=15))()
+    assert [len(part) for part in more] == [15, 15, 15]
+
+
+def reward(samples, cond):
+    return samples.flatten(1).mean(1)
+
+
+def task(policy, chain: Chain, needs) -> Task:
+    grid, conditions = chain.grid(policy.denoiser), torch.arange(CARD.classes)
+    return Task(policy, grid, SHAPE, conditions, lambda x: (x + 1) / 2, reward, "mean", needs=needs)
+
+
+AROUND = [BOUNDARY, READS, replace(READS, boundary="LCM()")]
+
+
+@pytest.mark.parametrize("card", AROUND, ids=["boundary", "reads w", "both"])
+@pytest.mark.parametrize(
+    ("agent", "settings"),
+    [("drwr", {"on": "noised", "kl": 0.1}), ("dawr", {"on": "noised"}), ("dawr", {}), ("qsm", {"critic_updates": 2})],
+)
+def test_students_are_policies_of_the_regressions_too(card, agent, settings):
+    chain = Chain(steps=2, kernel="Renoise()", guidance=1.0 if card.weights else 0.0)
+    policy = chain.policy(scrambled(card), card.names)
+    config = AGENTS[agent](**settings)
+    needs = config.needs(chain.moves)
+    worker = task(copy.deepcopy(policy), chain, needs)
+    learner = config.learner(task(policy, chain, needs), images(), 0)
+    batch = concatenate([run_item(worker, item) for item in plan(0, 0, 3, 4, 12, 3, 0)])
+    before = [p.clone() for p in policy.parameters()]
+    metrics = learner.update(batch)
+    assert all(value == value for value in metrics.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+
+
+def test_a_critic_copies_a_network_that_reads_the_guidance_weight_at_that_of_the_chain():
+    chain = Chain(steps=2, kernel="Renoise()", guidance=1.0)
+    policy = chain.policy(scrambled(replace(READS, boundary="LCM()")), READS.names)
+    critic = make_critic("Copy()", task(policy, chain, AGENTS["qsm"]().needs(2)), 0)
+    x, t, label = torch.randn(3, *SHAPE), torch.tensor(0.5, dtype=torch.float64), torch.arange(3)
+    within = policy.denoiser.denoiser.denoiser
+    w = torch.ones(3)
+    assert isinstance(critic.denoiser, Embedded)
+    assert torch.equal(critic.denoiser.answer(x, t, label), within.answer(x, t, {"label": label, "w": w}))
+
+
+@pytest.mark.parametrize("card", AROUND, ids=["boundary", "reads w", "both"])
+@pytest.mark.parametrize("agent", ["drwr", "refl"])
+def test_students_have_no_loss_of_their_own_training_on_data(card, agent):
+    chain = Chain(steps=2, kernel="Renoise()", guidance=1.0 if card.weights else 0.0)
+    config = AGENTS[agent](pretrain_weight=0.1)
+    place = task(chain.policy(scrambled(card), card.names), chain, config.needs(2))
+    with pytest.raises(ConfigError, match=r"pretrain_weight = 0\.1: the base model is a student"):
+        config.learner(place, images(), 0)
