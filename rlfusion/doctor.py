@@ -25,6 +25,7 @@ PACKAGES = {
     "diffusers": "models",
     "transformers": "models",
     "peft": "lora, models",
+    "bitsandbytes": "adam8bit",
     "open_clip_torch": "clip",
     "datasets": "datasets",
     "lpips": "lpips",

@@ -1,6 +1,7 @@
 """Pretrained pipelines in training: four learners, export and reading back, precision, memory; on a tiny model."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from test_pipelines import PROMPTS, about
 
-from rlfusion import models, origin, pipelines
+from rlfusion import checkpoint, models, origin, pipelines
 from rlfusion.agents import AGENTS
 from rlfusion.chain import Chain
 from rlfusion.config import Evaluation, Finetune, Rollout
@@ -150,6 +151,20 @@ def test_a_trained_pipeline_is_trained_on(adapted, root):
     assert held["adapters"] == [str((adapted / "model").resolve()), "."]
     card = models.describe(str(root / "again"), pipelines.Settings(prompts="another prompt"))
     assert card.names == ("another prompt",)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_makes_the_same_weights(root, tiny_pipelines):
+    config = settings(tiny_pipelines["sd"], "ddpo", root, lora=LORA, updates=2, checkpoint_every=1)
+    config = replace(walks(config), updates=2, rollout=Rollout(prompts=2, samples_per_prompt=4, item=8))
+    ran(config, "straight")
+    shutil.copytree(root / "straight", root / "resumed")
+    shutil.rmtree(checkpoint.latest(root / "resumed" / "checkpoints").path)
+    shutil.rmtree(root / "resumed" / "model")
+    (root / "resumed" / "summary.json").unlink()
+    assert checkpoint.latest(root / "resumed" / "checkpoints").step == 1
+    finetune(config, root / "resumed", Signals(), Progress())
+    one, other = ((root / name / "model" / pipelines.LORA).read_bytes() for name in ("straight", "resumed"))
+    assert one == other
 
 
 @pytest.fixture

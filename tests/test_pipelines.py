@@ -261,3 +261,13 @@ def test_a_network_counts_time_in_its_own_units():
     assert Timed(named("flow"), 1000, whole="floor").time(t, l).tolist() == [1000, 999, 500]
     assert Timed(named("flow"), 1000, whole="round").time(t, l).tolist() == [1000, 1000, 500]
     assert kind.row(l) == named("flow").row(l)
+
+
+@pytest.mark.parametrize("name", ["euler, Karras", "euler, exponential", "dpm, one step, Karras"])
+def test_levels_between_the_times_of_the_table_are_the_schedulers(name):
+    scheduler = SCHEDULERS[name]()
+    sampling = read(scheduler, plain_grid({}, ()))
+    times = sampling.times(9)
+    l = sampling.schedule(times[:-1])
+    assert ((times[1:-1] * 1000) % 1 > 0.01).any(), "there are such times"
+    torch.testing.assert_close(l.sigma / l.alpha, scheduler.sigmas[:-1].double(), rtol=3e-4, atol=0)

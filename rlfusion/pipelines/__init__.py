@@ -4,7 +4,7 @@ from rlfusion.pipelines.conditions import Conditions
 from rlfusion.pipelines.export import save
 from rlfusion.pipelines.family import Family, Net
 from rlfusion.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
-from rlfusion.pipelines.model import build, placed
+from rlfusion.pipelines.model import LORA, build, placed
 from rlfusion.pipelines.parity import published
 from rlfusion.pipelines.prompts import Prompts
 from rlfusion.pipelines.prompts import read as read_prompts
@@ -13,6 +13,7 @@ from rlfusion.pipelines.settings import Settings, defaults
 
 __all__ = [
     "FAMILIES",
+    "LORA",
     "READERS",
     "Conditions",
     "Family",
