@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distilled import CARD, CHAINS, FEW, SHAPE, images, run, scrambled, settings_of, teaching
+from torch.nn import functional as F
 
 from rlfusion import distilling
 from rlfusion.agents import AGENTS
@@ -14,8 +15,10 @@ from rlfusion.chain import Chain
 from rlfusion.critic import make_critic
 from rlfusion.denoiser import Embedded
 from rlfusion.distill import METHODS, Student
+from rlfusion.distill.matching import judging
 from rlfusion.distill.pairs import Making
 from rlfusion.errors import ConfigError
+from rlfusion.objectives import ADVERSARIAL
 from rlfusion.pretraining import require_solvable
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.trajectory import concatenate
@@ -43,6 +46,38 @@ def test_fakes_and_discriminators_begin_as_the_teacher_at_that_weight():
     fake = settings.method.parts(given)["fake"].denoiser
     assert torch.equal(fake(x, t, label).x0, given.teacher(x, t, label).x0)
     assert all(p.requires_grad for p in fake.parameters())
+
+
+ATTENTIVE = [
+    "DiT(patch=2, width=16, depth=1, heads=2)",
+    "DiT(patch=2, width=16, depth=1, heads=2, recompute=True)",
+    "UNet(width=8, multipliers=(1, 2), depth=1, attention=(1,))",
+]
+
+
+@pytest.mark.parametrize("net", ATTENTIVE)
+@pytest.mark.parametrize("name", ["add", "dmd"])
+def test_the_gradient_penalty_passes_through_attention(name, net, tmp_path):
+    card = replace(CARD, config=replace(CARD.config, net=net))
+    records = run(settings_of(name, steps=2), card, tmp_path)
+    assert all(value == value for record in records for value in record.values())
+
+
+def test_the_generators_loss_has_the_gradient_of_the_discriminator_and_leaves_it_none():
+    settings = settings_of("add")
+    given = teaching(settings)
+    judge = judging(given, ADVERSARIAL["nonsaturating"], None, 0.0, 1e-3)
+    torch.nn.init.normal_(judge.critic.head.weight)
+    draw = settings.method.draws(given, 1, "test")(0)
+    fake = draw.x0.clone().requires_grad_()
+    loss = judge.generator_loss(draw, fake)
+    (loss * torch.arange(8.0)).sum().backward()
+    assert all(p.grad is None for p in judge.critic.parameters())
+    direct = draw.x0.clone().requires_grad_()
+    logits = judge.critic(direct, torch.zeros(8, dtype=torch.float64), draw.cond)
+    (F.softplus(-logits) * torch.arange(8.0)).sum().backward()
+    torch.testing.assert_close(loss, F.softplus(-logits))
+    torch.testing.assert_close(fake.grad, direct.grad)
 
 
 @pytest.mark.parametrize("name", METHODS)

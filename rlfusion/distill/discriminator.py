@@ -5,8 +5,11 @@
 (2)  loss = d(D(real), D(fake)) + r1 / 2 |grad_x D(real_t)|^2
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlfusion.learner import Optimization
 from rlfusion.nets.critic import Critic
@@ -14,6 +17,7 @@ from rlfusion.objectives import Adversarial, gradient_penalty
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.times import Times
 from rlfusion.renoise import noised
+from rlfusion.tensors import sum_features
 
 
 class Discriminator:
@@ -31,24 +35,35 @@ class Discriminator:
         Returns:
             discriminator_loss and discriminator_accuracy, 0-dim.
         """
+        with sdpa_kernel(SDPBackend.MATH) if self.r1 else nullcontext():  # the others have no second derivative
+            record = self._accumulate(draw, fake.detach())
+        self.optimization.step()
+        return record
+
+    def _accumulate(self, draw: Draw, fake: Tensor) -> dict[str, Tensor]:
+        """Eq. (2), the mean over the batch, and its gradient."""
         real, t = self._noised(draw, draw.x0, "real")
-        real.requires_grad_(self.r1 > 0)
-        on_real, on_fake = self.critic(real, t, draw.cond), self._logits(draw, fake.detach())
+        real = real.detach().requires_grad_(self.r1 > 0)
+        on_real, on_fake = self.critic(real, t, draw.cond), self._logits(draw, fake)
         loss = self.losses.discriminator(on_real, on_fake)
         if self.r1:
             loss = loss + self.r1 / 2 * gradient_penalty(on_real, real)
         loss.mean().backward()
-        self.optimization.step()
         right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
         return {"discriminator_loss": loss.detach().mean(), "discriminator_accuracy": right}
 
     def generator_loss(self, draw: Draw, fake: Tensor) -> Tensor:
-        """The generator's loss (B,) of samples (B, *) with gradients; D's weights get none of it."""
+        """The generator's loss (B,) of samples (B, *) with gradients; D's weights get none of it. All of D is done when
+        it returns: a D that recomputes its activations would do so after its weights want gradients again.
+        """
+        held = fake.detach().requires_grad_()
         self.critic.requires_grad_(False)
         try:
-            return self.losses.generator(self._logits(draw, fake))
+            loss = self.losses.generator(self._logits(draw, held))
+            (slope,) = torch.autograd.grad(loss.sum(), held)
         finally:
             self.critic.requires_grad_(True)
+        return loss.detach() + sum_features((fake - held.detach()) * slope)
 
     def _logits(self, draw: Draw, fake: Tensor) -> Tensor:
         x, t = self._noised(draw, fake, "fake")
