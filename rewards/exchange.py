@@ -139,7 +139,7 @@ def answered(frame: bytes, count: int) -> Answer:
         raise FrameError("expected errors by item, and an identity")
     failed = set((~values.isfinite()).nonzero().flatten().tolist())
     if failed != set(errors):
-        raise FrameError(f"errors for the items {sorted(errors)}, no value for the items {sorted(failed)}")
+        raise FrameError(f"errors for the items {list(errors)[:10]}, no value for the items {sorted(failed)[:10]}")
     return Answer(values, {i: str(errors[i]) for i in sorted(errors)}, identity)
 
 

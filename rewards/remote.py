@@ -12,8 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +27,7 @@ from rlfusion.rewards.frames import FrameError, encode
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.replicas import Replicas
 from rlfusion.rewards.secret import read_token
+from rlfusion.rewards.transport import Failed, request
 from rlfusion.tensors import Cond, map_cond
 
 SCHEMES = ("http://", "https://")
@@ -35,11 +35,6 @@ PROTOCOL = 1
 MORE_BYTES, BYTES_PER_ITEM = 65536, 4096
 """An answer longer than that is not read."""
 PROBE_S = 5.0
-CHUNK = 65536
-
-
-class Failed(Exception):
-    """A replica failed; another, or the same one later, may do better."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,13 @@ class Served:
             Failed: it is none.
         """
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            served = cls(**json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
             raise Failed(f"it is no reward server: {error}") from error
+        for field in fields(cls):
+            if type(value := getattr(served, field.name)) is not field.type:
+                raise Failed(f"it is no reward server: {field.name} = {value!r}, expected {field.type.__name__}")
+        return served
 
 
 class Remote(MayGroup):
@@ -110,7 +109,6 @@ class Remote(MayGroup):
         self.replicas = Replicas([_checked(url) for url in urls.split(",")])
         self._token = read_token(token_file)
         self._seen: dict[str, Served] = {}
-        self._pool = _pool()
 
     @property
     def groups(self) -> bool:
@@ -218,67 +216,7 @@ class Remote(MayGroup):
         return answer
 
     def _request(self, method: str, url: str, body: bytes | None, most: int, timeout_s: float) -> bytes:
-        """The body of the answer.
-
-        Raises:
-            Failed: no answer in time, one of status 5xx, or more than ``most`` bytes.
-            ConfigError: the server refuses the request.
-        """
-        from urllib3.exceptions import HTTPError
-
-        deadline = time.monotonic() + timeout_s
-        headers = {"Connection": "close"}  # a kept one may be closed by the server just when it is used again
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        try:
-            answer = self._pool.request(
-                method,
-                url,
-                body=body,
-                headers=headers,
-                timeout=timeout_s,
-                preload_content=False,
-                redirect=False,
-                retries=False,
-            )
-            with closing(answer):
-                text = _read(answer, most, deadline, timeout_s)
-        except (HTTPError, OSError) as error:
-            raise Failed(_cause(error)) from error
-        if answer.status != 200:
-            said = f"HTTP {answer.status} {text[:200].decode(errors='replace')}".strip()
-            if answer.status >= 500 or answer.status == 429:
-                raise Failed(said)
-            raise ConfigError(f"{url} refuses: {said}")
-        return text
-
-
-def _read(answer: Any, most: int, deadline: float, timeout_s: float) -> bytes:
-    """The body, piece by piece, so that neither a long nor a slow one keeps us."""
-    parts, total = [], 0
-    while part := answer.read1(CHUNK, decode_content=False):
-        total += len(part)
-        if total > most:
-            raise Failed(f"it answered more than {most} bytes")
-        if time.monotonic() > deadline:
-            raise Failed(f"its answer was not complete within {timeout_s:g} s")
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _cause(error: Exception) -> str:
-    """What went wrong, without the addresses of objects that urllib3's messages have."""
-    inner = error
-    while inner.__cause__ or inner.__context__:
-        inner = inner.__cause__ or inner.__context__
-    return f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__
-
-
-def _pool() -> Any:
-    """A pool of connections that follows no redirection and asks no proxy."""
-    from urllib3 import PoolManager
-
-    return PoolManager(num_pools=16, maxsize=16, retries=False)
+        return request(method, url, body, self._token, most, timeout_s)
 
 
 def _checked(url: str) -> str:

@@ -23,6 +23,8 @@ from rlfusion.run import Signals, pick_device, set_numerics
 MIB = 2**20
 CONNECTIONS = 64
 GRACE_S = 5
+HEAD_S = 10.0
+"""Within which a connection must have sent the headers of its next request."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ def serve(settings: Serve, say: Callable[[str], None] = print) -> None:
     """
     set_numerics(settings.threads, pick_device(settings.device))
     service = make_service(settings)
+    serving = server(service, settings.idle_s)
     with listening(settings.host, settings.port) as listener, Signals():
         say(f"serving {settings.reward} at {address(listener)}" + ("" if service.guarded else ", without a token"))
-        server(service, settings.idle_s).run(sockets=[listener])
+        serving.run(sockets=[listener])
     if service.hanging:
         os._exit(1)  # its thread cannot be ended in any other way
 
@@ -130,7 +133,7 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
     try:
         import uvicorn
 
-        app = application(service)
+        app, connection = application(service), _protocol(min(HEAD_S, service.limits.deadline_s))
     except ImportError as error:
         raise ConfigError(f"serve-reward needs the extra `serve`: pip install 'rlfusion[serve]' ({error})") from error
 
@@ -141,6 +144,8 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
     made = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=connection,
+            ws="none",
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -152,6 +157,33 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
         )
     )
     return made
+
+
+def _protocol(head_s: float) -> Any:
+    """uvicorn's connection, closed where the headers of a request are not whole within ``head_s``: uvicorn itself
+    waits for ever, and a few who drip theirs would take all ``CONNECTIONS``.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Bounded(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._head = self.loop.call_later(head_s, self._late)
+
+        def on_response_complete(self) -> None:
+            self._head.cancel()
+            self._head = self.loop.call_later(head_s, self._late)
+            super().on_response_complete()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._head.cancel()
+            super().connection_lost(error)
+
+        def _late(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.abort()
+
+    return Bounded
 
 
 def _is_loopback(host: str) -> bool:

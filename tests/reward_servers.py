@@ -4,6 +4,7 @@
 script as badly as that says, and those after it well.
 """
 
+import itertools
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ from rlfusion.rewards.service import Limits, Offer, Service
 from rlfusion.serving import address, listening, server
 
 IDENTITY = "0" * 16
+DRIP_S = 0.02
 LIMITS = Limits()
 
 
@@ -51,9 +53,10 @@ def http(body: bytes, status: str = "200 OK", length: int | None = None) -> byte
 
 
 class Faulty:
-    """``faults``: for each question in turn a function (the good frame) -> bytes to send before closing; None hangs."""
+    """``faults``: for each question in turn a function (the good frame) -> bytes to send before closing; None hangs,
+    a list drips."""
 
-    def __init__(self, reward, *faults: Callable[[bytes], bytes | None], always: bool = False) -> None:
+    def __init__(self, reward, *faults: Callable[[bytes], bytes | list[bytes] | None], always: bool = False) -> None:
         self.reward, self.faults, self.always = reward, list(faults), always
         self.questions = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -85,11 +88,21 @@ class Faulty:
                 self._ends.wait()
                 return
             try:
+                if isinstance(said, list):
+                    self._drip(connection, said)
+                    return
                 connection.sendall(said)
             except OSError:  # the client has had enough
                 return
 
-    def _answer(self, path: str, body: bytes) -> bytes | None:
+    def _drip(self, connection: socket.socket, pieces: list[bytes]) -> None:
+        """Send the pieces over and over, one each ``DRIP_S``."""
+        for piece in itertools.cycle(pieces):
+            if self._ends.wait(DRIP_S):
+                return
+            connection.sendall(piece)
+
+    def _answer(self, path: str, body: bytes) -> bytes | list[bytes] | None:
         if path == "/health":
             return http(b"{}")
         if path == "/hello":
@@ -111,8 +124,10 @@ def _request(connection: socket.socket) -> tuple[str, bytes]:
     return path, file.read(length)
 
 
-FAULTS: dict[str, Callable[[bytes], bytes | None]] = {
+FAULTS: dict[str, Callable[[bytes], bytes | list[bytes] | None]] = {
     "hang": lambda good: None,
+    "dripping headers": lambda good: [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n", *[b"c"] * 10**5],
+    "dripping body": lambda good: [b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", *[b"c"] * 10**5],
     "connection closed": lambda good: b"",
     "HTTP 500": lambda good: http(b"out of memory", "500 Internal Server Error"),
     "HTTP 503": lambda good: http(b"busy", "503 Service Unavailable"),

@@ -72,7 +72,7 @@ HOMES = {
     "lpips": {"rlfusion.pretrain.metrics"},
     "starlette": {"rlfusion.rewards.service"},
     "uvicorn": {"rlfusion.serving"},
-    "urllib3": {"rlfusion.rewards.remote"},
+    "urllib3": {"rlfusion.rewards.transport"},
     "transformers": {"rlfusion.pipelines.hub"},
     "diffusers": {"rlfusion.autoencoder", "rlfusion.pipelines.hub", "rlfusion.pipelines.scheduler"},
     "open_clip": {"rlfusion.rewards.openclip"},

@@ -1,8 +1,11 @@
 """Remote rewards: the frames, the client's tries, the service; the same bits as at home, and every fault named."""
 
+import json
 import math
+import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
 from rlfusion.rewards.exchange import answer, answered, ask, asked, graded
 from rlfusion.rewards.frames import HEAD, FrameError, decode, encode
+from rlfusion.rewards.remote import Served
 from rlfusion.rewards.replicas import Replicas
 from rlfusion.rewards.secret import VARIABLE, read_token
 from rlfusion.rewards.service import Limits
+from rlfusion.rewards.transport import Failed
 from rlfusion.serving import Serve
 
 TOKEN = "a-secret-of-24-characters"
@@ -225,10 +230,13 @@ def test_the_words_of_the_prompts_reach_the_server(samples):
 # --- faults ---
 
 
+LATE = ("hang", "dripping headers", "dripping body")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_tried_again_and_leaves_no_trace(fault, samples, label):
     net = Net()
-    timeout = 0.5 if fault == "hang" else 20.0
+    timeout = 0.5 if fault in LATE else 20.0
     with Faulty(net, FAULTS[fault]) as one:
         remote = client(one.url, timeout_s=timeout, patience_s=60.0)
         assert torch.equal(remote(samples, label), net(samples, label))
@@ -236,7 +244,9 @@ def test_a_fault_is_tried_again_and_leaves_no_trace(fault, samples, label):
 
 
 REASONS = {
-    "hang": "timed out",
+    "hang": "timed out: no whole answer within 0.5 s",
+    "dripping headers": "timed out: no whole answer within 0.5 s",
+    "dripping body": "timed out: no whole answer within 0.5 s",
     "HTTP 500": "HTTP 500 out of memory",
     "HTTP 503": "HTTP 503 busy",
     "garbage": "it answered nonsense: the bytes begin with",
@@ -255,7 +265,7 @@ REASONS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_stays_is_named(fault, samples, label):
     with Faulty(Net(), FAULTS[fault], always=True) as one:
-        remote = client(one.url, timeout_s=0.5 if fault == "hang" else 20.0)
+        remote = client(one.url, timeout_s=0.5 if fault in LATE else 20.0)
         said = rf"no server answered within patience_s = 0 \({one.url}: .*{REASONS.get(fault, '')}"
         with pytest.raises(RewardFailure, match=said) as caught:
             score(remote, samples, label, "it")
@@ -340,6 +350,39 @@ def test_a_question_above_the_size_cap_is_not_sent_and_not_read(samples, label):
         pieces = (b"x" * 1000 for _ in range(20))  # no length said
         answer = urllib3.request("POST", f"{url}/score", body=pieces, retries=False)
         assert (answer.status, answer.data) == (413, b"more than 5000 bytes")
+
+
+def test_an_asker_that_drips_its_headers_is_cut_off(samples, label):
+    with serving(Net(), limits=Limits(deadline_s=0.3)) as url:
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=20) as dripping:
+            dripping.sendall(b"POST /score HTTP/1.1\r\nHost: it\r\n")
+            dripping.settimeout(0.05)
+            for _ in range(400):
+                try:
+                    dripping.sendall(b"a")
+                    if dripping.recv(1) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            else:
+                pytest.fail("it may drip for ever")
+        assert torch.equal(client(url)(samples, label), Net()(samples, label))
+
+
+def test_an_answer_of_odd_errors_or_a_server_of_odd_words_is_no_answer():
+    good = {"values": torch.tensor([math.nan, 1.0]), "errors": {0: "why"}, "identity": IDENTITY}
+    assert answered(encode(good), 2).errors == {0: "why"}
+    for errors in ({0: "why", "x": "why"}, {"0": "why"}):
+        with pytest.raises(FrameError, match="errors for the items"):
+            answered(encode(good | {"errors": errors}), 2)
+    told = {"reward": "it", "identity": IDENTITY, "groups": False, "max_bytes": 10**6}
+    assert Served.read(json.dumps(told).encode()).max_bytes == 10**6
+    for wrong in ({"max_bytes": "many"}, {"groups": "no"}, {"identity": None}, {"protocol": 1.0}):
+        with pytest.raises(Failed, match=f"it is no reward server: {next(iter(wrong))} = "):
+            Served.read(json.dumps(told | wrong).encode())
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", encode({"samples": None, "cond": None, "facts": {}})])
