@@ -47,10 +47,12 @@ class CheckReward:
         options: its settings.
         data: the samples to try it on, as of pretrain.
         size: images of a folder are brought to size x size.
+        held_out: share of each class that a reward which learns from data does not see, as of finetune: so the two
+            share what is learned, in the cache.
         samples: how many.
         seed: keys the noise.
         timeout_s: for one batch.
-        root: folder whose cache holds the classifier of class_logprob.
+        root: folder whose cache holds what such rewards have learned.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
     """
@@ -59,6 +61,7 @@ class CheckReward:
     options: dict[str, Any] = field(default_factory=dict)
     data: str = "digits"
     size: int = 32
+    held_out: float = 0.25
     samples: int = 16
     seed: int = 0
     timeout_s: float = 60.0
@@ -68,6 +71,8 @@ class CheckReward:
 
     def __post_init__(self) -> None:
         require_positive(self, "size", "samples", "timeout_s", "threads")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
 
 
 Verdict = Literal["ok", "note", "FAILS"]
@@ -107,7 +112,7 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
     data = load(settings.data, settings.size)
     options = {settings.reward: settings.options} if settings.options else {}
     care = Care(timeout_s=settings.timeout_s)
-    reward = make_reward(settings.reward, options, data, Path(settings.root), care)
+    reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], Path(settings.root), care)
     if isinstance(reward, nn.Module):
         reward.to(device)
     samples, label = _samples(data, settings.samples, settings.seed)

@@ -4,14 +4,18 @@ import os
 
 import pytest
 import torch
-from conftest import TINY
-from processes import rlfusion
 
-from rlfusion.config import Finetune, Ray, Rollout
+from rlfusion import models
+from rlfusion.chain import Chain
+from rlfusion.config import Base, Finetune, Ray, Rollout
+from rlfusion.data import digits
 from rlfusion.errors import ConfigError
+from rlfusion.pretraining import card_of
 from rlfusion.rewards import RewardFailure, build, facts, score
-from rlfusion.rollout import ray_rewards
-from rlfusion.rollout.ray_rewards import ActorReward, reward_actors
+from rlfusion.rollout import Limits, make_backend, plan, ray_rewards, run_item
+from rlfusion.rollout.ray_rewards import ActorReward
+from rlfusion.tasks import actors_of, from_actors, make_task, recipe
+from rlfusion.weights import Weights
 
 ELSEWHERE = """
 import os
@@ -39,24 +43,51 @@ def package(tmp_path):
     return folder
 
 
+NAME = "only_there:Scaled"
+
+
 def test_a_reward_runs_in_the_environment_that_is_asked_for(package, monkeypatch):
     monkeypatch.setattr(ray_rewards, "RESTARTS", 0)
-    envs = {"only_there:Scaled": {"working_dir": str(package), "env_vars": {"FACTOR": "3"}}}
-    options = {"only_there:Scaled": {"power": 2.0}}
+    env = {"working_dir": str(package), "env_vars": {"FACTOR": "3"}}
+    config = Finetune(
+        pretrain=Base(model=models.Config(net="ResidualMLP(width=8, depth=1)")),
+        reward=NAME,
+        reward_options={NAME: {"power": 2.0}},
+        chain=Chain(steps=2),
+        rollout=Rollout(prompts=2, samples_per_prompt=3, item=6, workers=1),
+        ray=Ray(reward_envs={NAME: env}, limits=Limits(item_s=300)),
+    )
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     cond, known = torch.arange(6) % 2, facts(("a", "four"), (1, 8, 8))
     with pytest.raises(ConfigError, match="no module 'only_there'"):
-        build("only_there:Scaled")
-    with reward_actors(envs, options, "", 1, 0, 0.0, 1) as actors:
-        actor = actors["only_there:Scaled"]
-        with pytest.raises(ConfigError, match=r"'only_there:Scaled' does not start .*needs the options \['prompts'\]"):
-            ActorReward("only_there:Scaled", actor, {}, 300.0)
-        reward = ActorReward("only_there:Scaled", actor, known, 300.0)
-        expected = 3.0 * x.mean((1, 2, 3)) ** 2.0 + torch.tensor([1, 4] * 3)
-        assert torch.equal(reward(x, cond), expected)
+        build(NAME)
+    with actors_of(config) as actors:
+        with pytest.raises(ConfigError, match=rf"'{NAME}' does not start .*needs the options \['prompts'\]"):
+            ActorReward(NAME, actors[NAME], {}, 300.0)
+        reward = ActorReward(NAME, actors[NAME], known, 300.0)
+        assert torch.equal(reward(x, cond), 3.0 * x.mean((1, 2, 3)) ** 2.0 + torch.tensor([1, 4] * 3))
         assert not reward.groups
+        _the_walks_of_a_worker_have_its_bits(config, actors)
         with pytest.raises(RewardFailure, match="6 of 6 samples: its Ray actor failed: "):
             score(reward, x + 10, cond, "it")  # it dies of this
+    assert "FACTOR" not in os.environ
+
+
+def _the_walks_of_a_worker_have_its_bits(config, actors):
+    """One item by a Ray worker that asks the actor, and by ourselves with the reward at home."""
+    card = card_of(config.pretrain, digits())
+    policy = config.chain.policy(models.build(card), card.names)
+    made = from_actors(actors, facts(card.names, card.shape), 300.0)[NAME]
+    item, weights = plan(0, 0, 2, 3, 6, card.classes, 0)[0], Weights.of(policy, 0)
+    with make_backend(recipe(config, card, policy, made, torch.device("cpu"), actors), config.settings) as backend:
+        (away,) = backend.collect([item], weights)
+
+    def at_home(samples, cond):
+        return 3.0 * samples.mean((1, 2, 3)) ** 2.0 + 1  # each digit's name is of one letter
+
+    home = run_item(make_task(config, card, policy, at_home), item)
+    assert torch.equal(away.x, home.x)
+    assert torch.equal(away.reward, home.reward)
 
 
 def test_settings_of_environments():
@@ -67,28 +98,10 @@ def test_settings_of_environments():
         Finetune(reward="ink", ray=Ray(reward_envs={"ink": env}))
 
 
-def test_a_run_with_such_a_reward_has_the_bits_of_one_at_home(tiny_root, tmp_path, package):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
-    (tmp_path / "here.py").write_text(ELSEWHERE.replace('float(os.environ["FACTOR"])', "3.0"))
-    more = (*TINY, "--monitor.every", 0, "--updates", 2)
-    home = rlfusion(tmp_path, "finetune", *more, "--reward", "here:Scaled", "--name", "home")
-    assert home.code == 0, home.err
-    envs = repr({"only_there:Scaled": {"working_dir": str(package), "env_vars": {"FACTOR": "3"}}})
-    away = (
-        "--reward",
-        "only_there:Scaled",
-        "--ray.reward_envs",
-        envs,
-        "--rollout.workers",
-        1,
-        "--name",
-        "away",
-        "--ray.limits.item_s",
-        300,
-    )
-    said = rlfusion(tmp_path, "finetune", *more, *away)
-    assert said.code == 0, said.err
-    files = [tmp_path / "runs" / name / "model" / "weights.safetensors" for name in ("home", "away")]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert "FACTOR" not in os.environ
+def test_a_reward_s_time_limit_lies_within_the_item_s():
+    limits = Ray(limits=Limits(item_s=60))
+    for late in (60.0, 61.0):
+        with pytest.raises(ConfigError, match=rf"reward_timeout_s = {late:g}: .*ray.limits.item_s = 60"):
+            Finetune(reward="ink", reward_timeout_s=late, ray=limits, rollout=Rollout(workers=1))
+        Finetune(reward="ink", reward_timeout_s=late, ray=limits)  # no worker, no item_s
+    Finetune(reward="ink", reward_timeout_s=59.0, ray=limits, rollout=Rollout(workers=1))

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from rlfusion import reward_check
 from rlfusion.agents import ddpo, draft
 from rlfusion.config import Finetune, Rollout
+from rlfusion.data import digits
 from rlfusion.errors import ConfigError
 from rlfusion.monitor import Config as Monitoring
 from rlfusion.reward_check import CheckReward, Trial, check_reward, examine
@@ -438,6 +439,16 @@ def test_rewards_that_are_fine(mine):
     assert found("jpeg_compressibility", options={"quality": 50}) == good | {"condition": "note", "gradient": "note"}
     assert found(f"{mine}:brighter") == good | {"condition": "note", "gradient": "ok"}
     assert found(f"{mine}:asked") == good | {"condition": "note", "gradient": "ok"}
+
+
+def test_a_reward_that_learns_from_data_learns_from_the_part_that_finetune_trains_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        reward_check, "make_reward", lambda name, o, train, root, care: seen.append(train) or build(name)
+    )
+    found("ink")
+    expected = digits().split(Finetune().pretrain.held_out)[0]
+    assert torch.equal(seen[0].x, expected.x)  # so both find the same in the cache, whose names are of the data
 
 
 @pytest.mark.parametrize(
