@@ -1,6 +1,7 @@
 """Comparisons: what they run, how a run's figures are read, baselines, and the command from end to end."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.measure import Judged
 from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.rewards import RewardError
 from rlfusion.schedule import Cosine
 from rlfusion.stopwatch import Stopwatch
 
@@ -58,6 +60,12 @@ def test_an_agent_may_be_given_a_name():
         ("grpo(window=5)", grpo.Config(window=5)),
     ]
     assert plan.default_name == "compare-ddpo-grpo"
+
+
+def test_how_rewards_are_called_is_the_same_for_all():
+    care = {"reward_failures": "mask", "max_failed": 0.3, "reward_timeout_s": 9.0, "reward_cache": 50}
+    for _, _, _, settings in Compare(agents=["ddpo", "grpo"], **care).runs():
+        assert {name: getattr(settings, name) for name in care} == care
 
 
 @pytest.mark.parametrize(
@@ -131,6 +139,23 @@ def test_the_best_of_n_is_chosen_by_the_reward():
     found = dict(baselines(Denoiser(net, Cosine(), "v"), Chain(steps=3), judged, bright, 60, [2, 4], [1.0]))
     assert list(found) == ["base", "best of 2", "best of 4", "guidance 1"]
     assert found["base"]["reward"] < found["best of 2"]["reward"] < found["best of 4"]["reward"]
+
+
+def test_failed_rewards_are_left_out_of_the_baselines():
+    torch.manual_seed(0)
+    train, held_out = digits().split(0.5)
+    judged = Judged(train, held_out, Classifier(JUDGE.kind, (1, 8, 8), 10).eval())
+    model = Denoiser(ResidualMLP((1, 8, 8), 10, width=16, depth=1), Cosine(), "v")
+
+    def picky(x, cond):
+        value = x.flatten(1).mean(1)
+        return value.masked_fill(value > value.quantile(0.9), math.nan)
+
+    with pytest.raises(RewardError, match="not finite for 6 of 60"):
+        dict(baselines(model, Chain(steps=2), judged, picky, 60, [], []))
+    found = dict(baselines(model, Chain(steps=2), judged, picky, 60, [3], [], 0.2))
+    assert math.isfinite(found["base"]["reward"])
+    assert found["best of 3"]["reward"] > found["base"]["reward"]
 
 
 def test_the_whole_command(tiny_root, tmp_path):

@@ -3,6 +3,7 @@
 Best of N asks for N rewards a sample each time that it samples; a fine-tuned model asks for none.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from rlfusion import evaluate
 from rlfusion.chain import Chain
 from rlfusion.denoiser import Denoiser
 from rlfusion.measure import Judged, draw
-from rlfusion.rewards import Reward, score
+from rlfusion.rewards import Reward, score, valid
 
 Measured = dict[str, float]
 
@@ -26,19 +27,26 @@ def baselines(
     samples: int,
     best_of: list[int],
     guidance: list[float],
+    max_failed: float | None = None,
 ) -> Iterator[tuple[str, Measured]]:
-    """(name, what ``evaluate.report`` and the reward say) of each baseline, on ``samples`` samples of fixed seeds."""
+    """(name, what ``evaluate.report`` and the reward say) of each baseline, on ``samples`` samples of fixed seeds.
+
+    With ``max_failed`` up to that share of the rewards may fail: such a sample is not the best, and not in the mean.
+    """
     device = next(denoiser.parameters()).device
     label = torch.arange(samples, device=device) % judged.train.classes
-    yield "base", _measured(_draw(denoiser, chain, judged, label, 0), label, judged, reward)
+    yield "base", _measured(_draw(denoiser, chain, judged, label, 0), label, judged, reward, max_failed)
     for n in best_of:
         draws = torch.stack([_draw(denoiser, chain, judged, label, seed) for seed in range(n)])
-        values = torch.stack([score(reward, x, label, "reward").detach() for x in draws])
-        chosen = draws[values.argmax(0), torch.arange(samples, device=device)]
-        yield f"best of {n}", _measured(chosen, label, judged, reward)
+        values = torch.stack([score(reward, x, label, "reward", max_failed is not None).detach() for x in draws])
+        chosen = draws[values.nan_to_num(nan=-math.inf).argmax(0), torch.arange(samples, device=device)]
+        yield f"best of {n}", _measured(chosen, label, judged, reward, max_failed)
     for weight in guidance:
         stronger = replace(chain, guidance=weight, guidance_scale=None)
-        yield f"guidance {weight:g}", _measured(_draw(denoiser, stronger, judged, label, 0), label, judged, reward)
+        yield (
+            f"guidance {weight:g}",
+            _measured(_draw(denoiser, stronger, judged, label, 0), label, judged, reward, max_failed),
+        )
 
 
 def _draw(denoiser: Denoiser, chain: Chain, judged: Judged, label: Tensor, seed: int) -> Tensor:
@@ -47,7 +55,9 @@ def _draw(denoiser: Denoiser, chain: Chain, judged: Judged, label: Tensor, seed:
 
 
 @torch.no_grad()
-def _measured(samples: Tensor, label: Tensor, judged: Judged, reward: Reward) -> Measured:
+def _measured(samples: Tensor, label: Tensor, judged: Judged, reward: Reward, max_failed: float | None) -> Measured:
     found = evaluate.report(samples, label, judged.judge, judged.held_out, judged.train).as_dict()
-    value = score(reward, samples, label, "reward")
+    value = score(reward, samples, label, "reward", max_failed is not None)
+    if max_failed is not None:
+        value = value[valid(value, "reward", max_failed)[0]]
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **found}

@@ -16,6 +16,7 @@ from rlfusion.errors import ConfigError, NumericalError
 from rlfusion.measure import Judged, make_reward
 from rlfusion.pretraining import base_model
 from rlfusion.progress import Progress
+from rlfusion.rewards import Care
 from rlfusion.run import Signals, pick_device, set_numerics
 from rlfusion.tracking import overlay
 
@@ -104,13 +105,14 @@ def _baselines(config: Compare, base: Path) -> dict[str, dict[str, Measured]]:
     denoiser = models.load(base)[0].to(device)
     data = load(config.pretrain.data, config.pretrain.size)
     judged = Judged.of(data, config.pretrain.held_out, Path(config.root), device)
-    found = {}
+    found, care = {}, Care(config.reward_timeout_s, config.reward_cache)
+    may_fail = config.max_failed if config.reward_failures == "mask" else None
     for name in config.rewards:
-        reward = make_reward(name, _options(config, name), judged.train, Path(config.root))
+        reward = make_reward(name, _options(config, name), judged.train, Path(config.root), care)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
         settings = (config.evaluation.samples, config.best_of, config.guidance)
-        found[name] = dict(baselines(denoiser, config.chain, judged, reward, *settings))
+        found[name] = dict(baselines(denoiser, config.chain, judged, reward, *settings, may_fail))
     return found
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlfusion import spec
 from rlfusion.agent import Agent
@@ -24,6 +24,7 @@ class Compare:
             be given another name for tables, plots and folders: "DDPO_SF = ddpo(form='sf')".
         rewards: names of rewards, as of finetune.
         reward_options: settings of each named reward.
+        reward_failures, max_failed, reward_timeout_s, reward_cache: as of finetune, for the baselines too.
         seeds: runs of each agent on each reward, with seeds 0, 1, ...
         budget_queries: rewards that each run may ask for.
         evaluations: evaluations of each run on its way, about.
@@ -46,6 +47,10 @@ class Compare:
     agents: list[str] = field(default_factory=lambda: ["ddpo", "grpo"])
     rewards: list[str] = field(default_factory=lambda: ["class_logprob"])
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward_failures: Literal["error", "mask"] = "error"
+    max_failed: float = 0.1
+    reward_timeout_s: float = 0.0
+    reward_cache: int = 0
     seeds: int = 1
     budget_queries: int = 2400
     evaluations: int = 10
@@ -101,6 +106,10 @@ class Compare:
             pretrain=self.pretrain,
             reward=reward,
             reward_options=options,
+            reward_failures=self.reward_failures,
+            max_failed=self.max_failed,
+            reward_timeout_s=self.reward_timeout_s,
+            reward_cache=self.reward_cache,
             updates=updates,
             budget_queries=self.budget_queries,
             chain=self.chain,
