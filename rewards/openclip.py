@@ -104,11 +104,11 @@ def build(config: Mapping[str, Any], seed: int) -> nn.Module:
     Raises:
         ConfigError: a configuration that open_clip cannot build.
     """
-    names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+    names, library = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"), _open_clip()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return _open_clip().CLIP(**{name: config[name] for name in names if name in config})
+            return library.CLIP(**{name: config[name] for name in names if name in config})
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"open_clip cannot build {dict(config)}: {error}") from error
 

@@ -59,8 +59,9 @@ def folder(name: str, variant: str = "") -> Path:
         return Path(name)
     if Path(name).exists():
         raise ConfigError(f"{name!r} is no pipeline: expected a diffusers folder with {INDEX}")
+    library = diffusers()
     try:
-        held = diffusers().DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
+        held = library.DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
     except Exception as error:  # the hub's client has dozens of errors of its own, and requests' beside them
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
