@@ -13,7 +13,7 @@ from rlfusion.chain import Chain
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.kinds import Timed
-from rlfusion.pipelines import flux
+from rlfusion.pipelines import flux, hub
 from rlfusion.pipelines.family import plain_grid
 from rlfusion.pipelines.model import Published
 from rlfusion.pipelines.scheduler import read
@@ -271,3 +271,21 @@ def test_levels_between_the_times_of_the_table_are_the_schedulers(name):
     l = sampling.schedule(times[:-1])
     assert ((times[1:-1] * 1000) % 1 > 0.01).any(), "there are such times"
     torch.testing.assert_close(l.sigma / l.alpha, scheduler.sigmas[:-1].double(), rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '{"_class_name": ["mine", "Mine"], "scheduler": ["diffusers", "DDIMScheduler"]}',
+            r"unknown pipeline .\['mine'",
+        ),
+        ('{"_class_name": "StableDiffusionPipeline"}', r"names the scheduler None: expected \[library, class\]"),
+        ("{", "cannot be read"),
+        ("7", "cannot be read"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_refused(text, said, tmp_path):
+    (tmp_path / hub.INDEX).write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        _ = hub.family(tmp_path), hub.scheduler(tmp_path)

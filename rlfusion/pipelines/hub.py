@@ -73,8 +73,15 @@ def folder(name: str, variant: str = "") -> Path:
 
 
 def index(path: Path) -> dict[str, Any]:
-    """What ``model_index.json`` says."""
-    return json.loads((path / INDEX).read_text())
+    """What ``model_index.json`` says.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return dict(json.loads((path / INDEX).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}") from error
 
 
 def family(path: Path) -> Family:
@@ -83,9 +90,9 @@ def family(path: Path) -> Family:
     Raises:
         ConfigError: it is of no family that is known.
     """
-    name = index(path).get("_class_name", "")
+    name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
     if name not in FAMILIES:
-        raise unknown("pipeline", str(name), FAMILIES)
+        raise unknown("pipeline", name, FAMILIES)
     return FAMILIES[name]
 
 
@@ -93,9 +100,11 @@ def scheduler(path: Path) -> Any:
     """The pipeline's scheduler, alone.
 
     Raises:
-        ConfigError: it is of no class of the library's.
+        ConfigError: there is none, or of no class of the library's.
     """
-    name = index(path)["scheduler"][1]
+    named = index(path).get("scheduler")
+    if not isinstance(named, list) or len(named) != 2 or not isinstance(name := named[1], str):
+        raise ConfigError(f"{str(path / INDEX)!r} names the scheduler {named!r}: expected [library, class]")
     made = getattr(diffusers(), name, None)
     if made is None:
         raise ConfigError(f"scheduler {name!r}: the library has no such class")
