@@ -86,7 +86,8 @@ def graded(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[in
         values, reasons = failure.values, failure.reasons
     except Exception as error:  # whatever a user's reward raises is told to the asker, item by item
         if len(samples) == 1 or isinstance(error, RewardError) or needs_groups(reward):
-            return torch.full((len(samples),), torch.nan), dict.fromkeys(range(len(samples)), _said(error))
+            failed = torch.full((len(samples),), torch.nan, device=samples.device)
+            return failed, dict.fromkeys(range(len(samples)), _said(error))
         return _one_by_one(reward, samples, cond)
     odd = {i: f"answered {values[i].item()}" for i in (~values.isfinite()).nonzero().flatten().tolist()}
     values = values.masked_fill(~values.isfinite(), math.nan)

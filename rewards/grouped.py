@@ -121,8 +121,9 @@ class PairWise(Grouped):
         won = self._won(samples, cond, first, second)
         if self.scores == "bradley_terry":
             return bradley_terry(first, second, won.detach(), len(samples)).to(won.dtype)
+        first, second = first.to(won.device), second.to(won.device)
         total = won.new_zeros(len(samples)).index_add(0, first, won).index_add(0, second, 1 - won)
-        return total / torch.cat([first, second]).bincount(minlength=len(samples)).to(won.device)
+        return total / torch.cat([first, second]).bincount(minlength=len(samples))
 
     def _won(self, samples: Tensor, cond: Cond, first: Tensor, second: Tensor) -> Tensor:
         """p_ij of the pairs, Eq. (2)."""
