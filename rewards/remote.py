@@ -225,8 +225,12 @@ def _checked(url: str) -> str:
     Raises:
         ConfigError: it is none.
     """
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+    try:
+        parts = urlsplit(url.strip())
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in url.strip()
+    except ValueError:  # a port that is none, or half an address of IPv6
+        good = False
+    if not good or parts.query or parts.fragment or parts.username:
         raise ConfigError(f"reward server {url!r}: expected http://host:port, without user, password or question mark")
     return url.strip().rstrip("/")
 

@@ -205,7 +205,8 @@ def test_the_name_of_a_server_is_the_name_of_a_reward(samples, label):
         assert torch.equal(total(samples, label), 2.0 * net(samples, label) + samples.mean((1, 2, 3)))
     with pytest.raises(ConfigError, match=r"'timeout': .*did you mean 'timeout_s'"):
         build(url, {url: {"timeout": 3}})
-    for wrong in ("http://", "http://me:secret@host:1", "http://a:1,ftp://b"):
+    odd = ("http://a:b", "http://a:99999", "http://a:0", "http://[::1", "http://a b:1", "http://a:1/#b")
+    for wrong in ("http://", "http://me:secret@host:1", "http://a:1,ftp://b", *odd):
         with pytest.raises(ConfigError, match="expected http://host:port"):
             build(wrong)
 
