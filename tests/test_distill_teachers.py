@@ -200,3 +200,8 @@ def test_students_have_no_loss_of_their_own_training_on_data(card, agent):
     place = task(chain.policy(scrambled(card), card.names), chain, config.needs(2))
     with pytest.raises(ConfigError, match=r"pretrain_weight = 0\.1: the base model is a student"):
         config.learner(place, images(), 0)
+
+
+def test_stages_within_the_last_are_counted_on(tmp_path):
+    records = run(settings_of("pd", Student(kind="flow", init="match", match=2)), CARD, tmp_path)
+    assert [r["stage"] for r in records] == [0.0] * 2 + [1.0] * 3 + [2.0] * 3

@@ -17,7 +17,6 @@ from rlfusion.chain import Chain
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, constant, metric_of
 from rlfusion.distill.ode import Solver, along
-from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw
@@ -56,7 +55,6 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
-    STUDENT: ClassVar[Student] = Student()
 
     def __post_init__(self) -> None:
         super().__post_init__()

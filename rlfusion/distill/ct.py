@@ -17,7 +17,6 @@ from torch import Tensor
 from rlfusion.chain import Chain
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, metric_of
-from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw
@@ -56,7 +55,6 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
-    STUDENT: ClassVar[Student] = Student()
     ASKS: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.cd import by_teacher
 from rlfusion.distill.consistency import Consistency, check_grid, constant, metric_of
 from rlfusion.distill.guidance import AnyGuidance, Weighted, check_range, check_unguided
-from rlfusion.distill.student import Config as Student
 from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 
@@ -50,7 +49,6 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
-    STUDENT: ClassVar[Student] = Student()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,8 @@ class Staged:
             self.learner.optimization.ema.settle()
             self._begin(self.at + 1)
         self.done += 1
-        return self.learner.update(batch) | {"stage": float(self.at)}
+        metrics = self.learner.update(batch)
+        return metrics | {"stage": self.at + metrics.get("stage", 0.0)}  # of stages within the last, theirs go on
 
     def _begin(self, stage: int) -> None:
         self.at, self.done = stage, 0
