@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlfusion import models
+from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.parameterization import named
-from rlfusion.pretrain import Draw
+from rlfusion.pretrain import Draw, Draws, losses
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.score_matching import ESM, ISM, SSM, _slices, of_condition, posterior_mean
 from rlfusion.schedule import VP, Cosine, Geometric, Rectified
@@ -211,3 +213,17 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ConfigError, match="loss weight 'SNRR'"):
         ESM(weight="SNRR()")
     assert math.isfinite(value_and_gradient(ISM(), *quadrature(0, 0.5), VP(), "eps")[0])
+
+
+@pytest.mark.parametrize("loss", ["ISM(probes=2)", "ISM()", "SSM()"])
+@pytest.mark.parametrize(
+    "net", ["DiT(patch=2, width=16, depth=1, heads=2)", "UNet(width=8, multipliers=(1, 2), depth=1, attention=(1,))"]
+)
+def test_the_second_derivative_passes_through_attention(loss, net):
+    card = models.Card(models.Config(net, "VP()", "eps"), (1, 4, 4), ("a", "b"))
+    denoiser, draw = models.build(card), torch.Generator().manual_seed(1)
+    for p in denoiser.parameters():
+        p.data.normal_(std=0.2, generator=draw)
+    data = Dataset(torch.rand(16, 1, 4, 4, generator=draw) * 2 - 1, torch.arange(16) % 2, card.names)
+    losses.make(loss)(denoiser, denoiser, Draws(data, 4, 0.1, 1, torch.device("cpu"), 0, "test")(0)).sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in denoiser.parameters())

@@ -9,10 +9,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlfusion.learner import Optimization
 from rlfusion.nets.critic import Critic
+from rlfusion.nets.parts import plain_attention
 from rlfusion.objectives import Adversarial, gradient_penalty
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.times import Times
@@ -35,7 +35,7 @@ class Discriminator:
         Returns:
             discriminator_loss and discriminator_accuracy, 0-dim.
         """
-        with sdpa_kernel(SDPBackend.MATH) if self.r1 else nullcontext():  # the others have no second derivative
+        with plain_attention() if self.r1 else nullcontext():
             record = self._accumulate(draw, fake.detach())
         self.optimization.step()
         return record

@@ -1,9 +1,11 @@
-"""What the networks share: times as features, layers that begin at 0, recomputation."""
+"""What the networks share: times as features, layers that begin at 0, recomputation, attention in its plain form."""
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from rlfusion.errors import ConfigError
@@ -28,6 +30,13 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def plain_attention() -> AbstractContextManager:
+    """Within the context attention takes its plain form: the fused ones have no second and no forward derivative. What
+    recomputes its activations needs it in the backward pass too.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def through(block: nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:

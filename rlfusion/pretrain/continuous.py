@@ -20,12 +20,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlfusion import spec
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.kinds import TrigFlow
+from rlfusion.nets.parts import plain_attention
 from rlfusion.objectives import weighted_mse
 from rlfusion.parameterization import named
 from rlfusion.pretrain.base import Draw, Loss
@@ -53,7 +53,7 @@ def tangent(denoiser: Denoiser, x: Tensor, dx: Tensor, t: Tensor, cond: Cond = N
     at = cast(a.reshape(-1), x if x.itemsize >= 4 else x.float()).expand(len(x))
     reach = cast((a.cos() * a.sin()).reshape(-1), at).expand(len(x))
     devices = [x.device] if x.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), plain_attention():
         y, dy = torch.func.jvp(lambda x, a: denoiser.net(x, a, cond), (x / sd, at), (cos * sin * dx / sd, reach))
     return -cos.square() * (sd * y - dx) - share * (cos * sin * x + sd * dy)
 

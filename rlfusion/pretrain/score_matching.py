@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative
+from rlfusion.nets.parts import plain_attention
 from rlfusion.pretrain.base import Draw
 from rlfusion.pretrain.denoising import NoisedLoss
 from rlfusion.seeding import stream
@@ -140,6 +141,7 @@ def _curvature(loss: NoisedLoss, denoiser: Denoiser, draw: Draw, slices: Tensor)
     """sigma v^T (de / dx) v of each slice, (P, B); e (B, *); and the weight of the eps error, (B,)."""
     at = loss.noised(draw, denoiser.schedule)
     x = at.x.detach().requires_grad_()
-    e = denoiser(x, at.t, draw.cond).eps
-    pulled = [sum_features(v * torch.autograd.grad((v * e).sum(), x, create_graph=True)[0]) for v in slices]
+    with plain_attention():
+        e = denoiser(x, at.t, draw.cond).eps
+        pulled = [sum_features(v * torch.autograd.grad((v * e).sum(), x, create_graph=True)[0]) for v in slices]
     return cast(at.l.sigma.flatten(), x) * torch.stack(pulled), e, cast(loss.eps_weight(denoiser, at.l), x)
