@@ -18,6 +18,8 @@ from rlfusion.weights import pack, unpack
 
 MAGIC = b"RLF1"
 HEAD = struct.Struct(">4sIQ")
+MOST_TEXT = 16 * 2**20
+"""Bytes of JSON in a frame at most: read, "[[],[],..." takes many times the memory of its text."""
 
 
 class FrameError(ValueError):
@@ -25,9 +27,14 @@ class FrameError(ValueError):
 
 
 def encode(message: Any) -> bytes:
-    """Eq. (1) of a message of dicts, lists, tensors, strings, numbers and None."""
+    """Eq. (1) of a message of dicts, lists, tensors, strings, numbers and None.
+
+    Raises:
+        FrameError: beside its tensors it is above ``MOST_TEXT``.
+    """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(flatten(message, "message", tensors)).encode()
+    _require_short(len(text))
     blob = pack(tensors)
     return b"".join([HEAD.pack(MAGIC, len(text), len(blob)), text, blob])
 
@@ -46,8 +53,14 @@ def decode(frame: bytes) -> Any:
     if len(frame) != HEAD.size + text + blob:
         found = "truncated" if len(frame) < HEAD.size + text + blob else "too long"
         raise FrameError(f"the frame is {found}: {len(frame)} bytes, its head says {HEAD.size + text + blob}")
+    _require_short(text)
     try:
         record = json.loads(frame[HEAD.size : HEAD.size + text])
         return restore(record, unpack(frame[HEAD.size + text :]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise FrameError(f"the frame holds no message: {type(error).__name__}: {error}") from error
+
+
+def _require_short(text: int) -> None:
+    if text > MOST_TEXT:
+        raise FrameError(f"{text} bytes of JSON: a frame has at most {MOST_TEXT}")

@@ -16,7 +16,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
 from rlfusion.rewards.exchange import answer, answered, ask, asked, graded
-from rlfusion.rewards.frames import HEAD, FrameError, decode, encode
+from rlfusion.rewards.frames import HEAD, MOST_TEXT, FrameError, decode, encode
 from rlfusion.rewards.remote import Served
 from rlfusion.rewards.replicas import Replicas
 from rlfusion.rewards.secret import VARIABLE, read_token
@@ -91,6 +91,14 @@ def test_deep_json_is_refused():
     text = b"[" * 100_000
     with pytest.raises(FrameError):
         decode(HEAD.pack(b"RLF1", len(text), 0) + text)
+
+
+def test_much_json_is_refused_before_it_is_read():
+    text = b"[" + b"[]," * (MOST_TEXT // 3) + b"[]]"
+    with pytest.raises(FrameError, match=f"bytes of JSON: a frame has at most {MOST_TEXT}"):
+        decode(HEAD.pack(b"RLF1", len(text), 0) + text)
+    with pytest.raises(FrameError, match="bytes of JSON"):
+        encode({"facts": "x" * MOST_TEXT})
 
 
 # --- question and answer ---
