@@ -81,7 +81,7 @@ class Transitions:
         Returns:
             Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
         """
-        scale = (summed or len(self.steps)) / len(walk)
+        scale = (summed or len(self.steps)) / max(1, len(walk))  # none where walks whose rewards failed are left out
         records = []
         for rows in torch.arange(len(walk)).split(self.micro_batch):
             distribution, terms = self._terms(batch, walk[rows], step[rows])

@@ -205,3 +205,15 @@ def test_students_have_no_loss_of_their_own_training_on_data(card, agent):
 def test_stages_within_the_last_are_counted_on(tmp_path):
     records = run(settings_of("pd", Student(kind="flow", init="match", match=2)), CARD, tmp_path)
     assert [r["stage"] for r in records] == [0.0] * 2 + [1.0] * 3 + [2.0] * 3
+
+
+@pytest.mark.parametrize("agent", ["drwr", "dawr", "grpo"])
+def test_walks_left_out_may_leave_an_update_without_any(agent):
+    chain = Chain(steps=2, kernel="Renoise()")
+    policy = chain.policy(scrambled(CARD), CARD.names)
+    config = AGENTS[agent](updates_per_epoch=12)
+    needs = config.needs(chain.moves)
+    worker = task(copy.deepcopy(policy), chain, needs)
+    batch = concatenate([run_item(worker, item) for item in plan(0, 0, 3, 4, 12, 3, 0)]).take(torch.arange(11))
+    metrics = config.learner(task(policy, chain, needs), images(), 0).update(batch)
+    assert all(value == value for value in metrics.values())
