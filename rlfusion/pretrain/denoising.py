@@ -38,7 +38,7 @@ class NoisedLoss(Loss):
 
     Attributes:
         weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...),
-            BoundedSNR(low=..., high=...), VLB().
+            BoundedSNR(low=..., high=...), VLB(), RectifiedFlow(cap=...).
         times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
     """
 
