@@ -110,7 +110,7 @@ class Learner:
             metrics |= {"explained_variance": self.critic.explained(batch.reward, value)}
             metrics |= self.critic.fit(batch, returns, self.iteration)
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),

@@ -232,7 +232,7 @@ class Learner:
                 self.last.accumulate(batch, walks, scale, self.config.micro_batch)
             norms.append(self.optimization.step())
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),

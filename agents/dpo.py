@@ -6,9 +6,11 @@ one noise:
     (1)  d(x_0) = |y_theta(x_t) - y|^2 - |y_ref(x_t) - y|^2          the network's error beside the reference's
     (2)  loss = -log sigmoid( -beta [ d(x_0 of the winner) - d(x_0 of the loser) ] )
 
-y is what ``error`` names ("eps" in the paper), summed over features; the paper's beta T omega is our ``beta``. At its
-fixed point the policy is the reference tilted by the preference, with strength 1 / beta. ``reference_every`` moves the
-reference to the policy (iterative DPO). Pairs whose rewards are equal have no winner and are left out, and counted.
+y is what ``error`` names ("eps" in the paper), summed over features; the paper's beta T omega is our ``beta``. For
+pairs drawn at random from the reference and preferred by a Bradley-Terry model the optimum of Eq. (2) on exact
+likelihoods is the reference tilted by that preference, with strength 1 / beta; here Eq. (1) stands for a likelihood and
+the best meet the worst, so there is no such closed form. ``reference_every`` moves the reference to the policy
+(iterative DPO). Pairs whose rewards are equal have no winner and are left out, and counted.
 """
 
 from dataclasses import dataclass
@@ -134,7 +136,7 @@ class Learner:
                 records += self.accumulate(batch, winner[at], loser[at], key)
                 norms.append(self.optimization.step())
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         if self.config.reference_every and self.iteration % self.config.reference_every == 0:
             restore(self.reference, learned(self.policy))
         return {

@@ -108,7 +108,7 @@ class Learner:
 
         metrics = self.regression.fit(held, len(batch), weigh, self.iteration)
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),

@@ -159,7 +159,7 @@ class Learner:
                 records += part
                 norms.append(self.optimization.step())
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),

@@ -143,7 +143,7 @@ class Learner:
         eta = min(c.eta_rate * self.iteration, c.eta_max)
         self._follow(eta)
         self.iteration += 1
-        self.queries += len(batch)
+        self.queries += batch.asked
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),

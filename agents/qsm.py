@@ -219,7 +219,7 @@ class Learner:
 
     def _rewards(self, batch: Trajectory) -> Tensor:
         """The rewards (B,) of the samples, asked for here where the workers did not."""
-        self.queries += len(batch)
+        self.queries += batch.asked
         if batch.reward is not None:
             return batch.reward
         with torch.no_grad():

@@ -65,6 +65,12 @@ ROWS: list[Row] = [
     Row("lcm", ("--method", "lcm")),
     Row("ct", ("--method", "ct")),
     Row("scd", ("--method", "scd")),
+    Row("sds", ("--method", "sds"), (1,)),
+    Row("vsd", ("--method", "vsd"), (1,)),
+    Row("dmd", ("--method", "dmd"), (1, 2, 4)),
+    Row("add", ("--method", "add"), (1, 2, 4)),
+    Row("regression", ("--method", "regression"), (1,)),
+    Row("reflow", ("--method", "reflow")),
 ]
 """A method adds its rows here."""
 

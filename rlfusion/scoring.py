@@ -43,4 +43,4 @@ def scored(batch: Trajectory, config: Finetune) -> tuple[Trajectory, dict[str, f
 def _without_failed(batch: Trajectory, config: Finetune) -> tuple[Trajectory, float]:
     """The walks whose reward is a number, and the share of the others."""
     fine, failed = valid(batch.reward, config.reward_name, config.max_failed)
-    return (batch.take(fine) if failed else batch), failed
+    return (replace(batch.take(fine), failed=int((~fine).sum())) if failed else batch), failed

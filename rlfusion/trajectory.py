@@ -26,6 +26,7 @@ class Trajectory:
         begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
         terms: (B, R), what each of several named rewards said, before its weight, in their order; None for one reward.
         cached: (B,), the share of its rewards that a cache remembered; None without one.
+        failed: walks that are not here because their reward failed; they were asked for all the same.
     """
 
     x: Tensor
@@ -38,9 +39,15 @@ class Trajectory:
     begin: Tensor | None = None
     terms: Tensor | None = None
     cached: Tensor | None = None
+    failed: int = 0
 
     def __len__(self) -> int:
         return len(self.group)
+
+    @property
+    def asked(self) -> int:
+        """Rewards that were asked for."""
+        return len(self) + self.failed
 
     @property
     def steps(self) -> int:

@@ -68,6 +68,7 @@ def test_failed_rewards_are_left_out_with_all_of_their_walks():
     assert [len(part) for part in (got.reward, got.group, got.terms, got.begin, got.cond["label"])] == [5] * 5
     assert log["failed"] == pytest.approx(1 / 6)
     assert got.reward.isfinite().all()
+    assert (len(got), got.asked) == (5, 6)
 
 
 def test_too_many_failures_are_an_error():
@@ -154,3 +155,4 @@ def flaky(samples, cond):
     said = rlfusion(root, "finetune", *TINY, *more)
     assert said.code == 0, said.err
     assert [line["train/failed"] for line in trained(root / "runs" / "it")] == pytest.approx([2 / 24] * 6)
+    assert [line["train/queries"] for line in trained(root / "runs" / "it")] == [24 * n for n in range(1, 7)]
