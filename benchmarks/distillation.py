@@ -67,7 +67,11 @@ ROWS: list[Row] = [
     Row("scd", ("--method", "scd")),
     Row("sds", ("--method", "sds"), (1,)),
     Row("vsd", ("--method", "vsd"), (1,)),
-    Row("dmd", ("--method", "dmd"), (1, 2, 4)),
+    Row(
+        "dmd",
+        ("--method", "dmd", "--method.weight", "Eps()", "--method.adversarial", "0.003", "--method.fake_updates", "2"),
+        (1, 2, 4),
+    ),
     Row("add", ("--method", "add"), (1, 2, 4)),
     Row("regression", ("--method", "regression"), (1,)),
     Row("reflow", ("--method", "reflow")),

@@ -197,8 +197,8 @@ def test_instaflow_steps_of_alg_6_to_8_in_the_rescaled_space(eta):
         expected = (to.alpha * x0h + rest * (y - gamma * u) + sigma * z) / B
         got = transition(DDIM(eta), Prediction(x0, eps), at, to, torch.tensor(s - t)).sample(z) / B
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
-        got = transition(Renoise(), Prediction(x0, eps), at, to, torch.tensor(s - t)).sample(z) / B
-        torch.testing.assert_close(got, (to.alpha * x0h + to.sigma * z) / B)
+        again = transition(Renoise(), Prediction(x0, eps), at, to, torch.tensor(s - t)).sample(z) / B
+        torch.testing.assert_close(again, (to.alpha * x0h + to.sigma * z) / B)
         if eta == 1.0:
             c0, cx, sigma = oracles.posterior(float(at.alpha**2), float(to.alpha**2), large=False)
             expected = (c0 * x0h + cx * (at.alpha + at.sigma) * y + sigma * z) / B

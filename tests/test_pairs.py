@@ -75,9 +75,15 @@ def test_what_is_there_is_not_made_again(tmp_path):
     written = first.stat().st_mtime_ns
     assert equal(made(tmp_path / "cut"), whole)
     assert first.stat().st_mtime_ns == written
-    more = made(tmp_path / "cut", making=Making(count=24, shard=8, steps=5))
-    assert first.stat().st_mtime_ns == written
-    assert torch.equal(more.x0[:16], whole.x0[:16])
+
+
+def test_another_count_makes_them_again_and_takes_no_short_shard(tmp_path):
+    told: list[str] = []
+    few = made(tmp_path)
+    more = made(tmp_path, making=Making(count=24, shard=8, steps=5), say=told.append)
+    assert len(told) == 3
+    assert len(more.x0) == 24
+    assert torch.equal(more.x0[:16], few.x0[:16])
 
 
 @pytest.mark.parametrize("harm", [lambda b: b[:-3], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
@@ -111,6 +117,6 @@ def test_a_draw_has_the_noise_of_its_sample(tmp_path):
 
 def test_fewer_pairs_than_classes_are_refused():
     with pytest.raises(ConfigError, match="count = 2"):
-        Making(count=2).check(CARD)
+        Making(count=2).check(CARD, teacher())
     with pytest.raises(ConfigError, match="steps = 0"):
         Making(steps=0)

@@ -16,8 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 UPDATES = 7
 EVERY = 3
 ITEMS = 3
-BEFORE = 3
-"""Calls of the reward before the first rollout: two evaluations and the preflight. Each rollout makes ``ITEMS``."""
+BEFORE = 5
+"""Calls of the reward before the first rollout: the check of the settings, two evaluations, the monitor's first look,
+the preflight. Each rollout makes ``ITEMS``."""
 
 LOOK = 1
 """Calls of a look of the monitor, after 4 updates and after the last."""

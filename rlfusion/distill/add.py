@@ -48,6 +48,7 @@ class Config(Matching):
     """
 
     name: Literal["add"] = "add"
+    steps: int = 2000
     weight: str = "Alpha()"
     lr: float = 3e-4
     inputs: Inputs = "data"

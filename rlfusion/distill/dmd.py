@@ -39,6 +39,7 @@ class Config(Following):
     """
 
     name: Literal["dmd"] = "dmd"
+    steps: int = 1500
     weight: str = "Normalized()"
     lr: float = 3e-4
     fake_updates: int = 5

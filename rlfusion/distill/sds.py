@@ -29,6 +29,7 @@ class Config(Matching):
     """
 
     name: Literal["sds"] = "sds"
+    steps: int = 1000
     lr: float = 3e-4
     form: Literal["network", "points"] = "network"
     points: int = 32

@@ -24,6 +24,7 @@ class Config(Following):
     """
 
     name: Literal["vsd"] = "vsd"
+    steps: int = 1500
     lr: float = 3e-4
 
     CHAIN: ClassVar[Chain] = Chain(steps=1, kernel="Renoise()")
