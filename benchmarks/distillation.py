@@ -55,6 +55,9 @@ def halving(n: int, start: int) -> Row:
     return Row("pd", arguments, (n,), (start,) if start == 2 * n else ())
 
 
+FLOW = ("--student.kind", "flow", "--student.schedule", "Rectified()", "--student.init", "match")
+"""A student that is a flow, of a teacher that predicts x0."""
+
 ROWS: list[Row] = [
     halving(8, 32),
     halving(4, 8),
@@ -75,6 +78,9 @@ ROWS: list[Row] = [
     Row("add", ("--method", "add"), (1, 2, 4)),
     Row("regression", ("--method", "regression"), (1,)),
     Row("reflow", ("--method", "reflow")),
+    Row("reflow_twice", ("--method", "reflow", "--method.rounds", "2")),
+    Row("reflow_mapping", ("--method", "reflow", "--method.weight", "RectifiedFlow(cap=100.0)")),
+    Row("reflow_flow", ("--method", "reflow", *FLOW)),
 ]
 """A method adds its rows here."""
 
