@@ -16,8 +16,8 @@ from statistics import mean
 
 import torch
 
+from rlfusion.arguments import settings_of
 from rlfusion.cli import main as rlfusion
-from rlfusion.cli import settings_of
 from rlfusion.comparison import Compare
 from rlfusion.comparison.curves import Point, best_within, first_at
 

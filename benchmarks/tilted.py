@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.cli import settings_of
+from rlfusion.arguments import settings_of
 from rlfusion.comparison import Compare
 from rlfusion.data import load, to_pixels
 from rlfusion.evaluate import features, frechet_distance

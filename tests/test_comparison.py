@@ -9,8 +9,8 @@ from conftest import TINY
 from processes import rlfusion
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlfusion import cli
 from rlfusion.agents import ddpo, grpo
+from rlfusion.arguments import settings_of
 from rlfusion.chain import Chain
 from rlfusion.classifier import JUDGE, Classifier
 from rlfusion.comparison import Compare
@@ -47,10 +47,10 @@ def test_every_agent_meets_every_reward_with_every_seed_under_one_budget():
 
 def test_lists_of_agents_on_the_command_line():
     words = ["--agents", "ddpo(form='sf', lr=0.001),grpo(window=5)", "--rewards=ink,symmetry"]
-    read = cli.settings_of("compare", words)
+    read = settings_of("compare", words)
     assert read.agents == ["ddpo(form='sf', lr=0.001)", "grpo(window=5)"]
     assert read.rewards == ["ink", "symmetry"]
-    assert cli.settings_of("compare", ["--agents", "[grpo]"]).agents == ["grpo"]
+    assert settings_of("compare", ["--agents", "[grpo]"]).agents == ["grpo"]
 
 
 def test_an_agent_may_be_given_a_name():

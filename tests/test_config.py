@@ -9,6 +9,8 @@ import yaml
 
 from rlfusion import cli, config, models, pretrain
 from rlfusion.agents import ddpo
+from rlfusion.arguments import parse as arguments_of
+from rlfusion.arguments import settings_of
 from rlfusion.errors import ConfigError
 
 FAR = {
@@ -38,8 +40,8 @@ DEFAULT = {
 
 def parse(command: str, *arguments: str):
     if command in ("finetune", "pretrain"):
-        return cli.settings_of(command, list(arguments))
-    return cli.parse(type(DEFAULT[command]), command, list(arguments))
+        return settings_of(command, list(arguments))
+    return arguments_of(type(DEFAULT[command]), command, list(arguments))
 
 
 @pytest.mark.parametrize("command", FAR)

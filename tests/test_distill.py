@@ -13,7 +13,8 @@ from mixtures import Exact
 from processes import rlfusion
 from torch import nn
 
-from rlfusion import cli, config, distilling, models
+from rlfusion import arguments as command_line
+from rlfusion import config, distilling, models
 from rlfusion.chain import Chain
 from rlfusion.consistency import LCM
 from rlfusion.denoiser import Denoiser, Embedded, Guided
@@ -300,12 +301,12 @@ def test_students_of_one_to_four_steps_are_fine_tuned(student, tiny_root, agent,
 )
 def test_the_command_refuses_before_work(arguments, said):
     with pytest.raises(ConfigError) as refused:
-        distilling.check(cli.settings_of("distill", [str(a) for a in arguments]))
+        distilling.check(command_line.settings_of("distill", [str(a) for a in arguments]))
     assert re.search(said, str(refused.value)), refused.value
 
 
 def test_the_same_settings_come_back_from_the_configuration(student):
-    settings = cli.settings_of("distill", ["--config", str(student / "config.yaml"), "--seed", "1"])
+    settings = command_line.settings_of("distill", ["--config", str(student / "config.yaml"), "--seed", "1"])
     assert (settings.method.steps, settings.chain.steps, settings.seed) == (30, 2, 1)
     assert isinstance(settings, config.Distill)
     assert settings.method == small("cd", steps=30, batch=16, intervals=20, mu=0.95)

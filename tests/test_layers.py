@@ -47,6 +47,7 @@ LAYERS = [
     "finetune",
     "comparison",
     "commands",
+    "arguments",
     "cli",
 ]
 """Each module or package imports from lines above its own. Design, section 4; where the code is finer, as it is:
@@ -63,10 +64,10 @@ HOMES = {
     "sklearn": {"rlfusion.data"},
     "datasets": {"rlfusion.hub"},
     "matplotlib": {"rlfusion.comparison.report"},
-    "jsonargparse": {"rlfusion.cli"},
+    "jsonargparse": {"rlfusion.arguments"},
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},
-    "yaml": {"rlfusion.config", "rlfusion.cli"},
+    "yaml": {"rlfusion.config", "rlfusion.arguments"},
     "peft": {"rlfusion.lora", "rlfusion.pipelines.export"},
     "bitsandbytes": {"rlfusion.adamw8bit"},
     "lpips": {"rlfusion.pretrain.metrics"},

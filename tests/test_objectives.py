@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlfusion import checkpoint, finetune, models, pretraining
-from rlfusion.cli import settings_of
+from rlfusion.arguments import settings_of
 from rlfusion.config import Pretrain, to_yaml
 from rlfusion.data import Dataset, digits
 from rlfusion.errors import ConfigError
