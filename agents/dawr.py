@@ -59,8 +59,8 @@ class Config(weighted.Settings, chain_value.Settings):
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates, or nothing to compare in a prompt."""
         super().check(plan)
-        if self.advantage == "prompt" and plan.samples_per_prompt < 2:
-            raise ConfigError(f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, for their mean")
+        if self.advantage == "prompt":
+            plan.require_groups()
 
     def needs(self, steps: int) -> Needs:
         """Every transition; samples and rewards alone where nothing looks at the steps."""

@@ -117,17 +117,11 @@ class Config:
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for too few walks, or stale ones where the algorithm is on-policy."""
-        if self.advantage == "group" and plan.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, to compare in a prompt "
-                "(or agent.advantage = prompt)"
-            )
+        if self.advantage == "group":
+            plan.require_groups(" (or agent.advantage = prompt)")
         if self.form == "sf" and plan.lag:
             raise ConfigError(f"lag = {plan.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
-        if self.schedule[1] > plan.walks:
-            raise ConfigError(
-                f"updates_per_epoch = {self.schedule[1]}: expected at most the {plan.walks} walks of a rollout"
-            )
+        plan.require_walks(self.schedule[1])
 
     def needs(self, steps: int) -> Needs:
         """Every transition."""

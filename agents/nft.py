@@ -86,14 +86,8 @@ class Config:
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, or fewer samples than updates."""
-        if plan.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, a group to compare"
-            )
-        if self.updates_per_epoch > plan.walks:
-            raise ConfigError(
-                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
-            )
+        plan.require_groups()
+        plan.require_walks(self.updates_per_epoch)
 
     def needs(self, steps: int) -> Needs:
         """Samples and rewards."""

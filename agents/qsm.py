@@ -131,14 +131,9 @@ class Config:
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, where groups are compared, or fewer samples than updates."""
-        if self.scale == "group" and plan.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt = {plan.samples_per_prompt}: scale 'group' expected at least 2, to compare"
-            )
-        if self.updates_per_epoch > plan.walks:
-            raise ConfigError(
-                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
-            )
+        if self.scale == "group":
+            plan.require_groups()
+        plan.require_walks(self.updates_per_epoch)
 
     def needs(self, steps: int) -> Needs:
         """Samples; with rewards where a critic learns from them, else the learner asks for them itself."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlfusion.data import Dataset
+from rlfusion.errors import ConfigError
 from rlfusion.learner import Learner, Optimization
 from rlfusion.policy import Policy
 from rlfusion.rollout import Needs, Task
@@ -30,6 +31,28 @@ class Plan:
     def walks(self) -> int:
         """Walks of a rollout."""
         return self.prompts * self.samples_per_prompt
+
+    def require_groups(self, advice: str = "") -> None:
+        """Refuse one walk a prompt where walks of a prompt are compared; ``advice`` names the way out.
+
+        Raises:
+            ConfigError: says so.
+        """
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {self.samples_per_prompt}: expected at least 2, to compare in a prompt{advice}"
+            )
+
+    def require_walks(self, updates_per_epoch: int) -> None:
+        """Refuse more optimiser steps a pass than there are walks to share among them.
+
+        Raises:
+            ConfigError: says so.
+        """
+        if updates_per_epoch > self.walks:
+            raise ConfigError(
+                f"updates_per_epoch = {updates_per_epoch}: expected at most the {self.walks} walks of a rollout"
+            )
 
 
 class AgentLearner(Learner[Trajectory], Protocol):

@@ -97,12 +97,12 @@ def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
     return solve(kind, level(schedule, at, at))
 
 
-class Embedded(nn.Module):
-    """A denoiser that reads the guidance weight (``nets.guidance``), at one ``weight`` and with the plain condition."""
+class Wrapper(nn.Module):
+    """What calls a denoiser otherwise, and is in all else as the one within."""
 
-    def __init__(self, denoiser: nn.Module, weight: float) -> None:
+    def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self.denoiser, self.weight = denoiser, weight
+        self.denoiser = denoiser
         self.schedule: Schedule = denoiser.schedule
 
     @property
@@ -117,6 +117,14 @@ class Embedded(nn.Module):
     def own(self) -> Own | None:
         return self.denoiser.own
 
+
+class Embedded(Wrapper):
+    """A denoiser that reads the guidance weight (``nets.guidance``), at one ``weight`` and with the plain condition."""
+
+    def __init__(self, denoiser: nn.Module, weight: float) -> None:
+        super().__init__(denoiser)
+        self.weight = weight
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         return self.denoiser(x, t, self._read(x, cond))
 
@@ -128,7 +136,7 @@ class Embedded(nn.Module):
         return {"label": cond, "w": torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)}
 
 
-class Guided(nn.Module):
+class Guided(Wrapper):
     """Classifier-free guidance as a wrapper with a denoiser's call (Ho & Salimans 2022; handbook 2.3, corrected).
 
         (1)  y = (1 + w) y_c - w y_0,     w = ``weight``     (diffusers' guidance_scale is 1 + w)
@@ -154,26 +162,13 @@ class Guided(nn.Module):
         Raises:
             ConfigError: ``rescale`` or the interval outside [0, 1].
         """
-        super().__init__()
+        super().__init__(denoiser)
         if not 0 <= rescale <= 1:
             raise ConfigError(f"guidance_rescale = {rescale}: expected a number in [0, 1]")
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"guidance_low, guidance_high = {low}, {high}: expected 0 <= low <= high <= 1")
-        self.denoiser, self.weight, self.null = denoiser, weight, null
+        self.weight, self.null = weight, null
         self.rescale, self.low, self.high = rescale, low, high
-        self.schedule: Schedule = denoiser.schedule
-
-    @property
-    def kind(self) -> str | Kind:
-        return self.denoiser.kind
-
-    @property
-    def space(self) -> Space:
-        return self.denoiser.space
-
-    @property
-    def own(self) -> Own | None:
-        return self.denoiser.own
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         inside = (t >= self.low) & (t <= self.high)

@@ -64,10 +64,7 @@ class Settings:
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates."""
-        if self.updates_per_epoch > plan.walks:
-            raise ConfigError(
-                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
-            )
+        plan.require_walks(self.updates_per_epoch)
 
 
 class Part(NamedTuple):

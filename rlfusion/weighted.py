@@ -132,15 +132,9 @@ class Settings:
         """Raises ConfigError for fewer walks than updates, nothing to compare in a prompt, or "centred" stale walks."""
         if self.on == "centred" and plan.lag:
             raise ConfigError(f"lag = {plan.lag}: on 'centred' is of the present weights, expected 0 (or on = chain)")
-        if self.updates_per_epoch > plan.walks:
-            raise ConfigError(
-                f"updates_per_epoch = {self.updates_per_epoch}: expected at most the {plan.walks} walks of a rollout"
-            )
-        if self.normalize == "group" and plan.samples_per_prompt < 2:
-            raise ConfigError(
-                f"samples_per_prompt = {plan.samples_per_prompt}: expected at least 2, to compare in a prompt "
-                "(or agent.normalize = batch)"
-            )
+        plan.require_walks(self.updates_per_epoch)
+        if self.normalize == "group":
+            plan.require_groups(" (or agent.normalize = batch)")
 
     def weights(self, advantage: Tensor) -> Tensor:
         """w of normalised advantages of any shape; ``advantage``, Eq. (5)."""
