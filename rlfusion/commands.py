@@ -1,7 +1,7 @@
 """What each command of ``rlfusion.cli`` does with its settings."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ COLUMNS = 10
 PLAIN = pipelines.Settings()
 
 
-def run_finetune(settings: config.Finetune, folder: Path) -> None:
-    """Fine-tune in ``folder``, and print the result."""
+def _timed(job: Callable[..., Any], settings: Any, folder: Path) -> tuple[Any, float]:
+    """What a job in ``folder`` returns, and the seconds that it took."""
     begin = time.monotonic()
     with Signals() as signals, locked(folder):
-        result = finetune(settings, folder, signals, Progress())
-    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {time.monotonic() - begin:.0f} s")
+        return job(settings, folder, signals, Progress()), time.monotonic() - begin
+
+
+def run_finetune(settings: config.Finetune, folder: Path) -> None:
+    """Fine-tune in ``folder``, and print the result."""
+    result, seconds = _timed(finetune, settings, folder)
+    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {seconds:.0f} s")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     for name in headlines(result["after"]):
@@ -48,8 +53,7 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
 
 def run_compare(settings: comparison.Compare, folder: Path) -> None:
     """Compare in ``folder``, and print the table."""
-    with Signals() as signals, locked(folder):
-        page = comparison.compare(settings, folder, signals, Progress())
+    page, _ = _timed(comparison.compare, settings, folder)
     console = Console()
     console.print(page, markup=False, highlight=False, soft_wrap=True)
     _where(console, folder, "comparison.md, comparison.json, one plot a reward, one folder a run", folder)
@@ -57,12 +61,10 @@ def run_compare(settings: comparison.Compare, folder: Path) -> None:
 
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     """Pretrain in ``folder``, and print the evaluation."""
-    begin = time.monotonic()
-    with Signals() as signals, locked(folder):
-        result = pretrain(settings, folder, signals, Progress())
+    result, seconds = _timed(pretrain, settings, folder)
     console = Console()
     if result:
-        _print(console, result, f"{settings.train.steps} steps, {time.monotonic() - begin:.0f} s")
+        _print(console, result, f"{settings.train.steps} steps, {seconds:.0f} s")
     else:
         console.print(
             "no evaluation: it needs two classes, or captions with two samples each (or evaluation.bits_per_dim)"
@@ -72,11 +74,9 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
 
 def run_distill(settings: config.Distill, folder: Path) -> None:
     """Distil in ``folder``, and print the evaluation of the student."""
-    begin = time.monotonic()
-    with Signals() as signals, locked(folder):
-        result = distill(settings, folder, signals, Progress())
+    result, seconds = _timed(distill, settings, folder)
     console = Console()
-    title = f"{settings.method.name}, {settings.chain.moves} steps: {time.monotonic() - begin:.0f} s"
+    title = f"{settings.method.name}, {settings.chain.moves} steps: {seconds:.0f} s"
     if result:
         _print(console, result, title)
     else:
@@ -86,21 +86,17 @@ def run_distill(settings: config.Distill, folder: Path) -> None:
 
 def run_autoencoder(settings: autoencoding.Autoencode, folder: Path) -> None:
     """Train an autoencoder in ``folder``, and print how well it does."""
-    begin = time.monotonic()
-    with Signals() as signals, locked(folder):
-        result = autoencoding.run(settings, folder, signals, Progress())
+    result, seconds = _timed(autoencoding.run, settings, folder)
     console = Console()
-    _print(console, result, f"{settings.steps} steps, {time.monotonic() - begin:.0f} s")
+    _print(console, result, f"{settings.steps} steps, {seconds:.0f} s")
     _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")
 
 
 def run_clip(settings: contrastive.TrainClip, folder: Path) -> None:
     """Train a CLIP in ``folder``, and print how well it does."""
-    begin = time.monotonic()
-    with Signals() as signals, locked(folder):
-        result = contrastive.run(settings, folder, signals, Progress())
+    result, seconds = _timed(contrastive.run, settings, folder)
     console = Console()
-    _print(console, result, f"{settings.steps} steps, {time.monotonic() - begin:.0f} s")
+    _print(console, result, f"{settings.steps} steps, {seconds:.0f} s")
     _where(console, folder, "clip/, evaluation.json, metrics.jsonl, config.yaml")
 
 
