@@ -62,12 +62,14 @@ class AgentLearner(Learner[Trajectory], Protocol):
         policy: acts in the next rollouts; its weights go to the workers.
         optimization: the trained weights and their average.
         iteration: rollouts learned from.
+        seed: of the run.
         queries: rewards asked for so far, in rollouts and by the learner itself.
     """
 
     policy: Policy
     optimization: Optimization
     iteration: int
+    seed: int
     queries: int
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:

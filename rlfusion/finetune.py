@@ -31,6 +31,7 @@ from rlfusion.policy import Policy, frozen_copy
 from rlfusion.preflight import preflight
 from rlfusion.pretraining import card_of, require_no_class, require_same_data, require_solvable
 from rlfusion.progress import Progress
+from rlfusion.reward_gradient import PREFLIGHT
 from rlfusion.rewards import Reward, build, facts, find, names_of, score
 from rlfusion.rollout import Backend, Local, Recipe, make_backend
 from rlfusion.run import Signals, pick_device, set_numerics, train
@@ -251,7 +252,7 @@ def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress
 
 
 def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
-    item = collector.items(-1, weights.version)[0]
+    item = collector.items(PREFLIGHT, weights.version)[0]
     each = job.config.rollout.samples_per_prompt
     small = replace(item, groups=item.groups[: max(1, PREFLIGHT_SAMPLES // each) * each])  # whole prompts
     batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), job.config)

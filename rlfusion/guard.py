@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any, Literal
 
 from rlfusion.agent import AgentLearner
+from rlfusion.dropout import dropped
 from rlfusion.errors import NumericalError, require_positive
 from rlfusion.trajectory import Trajectory
 
@@ -82,7 +83,8 @@ class Guarded:
         before = None if self.config.action == "warn" else copy.deepcopy(self.learner.state_dict())
         iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
         try:
-            metrics = self.learner.update(batch)
+            with dropped(self.learner.policy, self.learner.seed, iteration):
+                metrics = self.learner.update(batch)
             alarm = self._judge(metrics)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))

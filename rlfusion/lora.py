@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlfusion import spec
+from rlfusion.dropout import Acting, Dropout
 from rlfusion.errors import ConfigError, require_positive, unknown
 from rlfusion.seeding import integer
 from rlfusion.weights import ADAPTER
@@ -29,16 +30,20 @@ class LoRA:
         rank: of B A.
         alpha: their strength is alpha / rank; 0 for alpha = rank.
         targets: ends of names ("to_q,to_v"), by commas.
+        dropout: the share of a layer's input features that the adapter does not see in an iteration (``dropout``).
     """
 
     rank: int = 8
     alpha: float = 0.0
     targets: str = ""
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "rank")
         if not self.alpha >= 0:
             raise ConfigError(f"alpha = {self.alpha}: expected a number >= 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
 
 
 def parse(text: str) -> LoRA | None:
@@ -73,9 +78,19 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "") -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(seed, "adapters"))
         inject_adapter_in_model(config, net)
+    if settings.dropout:
+        _drop(net, settings.dropout)
     for name, parameter in net.named_parameters():
         if ADAPTER in name:
             parameter.data = parameter.data.float()
+
+
+def _drop(net: nn.Module, p: float) -> None:
+    """Give the adapters of ``net`` our dropout; in the settings that peft saves there is none."""
+    acting = Acting()
+    for name, layer in _adapted(net):
+        spatial = 2 if isinstance(layer.get_base_layer(), nn.Conv2d) else 0
+        layer.lora_dropout["default"] = Dropout(p, layer.in_features, name, spatial, acting)
 
 
 def _layers(net: nn.Module, targets: str) -> list[str]:

@@ -6,7 +6,9 @@
 """
 
 from rlfusion.agent import AgentLearner
+from rlfusion.dropout import dropped
 from rlfusion.errors import ConfigError
+from rlfusion.reward_gradient import PREFLIGHT
 from rlfusion.trajectory import Trajectory
 
 
@@ -19,7 +21,8 @@ def preflight(learner: AgentLearner, batch: Trajectory) -> dict[str, float]:
     Raises:
         NumericalError, ConfigError: a check fails.
     """
-    found = learner.preflight(batch)
+    with dropped(learner.policy, learner.seed, PREFLIGHT):
+        found = learner.preflight(batch)
     starts = batch.x[:, 0].flatten(1)
     if len(starts.unique(dim=0)) != len(starts):
         raise ConfigError("two walks of one rollout begin with the same noise: their seeds are not distinct")

@@ -25,6 +25,7 @@ class Scripted:
 
     def __init__(self, *script: dict | Exception) -> None:
         self.script, self.weight, self.iteration, self.queries = list(script), 0, 0, 0
+        self.policy, self.seed = torch.nn.Identity(), 0
 
     def update(self, batch):
         told = self.script.pop(0)

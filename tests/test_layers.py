@@ -14,7 +14,7 @@ FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion
 
 LAYERS = [
     "errors tensors seeding nested numerics progress stopwatch adamw",
-    "gaussian spec hub weights adamw8bit",
+    "gaussian spec hub weights adamw8bit dropout",
     "schedule augment",
     "kinds grid",
     "parameterization",

@@ -81,6 +81,8 @@ def test_targets_name_layers_and_others_are_refused_with_a_near_match():
         lora.attach(randomised("mlp"), "LoRA(targets='tim')")
     with pytest.raises(ConfigError, match="rank"):
         lora.parse("LoRA(rank=0)")
+    with pytest.raises(ConfigError, match="dropout = 1"):
+        lora.parse("LoRA(dropout=1)")
     with pytest.raises(ConfigError, match="LoRA"):
         lora.parse("DoRA(rank=1)")
 
@@ -138,7 +140,7 @@ AGENTS = {
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_every_learner_trains_adapters(agent, tiny_root, tmp_path):
-    common = ("--root", tiny_root, *TINY, "--updates", 3, "--lora", "LoRA(rank=2)")
+    common = ("--root", tiny_root, *TINY, "--updates", 3, "--lora", "LoRA(rank=2, dropout=0.3)")
     said = rlfusion(tmp_path, "finetune", "--agent", agent, *common, "--name", f"lora-{agent}", *AGENTS[agent])
     assert said.code == 0, said.err
     folder = tiny_root / f"lora-{agent}"
@@ -151,7 +153,7 @@ def test_every_learner_trains_adapters(agent, tiny_root, tmp_path):
 
 
 def test_workers_and_resumption_give_the_bits_of_one_process(tiny_root, tmp_path):
-    common = ("--root", tiny_root, *TINY, "--lora", "LoRA(rank=2)")
+    common = ("--root", tiny_root, *TINY, "--lora", "LoRA(rank=2, dropout=0.5)")
     assert rlfusion(tmp_path, "finetune", *common, "--name", "lora0").code == 0
     said = rlfusion(tmp_path, "finetune", *common, "--name", "lora1", "--rollout.workers", 1)
     assert said.code == 0, said.err

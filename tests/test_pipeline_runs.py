@@ -27,6 +27,7 @@ from rlfusion.sampling import chain_noise, sample
 from rlfusion.tasks import make_task, recipe
 
 LORA = "LoRA(rank=4, alpha=8.0)"
+DROPPED = "LoRA(rank=4, alpha=8.0, dropout=0.5)"
 STEPS, SIDE = 3, 16
 
 
@@ -155,7 +156,7 @@ def test_a_trained_pipeline_is_trained_on(adapted, root):
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_makes_the_same_weights(root, tiny_pipelines):
-    config = settings(tiny_pipelines["sd"], "ddpo", root, lora=LORA, updates=2, checkpoint_every=1)
+    config = settings(tiny_pipelines["sd"], "ddpo", root, lora=DROPPED, updates=2, checkpoint_every=1)
     config = replace(walks(config), updates=2, rollout=Rollout(prompts=2, samples_per_prompt=4, item=8))
     ran(config, "straight")
     shutil.copytree(root / "straight", root / "resumed")

@@ -35,8 +35,8 @@ class Finetune:
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
             the labels are random, so that the base follows its prompt in part of its samples only.
         pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
-        lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=...), with targets
-            ends of layers' names by commas; empty trains all weights. The saved model has them merged.
+        lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=..., dropout=...):
+            targets are ends of layers' names by commas; empty trains all weights. The saved model has them merged.
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, clip_score, clip_class,
             clip_similarity, aesthetic, hps_v2, pick_score, package.module:name, path/to/file.py:name,
             http://host:port, or a mapping of such names to weights (docs/rewards.md).

@@ -16,6 +16,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from rlfusion.dropout import dropped
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.errors import ConfigError
 from rlfusion.grid import Grid
@@ -126,7 +127,8 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
         RewardError, NumericalError: a sample or reward is unusable; a note names the item.
     """
     try:
-        return _walk(task, item)
+        with dropped(task.policy, item.seed, item.iteration):
+            return _walk(task, item)
     except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
         error.add_note(f"in {item}")
         raise
