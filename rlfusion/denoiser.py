@@ -16,6 +16,10 @@ from rlfusion.tensors import Cond, cast, cat_cond, map_cond
 
 Precision = Literal["float32", "bfloat16"]
 
+Answers = Literal["mean", "end"]
+"""What x0_hat of a model is: the mean of what x_t was made of, as of a denoiser; or the end of a walk from x_t, as of a
+consistency function, and of a generator that was taught by its samples."""
+
 
 class Own(Protocol):
     """What a pretrained model brings along for its chains: the sampler that it was published with."""

@@ -69,12 +69,13 @@ def require_denoiser(config: Distill, teacher: models.Card) -> None:
     """Refuse answers of a consistency function to a method that asks for a denoiser's.
 
     Raises:
-        ConfigError: the teacher has a boundary around it.
+        ConfigError: the teacher's answer is the end of a walk.
     """
-    if config.method.ASKS and teacher.boundary:
+    if config.method.ASKS and (teacher.boundary or teacher.answers == "end"):
+        by = f"boundary, {teacher.boundary}" if teacher.boundary else "training"
         raise ConfigError(
-            f"teacher = {config.teacher!r}: it is a consistency function by a boundary, {teacher.boundary}, whose "
-            f"answer is the end of a walk; {config.method.name} expected a denoiser, which says the mean"
+            f"teacher = {config.teacher!r}: by its {by} it answers with the end of a walk, as a consistency function "
+            f"does; {config.method.name} expected a denoiser, which says the mean"
         )
 
 
@@ -104,6 +105,7 @@ def teach(
         ConfigError: a student that cannot take the teacher's weights, schedules too far apart, an unusable guidance.
     """
     own = config.method.card(config.student.card(card, asdict(config.chain)))
+    own = replace(own, answers=config.method.ANSWERS)
     student = models.build(own, config.seed)
     student.space = teacher.space
     if config.student.init == "teacher":

@@ -20,7 +20,7 @@ from torch import nn
 from rlfusion import autoencoder, lora, pipelines, schedule, spec
 from rlfusion.autoencoder import Latents
 from rlfusion.consistency import LCM
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.nets.captions import Captions
 from rlfusion.nets.dit import DiT
@@ -72,8 +72,9 @@ class Card:
     settings of the chain that it was made with (``chain.Chain``; empty for none in particular), whether the names are
     captions, which the network reads, and the autoencoder in whose latents it works (``autoencoder.build``; empty for
     pixels). Of a distilled model also the boundary of a consistency function around it (``LCM(...)``; empty for none)
-    and the range (low, high) of guidance weights that the network reads (empty for none). ``pipeline`` says which
-    pretrained pipeline it is, if it is one (``pipelines.model``); its names are prompts.
+    and the range (low, high) of guidance weights that the network reads (empty for none). ``answers`` says what x0_hat
+    is, the mean or the end of a walk. ``pipeline`` says which pretrained pipeline it is, if it is one
+    (``pipelines.model``); its names are prompts.
     """
 
     config: Config
@@ -84,6 +85,7 @@ class Card:
     autoencoder: dict[str, Any] = field(default_factory=dict)
     boundary: str = ""
     weights: tuple[float, ...] = ()
+    answers: Answers = "mean"
     pipeline: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +95,7 @@ class Card:
     @classmethod
     def from_json(cls, card: dict) -> "Card":
         """The card whose ``asdict`` went through JSON; other keys are ignored."""
-        known = ("chain", "captioned", "autoencoder", "boundary", "pipeline")
+        known = ("chain", "captioned", "autoencoder", "boundary", "answers", "pipeline")
         own = {name: card[name] for name in known if name in card}
         own["weights"] = tuple(card.get("weights", ()))
         return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), **own)

@@ -85,7 +85,10 @@ def card_of(config: Base, data: Dataset) -> models.Card:
                 f"expected one for such samples, and this is for {made_for if made_for != data.shape else 'others'}"
             )
         about = space.about
-    return models.Card(config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about)
+    answers = losses.make(config.train.loss).answers
+    return models.Card(
+        config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about, answers=answers
+    )
 
 
 def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:

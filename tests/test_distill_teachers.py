@@ -2,16 +2,17 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from distilled import CARD, CHAINS, FEW, SHAPE, images, run, scrambled, settings_of, teaching
 from torch.nn import functional as F
 
-from rlfusion import distilling
+from rlfusion import distilling, models
 from rlfusion.agents import AGENTS
 from rlfusion.chain import Chain
+from rlfusion.config import Base
 from rlfusion.critic import make_critic
 from rlfusion.denoiser import Embedded
 from rlfusion.distill import METHODS, Student
@@ -19,7 +20,7 @@ from rlfusion.distill.matching import judging
 from rlfusion.distill.pairs import Making
 from rlfusion.errors import ConfigError
 from rlfusion.objectives import ADVERSARIAL
-from rlfusion.pretraining import require_solvable
+from rlfusion.pretraining import card_of, require_solvable
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.trajectory import concatenate
 
@@ -80,14 +81,27 @@ def test_the_generators_loss_has_the_gradient_of_the_discriminator_and_leaves_it
     torch.testing.assert_close(fake.grad, direct.grad)
 
 
+@pytest.mark.parametrize(("card", "by"), [(BOUNDARY, r"boundary, LCM\(\)"), (replace(CARD, answers="end"), "training")])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_consistency_function_teaches_by_its_weights_alone(name):
-    settings = settings_of(name)
+def test_a_consistency_function_teaches_by_its_weights_alone(name, card, by):
+    settings = replace(settings_of(name), teacher="runs/x")
     if name == "ct":
-        distilling.require_denoiser(settings, BOUNDARY)
+        distilling.require_denoiser(settings, card)
         return
-    with pytest.raises(ConfigError, match=f"consistency function by a boundary.*{name} expected a denoiser"):
-        distilling.require_denoiser(settings, BOUNDARY)
+    with pytest.raises(ConfigError, match=f"teacher = 'runs/x'.*by its {by}.*{name} expected a denoiser"):
+        distilling.require_denoiser(settings, card)
+
+
+def test_models_say_whether_they_answer_with_the_mean_or_the_end(tmp_path):
+    """Of pretraining by its objective, of distillation by its method, of a folder as it was saved; else the mean."""
+    for loss, answers in {"Denoising()": "mean", "CT()": "end", "ICT()": "end", "SCT()": "end"}.items():
+        assert card_of(replace(Base(), train=replace(Base().train, loss=loss)), images()).answers == answers
+    teach = {name: teaching(settings_of(name), replace(CARD, answers="end")).card for name in METHODS}
+    assert {name for name, card in teach.items() if card.answers == "mean"} == {"pd", "guided_pd", "reflow"}
+    models.save(tmp_path, scrambled(teach["cd"]), teach["cd"])
+    card = models.load_card(tmp_path)
+    assert card.answers == "end"
+    assert models.Card.from_json({k: v for k, v in asdict(card).items() if k != "answers"}).answers == "mean"
 
 
 @pytest.mark.parametrize("name", ["cd", "lcm", "ct", "dmd", "reflow", "regression"])

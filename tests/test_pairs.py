@@ -7,6 +7,7 @@ import torch
 
 from rlfusion import models
 from rlfusion.denoiser import Denoiser
+from rlfusion.distill import pairs as pairs_module
 from rlfusion.distill.pairs import Making, PairDraws, Pairs, make_pairs
 from rlfusion.errors import ConfigError
 from rlfusion.rollout import Settings
@@ -75,6 +76,24 @@ def test_what_is_there_is_not_made_again(tmp_path):
     written = first.stat().st_mtime_ns
     assert equal(made(tmp_path / "cut"), whole)
     assert first.stat().st_mtime_ns == written
+
+
+def test_a_signal_is_noticed_between_the_walks_of_a_shard(tmp_path, monkeypatch):
+    """Of 20 pairs in shards of 8, walks of 3 at a time: at the fifth look the second shard is under way."""
+    whole, looks = made(tmp_path / "whole"), []
+
+    def stop() -> None:
+        looks.append(1)
+        if len(looks) == 5:
+            raise Stopped
+
+    monkeypatch.setattr(pairs_module, "ITEM", 3)
+    with pytest.raises(Stopped):
+        made(tmp_path / "cut", stop=stop)
+    assert sorted(f.name for f in (tmp_path / "cut").iterdir()) == ["pairs.json", "shard-00000.safetensors"]
+    again = made(tmp_path / "cut")
+    assert torch.allclose(again.x0, whole.x0, atol=1e-6)
+    assert torch.equal(again.eps, whole.eps)
 
 
 def test_another_count_makes_them_again_and_takes_no_short_shard(tmp_path):

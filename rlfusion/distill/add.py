@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
 from rlfusion.distill.matching import Learner, Matching, Parts, judging
@@ -59,6 +59,7 @@ class Config(Matching):
     noised: bool = False
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlfusion import spec
 from rlfusion.chain import Chain
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Denoiser, Embedded
+from rlfusion.denoiser import Answers, Denoiser, Embedded
 from rlfusion.distill.mapped import on_its_own
 from rlfusion.distill.pairs import Making, Pairs, make_pairs
 from rlfusion.distill.student import Config as Student
@@ -46,7 +46,7 @@ class Teaching:
         folder: of the run; a method may keep files of its own there.
         workers: who makes pairs of the teacher.
         say: tells the user.
-        stop: raises where a signal asked to stop; called where all work so far is saved.
+        stop: raises where a signal asked to stop; called where little work is lost by it.
     """
 
     teacher: nn.Module
@@ -63,11 +63,15 @@ class Teaching:
     say: Callable[[str], None] = print
     stop: Callable[[], None] = lambda: None
 
-    def pairs(self, making: Making, name: str = "pairs", source: Denoiser | None = None) -> Callable[[], Pairs]:
-        """What makes, or finds in ``folder/name``, pairs of the teacher; or of ``source``, a student as it was."""
+    def pairs(
+        self, making: Making, name: str = "pairs", source: Denoiser | None = None, round: int = 0
+    ) -> Callable[[], Pairs]:
+        """What makes, or finds in ``folder/name``, pairs of the teacher; or of ``source``, a student as it was. Each
+        ``round`` has noise of its own.
+        """
         own = (self.own, self.teacher_card, making, self.guidance)
         model = own if source is None else (source, self.card, making, 0.0)
-        return partial(make_pairs, *model, self.folder / name, self.seed, self.workers, self.say, self.stop)
+        return partial(make_pairs, *model, self.folder / name, self.seed, self.workers, self.say, self.stop, round)
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +120,9 @@ class Method(Protocol):
 
     ASKS: ClassVar[bool]
     """It asks the teacher what it answers, as a denoiser."""
+
+    ANSWERS: ClassVar[Answers]
+    """What x0_hat of its students is."""
 
     @property
     def name(self) -> str:
@@ -168,6 +175,7 @@ class Settings:
 
     STUDENT: ClassVar[Student] = Student()
     ASKS: ClassVar[bool] = True
+    ANSWERS: ClassVar[Answers] = "mean"
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch", "lr", "max_grad_norm")

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, constant, metric_of
 from rlfusion.distill.ode import Solver, along
@@ -55,6 +56,7 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, metric_of
 from rlfusion.errors import ConfigError
@@ -56,6 +57,7 @@ class Config(Settings):
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
     ASKS: ClassVar[bool] = False
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

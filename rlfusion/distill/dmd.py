@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from rlfusion import spec
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
 from rlfusion.distill.matching import Following, Learner, Parts, Regression, judging
@@ -52,6 +53,7 @@ class Config(Following):
     pairs: Making = field(default_factory=Making)
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

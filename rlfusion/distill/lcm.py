@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 
 from rlfusion.chain import Chain
 from rlfusion.consistency import RESOLUTION
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.cd import by_teacher
 from rlfusion.distill.consistency import Consistency, check_grid, constant, metric_of
@@ -49,6 +50,7 @@ class Config(Settings):
     boundary: str = "LCM()"
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

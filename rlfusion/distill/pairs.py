@@ -2,8 +2,9 @@
 
     (1)  x_1 = sigma(1) z,   x_0 = the end of the walk from x_1 by DDIM(eta=0) over K steps;     the pair is (x_0, z)
 
-Shard n holds the walks of rollout n of the plan of ``rlfusion.rollout``, so that a pair is a pure function of (seed,
-teacher, n, its number): any number of workers gives the same, and what is already there is not made again.
+Shard n of N in round r (of reflow; 0 elsewhere) holds the walks of rollout r N + n of the plan of ``rlfusion.rollout``,
+so that a pair is a pure function of (seed, teacher, r, n, its number): the noise of each round is its own, any number
+of workers gives the same, and what is already there is not made again.
 
     pairs/shard-00000.safetensors    x0 (N, *), eps (N, *), label (N,)
     pairs/pairs.json                 whose pairs they are, and the SHA-256 of each shard
@@ -117,37 +118,51 @@ def make_pairs(
     settings: Settings,
     say: Callable[[str], None] = print,
     stop: Callable[[], None] = lambda: None,
+    round: int = 0,
 ) -> Pairs:
-    """The pairs of ``teacher``, the model of ``card``, from ``folder`` as far as they are there.
+    """The pairs of ``teacher``, the model of ``card``, in a round, from ``folder`` as far as they are there.
 
     A shard that is damaged, or of another teacher, is renamed
-    ``*.corrupt``, told, and made again. ``stop`` is called after every shard, and may raise.
+    ``*.corrupt``, told, and made again. ``stop`` is called between the walks of a shard too, and may raise: that shard
+    alone is then made again.
     """
     chain = making.chain(guidance)
     policy = chain.policy(teacher, card.names)
     weights = Weights.of(policy, 0)
-    held = _Shards(folder, _identity(card, chain, making, seed, weights))
+    held = _Shards(folder, _identity(card, chain, making, seed, weights, round))
     sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]
     missing = [n for n in range(len(sizes)) if not held.sound(n, say)]
     if missing:
         device = str(next(policy.parameters()).device)
         with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
             for n in missing:
-                held.write(n, _walk(backend, weights, card.classes, seed, n, sizes[n]))
+                shard = _Shard(seed, round * len(sizes) + n, card.classes, sizes[n])
+                held.write(n, shard.walk(backend, weights, max(1, settings.workers), stop))
                 stop()
     parts = [held.read(n) for n in range(len(sizes))]
     return Pairs(*(torch.cat([part[name] for part in parts]) for name in Pairs._fields))
 
 
-def _walk(backend: Backend, weights: Weights, classes: int, seed: int, n: int, size: int) -> dict[str, Tensor]:
-    """Eq. (1) for the ``size`` pairs of shard n, class by class in turn."""
-    each = -(-size // classes)
-    items = plan(seed, n, classes, each, ITEM, classes, weights.version)
-    walks = concatenate(backend.collect(items, weights)).to("cpu")
-    shape = tuple(walks.x.shape[2:])
-    chosen = torch.arange(each * classes).reshape(classes, each).T.flatten()[:size]
-    eps = rollout_noise(seed, n, chosen.tolist(), 0, shape)[:, 0]
-    return {"x0": walks.x[chosen, -1], "eps": eps, "label": walks.group[chosen]}
+class _Shard(NamedTuple):
+    """Eq. (1) for the ``size`` pairs of one rollout, class by class in turn."""
+
+    seed: int
+    rollout: int
+    classes: int
+    size: int
+
+    def walk(self, backend: Backend, weights: Weights, at_once: int, stop: Callable[[], None]) -> dict[str, Tensor]:
+        """The pairs; ``stop`` is called between every ``at_once`` work items."""
+        each = -(-self.size // self.classes)
+        items = plan(self.seed, self.rollout, self.classes, each, ITEM, self.classes, weights.version)
+        parts = list(backend.collect(items[:at_once], weights))
+        for first in range(at_once, len(items), at_once):
+            stop()
+            parts += backend.collect(items[first : first + at_once], weights)
+        walks = concatenate(parts).to("cpu")
+        chosen = torch.arange(each * self.classes).reshape(self.classes, each).T.flatten()[: self.size]
+        eps = rollout_noise(self.seed, self.rollout, chosen.tolist(), 0, tuple(walks.x.shape[2:]))[:, 0]
+        return {"x0": walks.x[chosen, -1], "eps": eps, "label": walks.group[chosen]}
 
 
 def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
@@ -190,9 +205,16 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))
 
 
-def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weights: Weights) -> str:
+def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weights: Weights, round: int) -> str:
     """16 hex digits over all that the shards depend on."""
-    about = {**asdict(chain), **asdict(making), "seed": seed, "model": asdict(card.config), "names": card.names}
+    about = {
+        **asdict(chain),
+        **asdict(making),
+        "seed": seed,
+        "round": round,
+        "model": asdict(card.config),
+        "names": card.names,
+    }
     return hashlib.sha256((json.dumps(about, sort_keys=True) + weights.sha256).encode()).hexdigest()[:16]
 
 

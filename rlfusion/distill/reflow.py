@@ -1,7 +1,7 @@
 """Reflow (Liu et al. 2022, 2023; handbook 2.4, corrected): straighter paths by training on one's own pairs.
 
-    (1)  round r: pairs (x_0, eps), x_0 where the ODE of the model of round r - 1 takes the noise eps; round 1's are the
-         teacher's
+    (1)  round r: pairs (x_0, eps), x_0 where the ODE of the model of round r - 1 takes the noise eps, fresh in every
+         round; round 1's are the teacher's
     (2)  L = E w(t) | y_theta(x_t, t, c) - (a x_0 + b eps) |^2,   x_t = alpha x_0 + sigma eps of one pair (erratum 47)
 
 With a flow on ``Rectified`` this is Eq. 29, k-rectified flow after k - 1 rounds (of a 1-RF teacher). From a diffusion
@@ -78,7 +78,7 @@ class Config(Settings):
     def _round(self, teaching: Teaching, r: int) -> Fit:
         """Eq. (2) in round r, on pairs of the model as it is when the round begins: part of the round's state."""
         source = copy.deepcopy(teaching.student).requires_grad_(False) if r else None
-        pairs = teaching.pairs(self.pairs, f"pairs-{r + 1}", source)
+        pairs = teaching.pairs(self.pairs, f"pairs-{r + 1}", source, r)
         key = (teaching.seed, "distill", self.name, r)
         about = (teaching.card.classes, self.batch, self.steps, teaching.device)
         draws = PairDraws(pairs, *about, *key, dropout=self.label_dropout)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlfusion import spec
 from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.pairs import Making, PairDraws
 from rlfusion.errors import ConfigError
@@ -49,6 +49,7 @@ class Config(Settings):
     pairs: Making = field(default_factory=Making)
 
     CHAIN: ClassVar[Chain] = Chain(steps=1, kernel="DDIM(eta=0.0)")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.student import Config as Student
 from rlfusion.pretrain import Draw, Loss
@@ -52,6 +52,7 @@ class Config(Settings):
     lr: float = 3e-4
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
     STUDENT: ClassVar[Student] = Student(
         net="ResidualMLP(width=128, depth=3, frequency=2.0)",
         schedule="Trig(sigma_data=0.75)",

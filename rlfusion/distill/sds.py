@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.matching import Learner, Matching, Parts
 from rlfusion.errors import ConfigError, require_positive
@@ -35,6 +36,7 @@ class Config(Matching):
     points: int = 32
 
     CHAIN: ClassVar[Chain] = Chain(steps=1, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rlfusion.chain import Chain
+from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.matching import Following, Learner, Parts
 
@@ -28,6 +29,7 @@ class Config(Following):
     lr: float = 3e-4
 
     CHAIN: ClassVar[Chain] = Chain(steps=1, kernel="Renoise()")
+    ANSWERS: ClassVar[Answers] = "end"
 
     def learner(self, teaching: Teaching) -> Distiller:
         parts = Parts(**self.parts(teaching))

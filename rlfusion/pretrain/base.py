@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.seeding import Key, stream
 from rlfusion.tensors import Cond
 
@@ -54,6 +54,9 @@ class Loss(ABC):
 
     compares_data: ClassVar[bool] = False
     """It looks at the whole training set, of which x0 must then be a part: there is no augmentation."""
+
+    answers: ClassVar[Answers] = "mean"
+    """What x0_hat of its models is."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:

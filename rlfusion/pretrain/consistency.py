@@ -20,13 +20,13 @@ CT and distillation agree in the gradient that a fixed f_- leaves, not in the lo
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlfusion import spec
-from rlfusion.denoiser import Denoiser, require_readable
+from rlfusion.denoiser import Answers, Denoiser, require_readable
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.parameterization import solve
 from rlfusion.pretrain.base import Draw, Loss
@@ -137,6 +137,8 @@ class CT(Loss):
     mu0: float = 0.9
     metric: str = "L2()"
 
+    answers: ClassVar[Answers] = "end"
+
     def __post_init__(self) -> None:
         _check_sizes(self.s0, 2, self.s1)
         if not 0 < self.mu0 < 1:
@@ -179,6 +181,8 @@ class ICT(Loss):
     mean: float = -1.1
     std: float = 2.0
     metric: str = "PseudoHuber()"
+
+    answers: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         _check_sizes(self.s0, 1, self.s1)

@@ -17,12 +17,13 @@ consistency function; with (1) it is 0 in expectation, before (4). The paper's a
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rlfusion import spec
-from rlfusion.denoiser import Denoiser
+from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.kinds import TrigFlow
 from rlfusion.nets.parts import plain_attention
@@ -78,6 +79,8 @@ class SCT(Loss):
     times: str = "LogNormal(mean=-1.0, std=1.4)"
     rise: int = 1000
     c: float = 0.1
+
+    answers: ClassVar[Answers] = "end"
 
     def __post_init__(self) -> None:
         require_positive(self, "c")
