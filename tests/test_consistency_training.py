@@ -12,6 +12,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from backbones import NET, random_backbone
 from mixtures import mmd_p_value
 from oracles import Mixture, consistency_on_grid, flow_map
 from scipy.spatial.distance import cdist
@@ -302,14 +303,8 @@ def test_l2_and_pseudo_huber_by_hand():
 
 
 def test_lpips_is_that_of_its_authors_package(tmp_path):
-    lpips = pytest.importorskip("lpips")
-    torch.manual_seed(3)
-    net = "squeeze"  # the other backbones take seconds to make
-    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    file = tmp_path / "backbone.pth"
-    torchvision = {"features." + name.partition(".")[2]: w for name, w in theirs.net.state_dict().items()}
-    torch.save({**torchvision, "classifier.6.bias": torch.zeros(3)}, file)
-    ours = LPIPS(net=net, weights=str(file), size=64)
+    file, theirs = random_backbone(tmp_path)
+    ours = LPIPS(net=NET, weights=str(file), size=64)
     ours.check(Pixels())
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
     torch.testing.assert_close(ours(x, y), theirs(x, y).flatten())

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backbones import NET, random_backbone
 from conftest import TINY
 from distilled import CARD, SHAPE, held, run, scrambled, settings_of, small, teaching
 from mixtures import Exact
@@ -19,12 +20,14 @@ from rlfusion.chain import Chain
 from rlfusion.consistency import LCM
 from rlfusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.distill import METHODS, OnSchedule, Stage, Staged, Student, local_steps
+from rlfusion.distill.ode import along
 from rlfusion.distill.student import adopt, disagreement
 from rlfusion.errors import ConfigError
 from rlfusion.gaussian import Gaussian
 from rlfusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Renoise, transition
 from rlfusion.measure import draw
 from rlfusion.parameterization import Prediction
+from rlfusion.pretrain.metrics import LPIPS
 from rlfusion.schedule import VP, Cosine, Karras, Rectified, Trig
 
 DOUBLE = torch.float64
@@ -310,3 +313,22 @@ def test_the_same_settings_come_back_from_the_configuration(student):
     assert (settings.method.steps, settings.chain.steps, settings.seed) == (30, 2, 1)
     assert isinstance(settings, config.Distill)
     assert settings.method == small("cd", steps=30, batch=16, intervals=20, mu=0.95)
+
+
+def test_consistency_distillation_in_the_perceptual_metric(tmp_path):
+    """A student from random weights comes nearer, in that distance, to where the teacher's ODE ends."""
+    file, _ = random_backbone(tmp_path)
+    metric = LPIPS(net=NET, weights=str(file), size=64)
+    text = f"LPIPS(net={NET!r}, weights={str(file)!r}, size=64)"
+    settings = settings_of("cd", Student(init="random"), metric=text, steps=30, lr=1e-2, warmup=5, mu=0.0)
+    settings.method.check(teaching(settings))
+    records = run(settings, CARD, tmp_path)
+    assert all(0 < record["loss"] < 1 and record["grad_norm"] > 0 for record in records)
+    teacher, student = scrambled(CARD), models.load(tmp_path)[0]
+    x, label = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+    times = [torch.full((40,), t, dtype=DOUBLE) for t in torch.linspace(1, 0, 21).tolist()]
+    goal, end = along(teacher, x, times, label), times[0]
+    with torch.no_grad():
+        before = metric(models.build(settings.method.card(CARD), 0)(x, end, label).x0, goal).mean()
+        after = metric(student(x, end, label).x0, goal).mean()
+    assert after < 0.8 * before
