@@ -45,13 +45,14 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     plain = {"pretrain": config.Pretrain, "pretrain-autoencoder": Autoencode, "train-clip": TrainClip}
     if kind in plain:
         return parse(plain[kind], kind, arguments)
-    if kind == "compare":
-        return parse(Compare, kind, _listed(arguments), model_defaults("compare", arguments, "base"))
     if kind == "distill":
         arguments = _long(arguments, "method")
         typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
         return parse(typed, kind, arguments, make=config.Distill)
-    arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in _long(arguments, "agent")]
+    arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
+    if kind == "compare":
+        return parse(Compare, kind, _listed(arguments), model_defaults("compare", arguments, "base"))
+    arguments = _long(arguments, "agent")
     typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
     return parse(typed, kind, arguments, model_defaults("finetune", arguments, "base"), make=config.Finetune)
 

@@ -47,6 +47,11 @@ class Judged:
         return self.train.shape
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the conditions."""
+        return self.train.names
+
+    @property
     def classes(self) -> int:
         """How many conditions there are."""
         return self.train.classes

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import TINY
 from processes import rlfusion
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlfusion import cli, pipelines
 from rlfusion.agents import ddpo, grpo
 from rlfusion.arguments import settings_of
 from rlfusion.chain import Chain
@@ -19,7 +21,7 @@ from rlfusion.comparison.curves import best_within, curve, first_at
 from rlfusion.data import digits
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
-from rlfusion.measure import Judged
+from rlfusion.measure import Judged, Unjudged
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rewards import RewardError
 from rlfusion.schedule import Cosine
@@ -218,3 +220,53 @@ def test_an_agent_that_cannot_serve_is_a_cell_that_says_so(tiny_root, tmp_path):
     assert none.code == 2
     assert "window = 99" in none.err
     assert not (tmp_path / "runs" / "no").exists()
+
+
+AXES = {"gain_by_queries", "gain_by_cpu_milliseconds", "diversity_by_queries"}
+
+
+def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypatch, capsys):
+    """No data and no judge: diversity and image statistics in their place. The base is the pipeline, and stays it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\n")
+    draft = "draft(lr=0.01, micro_batch=8, updates_per_epoch=2)"
+    words = ["--agents", f"DRaFT = {draft},ddpo(micro_batch=8),grpo(window=9)", "--rewards", "tiny_pipelines:warm"]
+    model = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "prompts.txt", "--pipeline.size", "16"]
+    small = ["--chain.steps", "3", "--rollout.prompts", "2", "--rollout.samples_per_prompt", "4"]
+    small += ["--budget_queries", "24", "--evaluations", "3", "--evaluation.samples", "50", "--best_of", "[2]"]
+    lora = ["--lora", "LoRA(rank=2, dropout=0.1)"]
+    assert cli.main(["compare", *model, *words, *small, *lora, "--name", "it"]) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "runs" / "it"
+    page = (folder / "comparison.md").read_text()
+    assert page.strip() in out
+    table = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert {len(cells) for cells in table[:-1]} == {len(table[0])}
+    assert table[0][-3:] == ["brightness", "edge density", "entropy |"]
+    rows = {cells[0].strip("| "): cells for cells in table[1:]}
+    assert {"base (no training)", "best of 2 (no training)", "guidance 3 (no training)", "DRaFT"} < rows.keys()
+    assert float(rows["best of 2 (no training)"][4]) > 0
+    assert "refused: window = 9" in rows["grpo(window=9)"][1]
+    points = {o["agent"]: o["points"] for o in json.loads((folder / "comparison.json").read_text())}
+    assert points["DRaFT"][-1]["gain"] > 0.3
+    assert [p["queries"] for p in points["DRaFT"]] == [0, 8, 16, 24]
+    assert {p["frechet"] for run in points.values() for p in run} == {None}
+    assert (folder / "tiny_pipelines-warm.png").stat().st_size > 10_000
+    run = next(folder.glob("DRaFT*"))
+    tags = {tag.partition("/")[2] for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"]}
+    assert {tag for tag in tags if "_by_" in tag} == AXES
+    assert (run / "model" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_guidance_that_a_model_does_not_know_is_a_row_that_says_so(tiny_pipelines):
+    settings = pipelines.Settings(prompts="a red cat", size=16).about(str(tiny_pipelines["flux"]), "", None)[0]
+    schnell = pipelines.build(settings, ["a red cat"])
+    schnell.weights = None  # as of a network that does not read the guidance
+    schnell.net.family = replace(schnell.net.family, answer=lambda model, x, t, c: x)
+    chain = Chain(steps=2, spacing="model")
+    found = dict(baselines(schnell, chain, Unjudged((3, 16, 16), ("a red cat",)), mean, 4, [], [3.0]))
+    assert found["guidance 3"].startswith("refused: guidance: this model knows no negative prompts")
+    assert found["base"]["diversity"] > 0
+
+
+def mean(samples, cond):
+    return samples.flatten(1).mean(1)

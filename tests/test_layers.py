@@ -63,7 +63,7 @@ HOMES = {
     | {"rlfusion.rollout.task"},
     "sklearn": {"rlfusion.data"},
     "datasets": {"rlfusion.hub"},
-    "matplotlib": {"rlfusion.comparison.report"},
+    "matplotlib": {"rlfusion.comparison.plots"},
     "jsonargparse": {"rlfusion.arguments"},
     "rich": {"rlfusion.commands", "rlfusion.progress"},
     "PIL": {"rlfusion.data", "rlfusion.tracking", "rlfusion.rewards.jpeg"},

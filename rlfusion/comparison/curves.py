@@ -6,11 +6,18 @@ gain = (mean reward - mean reward of the base) / (standard deviation of the base
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rlfusion.evaluate.images import ImageStatistics
+
+IMAGES = ImageStatistics._fields
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run."""
+    """One evaluation of a run. ``diversity`` is a share of real data's, or of the base's where there are none; then
+    there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
+    """
 
     updates: int
     queries: int
@@ -18,9 +25,10 @@ class Point:
     cpu_seconds: float
     gain: float
     reward: float
-    agreement: float
-    frechet: float
+    agreement: float | None
+    frechet: float | None
     diversity: float
+    images: dict[str, float]
 
 
 def curve(folder: Path) -> list[Point]:
@@ -38,12 +46,20 @@ def curve(folder: Path) -> list[Point]:
             cpu_seconds=spent[step]["cpu_seconds"],
             gain=(e["evaluation/reward"] - base["evaluation/reward"]) / max(base["evaluation/reward_std"], 1e-12),
             reward=e["evaluation/reward"],
-            agreement=e["evaluation/agreement"],
-            frechet=e["evaluation/frechet"],
-            diversity=e["evaluation/diversity_relative"],
+            **_quality(e, base),
         )
         for step, e in sorted(found.items())
     ]
+
+
+def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
+    """What ``Point`` holds of the quality of samples."""
+    if "evaluation/frechet" in found:
+        judged = {name: found[f"evaluation/{name}"] for name in ("agreement", "frechet")}
+        return judged | {"diversity": found["evaluation/diversity_relative"], "images": {}}
+    images = {name: found[f"evaluation/{name}"] for name in IMAGES}
+    relative = found["evaluation/diversity"] / max(base["evaluation/diversity"], 1e-12)
+    return {"agreement": None, "frechet": None, "diversity": relative, "images": images}
 
 
 def first_at(points: list[Point], gain: float) -> Point | None:
@@ -53,5 +69,5 @@ def first_at(points: list[Point], gain: float) -> Point | None:
 
 def best_within(points: list[Point], frechet: float) -> Point | None:
     """The evaluation of the largest gain among those after training at a Frechet distance up to ``frechet``."""
-    within = [p for p in points[1:] if p.frechet <= frechet]
+    within = [p for p in points[1:] if p.frechet is not None and p.frechet <= frechet]
     return max(within, key=lambda p: p.gain, default=None)

@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 
-from rlfusion import checkpoint, finetune, models
+from rlfusion import checkpoint, finetune, models, origin
 from rlfusion.comparison.baselines import Measured, baselines
 from rlfusion.comparison.curves import Point, curve
 from rlfusion.comparison.report import Outcome, report
 from rlfusion.comparison.settings import Compare
 from rlfusion.config import Finetune, to_yaml
-from rlfusion.data import load
 from rlfusion.errors import ConfigError, NumericalError
-from rlfusion.measure import Judged, make_reward
 from rlfusion.pretraining import base_model
 from rlfusion.progress import Progress
 from rlfusion.rewards import Care
@@ -55,7 +53,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         place = folder / slug(f"{agent}-{reward}-seed{seed}")
         progress.say(f"{agent} on {reward}, seed {seed}")
         outcomes.append(Outcome(agent, reward, seed, *_run(settings, base, place, config.root, signals, progress)))
-    measured = _baselines(config, base)
+    measured = _baselines(config, base, signals, progress)
     for outcome in outcomes:
         _overlay(folder / slug(f"{outcome.agent}-{outcome.reward}-seed{outcome.seed}"), outcome)
     checkpoint.write_json_atomic(folder / "baselines.json", measured)
@@ -67,14 +65,16 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-")
 
 
-def _base(config: Compare, signals: Signals, progress: Progress) -> Path:
+def _base(config: Compare, signals: Signals, progress: Progress) -> Path | str:
+    """The base model of all runs: a model's folder, or what names a pretrained pipeline."""
     if config.base:
-        return models.find(Path(config.base))
+        one = next(config.runs())[3]
+        return config.base if origin.pretrained(_with(one, root=config.root)) else models.find(Path(config.base))
     return base_model(config.pretrain, Path(config.root), pick_device(config.device), signals, progress)
 
 
 def _run(
-    settings: Finetune, base: Path, folder: Path, root: str, signals: Signals, progress: Progress
+    settings: Finetune, base: Path | str, folder: Path, root: str, signals: Signals, progress: Progress
 ) -> tuple[list[Point], str]:
     """The curve of one run, and why it has none or ends before its time."""
     settings = _with(settings, root=root, name=folder.name, base=str(base))
@@ -99,16 +99,17 @@ def _with(settings: Finetune, **changes: Any) -> Finetune:
     return Finetune(**vars(settings) | changes)
 
 
-def _baselines(config: Compare, base: Path) -> dict[str, dict[str, Measured]]:
+def _baselines(
+    config: Compare, base: Path | str, signals: Signals, progress: Progress
+) -> dict[str, dict[str, Measured | str]]:
     """What each reward says of the baselines, by reward and name."""
-    device = pick_device(config.device)
-    denoiser = models.load(base)[0].to(device)
-    data = load(config.pretrain.data, config.pretrain.size)
-    judged = Judged.of(data, config.pretrain.held_out, Path(config.root), device)
+    device, root = pick_device(config.device), Path(config.root)
+    one = _with(next(config.runs())[3], root=config.root, base=str(base))
+    denoiser, _, judged, _ = origin.begin(one, root, device, signals, progress)
     found, care = {}, Care(config.reward_timeout_s, config.reward_cache)
     may_fail = config.max_failed if config.reward_failures == "mask" else None
     for name in config.rewards:
-        reward = make_reward(name, _options(config, name), judged.train, Path(config.root), care)
+        reward = judged.reward(name, _options(config, name), root, care)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
         settings = (config.evaluation.samples, config.best_of, config.guidance)
@@ -128,9 +129,13 @@ def _overlay(folder: Path, outcome: Outcome) -> None:
     axes = {
         "gain_by_queries": [(p.queries, p.gain) for p in outcome.points],
         "gain_by_cpu_milliseconds": [(round(1000 * p.cpu_seconds), p.gain) for p in outcome.points],
-        "gain_by_frechet_x100": [(round(100 * p.frechet), p.gain) for p in outcome.points],
-        "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
-        "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
+        "diversity_by_queries": [(p.queries, p.diversity) for p in outcome.points],
     }
+    if outcome.points[0].frechet is not None:
+        axes |= {
+            "gain_by_frechet_x100": [(round(100 * p.frechet), p.gain) for p in outcome.points],
+            "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
+            "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
+        }
     overlay(folder, {f"{group}/{name}": points for name, points in axes.items()})
     (folder / ".overlaid").touch()

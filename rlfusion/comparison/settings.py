@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rlfusion import spec
+from rlfusion import pipelines, spec
 from rlfusion.agent import Agent
 from rlfusion.agents import AGENTS
 from rlfusion.chain import Chain
@@ -31,13 +31,16 @@ class Compare:
         best_of: baselines without training: the best of so many samples of the base model by the reward.
         guidance: baselines without training: guidance weights w of the base model.
         target: gain, in standard deviations of the base's rewards, whose price in queries and seconds is told.
-        quality: the gain at fixed quality is the largest at a Frechet distance up to so many times the base's.
+        quality: the gain at fixed quality is the largest at a Frechet distance up to so many times the base's, where
+            there are data to have one from.
         root: folder of the comparison, and of the shared cache.
         name: of the comparison's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
-        base: folder of the model to start from; empty pretrains one as ``pretrain`` says.
+        base: the model to start from, as of finetune; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: the base model where ``base`` is empty, and the data to compare with.
+        pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
+        lora: adapters that all runs train in place of all weights, as of finetune.
         chain: the sampling chain of all runs.
         rollout: the rollouts of all runs.
         guard: what is done about updates that go wrong.
@@ -64,6 +67,8 @@ class Compare:
     threads: int = 1
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Finetune().pretrain)
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
+    lora: str = ""
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
@@ -104,6 +109,8 @@ class Compare:
             threads=self.threads,
             base=self.base,
             pretrain=self.pretrain,
+            pipeline=self.pipeline,
+            lora=self.lora,
             reward=reward,
             reward_options=options,
             reward_failures=self.reward_failures,
