@@ -80,7 +80,7 @@ class Learner:
     """DAWR. ``update`` takes the walks of a rollout, or its samples where that is all it needs."""
 
     def __init__(self, task: Task, config: Config, data: Dataset, seed: int = 0) -> None:
-        self.policy, self.config = task.policy, config
+        self.policy, self.config, self.seed = task.policy, config, seed
         self.regression = Regression(task, config, data, seed)
         self.critic = ChainValue(task, config, seed) if config.learns_value else None
         self.iteration = self.queries = 0

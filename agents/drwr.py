@@ -79,7 +79,7 @@ class Learner:
     """DRWR. ``update`` takes the samples of a rollout, or its walks."""
 
     def __init__(self, task: Task, config: Config, data: Dataset, seed: int = 0) -> None:
-        self.policy, self.config = task.policy, config
+        self.policy, self.config, self.seed = task.policy, config, seed
         self.regression = Regression(task, config, data, seed)
         self.memory = Replay(config.memory)
         self.iteration = self.queries = 0

@@ -133,6 +133,9 @@ AGENTS = {
     "grpo": (),
     "nft": ("--agent.kl", 0.1),
     "dpo": (),
+    "drwr": (),
+    "dawr": (),
+    "qsm": ("--reward", "ink", "--agent.q", "denoised", "--agent.noisings", 1),
     "draft": ("--reward", "ink", "--agent.kl_loss", 0.1),
     "refl": ("--reward", "ink"),
 }
