@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from elsewhere import environment
 from processes import Process, rlfusion
 from reward_servers import client, serving
 
@@ -157,6 +158,8 @@ PROJECT = {
     "outside_rewards.py": """
         from dataclasses import dataclass
 
+        import rival
+
 
         @dataclass(frozen=True)
         class Vignette:
@@ -164,7 +167,7 @@ PROJECT = {
 
             def __call__(self, samples, cond):
                 inner = samples[..., 2:6, 2:6].mean((1, 2, 3))
-                return inner - self.strength * samples.mean((1, 2, 3))
+                return rival.VERSION * (inner - self.strength * samples.mean((1, 2, 3)))
     """,
 }
 MAIN = "import sys; from rlfusion.cli import main; sys.exit(main())"
@@ -183,11 +186,14 @@ def install(project: Path, target: Path) -> None:
 
 
 def test_a_package_made_outside_is_found_and_used_and_served_from_its_own_environment(root):
+    """Here it finds version 2 of a library, and in its own virtual environment version 1."""
     project, target = root / "project", root / "site"
     project.mkdir()
     for name, text in PROJECT.items():
         (project / name).write_text(textwrap.dedent(text))
     install(project, target)
+    (target / "rival.py").write_text("VERSION = 2")
+    python = environment(root / "older", rival="VERSION = 1")
     with pytest.raises(ConfigError, match="unknown reward 'vignette'"):
         build("vignette")  # this process has it not
     options = '{"vignette": {"strength": 0.5}}'
@@ -195,9 +201,9 @@ def test_a_package_made_outside_is_found_and_used_and_served_from_its_own_enviro
     said = rlfusion(target, "finetune", *TINY, "--monitor.every", 0, *more)  # where it is on the path
     assert said.code == 0, said.err
     assert "reward vignette" in said.out
-    env = os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{Path(__file__).parent.parent}"}
-
-    texts = [sys.executable, "-c", MAIN, "serve-reward", "vignette", "--options", '{"strength": 0.5}', "--port", "0"]
+    texts = [python, "-c", MAIN, "serve-reward", "vignette", "--options", '{"strength": 0.5}', "--port", "0"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install(project, next((root / "older").glob("lib/python*/site-packages")))
     served = subprocess.Popen([*texts, "--idle_s", "60"], cwd=root, env=env, stdout=subprocess.PIPE, text=True)
     try:
         url = re.search(r"http://[\d.:]+", served.stdout.readline())[0]

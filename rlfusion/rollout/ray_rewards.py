@@ -28,6 +28,7 @@ from rlfusion.rewards.frames import encode
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.service import Limits, Offer, require_servable
 from rlfusion.rollout.ray_backend import cluster
+from rlfusion.rollout.reward_envs import require_possible
 from rlfusion.tensors import Cond
 
 RESTARTS = 3
@@ -106,7 +107,13 @@ def reward_actors(
     """Start an actor for each reward of ``envs`` (its runtime environment by its name): the actors' names by reward.
 
     The Ray cluster is that of ``address``, or a private one of ``cpus`` and ``gpus``, which the rollout workers share.
+
+    Raises:
+        ConfigError: an environment cannot be made on this machine.
     """
+    if not address:  # elsewhere is not ours to look at
+        for name, env in envs.items():
+            require_possible(name, env)
     with ExitStack() as stack:
         if not ray.is_initialized():
             stack.enter_context(cluster(address, cpus, gpus))
@@ -138,5 +145,7 @@ def _uploaded(env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(error: Exception) -> str:
+    """The error in a line; of Ray's own errors the last one too, where the reason is."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    lines = [line.strip() for line in f"{type(cause).__name__}: {cause}".splitlines() if line.strip()]
+    return " ... ".join(dict.fromkeys((lines[0], lines[-1]))) if isinstance(cause, RayError) else lines[0]
