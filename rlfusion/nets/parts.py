@@ -34,16 +34,36 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 def plain_attention() -> AbstractContextManager:
     """Within the context attention takes its plain form: the fused ones have no second and no forward derivative. What
-    recomputes its activations needs it in the backward pass too.
+    ``through`` recomputes keeps it in the backward pass.
     """
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def _attends_plainly() -> bool:
+    if torch.compiler.is_compiling():
+        return False  # a compiled graph holds the form that it was traced with
+    cuda = torch.backends.cuda  # its switches are those of the CPU too
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+
+
+class _Plain(nn.Module):
+    """``block`` with plain attention, wherever it is called."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with plain_attention():
+            return self.block(*inputs)
 
 
 def through(block: nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
     """block(*inputs); with ``recompute`` the backward pass computes it again instead of keeping its activations.
 
-    Gradient checkpointing (Chen et al. 2016): the same numbers, bit for bit, for a second forward pass.
+    Gradient checkpointing (Chen et al. 2016): the same numbers, bit for bit, for a second forward pass. That pass takes
+    attention's form of the first, also where the backward pass runs after ``plain_attention`` has ended.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(_Plain(block) if _attends_plainly() else block, *inputs, use_reentrant=False)
     return block(*inputs)
