@@ -115,6 +115,19 @@ def flow_map(law: Mixture, x: Array, start: tuple[float, float], end: tuple[floa
     return (low + high) / 2
 
 
+def posterior_draw(law: Mixture, x: Array, ratio: Array, rng: np.random.Generator) -> Array:
+    """Draws of x_0 given x = x_0 + ratio eps in 1-D, one for each element of both: the component, then within it."""
+    x, ratio = np.broadcast_arrays(x, ratio)
+    mean, var = law.mean[:, 0], law.cov[:, 0, 0]
+    spread = var + ratio[..., None] ** 2
+    gap = x[..., None] - mean
+    log_p = np.log(law.weight) - gap**2 / (2 * spread) - np.log(spread) / 2
+    p = np.exp(log_p - logsumexp(log_p, axis=-1, keepdims=True))
+    i = (rng.random(x.shape)[..., None] > p.cumsum(-1)[..., :-1]).sum(-1)
+    share, gap = (np.take_along_axis(v, i[..., None], -1)[..., 0] for v in (var / spread, gap))
+    return mean[i] + share * gap + ratio * np.sqrt(share) * rng.standard_normal(x.shape)
+
+
 def consistency_on_grid(law: Mixture, sigma: Array, nodes: int = 400) -> tuple[list[CubicSpline], Array]:
     """Where consistency training in 1-D ends on the grid x_n = x_0 + sigma_n eps, n = 0..N: the functions
 

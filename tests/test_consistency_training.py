@@ -7,30 +7,23 @@ the losses and gradients of affine functions below are expectations, not samples
 
 import copy
 import math
-from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
 from backbones import NET, random_backbone
-from mixtures import mmd_p_value
-from oracles import Mixture, consistency_on_grid, flow_map
-from scipy.spatial.distance import cdist
+from consistency_parts import CM, LAM, TWO, UNLABELLED, M, Net, along, fixed_point, learner
 from scipy.special import ndtr
 from torch import nn
 
 from rlfusion import checkpoint
 from rlfusion.autoencoder import Latents
-from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
-from rlfusion.grid import TimeGrid
-from rlfusion.kernel import Renoise
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.parts import fourier
 from rlfusion.nets.unet import UNet
-from rlfusion.policy import Policy
-from rlfusion.pretrain import LOSSES, Config, Draw, Learner, losses
+from rlfusion.pretrain import LOSSES, Draw, losses
 from rlfusion.pretrain.consistency import (
     CT,
     ICT,
@@ -45,23 +38,11 @@ from rlfusion.pretrain.consistency import (
 )
 from rlfusion.pretrain.continuous import SCT, normalised, tangent
 from rlfusion.pretrain.metrics import L2, LPIPS, PseudoHuber
-from rlfusion.sampling import sample
 from rlfusion.schedule import Cosine, Karras, Rectified, Trig
 from rlfusion.space import Pixels
 
-M, LAM, SD = 0.7, 0.25, 0.6
+SD = 0.6
 KARRAS = Karras(sigma_min=1e-4, sigma_max=80.0)
-
-
-class Net(nn.Module):
-    """A function (x, t) as a network."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x, t, cond):
-        return self.function(x, t.reshape(-1, *[1] * (x.ndim - 1)))
 
 
 class Affine(nn.Module):
@@ -79,9 +60,6 @@ def cube():
     """The four points: x0 and eps, (4, 1)."""
     sign = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
     return M + LAM**0.5 * sign[:, :1], sign[:, 1:]
-
-
-UNLABELLED = (torch.zeros(1, dtype=torch.int64), 1, torch.zeros(1, dtype=torch.int64))  # label, no_class, index
 
 
 def draw_of(x0, eps, u, step=0, total=1):
@@ -246,14 +224,6 @@ def test_for_a_curved_f_the_gradients_agree_to_the_second_order_of_the_step():
     assert gaps[0] / gaps[1] == pytest.approx(2, rel=0.2)  # of gradients that are themselves O(dt)
 
 
-def fixed_point(sigma):
-    """The slopes k_n that CT converges to on the grid ``sigma`` (N,), and the loss (N-1,) of each interval there:
-    f_{n+1}(x) = E[f_n(x_n) | x_{n+1} = x] with Cov(x_n, x_{n+1}) = lam + t_n t_{n+1}."""
-    share = (LAM + sigma[1:] * sigma[:-1]) / (LAM + sigma[1:] ** 2)
-    k = np.concatenate([[1.0], np.cumprod(share)])
-    return k, k[:-1] ** 2 * (LAM + sigma[:-1] ** 2 - share * (LAM + sigma[1:] * sigma[:-1]))
-
-
 def test_at_the_fixed_point_of_a_grid_the_gradient_is_zero_and_the_loss_its_floor():
     n = 12
     time = torch.linspace(0, 1, n + 1, dtype=torch.float64)
@@ -348,12 +318,6 @@ def networks():
 
 def trig(net):
     return Denoiser(net, Trig(sigma_data=SD), f"TrigFlow(sigma_data={SD})")
-
-
-def along(x0, z, a):
-    """x, dx/da and the time t of the angles a (B,)."""
-    cos, sin = (f(a).reshape(-1, *[1] * (x0.ndim - 1)) for f in (torch.cos, torch.sin))
-    return cos * x0 + sin * z, cos * z - sin * x0, a * 2 / math.pi
 
 
 def slope(denoiser, x0, z, a, cond, h=1e-4):
@@ -459,25 +423,6 @@ def test_the_largest_frequency_of_time_is_a_setting():
 # The learner
 
 
-def toy(law, n, dimensions, seed=0):
-    """A data set of n samples of a 1-D law in each of so many dimensions, all of one class."""
-    rng = np.random.default_rng(seed)
-    x = np.stack([law.sample(n, rng)[:, 0] for _ in range(dimensions)], 1).astype(np.float32)
-    return Dataset(torch.from_numpy(x).reshape(n, 1, 1, dimensions), torch.zeros(n, dtype=torch.int64), ("all",))
-
-
-def learner(loss, kind, schedule, law, **train):
-    torch.manual_seed(0)
-    net = ResidualMLP((1, 1, 2), 1, width=64, depth=2, frequency=8.0)
-    settings = {"batch": 192, "label_dropout": 0.0, "ema": "Constant(decay=0.99)", "weight_decay": 0.0, **train}
-    return Learner(Denoiser(net, schedule, kind), toy(law, 20_000, 2), Config(loss=loss, **settings))
-
-
-FIRST = torch.tensor(0.0, dtype=torch.float64)
-CM = ("CM(sigma_data=0.8)", Karras())
-TWO = Mixture.scalar([0.4, 0.6], [-0.8, 0.7], [0.04, 0.09])
-
-
 def test_training_with_a_teacher_resumes_bit_for_bit(tmp_path):
     def new():
         return learner("CT(s0=2, s1=6)", *CM, TWO, steps=8, batch=16)
@@ -537,179 +482,3 @@ def test_settings_that_cannot_work_are_refused(loss):
 def test_where_the_boundary_holds_ct_may_be_trained():
     for kind, schedule in (CM, ("v", Cosine()), ("flow", Rectified())):
         CT().check(Denoiser(nn.Identity(), schedule, kind))
-
-
-# What training reaches: a product of two 1-D mixtures, whose consistency function is the quantile map of each axis
-
-
-def error(denoiser, law, level_of, sigmas, n=4000):
-    """The root mean square distance of f to the exact consistency function, over points of p_t at each ratio."""
-    rng, total = np.random.default_rng(7), []
-    for sigma in sigmas:
-        a, b, t = level_of(sigma)
-        x = a * np.stack([law.sample(n, rng)[:, 0] for _ in range(2)], 1) + b * rng.standard_normal((n, 2))
-        want = np.stack([flow_map(law, axis, (a, b), (1.0, 0.0)) for axis in x.T], 1)
-        with torch.no_grad():
-            at = torch.full((n,), t, dtype=torch.float64)
-            label = torch.zeros(n, dtype=torch.int64)
-            got = denoiser(torch.from_numpy(x).float().reshape(n, 1, 1, 2), at, label).x0
-        total.append(np.sqrt(np.square(got.reshape(n, 2).double().numpy() - want).mean()))
-    return total
-
-
-def drawn(denoiser, steps, kernel, n=4000):
-    """Samples (n, 2) of the chain."""
-    grid = TimeGrid(steps).times(denoiser.schedule)
-    noise = torch.from_numpy(np.random.default_rng(5).standard_normal((n, steps + 1, 1, 1, 2), dtype=np.float32))
-    label = torch.zeros(n, dtype=torch.int64)
-    return sample(Policy(denoiser, kernel), noise, grid, label).reshape(n, 2).double().numpy()
-
-
-def energy(x, y):
-    """The energy distance of two samples (n, 2): 2 E|x - y| - E|x - x'| - E|y - y'|."""
-    return 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
-
-
-def karras_level(schedule, sigma):
-    low, high = (s ** (1 / 7) for s in (schedule.sigma_min, schedule.sigma_max))
-    return 1.0, sigma, (sigma ** (1 / 7) - low) / (high - low)
-
-
-def trig_level(sigma, sd=0.8):
-    a = math.atan(sigma / sd)
-    return math.cos(a), sd * math.sin(a), a * 2 / math.pi
-
-
-def trained(loss, kind, schedule, law, **train):
-    one = learner(loss, kind, schedule, law, **train)
-    for step in range(one.config.steps):
-        one.update(step)
-    with one.optimization.ema.averaged():
-        return copy.deepcopy(one.denoiser)
-
-
-NEAR = ("CM(sigma_data=0.8)", Karras(sigma_max=8.0), partial(karras_level, Karras(sigma_max=8.0)))
-LONG = {"steps": 1000, "batch": 256}
-RECIPES = {
-    "ct": ("CT(s0=2, s1=60, mu0=0.3)", *NEAR, {**LONG, "lr": 2e-3}),
-    "ict": ("ICT(s0=10, s1=80, metric='PseudoHuber(c=0.03)')", *NEAR, {**LONG, "lr": 2e-3}),
-    "sct": ("SCT(rise=300)", "TrigFlow(sigma_data=0.8)", Trig(0.8), trig_level, {"steps": 700, "lr": 1e-3}),
-}
-
-
-WITHIN = {"ct": (0.04, 0.2, 0.3), "ict": (0.03, 0.12, 0.2), "sct": (0.03, 0.12, 0.2)}
-"""The errors allowed; untrained they are (0.06, 0.30, 0.60)."""
-
-
-@cache
-def taught(name):
-    loss, kind, schedule, _, train = RECIPES[name]
-    return trained(loss, kind, schedule, TWO, **train)
-
-
-def some(n=4000):
-    """Data (n, 2)."""
-    rng = np.random.default_rng(11)
-    return np.stack([TWO.sample(n, rng)[:, 0] for _ in range(2)], 1)
-
-
-def taken(name, steps):
-    """Samples of so many steps."""
-    return drawn(taught(name), steps, Renoise(RECIPES[name][2](FIRST).sigma.item()))
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_training_approaches_the_exact_consistency_function(name):
-    """Root mean square errors at sigma / alpha = 0.2, 0.8, 3 (the data has a standard deviation of 0.8), and the energy
-    distance of samples to data, where two sets of data are 0.001 apart and no training leaves 0.75."""
-    found = error(taught(name), TWO, RECIPES[name][3], (0.2, 0.8, 3.0))
-    assert all(np.array(found) < WITHIN[name]), found
-    assert energy(taken(name, 1), some()) < 0.04
-    assert energy(taken(name, 2), some()) < 0.02
-
-
-LEVEL, COUNT = 0.005, 250
-
-
-def p_value(x, y):
-    """Of the two-sample test, by COUNT of each: with 600 it begins to tell such small networks from the data."""
-    return mmd_p_value(*(torch.from_numpy(z[:COUNT]) for z in (x, y)))
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_samples_of_four_steps_are_those_of_the_mixture(name):
-    """The loss of sCT has no floor to compare with: its value is the mean square of g, near 1 / d for any network
-    where g is a unit vector. So its samples tell, with the errors above."""
-    assert p_value(taken(name, 4), some()) > LEVEL
-
-
-def test_the_two_sample_test_tells_slightly_wrong_laws():
-    """It passes data; it rejects .15 of the weight, a mean .2 off, or twice the variances, of each axis."""
-
-    def pair(weight=(0.4, 0.6), mean=(-0.8, 0.7), var=(0.04, 0.09)):
-        law, rng = Mixture.scalar(list(weight), list(mean), list(var)), np.random.default_rng(17)
-        return np.stack([law.sample(COUNT, rng)[:, 0] for _ in range(2)], 1)
-
-    assert p_value(pair(), some()) > 0.05
-    for wrong in ({"weight": (0.55, 0.45)}, {"mean": (-0.6, 0.7)}, {"var": (0.08, 0.18)}):
-        assert p_value(pair(**wrong), some()) <= LEVEL, wrong
-
-
-ONE = Mixture.scalar([1.0], [M], [LAM])
-KARRAS_20 = Karras(sigma_max=20.0)
-"""With 10 intervals, the grid of the floors."""
-
-
-def test_the_fixed_point_of_a_grid_by_quadrature():
-    """On a Gaussian it is that of ``fixed_point``; on a mixture its losses are those of a large sample, where what
-    is left of f_n(x_n) does not follow x_{n+1}; and with a finer grid it draws near the quantile map."""
-    tau = KARRAS_20(torch.linspace(0, 1, 11, dtype=torch.float64)).sigma.numpy()
-    functions, floors = consistency_on_grid(ONE, tau)
-    k, want = fixed_point(tau)
-    np.testing.assert_allclose(floors, want, rtol=1e-9)
-    np.testing.assert_allclose([f(M + 0.3, 1) for f in functions], k, rtol=1e-9)
-
-    functions, floors = consistency_on_grid(TWO, tau)
-    rng, n = np.random.default_rng(0), 100_000
-    x0, eps = TWO.sample(n, rng)[:, 0], rng.standard_normal(n)
-    for i in range(10):
-        goal, x = functions[i](x0 + tau[i] * eps), x0 + tau[i + 1] * eps
-        rest = functions[i + 1](x) - goal
-        spread = 2 * x / x.std()
-        for value, want in ((rest**2, floors[i]), (rest * np.sin(spread), 0), (rest * np.cos(spread), 0)):
-            assert abs(value.mean() - want) < 4 * value.std() / n**0.5
-
-    away = []
-    for count in (50, 400):
-        tau = KARRAS_20(torch.linspace(0, 1, count + 1, dtype=torch.float64)).sigma.numpy()
-        f, x = consistency_on_grid(TWO, tau)[0][-1], x0[:2000] + tau[-1] * eps[:2000]
-        away.append(np.sqrt(np.square(f(x) - flow_map(TWO, x, (1.0, tau[-1]), (1.0, tau[0]))).mean()))
-    assert away[1] < 0.05 < 1.7 * away[1] < away[0]
-
-
-@pytest.mark.parametrize("loss", ["CT(s0=2, s1=10)", "ICT(s0=10, s1=10, mean=0.0, metric='L2()')"])
-def test_training_ends_at_the_floor_of_its_last_grid(loss):
-    """On N(m, lam) in 2-D; the floor is that of ``fixed_point``, and the functions reached are its slopes."""
-    n, law = 10, Mixture.scalar([1.0], [M], [LAM])
-    schedule = Karras(sigma_max=20.0)
-    denoiser = trained(loss, "CM(sigma_data=0.5)", schedule, law, steps=600, lr=3e-3)
-    tau = schedule(torch.linspace(0, 1, n + 1, dtype=torch.float64)).sigma
-    k, floors = fixed_point(tau.numpy())
-    often = probabilities(tau, 0.0, 2.0) / tau.diff() if loss.startswith("ICT") else torch.full((n,), 1 / n)
-    floor = (often.numpy() * floors).sum()
-    rng, size = np.random.default_rng(3), 20_000
-    x0, eps = (torch.from_numpy(rng.standard_normal((size, 1, 1, 2), dtype=np.float32)) for _ in range(2))
-    u = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    draw = Draw(M + LAM**0.5 * x0, torch.zeros(size, dtype=torch.int64), eps, u, 1, 1, (0,), x0, *UNLABELLED)
-    with torch.no_grad():
-        value = losses.make(loss)(denoiser, denoiser, draw)
-    mean, deviation = value.mean().item(), value.std().item() / size**0.5
-    assert floor - 4 * deviation < mean < 1.1 * floor
-    x = torch.linspace(-2, 2, 2).reshape(2, 1, 1, 1).expand(2, 1, 1, 2)
-    for i in (4, 7, 10):
-        sigma = schedule(torch.tensor(i / n, dtype=torch.float64)).sigma.item()
-        spread = sigma * x + M
-        with torch.no_grad():
-            f = denoiser(spread, torch.full((2,), i / n, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)).x0
-        rise = (f[1] - f[0]).mean().item() / (4 * sigma)
-        assert rise == pytest.approx(k[i], rel=0.2)

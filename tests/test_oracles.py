@@ -39,6 +39,21 @@ def test_the_posterior_mean_is_the_integral():
         assert LINE.x0(np.array([[x]]), a, b).item() == pytest.approx((w * grid).sum() / w.sum(), rel=1e-9)
 
 
+def test_draws_of_the_posterior_are_those_of_the_pair():
+    """Their mean and variance are ``x0`` and ``x0_var``; with x they are distributed as the pair (x_0, x) itself."""
+    rng, n = np.random.default_rng(0), 40_000
+    for x, ratio in ((-0.6, 0.3), (0.1, 0.8), (0.4, 3.0)):
+        drawn = oracles.posterior_draw(LINE, np.full(n, x), ratio, rng)
+        mean, var = (f(np.array([[x]]), 1.0, ratio).item() for f in (LINE.x0, LINE.x0_var))
+        assert abs(drawn.mean() - mean) < 4 * (var / n) ** 0.5
+        assert drawn.var() == pytest.approx(var, rel=0.05)
+    ratio, x0 = rng.choice([0.2, 1.0], n), LINE.sample(n, rng)[:, 0]
+    x = x0 + ratio * rng.standard_normal(n)
+    for f in (lambda x0, x: x0 * x, lambda x0, x: np.sin(3 * x0) * x, lambda x0, x: x0**2 * (ratio > 0.5)):
+        gap = f(oracles.posterior_draw(LINE, x, ratio, rng), x) - f(x0, x)
+        assert abs(gap.mean()) < 4 * gap.std() / n**0.5
+
+
 def test_the_cdf_is_the_integral_of_the_density_and_samples_follow_it():
     grid = np.linspace(-4, 1, 5001)
     density = np.exp(LINE.log_density(grid[:, None]))

@@ -217,7 +217,8 @@ def test_what_cannot_work_is_refused():
 
 @pytest.mark.parametrize("loss", ["ISM(probes=2)", "ISM()", "SSM()"])
 @pytest.mark.parametrize(
-    "net", ["DiT(patch=2, width=16, depth=1, heads=2%s)", "UNet(width=8, multipliers=(1, 2), depth=1, attention=(1,)%s)"]
+    "net",
+    ["DiT(patch=2, width=16, depth=1, heads=2%s)", "UNet(width=8, multipliers=(1, 2), depth=1, attention=(1,)%s)"],
 )
 def test_the_second_derivative_passes_through_attention(loss, net):
     """And through what is recomputed in the backward pass, to the same bits."""

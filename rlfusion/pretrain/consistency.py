@@ -14,7 +14,10 @@ that of the papers), neighbours are compared:
 
 The released code of CT has N(k) - 1, the intervals, in the exponent of mu. At the exact consistency function of
 N(m, lam) the squared error of Eq. (1) is not 0 but lam^2 dt^2 / (lam + t^2)^2 a dimension, to the leading order in dt:
-CT and distillation agree in the gradient that a fixed f_- leaves, not in the loss (erratum 34).
+CT and distillation agree in the gradient that a fixed f_- leaves, not in the loss (erratum 34). What no f falls below:
+
+    (4)  E[d | x_{n+1}] >= min_y E[d(y, f_-(x_n)) | x_{n+1}];   of the squared error, E|f_-(x_n) - f_-(x_n')|^2 / 2
+         with x_n, x_n' of two draws of (x0, eps) given x_{n+1}
 """
 
 import math

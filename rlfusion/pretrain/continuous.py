@@ -11,7 +11,13 @@ In the angle a = pi t / 2 (the paper's time), with z = sd eps and V = sd F(x / s
 Derivatives are in the angle: those in rlfusion's t are pi / 2 times these, a constant that Eq. (4) takes out but for c.
 The gradient of squared-l2 training in discrete time, divided by the step of the angle, tends to twice Eq. (3) without
 (4) and at the same w (erratum 54). With r = 1 and the exact velocity in the place of dx/da, df/da is 0 at the
-consistency function; with (1) it is 0 in expectation, before (4). The paper's adaptive weight is not built.
+consistency function; with (1) it is 0 in expectation, and g has a floor: it is linear in dx/da, so given x
+
+    (5)  E|g|^2 >= E|g - E[g | x]|^2 = E|g - g'|^2 / 2,   g, g' with dx/da of two draws of (x0, z) given x
+
+with equality where E[g | x] = 0, at the consistency function. (4) moves that: E[g / (|g| + c) | x] = 0 holds at another
+function, unless c is large beside |g| or g is one of x alone, as in distillation. The paper's adaptive weight is not
+built.
 """
 
 import math
@@ -68,12 +74,12 @@ def normalised(g: Tensor, c: float) -> Tensor:
 @dataclass(frozen=True)
 class SCT(Loss):
     """Eq. (3, 4), as |F - sg(F + g)|^2, the mean over features: its gradient is 2 / d times that of Eq. (3). Its value
-    is the mean square of g, which does not fall where Eq. (4) makes g a unit vector: watch samples instead.
+    is the mean square of g, which does not fall where Eq. (4) makes g a unit vector: Eq. (5) is what to compare with.
 
     Attributes:
         times: how t is drawn: LogNormal(mean=..., std=...) of tan a, Uniform(margin=...), LogitNormal(...).
         rise: steps over which r rises from 0 to 1.
-        c: of Eq. (4).
+        c: of Eq. (4): a small one bounds g and is biased, a large one leaves it as it is, divided by c.
     """
 
     times: str = "LogNormal(mean=-1.0, std=1.4)"
