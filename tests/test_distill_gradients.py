@@ -144,6 +144,7 @@ GENERATORS = {
     "dmd": {"weight": "Normalized()", "inputs": "data", "adversarial": 0.7, "regression": 0.5, "r1": 0.3},
     "add": {"r1": 0.3},
     "add, noised": {"r1": 0.3, "noised": True},
+    "add, one for all": {"r1": 0.3, "each": False},
 }
 
 
@@ -167,7 +168,7 @@ def test_of_the_generator(row):
         x = p.generator(draw)
         loss = p.matching * mean_features(weight * (fake - real) * x)
         if p.discriminator is not None:
-            loss = loss + p.adversarial * p.discriminator.losses.generator(p.discriminator._logits(draw, x))
+            loss = loss + p.adversarial * p.discriminator.losses.generator(p.discriminator._logits(p.told(draw), x))
         if p.regression is not None:
             loss = loss + p.regression(p.generator, 0)
         return loss.mean()
@@ -175,11 +176,11 @@ def test_of_the_generator(row):
     agree(given.student, lambda: learner._loss(draw, 0)[0].backward(), value)
 
 
-@pytest.mark.parametrize("row", ["dmd", "add", "add, noised"])
+@pytest.mark.parametrize("row", ["dmd", "add", "add, noised", "add, one for all"])
 def test_of_the_discriminator_with_r1(row):
     learner, _ = generating(row)
-    judge, draw = learner.parts.discriminator, draw_of()
-    fake = learner.parts.generator(draw).detach()
+    judge, draw = learner.parts.discriminator, learner.parts.told(draw_of())
+    fake = learner.parts.generator(draw_of()).detach()
 
     def value() -> Tensor:
         return judge._accumulate(draw, fake)["discriminator_loss"]
@@ -190,7 +191,7 @@ def test_of_the_discriminator_with_r1(row):
 @pytest.mark.parametrize("row", ["vsd", "dmd"])
 def test_of_the_fake_denoiser(row):
     learner, _ = generating(row)
-    follower, draw = learner.parts.fake, replace(draw_of(), x0=learner.parts.generator(draw_of()).detach())
+    follower, draw = learner.parts.fake, learner.parts.told(draw_of())  # of any samples
 
     def value() -> Tensor:
         return follower.loss(follower.denoiser, follower.denoiser, draw).mean()

@@ -16,7 +16,6 @@ from rlfusion.config import Base
 from rlfusion.critic import make_critic
 from rlfusion.denoiser import Embedded
 from rlfusion.distill import METHODS, Student
-from rlfusion.distill.matching import judging
 from rlfusion.distill.pairs import Making
 from rlfusion.errors import ConfigError
 from rlfusion.objectives import ADVERSARIAL
@@ -65,9 +64,9 @@ def test_the_gradient_penalty_passes_through_attention(name, net, tmp_path):
 
 
 def test_the_generators_loss_has_the_gradient_of_the_discriminator_and_leaves_it_none():
-    settings = settings_of("add")
+    settings = settings_of("add", each=False)
     given = teaching(settings)
-    judge = judging(given, ADVERSARIAL["nonsaturating"], None, 0.0, 1e-3)
+    judge = settings.method.judging(given, ADVERSARIAL["nonsaturating"], None, 0.0, 1e-3)
     torch.nn.init.normal_(judge.critic.head.weight)
     draw = settings.method.draws(given, 1, "test")(0)
     fake = draw.x0.clone().requires_grad_()

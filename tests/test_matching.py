@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlfusion.data import Dataset
 from rlfusion.denoiser import Denoiser
 from rlfusion.distill.discriminator import Discriminator
+from rlfusion.distill.each import EachStep
 from rlfusion.distill.generator import Generator
 from rlfusion.distill.matching import Fake, Learner, Parts, Regression
 from rlfusion.kernel import Renoise
@@ -80,17 +81,26 @@ def setting(
     total: int = 4000,
     net: nn.Module | None = None,
     inputs: str = "simulated",
+    each: bool = False,
     **more,
 ) -> Learner:
     """A learner with an exact teacher on ``Cosine``, and a fake denoiser of the right family."""
     schedule = Cosine()
     student = Denoiser(net or Affine(), Rectified(), "x0")
     teacher = Denoiser(Teacher(schedule), schedule, "x0").requires_grad_(False)
-    follower = Fake(Denoiser(GaussianNet(schedule), schedule, "x0"), LOSSES["Denoising"](), 4 * lr) if fake else None
+    law = Denoiser(GaussianNet(schedule), schedule, "x0")
+    follower = Fake(EachStep(law, steps) if each else law, LOSSES["Denoising"](), 4 * lr) if fake else None
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     generator = Generator(Policy(student, Renoise()), times, inputs)
     parts = Parts(
-        generator, teacher, MATCHING[weight](), TIMES["Uniform"](margin=0.02), fake=follower, fake_updates=2, **more
+        generator,
+        teacher,
+        MATCHING[weight](),
+        TIMES["Uniform"](margin=0.02),
+        fake=follower,
+        fake_updates=2,
+        each=each,
+        **more,
     )
     draws = Draws(data(), batch, 0.0, total, torch.device("cpu"), 5, "matching")
     return Learner(parts, draws, Optimization(student, lr), 0, total)
@@ -221,6 +231,41 @@ def test_inputs_of_data_are_real_samples_noised():
     x, t, _ = net.seen[0]
     a = (1 - t).reshape(-1, 1, 1, 1)
     assert torch.allclose(x, a * draw.x0 + (1 - a) * draw.normal("generator noise", 6, *SHAPE), atol=1e-6)
+
+
+def laws(learner: Learner, n: int = 4000) -> list[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation (2,) of the samples of each step of two."""
+    draw = replace(learner.draw(0), cond=torch.zeros(n, dtype=torch.int64), x0=torch.zeros(n, *SHAPE))
+    ends = [learner.parts.generator.at(draw, torch.full((n,), k)).detach().flatten(1) for k in (0, 1)]
+    return [(x.mean(0), x.std(0)) for x in ends]
+
+
+def test_followed_each_by_its_own_network_the_steps_end_at_the_teachers_law_and_by_one_only_their_mean_does():
+    goal = torch.tensor(M), torch.tensor(S)
+    found = {each: laws(run(setting(net=ByStep(), steps=2, each=each), 400)) for each in (True, False)}
+    for mean, std in found[True]:
+        torch.testing.assert_close(mean, goal[0], rtol=0, atol=0.05)
+        torch.testing.assert_close(std, goal[1], rtol=0, atol=0.05)
+    first, second = found[False]
+    torch.testing.assert_close((first[0] + second[0]) / 2, goal[0], rtol=0, atol=0.05)
+    assert (first[1] > goal[1] + 0.03).all()
+    assert (second[1] < goal[1] - 0.03).all()
+
+
+def test_each_sample_asks_the_network_of_its_step():
+    torch.manual_seed(0)
+    one = Denoiser(ResidualMLP(SHAPE, 3, width=8, depth=1), Cosine(), "v")
+    each = EachStep(one, 3)
+    for p in each.parameters():
+        nn.init.normal_(p)
+    x, t, label = torch.randn(5, *SHAPE), torch.linspace(0.1, 0.9, 5, dtype=torch.float64), torch.arange(5) % 3
+    step = torch.tensor([2, 0, 2, 0, 2])
+    cond = {"given": label, "step": step}
+    for n, k in enumerate(step):
+        own, at = each.denoisers[k], slice(n, n + 1)
+        torch.testing.assert_close(each.answer(x, t, cond)[at], own.answer(x[at], t[at], label[at]))
+        torch.testing.assert_close(each(x, t, cond).x0[at], own(x[at], t[at], label[at]).x0)
+        torch.testing.assert_close(each(x, t, cond).eps[at], own(x[at], t[at], label[at]).eps)
 
 
 def test_steps_are_drawn_evenly():

@@ -18,7 +18,7 @@ from rlfusion.chain import Chain
 from rlfusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
-from rlfusion.distill.matching import Learner, Matching, Parts, judging
+from rlfusion.distill.matching import Learner, Matching, Parts
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.objectives import ADVERSARIAL
 from rlfusion.parameterization import conditioning
@@ -77,7 +77,7 @@ class Config(Matching):
             **self.parts(teaching, self.inputs),
             matching=2 * self.distill,
             fake_updates=self.discriminator_updates,
-            discriminator=judging(teaching, ADVERSARIAL["hinge"], times, self.r1, self.discriminator_lr),
+            discriminator=self.judging(teaching, ADVERSARIAL["hinge"], times, self.r1, self.discriminator_lr),
             adversarial=1.0,
         )
         draw = self.drawing(teaching, 1 + self.discriminator_updates)

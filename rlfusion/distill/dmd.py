@@ -17,7 +17,7 @@ from rlfusion.chain import Chain
 from rlfusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
-from rlfusion.distill.matching import Following, Learner, Parts, Regression, judging
+from rlfusion.distill.matching import Following, Learner, Parts, Regression
 from rlfusion.distill.pairs import Making, PairDraws
 from rlfusion.errors import require_not_negative
 from rlfusion.objectives import ADVERSARIAL
@@ -73,7 +73,7 @@ class Config(Following):
     def learner(self, teaching: Teaching) -> Distiller:
         judge = None
         if self.adversarial:
-            judge = judging(teaching, ADVERSARIAL["nonsaturating"], self._times, self.r1, self.discriminator_lr)
+            judge = self.judging(teaching, ADVERSARIAL["nonsaturating"], self._times, self.r1, self.discriminator_lr)
         parts = Parts(
             **self.parts(teaching, self.inputs),
             discriminator=judge,

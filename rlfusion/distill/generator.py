@@ -32,8 +32,11 @@ class Generator:
 
     def __call__(self, draw: Draw) -> Tensor:
         """G (B, *) for the conditions of a draw, with the student's gradient; pure in the draw's key."""
-        k = torch.from_numpy(stream(*draw.key, "generator step").integers(0, self.steps, len(draw.x0)))
-        return self.at(draw, k)
+        return self.at(draw, self.drawn(draw))
+
+    def drawn(self, draw: Draw) -> Tensor:
+        """Eq. (1): k (B,) int64, on the CPU."""
+        return torch.from_numpy(stream(*draw.key, "generator step").integers(0, self.steps, len(draw.x0)))
 
     def at(self, draw: Draw, k: Tensor) -> Tensor:
         """G from the steps k (B,) int64, on the CPU."""

@@ -9,6 +9,7 @@ In update n:
            + adversarial * g(D(G_t))
            + regression * d(G(z), x_0)    on pairs (z, x_0) of the teacher (``pairs``)
 
+Fake denoiser and discriminator are networks of their own for each step of the chain (``each``), or one for all.
 x0_real is the teacher's, guided if asked; x0_fake that of the fake denoiser, or without one G itself, which leaves out
 the entropy of the generator (SDS, ADD). Noise levels are the teacher's, so student and teacher may differ in all else.
 """
@@ -26,6 +27,7 @@ from rlfusion import spec
 from rlfusion.denoiser import Denoiser
 from rlfusion.distill.base import Settings, Teaching
 from rlfusion.distill.discriminator import Discriminator
+from rlfusion.distill.each import EachStep
 from rlfusion.distill.generator import Generator, Inputs
 from rlfusion.distill.mapped import on_its_own
 from rlfusion.errors import require_positive
@@ -74,7 +76,9 @@ class Regression:
 
 @dataclass(frozen=True)
 class Parts:
-    """What Eq. (1) and (2) are made of; a part that is None, or of weight 0, is not there."""
+    """What Eq. (1) and (2) are made of; a part that is None, or of weight 0, is not there. ``each``: fake denoiser and
+    discriminator are ``EachStep``.
+    """
 
     generator: Generator
     teacher: nn.Module
@@ -86,6 +90,13 @@ class Parts:
     discriminator: Discriminator | None = None
     adversarial: float = 0.0
     regression: Regression | None = None
+    each: bool = False
+
+    def told(self, draw: Draw) -> Draw:
+        """The draw as the fake denoiser and the discriminator get it."""
+        if not self.each:
+            return draw
+        return replace(draw, cond={"given": draw.cond, "step": self.generator.drawn(draw)})
 
 
 class Learner:
@@ -122,8 +133,9 @@ class Learner:
         """Eq. (1), once."""
         with torch.no_grad():
             samples = self.parts.generator(draw)
-        record = self.parts.fake.update(draw, samples) if self.parts.fake else {}
-        return record | (self.parts.discriminator.update(draw, samples) if self.parts.discriminator else {})
+        told = self.parts.told(draw)
+        record = self.parts.fake.update(told, samples) if self.parts.fake else {}
+        return record | (self.parts.discriminator.update(told, samples) if self.parts.discriminator else {})
 
     def _loss(self, draw: Draw, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. (2), the mean over the batch, and what to log of it."""
@@ -135,7 +147,7 @@ class Learner:
             record["direction"] = (weight * (fake - real)).abs().mean()
             loss = loss + p.matching * pull(x, fake, real, weight).mean()
         if p.discriminator is not None and p.adversarial:
-            adversarial = p.discriminator.generator_loss(draw, x).mean()
+            adversarial = p.discriminator.generator_loss(p.told(draw), x).mean()
             record["adversarial"] = adversarial.detach()
             loss = loss + p.adversarial * adversarial
         if p.regression is not None:
@@ -151,7 +163,7 @@ class Learner:
         t = p.times(draw.u, schedule)
         x_t = noised(x, draw.eps, t, schedule)
         real = p.teacher(x_t, t, draw.cond).x0
-        fake = x if p.fake is None else p.fake.denoiser(x_t, t, draw.cond).x0
+        fake = x if p.fake is None else p.fake.denoiser(x_t, t, p.told(draw).cond).x0
         return real, fake, p.weight(level(schedule, t, x), x, real)
 
     def state_dict(self) -> dict:
@@ -176,10 +188,12 @@ class Matching(Settings):
         weight: w of the direction: KL(), Eps(), Alpha() or Normalized().
         times: how the noise levels are drawn at which teacher and generator are compared: Uniform(margin=...),
             LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
+        each: what follows and judges the samples is a network of its own for each step of the chain, else one for all.
     """
 
     weight: str = "Eps()"
     times: str = "Uniform(margin=0.02)"
+    each: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,8 +213,26 @@ class Matching(Settings):
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
         """What ``Parts`` is made of, by name."""
         generator = Generator(Policy(teaching.student, teaching.chain.make_kernel()), teaching.times, inputs)
-        settings = {"weight": self._weight, "times": self._times}
+        settings = {"weight": self._weight, "times": self._times, "each": self.apart(teaching)}
         return {"generator": generator, "teacher": on_its_own(teaching.teacher), **settings}
+
+    def apart(self, teaching: Teaching) -> bool:
+        """There is more than one step, and each has networks of its own."""
+        return self.each and teaching.chain.moves > 1
+
+    def begins(self, teaching: Teaching) -> nn.Module:
+        """What a fake denoiser or a discriminator begins as, every parameter trained."""
+        one = trainable_copy(teaching.begins)
+        return EachStep(one, teaching.chain.moves) if self.apart(teaching) else one
+
+    def judging(
+        self, teaching: Teaching, losses: Adversarial, times: Times | None, r1: float, lr: float
+    ) -> Discriminator:
+        """One that begins as the teacher's network, under a head that begins at 0: no sample is judged yet."""
+        critic = Critic(self.begins(teaching), teaching.data.shape)
+        nn.init.zeros_(critic.head.weight)
+        nn.init.zeros_(critic.head.bias)
+        return Discriminator(critic.to(teaching.device), losses, times, r1, lr)
 
     def drawing(self, teaching: Teaching, each: int) -> Drawing:
         """Draws of the data, ``each`` for every update."""
@@ -224,18 +256,10 @@ class Following(Matching):
         require_positive(self, "fake_lr", "fake_updates")
 
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
-        fake = Fake(trainable_copy(teaching.begins), Denoising(times=self.times), self.fake_lr)
+        fake = Fake(self.begins(teaching), Denoising(times=self.times), self.fake_lr)
         return {**super().parts(teaching, inputs), "fake": fake, "fake_updates": self.fake_updates}
 
 
 def trainable_copy(denoiser: nn.Module) -> nn.Module:
     """A copy of a denoiser, every parameter trained."""
     return copy.deepcopy(denoiser).requires_grad_(True)
-
-
-def judging(teaching: Teaching, losses: Adversarial, times: Times | None, r1: float, lr: float) -> Discriminator:
-    """A discriminator that begins as the teacher's network, under a head that begins at 0: no sample is judged yet."""
-    critic = Critic(trainable_copy(teaching.begins), teaching.data.shape)
-    nn.init.zeros_(critic.head.weight)
-    nn.init.zeros_(critic.head.bias)
-    return Discriminator(critic.to(teaching.device), losses, times, r1, lr)
