@@ -48,7 +48,8 @@ class Config(Settings):
     """
 
     name: Literal["ct"] = "ct"
-    lr: float = 3e-4
+    steps: int = 8000
+    lr: float = 8e-4
     s0: int = 10
     s1: int = 40
     mu0: float = 0.95

@@ -41,7 +41,8 @@ class Config(Settings):
     """
 
     name: Literal["lcm"] = "lcm"
-    lr: float = 2e-4
+    steps: int = 5000
+    lr: float = 8e-4
     skip: int = 50
     w_low: float = 0.0
     w_high: float = 2.0
