@@ -101,7 +101,7 @@ SMOOTH = {"batch": 256, "steps": 2000, "lr": 1e-3, "ema": "Constant(decay=0.995)
 
 RECIPES = {
     "ct": ("CT(s0=10, s1=200, mu0=0.3)", *NEAR, {**SMOOTH, "steps": 2500, "lr": 2e-3, "frequency": 8.0}),
-    "ict": ("ICT(s0=10, s1=160, metric='PseudoHuber(c=0.3)')", *NEAR, SMOOTH),
+    "ict": ("ICT(s0=10, s1=160, metric='PseudoHuber(c=0.03)')", *NEAR, SMOOTH),
     "sct": (
         "SCT(rise=500, c=100.0)",
         f"TrigFlow(sigma_data={SD})",
@@ -189,11 +189,11 @@ def squared(goals):
     return goals.var(0, ddof=1).mean(-1)
 
 
-def huber(goals, c=0.3):
+def huber(goals, c=0.03):
     """min_y of the mean pseudo-Huber distance to K goals, (B,), by Weiszfeld's iteration: E of it is no more than the
     floor, and less by a share of some 1 / K."""
     y, offset = goals.mean(0), c * math.sqrt(2)
-    for _ in range(20):
+    for _ in range(60):
         w = 1 / np.sqrt(np.square(goals - y).sum(-1, keepdims=True) + offset**2)
         y = (w * goals).sum(0) / w.sum(0)
     return (np.sqrt(np.square(goals - y).sum(-1) + offset**2) - offset).mean(0)
