@@ -113,6 +113,8 @@ def page(lines: list[str], seeds: int) -> str:
             "base's own rewards in the same chain; one base model a kind, from `rlfusion pretrain --objective`.",
             f"Settings of every cell: `rlfusion finetune {' '.join(SETTINGS)}`, {seeds} seed(s), 20 steps; torch "
             f"{torch.__version__}, Python {platform.python_version()}, CPU, one thread.",
+            "Each objective has the kernels of its schedule: `ReverseSDE` needs signal at t = 1 and is refused "
+            "elsewhere, and the large variance of DDPM is that of a variance-preserving path.",
             "",
             "| objective | kernel | gain | agreement after | Frechet before | after |",
             "|---|---|---|---|---|---|",

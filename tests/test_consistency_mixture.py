@@ -26,7 +26,7 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.grid import TimeGrid
 from rlfusion.kernel import Renoise
 from rlfusion.policy import Policy
-from rlfusion.pretrain import Draw, losses
+from rlfusion.pretrain import PRESETS, Draw, losses
 from rlfusion.pretrain.consistency import ICT, draw_index, probabilities
 from rlfusion.pretrain.continuous import SCT, tangent
 from rlfusion.sampling import sample
@@ -140,6 +140,11 @@ def test_training_approaches_the_exact_consistency_function(name):
     assert all(np.array(found) < WITHIN), found
     assert energy(taken(name, 1), some()) < 0.005
     assert energy(taken(name, 2), some()) < 0.005
+
+
+def test_no_consistency_objective_is_left_out():
+    ours = {name for name, preset in PRESETS.items() if preset["train.loss"].startswith(("CT", "ICT", "SCT"))}
+    assert ours == RECIPES.keys()
 
 
 # Eq. (1)
