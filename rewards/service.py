@@ -5,10 +5,12 @@
     POST /score    question -> answer                                        (frame -> frame, ``exchange``)
 
     401 wrong or no token · 400 no frame, no question, or facts for which there is no reward · 413 too many bytes ·
-    408 the question was not complete in time · 503 an earlier question hangs · 504 this one was not scored in time
+    408 the question was not complete in time · 503 an earlier question hangs, or there was no room · 504 this one was
+    not scored in time
 
 A request is refused before its body is read where its token is wrong, compared in constant time; a body is read up to
-``max_bytes`` and no further. One thread scores, question by question: a reward need not be safe for several.
+``max_bytes`` and no further, and only once there is room for it among the questions that are held (``budget``). One
+thread scores, question by question: a reward need not be safe for several.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -27,6 +30,7 @@ from torch import nn
 
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.rewards.base import Reward
+from rlfusion.rewards.budget import Budget
 from rlfusion.rewards.exchange import answer, asked, greeted
 from rlfusion.rewards.frames import FrameError
 from rlfusion.rewards.grouped import needs_groups
@@ -46,13 +50,20 @@ class Limits:
     Attributes:
         max_bytes: of a question.
         deadline_s: to receive a question, and to score it.
+        max_held: bytes of all questions that are held at once, received or being received.
+
+    Raises:
+        ConfigError: no room for one question.
     """
 
     max_bytes: int = 256 * 2**20
     deadline_s: float = 120.0
+    max_held: int = 2**30
 
     def __post_init__(self) -> None:
         require_positive(self, "max_bytes", "deadline_s")
+        if self.max_held < self.max_bytes:
+            raise ConfigError(f"max_held = {self.max_held}: expected {self.max_bytes} at least, one question")
 
 
 def require_servable(name: str, options: Mapping[str, Any]) -> None:
@@ -116,6 +127,7 @@ class Service:
         self.offer, self.limits, self.device = offer, limits, device
         self._expected = f"Bearer {token}".encode() if token else b""
         self._thread = ThreadPoolExecutor(1, "reward")
+        self._budget = Budget(limits.max_held)
         self._since: float | None = None
         self.last = time.monotonic()
 
@@ -132,13 +144,15 @@ class Service:
 
     async def hello(self, request: Any) -> bytes:
         """What is served for the facts of the body."""
-        facts = greeted(await self._body(request))
-        return json.dumps(asdict(await self._do(lambda: self.offer.served(facts, self.limits)))).encode()
+        with ExitStack() as held:
+            facts = greeted(await self._body(request, held))
+            return json.dumps(asdict(await self._do(lambda: self.offer.served(facts, self.limits), held))).encode()
 
     async def score(self, request: Any) -> bytes:
         """The answer to the question of the body."""
-        question = asked(await self._body(request))
-        return await self._do(lambda: answer(*self.offer.reward(question.facts), question, self.device))
+        with ExitStack() as held:
+            question = asked(await self._body(request, held))
+            return await self._do(lambda: answer(*self.offer.reward(question.facts), question, self.device), held)
 
     def _require_token(self, request: Any) -> None:
         self.last = time.monotonic()
@@ -156,13 +170,17 @@ class Service:
         if self.hanging:
             raise Refused(503, f"reward {self.offer.name!r} hangs")
 
-    async def _body(self, request: Any) -> bytes:
-        """The body of a request whose token is right, of at most ``max_bytes``, received in time."""
+    async def _body(self, request: Any, held: ExitStack) -> bytes:
+        """The body of a request whose token is right, of at most ``max_bytes``, received in time; ``held`` keeps its
+        room.
+        """
         self._require_token(request)
         self._require_free()
         most = self.limits.max_bytes
-        if int(request.headers.get("content-length", 0)) > most:
-            raise Refused(413, f"{request.headers['content-length']} bytes: expected at most {most}")
+        said = int(request.headers.get("content-length", most))
+        if said > most:
+            raise Refused(413, f"{said} bytes: expected at most {most}")
+        await self._take_room(said, held)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.deadline_s):
@@ -174,8 +192,17 @@ class Service:
             raise Refused(408, f"the question was not complete within {self.limits.deadline_s:g} s") from None
         return bytes(body)
 
-    async def _do(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives, in the scoring thread, after the questions before it."""
+    async def _take_room(self, count: int, held: ExitStack) -> None:
+        try:
+            await asyncio.wait_for(self._budget.take(count), self.limits.deadline_s)
+        except TimeoutError:
+            raise Refused(503, f"no room for {count} bytes among {self.limits.max_held} of other questions") from None
+        held.callback(self._budget.give, count)
+
+    async def _do(self, work: Callable[[], Any], held: ExitStack) -> Any:
+        """What ``work`` gives, in the scoring thread, after the questions before it. What is late keeps its room until
+        it is done, or is taken out of the queue.
+        """
 
         def timed() -> Any:
             self._since = time.monotonic()
@@ -184,10 +211,14 @@ class Service:
             finally:
                 self._since, self.last = None, time.monotonic()
 
-        future = asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        job = self._thread.submit(timed)
+        future = asyncio.wrap_future(job)
         try:
             return await asyncio.wait_for(asyncio.shield(future), self.limits.deadline_s)
         except TimeoutError:
+            room = held.pop_all()
+            future.add_done_callback(lambda _: room.close())
+            job.cancel()
             raise Refused(504, f"no score from {self.offer.name!r} in {self.limits.deadline_s:g} s") from None
 
 

@@ -39,6 +39,7 @@ class Serve:
         token_file: holds the token that clients must show, mode 600; empty takes it from the environment variable
             RLFUSION_REWARD_TOKEN, and if there is none, whoever reaches the port may ask.
         max_mb: MiB of one question.
+        max_held_mb: MiB of all questions that are held at once; others wait for their turn, and are not read before.
         deadline_s: to receive a question, and to score it.
         cache: samples whose rewards are remembered, should a batch be asked again; 0 for none.
         idle_s: stop when nobody asked for so long; 0 never does.
@@ -52,6 +53,7 @@ class Serve:
     port: int = 8500
     token_file: str = ""
     max_mb: int = 256
+    max_held_mb: int = 1024
     deadline_s: float = 120.0
     cache: int = 0
     idle_s: float = 0.0
@@ -61,6 +63,10 @@ class Serve:
     def __post_init__(self) -> None:
         require_positive(self, "max_mb", "deadline_s", "threads")
         require_not_negative(self, "port", "cache", "idle_s")
+        if self.max_held_mb < self.max_mb:
+            raise ConfigError(
+                f"max_held_mb = {self.max_held_mb}: expected max_mb = {self.max_mb} at least, one question"
+            )
         if not (_is_loopback(self.host) or read_token(self.token_file)):
             raise ConfigError(
                 f"host = {self.host!r}: others than this machine's loopback need a token, expected token_file or "
@@ -101,7 +107,7 @@ def make_service(settings: Serve) -> Service:
     offer = Offer(name, settings.options, asks(name), make)
     if not offer.wants:
         offer.reward({})
-    limits = Limits(settings.max_mb * MIB, settings.deadline_s)
+    limits = Limits(settings.max_mb * MIB, settings.deadline_s, settings.max_held_mb * MIB)
     return Service(offer, read_token(settings.token_file), limits, str(device))
 
 

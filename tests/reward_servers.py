@@ -24,17 +24,20 @@ LIMITS = Limits()
 
 
 @contextmanager
-def serving(reward, token: str = "", limits: Limits = LIMITS, name: str = "it", wants=(), make=None) -> Iterator[str]:
-    """The address of a real service of ``reward``, or of ``make(facts)``."""
+def serving(
+    reward, token: str = "", limits: Limits = LIMITS, name: str = "it", wants=(), make=None, made=lambda service: None
+) -> Iterator[str]:
+    """The address of a real service of ``reward``, or of ``make(facts)``; ``made`` is told the service."""
     service = Service(Offer(name, {}, wants, make or (lambda facts: reward)), token, limits)
+    made(service)
     with listening("127.0.0.1", 0) as listener:
-        made = server(service)
-        thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]}, daemon=True)
+        running = server(service)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
             yield address(listener)
         finally:
-            made.should_exit = True
+            running.should_exit = True
             thread.join(20)
 
 

@@ -1,10 +1,13 @@
 """Remote rewards: the frames, the client's tries, the service; the same bits as at home, and every fault named."""
 
+import asyncio
 import json
 import math
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,6 +18,7 @@ from torch import nn
 from rlfusion.errors import ConfigError
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
+from rlfusion.rewards.budget import Budget
 from rlfusion.rewards.exchange import answer, answered, ask, asked, graded
 from rlfusion.rewards.frames import HEAD, MOST_TEXT, FrameError, decode, encode
 from rlfusion.rewards.remote import Served
@@ -359,6 +363,91 @@ def test_a_question_above_the_size_cap_is_not_sent_and_not_read(samples, label):
         pieces = (b"x" * 1000 for _ in range(20))  # no length said
         answer = urllib3.request("POST", f"{url}/score", body=pieces, retries=False)
         assert (answer.status, answer.data) == (413, b"more than 5000 bytes")
+
+
+def test_room_is_given_in_order_and_never_more_than_there_is():
+    async def asks():
+        room, taken = Budget(10), []
+
+        async def hold(name, count):
+            await room.take(count)
+            taken.append(name)
+
+        tasks = [asyncio.create_task(hold(*one)) for one in (("a", 6), ("b", 5), ("c", 4), ("d", 1))]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (taken, room.free) == (["a"], 4)  # c would fit, and waits behind b
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:3])
+        assert (taken, room.free) == (["a", "c"], 0)
+        room.give(6)
+        await tasks[3]
+        assert (taken, room.free) == (["a", "c", "d"], 5)
+        late = asyncio.create_task(hold("e", 10))
+        await asyncio.sleep(0)
+        room.give(5)
+        late.cancel()  # just as its turn has come
+        await asyncio.wait([late])
+        assert (taken[3:], room.free) == ([], 10)
+
+    asyncio.run(asks())
+    with pytest.raises(ConfigError, match="max_held_mb = 255: expected max_mb = 256"):
+        Serve("ink", max_held_mb=255)
+    with pytest.raises(ConfigError, match="max_held = 9: expected 10"):
+        Limits(max_bytes=10, max_held=9)
+
+
+@contextmanager
+def holding(url: str, count: int):
+    """A question of ``count`` bytes whose last one never comes."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=20) as held:
+        head = f"POST /score HTTP/1.1\r\nHost: it\r\nContent-Length: {count}\r\n\r\n"
+        held.sendall(head.encode() + b"x" * (count - 1))
+        yield held
+
+
+def test_questions_beyond_the_room_of_all_wait_unread_and_are_answered_in_the_end(samples, label):
+    """Eight askers where there is room for two questions."""
+    most, seen, services, net = len(ask(samples, label, {})), [], [], Net()
+
+    def watched(x, c):
+        seen.append(services[0]._budget.free)
+        return net(x, c)
+
+    with serving(watched, limits=Limits(most, 120.0, 2 * most), made=services.append) as url:
+        wanted = net(samples, label)
+        with ThreadPoolExecutor(8) as several:
+            for value in several.map(lambda _: client(url)(samples, label), range(8)):
+                assert torch.equal(value, wanted)
+        assert min(seen) >= 0
+        assert max(seen) <= most  # while at least one is held
+        assert services[0]._budget.free == 2 * most
+
+
+def test_who_drips_gives_its_room_back_and_where_there_is_none_that_is_said(samples, label):
+    services, net = [], Net()
+    with serving(net, limits=Limits(10**6, 0.3, 10**6), made=services.append) as url:
+        room = services[0]._budget
+        with holding(url, 10**6) as asker:
+            assert asker.recv(100).startswith(b"HTTP/1.1 408")
+        assert torch.equal(client(url)(samples, label), net(samples, label))
+        room.free = 0
+        with pytest.raises(RewardFailure, match=r"HTTP 503 no room for \d+ bytes among 1000000 of other questions"):
+            client(url)(samples, label)
+
+
+def test_a_question_that_hangs_keeps_its_room_until_it_is_done(samples, label):
+    goes_on, services = threading.Event(), []
+    with serving(
+        lambda x, c: goes_on.wait(60) and x.mean((1, 2, 3)), limits=Limits(10**6, 0.3, 10**6), made=services.append
+    ) as url:
+        with pytest.raises(RewardFailure, match="HTTP 504"):
+            client(url)(samples, label)
+        assert services[0]._budget.free < 10**6
+        goes_on.set()
+        while services[0]._budget.free < 10**6:
+            time.sleep(0.01)
 
 
 def test_an_asker_that_drips_its_headers_is_cut_off(samples, label):
