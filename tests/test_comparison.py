@@ -18,6 +18,7 @@ from rlfusion.classifier import JUDGE, Classifier
 from rlfusion.comparison import Compare
 from rlfusion.comparison.baselines import baselines
 from rlfusion.comparison.curves import best_within, curve, first_at
+from rlfusion.comparison.report import _head
 from rlfusion.data import digits
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -68,6 +69,17 @@ def test_how_rewards_are_called_is_the_same_for_all():
     care = {"reward_failures": "mask", "max_failed": 0.3, "reward_timeout_s": 9.0, "reward_cache": 50}
     for _, _, _, settings in Compare(agents=["ddpo", "grpo"], **care).runs():
         assert {name: getattr(settings, name) for name in care} == care
+
+
+def test_who_cannot_leave_a_sample_out_is_named_and_stops_nobody_else():
+    agents = ["ddpo", "by gradient = draft", "qsm", "qsm(q='noised')"]
+    plan = Compare(agents=agents, reward_failures="mask")
+    assert plan.unmasked() == ["by gradient", "qsm(q='noised')"]
+    held = {name: settings.reward_failures for name, *_, settings in plan.runs()}
+    assert held == {"ddpo": "mask", "by gradient": "error", "qsm": "mask", "qsm(q='noised')": "error"}
+    assert "an error for by gradient, qsm(q='noised')." in _head(plan, True)
+    assert not Compare(agents=agents).unmasked()
+    assert "fails" not in _head(Compare(agents=agents), True)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         StopRequested: a signal came; all work is saved.
     """
     set_numerics(config.threads, pick_device(config.device))
+    for agent in config.unmasked():
+        progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
     outcomes = []
     for agent, reward, seed, settings in config.runs():

@@ -50,10 +50,12 @@ def _head(config: Compare, judged: bool) -> str:
         if judged
         else "there are no data, so no judge: the statistics of the images say what became of them"
     )
+    unmasked = config.unmasked()
+    failures = f" A reward that fails is left out, but an error for {', '.join(unmasked)}." if unmasked else ""
     return (
         f"{config.budget_queries} queries a run, {config.seeds} seed(s), one base model; gain in standard deviations "
         f"of the base's rewards. `+{config.target:g}` is the first evaluation with that gain: queries, CPU seconds of "
-        f"training, {price}; {quality}. Figures of several seeds stand beside one another; - is never."
+        f"training, {price}; {quality}. Figures of several seeds stand beside one another; - is never.{failures}"
     )
 
 

@@ -24,7 +24,8 @@ class Compare:
             be given another name for tables, plots and folders: "DDPO_SF = ddpo(form='sf')".
         rewards: names of rewards, as of finetune.
         reward_options: settings of each named reward.
-        reward_failures, max_failed, reward_timeout_s, reward_cache: as of finetune, for the baselines too.
+        reward_failures, max_failed, reward_timeout_s, reward_cache: as of finetune, for the baselines too; "mask" is of
+            the agents that can leave a sample out, for the others (``unmasked``) a failure is an error.
         seeds: runs of each agent on each reward, with seeds 0, 1, ...
         budget_queries: rewards that each run may ask for.
         evaluations: evaluations of each run on its way, about.
@@ -98,6 +99,13 @@ class Compare:
                 for seed in range(self.seeds):
                     yield shown(agent), reward, seed, self.settings(agent, reward, seed)
 
+    def unmasked(self) -> list[str]:
+        """The names of the agents whose rewards that fail are errors although ``reward_failures`` is "mask": those that
+        score as they learn, by the reward's gradient.
+        """
+        scored = [text for text in self.agents if make_agent(text).needs(self.chain.moves).end]
+        return [shown(text) for text in self.agents if self.reward_failures == "mask" and text not in scored]
+
     def settings(self, agent: str, reward: str, seed: int) -> Finetune:
         """The fine-tuning of one run."""
         updates = math.ceil(self.budget_queries / (self.rollout.prompts * self.rollout.samples_per_prompt))
@@ -113,7 +121,7 @@ class Compare:
             lora=self.lora,
             reward=reward,
             reward_options=options,
-            reward_failures=self.reward_failures,
+            reward_failures="error" if shown(agent) in self.unmasked() else self.reward_failures,
             max_failed=self.max_failed,
             reward_timeout_s=self.reward_timeout_s,
             reward_cache=self.reward_cache,
