@@ -23,6 +23,10 @@ from rlfusion.rewards.preprocess import Preprocess
 from rlfusion.rewards.small_clip import SmallClip
 from rlfusion.tensors import Cond
 
+PREFERENCE = "ViT-H-14"
+"""The architecture of the published scores of human preference; their images are of ``PREFERENCE_SHAPE``."""
+PREFERENCE_SHAPE = (3, 224, 224)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -98,3 +102,18 @@ class ClipReward(Learned):
         label = require_labels(cond, len(samples), len(self.table), type(self).__name__)
         found = self.features(samples)
         return (found * self.table[label].to(found)).sum(1)
+
+
+class ClipText(ClipReward):
+    """A CLIP reward of texts: ``table`` (P, width) holds g of each prompt's, ``logit_scale`` () the CLIP's own s."""
+
+    def __init__(self, source: Source, template: str | Sequence[str], prompts: Sequence[str]) -> None:
+        clip = source.open()
+        super().__init__(clip, source)
+        self.register_buffer("table", clip.table(template, prompts))
+        self.register_buffer("logit_scale", torch.tensor(clip.logit_scale))
+
+
+def published(model: str, checkpoint: str, file: str) -> str:
+    """``checkpoint``, or where none is given the ``file`` that was published for the architecture ``PREFERENCE``."""
+    return checkpoint or (file if model == PREFERENCE else "")

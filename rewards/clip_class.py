@@ -5,16 +5,15 @@ class c among all prompts (Radford et al. 2021, 3.1). With ``log`` its logarithm
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlfusion.denoiser import Precision
 from rlfusion.rewards.base import require_labels
-from rlfusion.rewards.clip import ClipReward, Source
+from rlfusion.rewards.clip import ClipText, Source
 from rlfusion.tensors import Cond
 
 
-class ClipClass(ClipReward):
+class ClipClass(ClipText):
     """
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; a run without a model trains a small one on its data.
@@ -41,11 +40,8 @@ class ClipClass(ClipReward):
         shape: Sequence[int] = (3, 224, 224),
     ) -> None:
         source = Source(model, checkpoint, precision, resize_mode, batch, architecture, shape)
-        clip = source.open()
-        super().__init__(clip, source)
+        super().__init__(source, template, prompts)
         self.log = log
-        self.register_buffer("table", clip.table(template, prompts))
-        self.register_buffer("logit_scale", torch.tensor(clip.logit_scale))
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:
         """samples (B, C, H, W) in [0, 1], cond (B,) int64 -> (B,) in [0, 1], or with ``log`` at most 0."""

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from rlfusion.denoiser import Precision
-from rlfusion.rewards.clip import ClipReward, Source
+from rlfusion.rewards.clip import ClipText, Source
 from rlfusion.tensors import Cond
 
 
-class ClipScore(ClipReward):
+class ClipScore(ClipText):
     """
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; a run without a model trains a small one on its data.
@@ -41,10 +41,8 @@ class ClipScore(ClipReward):
         shape: Sequence[int] = (3, 224, 224),
     ) -> None:
         source = Source(model, checkpoint, precision, resize_mode, batch, architecture, shape)
-        clip = source.open()
-        super().__init__(clip, source)
+        super().__init__(source, template, prompts)
         self.scale = scale
-        self.register_buffer("table", clip.table(template, prompts))
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:
         """samples (B, C, H, W) in [0, 1], cond (B,) int64 -> (B,) in [-scale, scale]."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlfusion.denoiser import Precision
 from rlfusion.errors import unknown
-from rlfusion.rewards.clip import ClipReward, Source
+from rlfusion.rewards.clip import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
 from rlfusion.tensors import Cond
 
 PUBLISHED = {
@@ -18,7 +18,7 @@ PUBLISHED = {
 }
 
 
-class HPSv2(ClipReward):
+class HPSv2(ClipText):
     """
     Args:
         version: of the published weights, "2.0" or "2.1", where there is no ``checkpoint``.
@@ -35,7 +35,7 @@ class HPSv2(ClipReward):
     def __init__(
         self,
         version: str = "2.1",
-        model: str = "ViT-H-14",
+        model: str = PREFERENCE,
         checkpoint: str = "",
         template: str | Sequence[str] = "{}",
         precision: Precision = "float32",
@@ -47,11 +47,9 @@ class HPSv2(ClipReward):
     ) -> None:
         if str(version) not in PUBLISHED:
             raise unknown("version of hps_v2", str(version), PUBLISHED)
-        named = checkpoint or (PUBLISHED[str(version)] if model == "ViT-H-14" else "")
-        source = Source(model, named, precision, resize_mode, batch, architecture, (3, 224, 224))
-        clip = source.open()
-        super().__init__(clip, source)
-        self.register_buffer("table", clip.table(template, prompts))
+        named = published(model, checkpoint, PUBLISHED[str(version)])
+        source = Source(model, named, precision, resize_mode, batch, architecture, PREFERENCE_SHAPE)
+        super().__init__(source, template, prompts)
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:
         """samples (B, C, H, W) in [0, 1], cond (B,) int64 -> (B,) in [-1, 1]."""

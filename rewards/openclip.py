@@ -199,9 +199,10 @@ def _created(name: str, tag: str, file: Path | None, what: str) -> nn.Module:
 
 def _load(clip: nn.Module, file: Path, what: str) -> None:
     state = read_tensors(file, what)
-    state = renamed(state) if is_transformers(state) else state
     try:
-        if state.keys() == clip.state_dict().keys():
+        if is_transformers(state):
+            clip.load_state_dict(renamed(state))
+        elif state.keys() == clip.state_dict().keys():
             clip.load_state_dict(state)
         else:  # of another version of open_clip, or of one of the other libraries that it knows
             _open_clip().load_checkpoint(clip, str(file))

@@ -7,17 +7,16 @@ The difference of two images' scores is the log-odds that the first is picked. P
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlfusion.denoiser import Precision
-from rlfusion.rewards.clip import ClipReward, Source
+from rlfusion.rewards.clip import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
 from rlfusion.tensors import Cond
 
 PUBLISHED = "hf-hub:yuvalkirstain/PickScore_v1/model.safetensors"
 
 
-class PickScore(ClipReward):
+class PickScore(ClipText):
     """
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; without a checkpoint the published weights.
@@ -28,7 +27,7 @@ class PickScore(ClipReward):
 
     def __init__(
         self,
-        model: str = "ViT-H-14",
+        model: str = PREFERENCE,
         checkpoint: str = "",
         template: str | Sequence[str] = "{}",
         precision: Precision = "float32",
@@ -38,12 +37,9 @@ class PickScore(ClipReward):
         *,
         prompts: Sequence[str],
     ) -> None:
-        named = checkpoint or (PUBLISHED if model == "ViT-H-14" else "")
-        source = Source(model, named, precision, resize_mode, batch, architecture, (3, 224, 224))
-        clip = source.open()
-        super().__init__(clip, source)
-        self.register_buffer("table", clip.table(template, prompts))
-        self.register_buffer("logit_scale", torch.tensor(clip.logit_scale))
+        named = published(model, checkpoint, PUBLISHED)
+        source = Source(model, named, precision, resize_mode, batch, architecture, PREFERENCE_SHAPE)
+        super().__init__(source, template, prompts)
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:
         """samples (B, C, H, W) in [0, 1], cond (B,) int64 -> (B,) in [-s, s]."""

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion import autoencoder, checkpoint, models
+from rlfusion import autoencoder, checkpoint, fitting, models
 from rlfusion.autoencoder import FORMAT, KLVAE, Latents, fitted, from_diffusers, negative_elbo
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.progress import Progress
-from rlfusion.run import Signals, pick_device, set_numerics, train
+from rlfusion.run import Signals, pick_device, set_numerics
 from rlfusion.seeding import integer, stream
-from rlfusion.tracking import Tracker, grid, save_png
+from rlfusion.tracking import grid, save_png
 from rlfusion.weights import sha256
 
-LOG_EVERY, SHOWN = 20, 40
+SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,7 @@ def check(config: Autoencode) -> None:
     pick_device(config.device)
     data = load_data(config.data, config.size)
     _build(config, data.shape)
-    parts = [len(part) for part in data.split(config.held_out)]
-    if not all(parts):
-        raise ConfigError(
-            f"held_out = {config.held_out} splits {len(data)} samples into {parts}: expected some in both"
-        )
+    data.require_parts(config.held_out)
 
 
 def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
@@ -135,23 +131,8 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     data, held_out = load_data(config.data, config.size).split(config.held_out)
     module = _build(config, data.shape).to(device)
     learner = Learner(module, data, config)
-    found = checkpoint.latest(folder / "checkpoints")
-    start = found.step if found else 0
-    if found:
-        learner.load_state_dict(checkpoint.load(found.path))
-    tracker = Tracker(folder, start)
-
-    def save_step(step: int) -> None:
-        tracker.flush()
-        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
-
-    total = config.steps
-    steps = train(learner, iter(range(start, total)), start, total, config.checkpoint_every, save_step, signals)
-    with progress.bar("autoencoder", total, start) as bar:
-        for step, metrics in steps:
-            bar.advance(error=metrics["error"])
-            if (step + 1) % LOG_EVERY == 0:
-                tracker.scalars(step + 1, "autoencoder", metrics)
+    bar = ("autoencoder", "autoencoder", "error")
+    tracker = fitting.fit(learner, folder, config.steps, config.checkpoint_every, signals, progress, *bar)
     with learner.optimization.ema.averaged():
         about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
         space = fitted(module, about, data.x)

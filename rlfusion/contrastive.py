@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlfusion import checkpoint
+from rlfusion import checkpoint, fitting
 from rlfusion.classifier import augment, one_thread
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
@@ -31,11 +31,10 @@ from rlfusion.rewards import openclip
 from rlfusion.rewards.preprocess import Preprocess
 from rlfusion.rewards.small_clip import SmallClip
 from rlfusion.rewards.texts import SPELLED, fill_all
-from rlfusion.run import Signals, locked, pick_device, set_numerics, train
+from rlfusion.run import Signals, locked, pick_device, set_numerics
 from rlfusion.seeding import integer, stream
-from rlfusion.tracking import Tracker
 
-LOG_EVERY, FORMAT, WARM_UP = 20, 1, 0.1
+FORMAT, WARM_UP = 1, 0.1
 HANDWRITTEN = ("a handwritten {word}", "a picture of a {word}", "the digit {word}", "{word}", "{}")
 ANY = ("a picture of {}", "{}")
 COLDEST = math.log(100)
@@ -167,11 +166,7 @@ def check(config: TrainClip) -> None:
     data = load_data(config.data, config.size)
     fill_all(templates_of(config.templates, data), data.names)
     config.model.described(data.shape)
-    parts = [len(part) for part in data.split(config.held_out)]
-    if not all(parts):
-        raise ConfigError(
-            f"held_out = {config.held_out} splits {len(data)} samples into {parts}: expected some in both"
-        )
+    data.require_parts(config.held_out)
     if data.classes < 2:
         raise ConfigError(f"data = {config.data!r} has one label: expected two, or captions, to tell apart")
 
@@ -195,22 +190,8 @@ def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progre
     model, described = config.model.described(data.shape)
     clip = openclip.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))
     learner = Learner(clip, Preprocess.of(described), data, config)
-    found = checkpoint.latest(folder / "checkpoints")
-    start = found.step if found else 0
-    if found:
-        learner.load_state_dict(checkpoint.load(found.path))
-    tracker, total = Tracker(folder, start), config.steps
-
-    def save_step(step: int) -> None:
-        tracker.flush()
-        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
-
-    steps = train(learner, iter(range(start, total)), start, total, config.checkpoint_every, save_step, signals)
-    with progress.bar("CLIP", total, start) as bar:
-        for step, metrics in steps:
-            bar.advance(loss=metrics["loss"])
-            if (step + 1) % LOG_EVERY == 0:
-                tracker.scalars(step + 1, "clip", metrics)
+    every = config.checkpoint_every
+    tracker = fitting.fit(learner, folder, config.steps, every, signals, progress, "CLIP", "clip")
     with learner.optimization.ema.averaged():
         openclip.save(folder / "clip", clip, model, described)
     tracker.close()

@@ -73,6 +73,15 @@ class Dataset:
             rest.append(index[cut:])
         return self._take(np.sort(np.concatenate(rest))), self._take(np.sort(np.concatenate(out)))
 
+    def require_parts(self, held_out: float) -> None:
+        """
+        Raises:
+            ConfigError: ``split(held_out)`` leaves nothing in one part.
+        """
+        parts = [len(part) for part in self.split(held_out)]
+        if not all(parts):
+            raise ConfigError(f"held_out = {held_out} splits {len(self)} samples into {parts}: expected some in both")
+
     def _take(self, index: np.ndarray) -> "Dataset":
         at = torch.from_numpy(index)
         return Dataset(self.x[at], self.label[at], self.names, self.levels, self.captioned)

@@ -22,8 +22,9 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
 from rlfusion.distill.student import Match, adopt, require_agreement
 from rlfusion.errors import ConfigError
+from rlfusion.fitting import LOG_EVERY
 from rlfusion.measure import require_judgeable
-from rlfusion.pretraining import LOG_EVERY, base_model, card_of, require_same_data, require_solvable, seen, show
+from rlfusion.pretraining import base_model, card_of, require_same_data, require_solvable, seen, show
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.stopwatch import Stopwatch

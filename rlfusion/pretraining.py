@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from rlfusion import autoencoding, checkpoint, models
+from rlfusion import autoencoding, checkpoint, fitting, models
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -18,14 +18,11 @@ from rlfusion.evaluate import bits_per_dim, require_bound
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
 from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.progress import Progress
-from rlfusion.run import Signals, locked, pick_device, set_numerics, train
+from rlfusion.run import Signals, locked, pick_device, set_numerics
 from rlfusion.tracking import Tracker, grid, save_png
 
 CACHE_FORMAT = 1
 """Rises when pretraining changes, so that base models cached before are not taken for new ones."""
-
-
-LOG_EVERY = 20
 
 
 def fit(
@@ -47,23 +44,8 @@ def fit(
     if config.autoencoder:
         denoiser.space = autoencoding.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
-    found = checkpoint.latest(folder / "checkpoints")
-    start = found.step if found else 0
-    if found:
-        learner.load_state_dict(checkpoint.load(found.path))
-    tracker = Tracker(folder, start)
-
-    def save(step: int) -> None:
-        tracker.flush()
-        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
-
-    total = config.train.steps
-    steps = train(learner, iter(range(start, total)), start, total, config.checkpoint_every, save, signals)
-    with progress.bar("pretraining", total, start) as bar:
-        for step, metrics in steps:
-            bar.advance(loss=metrics["loss"])
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
-                tracker.scalars(step + 1, "pretrain", metrics)
+    every = config.checkpoint_every
+    tracker = fitting.fit(learner, folder, config.train.steps, every, signals, progress, "pretraining", "pretrain")
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
     tracker.close()

@@ -28,6 +28,7 @@ LAYERS = [
     "autoencoder pipelines",
     "classifier evaluate models checkpoint tracking",
     "rewards run",
+    "fitting",
     "autoencoding contrastive",
     "envs",
     "rollout",

@@ -1,0 +1,56 @@
+"""The training of one network on data, in a folder: from the newest checkpoint on, with a bar and logged figures.
+
+The learners of ``pretrain``, ``pretrain-autoencoder`` and ``train-clip`` take the number of the step for a batch, and
+draw what it stands for by seed; so a run that goes on makes the same weights as one that was never stopped.
+"""
+
+from pathlib import Path
+
+from rlfusion import checkpoint
+from rlfusion.learner import Learner
+from rlfusion.progress import Progress
+from rlfusion.run import Signals, train
+from rlfusion.tracking import Tracker
+
+LOG_EVERY = 20
+
+
+def fit(
+    learner: Learner,
+    folder: Path,
+    total: int,
+    every: int,
+    signals: Signals,
+    progress: Progress,
+    bar: str,
+    tag: str,
+    shown: str = "loss",
+) -> Tracker:
+    """Train ``learner`` up to step ``total``, with a checkpoint each ``every`` steps; its tracker, still open.
+
+    Args:
+        bar: what the bar is called, and
+        shown: the metric beside it.
+        tag: of the logged metrics.
+
+    Raises:
+        NumericalError: a gradient is not finite; the last checkpoint stands.
+        StopRequested: a signal came; all work is saved.
+    """
+    found = checkpoint.latest(folder / "checkpoints")
+    start = found.step if found else 0
+    if found:
+        learner.load_state_dict(checkpoint.load(found.path))
+    tracker = Tracker(folder, start)
+
+    def save(step: int) -> None:
+        tracker.flush()
+        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
+
+    steps = train(learner, iter(range(start, total)), start, total, every, save, signals)
+    with progress.bar(bar, total, start) as drawn:
+        for step, metrics in steps:
+            drawn.advance(**{shown: metrics[shown]})
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+                tracker.scalars(step + 1, tag, metrics)
+    return tracker
