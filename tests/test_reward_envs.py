@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def package(tmp_path):
 
 NAME = "only_there:Scaled"
 AGED = "aged:by_age"
+PAIRS = """
+import torch
+
+from rlfusion.rewards import PairWise
+
+
+@PairWise
+def brighter(a, b, cond):
+    return torch.sigmoid(10 * (a.mean((1, 2, 3)) - b.mean((1, 2, 3))))
+"""
 
 
 @pytest.fixture
@@ -63,7 +74,7 @@ def older(tmp_path, monkeypatch) -> str:
         sys.modules.pop(name, None)
 
 
-def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, monkeypatch):
+def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, tmp_path, monkeypatch):
     """One in an environment that Ray makes, one in a virtual environment whose library conflicts with ours."""
     monkeypatch.setattr(ray_rewards, "RESTARTS", 0)
     env = {"working_dir": str(package), "env_vars": {"FACTOR": "3"}}
@@ -89,6 +100,8 @@ def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, monk
         assert torch.equal(aged(x, cond), x.mean((1, 2, 3)))
         assert torch.equal(build(AGED)(x, cond), 2 * x.mean((1, 2, 3)))
         _the_walks_of_a_worker_have_its_bits(config, actors)
+        monkeypatch.chdir(tmp_path)
+        _so_have_those_of_a_pairwise_reward_in_a_file(config, tmp_path)
         with pytest.raises(RewardFailure, match="6 of 6 samples: its Ray actor failed: "):
             score(reward, x + 10, cond, "it")  # it dies of this
     assert "FACTOR" not in os.environ
@@ -96,16 +109,28 @@ def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, monk
 
 def _the_walks_of_a_worker_have_its_bits(config, actors):
     """One item by a Ray worker that asks the actor, and by ourselves with the reward at home."""
-    card = card_of(config.pretrain, digits())
-    policy = config.chain.policy(models.build(card), card.names)
-    made = build(config.reward, {}, made=from_actors(actors, facts(card.names, card.shape), 300.0))
-    item, weights = plan(0, 0, 2, 3, 6, card.classes, 0)[0], Weights.of(policy, 0)
-    with make_backend(recipe(config, card, policy, made, torch.device("cpu"), actors), config.settings) as backend:
-        (away,) = backend.collect([item], weights)
 
     def at_home(samples, cond):
         return 3.0 * samples.mean((1, 2, 3)) ** 2.0 + 1  # each digit's name is of one letter
 
+    _alike(config, from_actors(actors, facts(digits().names, (1, 8, 8)), 300.0), actors, at_home)
+
+
+def _so_have_those_of_a_pairwise_reward_in_a_file(config, folder):
+    (folder / "pairs.py").write_text(PAIRS)
+    name = "pairs.py:brighter"  # from this folder, where the worker is not
+    config = replace(config, reward={name: 1.0}, reward_options={}, ray=Ray(limits=config.ray.limits))
+    _alike(config, {}, {}, build(name))
+
+
+def _alike(config, made, actors, at_home):
+    """One item by a worker, of the rewards ``made`` and of those that it makes itself, and by ourselves."""
+    card = card_of(config.pretrain, digits())
+    policy = config.chain.policy(models.build(card), card.names)
+    reward = build(config.reward, {}, made=made)
+    item, weights = plan(0, 0, 2, 3, 6, card.classes, 0)[0], Weights.of(policy, 0)
+    with make_backend(recipe(config, card, policy, reward, torch.device("cpu"), actors), config.settings) as backend:
+        (away,) = backend.collect([item], weights)
     home = run_item(make_task(config, card, policy, at_home), item)
     assert torch.equal(away.x, home.x)
     assert torch.equal(away.reward, home.reward)

@@ -517,14 +517,12 @@ def trained(folder) -> list[dict]:
     return [line for line in lines if "train/reward" in line]
 
 
-def test_a_pairwise_reward_in_a_file_trains_alike_with_and_without_workers(root, mine):
+def test_a_pairwise_reward_in_a_file_trains(root, mine):
+    """That workers give the same bits is in test_reward_envs."""
     name = "elsewhere/my-rewards.py:brighter"
-    for workers in (0, 1):
-        more = ("--reward", name, *GROUPS, "--rollout.workers", workers, "--name", f"w{workers}")
-        said = rlfusion(root, "finetune", *TINY, *more)
-        assert said.code == 0, said.err
-    assert weights(root / "runs" / "w0") == weights(root / "runs" / "w1")
-    assert [line["train/reward"] for line in trained(root / "runs" / "w0")] == pytest.approx([0.5] * 6)
+    said = rlfusion(root, "finetune", *TINY, "--reward", name, *GROUPS, "--name", "it")
+    assert said.code == 0, said.err
+    assert [line["train/reward"] for line in trained(root / "runs" / "it")] == pytest.approx([0.5] * 6)
     torn = rlfusion(root, "finetune", *TINY, "--reward", name)
     assert torn.code == 2
     assert "rollout.item = 10" in torn.err
