@@ -1,7 +1,7 @@
 """The sampling chain as settings: steps, spacing, kernel, guidance. The chain is the MDP."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from rlfusion.policy import Policy
 KERNELS: Mapping[str, Callable[..., Kernel]] = {
     kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
 }
+
+NARROW = 0.05
+"""Noise of a step, in units of the latent, below which a small change of the network is a large log-ratio."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +152,26 @@ class Chain:
                 "no second answer, expected none of them"
             )
         return Embedded(denoiser, self.weight)
+
+
+def narrow(chain: Chain, denoiser: Denoiser) -> str:
+    """The steps whose noise is below ``NARROW`` and not 0, and the setting that leaves them out; "" for no such step.
+
+    The log-ratio of a step of noise S grows as |change of the mean|^2 / (2 S^2), summed over all features.
+    """
+    found = _narrow(chain, denoiser)
+    if not found:
+        return ""
+    steps = ", ".join(f"{k + 1} of {chain.moves}: {std:.3g}" for k, std in found)
+    said = f"noise of standard deviation below {NARROW} at step {steps}: a small change of the network is a large "
+    said += "log-ratio there"
+    trailing = replace(chain, spacing="trailing")
+    if chain.spacing != "trailing" and not _narrow(trailing, denoiser):
+        return f"{said}; chain.spacing = trailing has no such step"
+    return f"{said}; fewer steps, or a kernel with more noise at the end, have none"
+
+
+def _narrow(chain: Chain, denoiser: Denoiser) -> list[tuple[int, float]]:
+    """The number from 0 and the noise of each such step."""
+    stds = Policy(denoiser, chain.make_kernel()).stds(chain.times(denoiser)).tolist()
+    return [(k, std) for k, std in enumerate(stds) if 0 < std < NARROW]

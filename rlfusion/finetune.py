@@ -19,7 +19,7 @@ from torch import Tensor
 from rlfusion import adamw8bit, checkpoint, lora, memory, models, origin
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
-from rlfusion.chain import Chain
+from rlfusion.chain import Chain, narrow
 from rlfusion.collector import Collector
 from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import load, to_pixels
@@ -261,6 +261,9 @@ def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progr
         progress.say(
             "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
         )
+    walked = job.config.agent.needs(job.config.chain.moves).path
+    if walked and (said := narrow(job.config.chain, job.denoiser)):
+        progress.say(f"warning: {said}, and the guard may stop the run")
     progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 

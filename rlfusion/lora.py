@@ -8,6 +8,7 @@ it in peft's own format.
 
 import copy
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,12 +56,12 @@ def parse(text: str) -> LoRA | None:
     return spec.parse(text, {"LoRA": LoRA}, "adapter") if text else None
 
 
-def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "") -> None:
+def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Sequence[str] = ()) -> None:
     """Give ``net`` the adapters of ``text`` (none for ""), in float32, in place; everything else is frozen. ``targets``
-    are its layers where the text names none.
+    are its layers where the text names none; ``idle`` layers, which cannot change its answer, get none.
 
     Raises:
-        ConfigError: no package peft, or a target that no layer has.
+        ConfigError: no package peft, a target that no layer has, or targets that are idle all.
     """
     settings = parse(text)
     if settings is None:
@@ -69,7 +70,9 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "") -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"lora = {text!r} needs the package peft: pip install 'rlfusion[lora]'") from error
-    layers = _layers(net, settings.targets or targets)
+    layers = [name for name in _layers(net, settings.targets or targets) if name not in idle]
+    if not layers:
+        raise ConfigError(f"targets = {settings.targets!r} of LoRA: none of them can change what the network answers")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,

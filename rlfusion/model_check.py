@@ -7,6 +7,7 @@ kind        samples of the model's own, noised to a middle time: eps_hat against
             is below 1, that of knowing nothing, and no other kind would read the same answers better
 decode      samples are (B, C, H, W) in [0, 1], and come back from the encoder in the latents' shape
 ratio       log p of the walks' own steps, computed again as a learner does: the same
+noise       of each step of the chain: none so small that a policy gradient explodes there
 gradient    of the decoded image's mean reaches every weight that is trained, and is finite
 sampler     a pipeline's own sampler ends at the same latents from the same noise
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models, pipelines
-from rlfusion.chain import Chain
+from rlfusion.chain import Chain, narrow
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.parameterization import PLAIN, predict, solve, target
@@ -215,6 +216,16 @@ def _ratio(trial: Trial) -> Finding:
     )
 
 
+@torch.no_grad()
+def _noise(trial: Trial) -> Finding:
+    chain = trial.settings.chain  # with all of its steps
+    said = narrow(chain, trial.denoiser)
+    if said:
+        return Finding("noise", "note", said)
+    stds = trial.policy.stds(chain.times(trial.denoiser)).tolist()
+    return Finding("noise", "ok", f"{len(stds)} steps of standard deviation {', '.join(f'{s:.2g}' for s in stds)}")
+
+
 def _gradient(trial: Trial) -> Finding:
     x, t = trial.noise[:1, 0], trial.times[-2]
     image = trial.denoiser.space.decode(trial.policy.denoiser(x, t, trial.label[:1]).x0)
@@ -252,6 +263,7 @@ CHECKS: dict[str, Callable[[Trial], Finding | None]] = {
     "kind": _kind,
     "decode": _decode,
     "ratio": _ratio,
+    "noise": _noise,
     "gradient": _gradient,
     "sampler": _sampler,
 }

@@ -196,7 +196,8 @@ def adapt(denoiser: Denoiser, card: Card, text: str, seed: int = 0) -> None:
         return
     if not text:
         require_trainable(card)
-    lora.attach(denoiser.net.model, text, seed, denoiser.net.family.targets)
+    net = denoiser.net
+    lora.attach(net.model, text, seed, net.family.targets, net.family.idle(net.model))
 
 
 def space_blob(space: Space) -> dict[str, bytes]:

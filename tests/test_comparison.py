@@ -251,6 +251,7 @@ def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypat
     out, folder = capsys.readouterr().out, tmp_path / "runs" / "it"
     page = (folder / "comparison.md").read_text()
     assert page.strip() in out
+    assert "warning: noise of standard deviation below 0.05 at step 2 of 3: 0.04" in " ".join(out.split())
     table = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert {len(cells) for cells in table[:-1]} == {len(table[0])}
     assert table[0][-3:] == ["brightness", "edge density", "entropy |"]

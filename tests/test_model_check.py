@@ -1,14 +1,19 @@
 """``rlfusion check-model``: what holds on a sound model, and that each fault is found by its own row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_pipelines import PROMPTS, about
 from torch import nn
 
-from rlfusion import models
-from rlfusion.chain import Chain
+from rlfusion import models, pipelines
+from rlfusion.chain import NARROW, Chain, narrow
 from rlfusion.cli import main
 from rlfusion.denoiser import Denoiser
+from rlfusion.kernel import DDIM
 from rlfusion.model_check import CHECKS, CheckModel, Trial
+from rlfusion.policy import Policy
 from rlfusion.sampling import chain_noise
 from rlfusion.schedule import DDPM
 
@@ -35,7 +40,7 @@ def trial(net: nn.Module, kind: str = "eps") -> Trial:
     times = chain.times(denoiser)
     noise = chain_noise((0, "test"), range(4), len(times) - 1, SHAPE)
     policy = chain.policy(denoiser, card.names)
-    return Trial(CheckModel("it"), card, denoiser, chain, policy, times, noise, torch.arange(4) % 2)
+    return Trial(CheckModel("it", chain=chain), card, denoiser, chain, policy, times, noise, torch.arange(4) % 2)
 
 
 def verdicts(made: Trial) -> dict[str, str]:
@@ -96,6 +101,22 @@ def test_a_chain_without_noise_has_no_ratio():
     chain = Chain(steps=20, kernel="DDIM(eta=0.0)")
     still = made._replace(chain=chain, policy=chain.policy(made.denoiser, made.card.names))
     assert CHECKS["ratio"](still).verdict == "note"
+
+
+def test_steps_of_little_noise_are_named_with_the_setting_that_leaves_them_out(tiny_pipelines):
+    """The published grid of Stable Diffusion ends with two; elsewhere there are none."""
+    denoiser = pipelines.build(about(tiny_pipelines["sd"]), PROMPTS)
+    published = Chain(steps=20, spacing="model")
+    said = narrow(published, denoiser)
+    stds = Policy(denoiser, DDIM(1.0)).stds(published.times(denoiser)).tolist()
+    assert f"19 of 20: {stds[18]:.3g}, 20 of 20: {stds[19]:.3g}" in said
+    assert stds[19] < stds[18] < NARROW < stds[17]
+    assert said.endswith("chain.spacing = trailing has no such step")
+    assert narrow(replace(published, spacing="trailing"), denoiser) == ""
+    assert narrow(replace(published, kernel="DDIM(eta=0.1)"), denoiser).endswith("have none")
+    assert narrow(replace(published, kernel="DDIM(eta=0.0)"), denoiser) == ""
+    row = CHECKS["noise"](trial(Exact()))
+    assert (row.verdict, row.said.count(",")) == ("ok", 19)
 
 
 @pytest.mark.parametrize(("name", "code", "failing"), [("flux", 0, ""), ("sd", 2, "fails: kind")])

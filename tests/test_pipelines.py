@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import schedulers
-from tiny_pipelines import SCALED, SD15
+from tiny_pipelines import MAKERS, SCALED, SD15, stable_diffusion, stable_diffusion_xl, vae
 
-from rlfusion import pipelines
+from rlfusion import models, pipelines
 from rlfusion.chain import Chain
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -33,12 +33,16 @@ ABOUT = {
     "adapters": [],
 }
 SIDE = {"sana": 32}
+UNGUIDED = ("flux", "lcm")
+"""Families whose networks read the guidance weight, and no negative prompt."""
+
 SCALE, STEPS = 3.0, 4
 ALIKE = 1e-4
 
 
 def about(folder, **settings) -> dict:
-    return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **settings}
+    own = {"negatives": ["", ""]} if folder.name in UNGUIDED else {}
+    return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **own, **settings}
 
 
 @pytest.fixture(scope="session")
@@ -198,7 +202,9 @@ def test_the_multistep_scheduler_of_stable_diffusion_is_walked_by_single_steps(d
     ("scheduler", "message"),
     [
         (lambda: schedulers.HeunDiscreteScheduler(), "unknown scheduler 'HeunDiscreteScheduler'.*DDIMScheduler"),
-        (lambda: schedulers.DDIMScheduler(), "clip_sample = True"),
+        (lambda: schedulers.UniPCMultistepScheduler(), "'UniPCMultistepScheduler'.*mean 'DPMSolverMultistepScheduler'"),
+        (lambda: schedulers.TCDScheduler(), "'TCDScheduler'.*mean 'LCMScheduler'"),
+        (lambda: schedulers.DDIMScheduler(), "clip_sample = True.*expected False"),
         (lambda: schedulers.DDIMScheduler(clip_sample=False, trained_betas=[0.1, 0.2]), "trained_betas"),
         (lambda: schedulers.DDPMScheduler(clip_sample=False, variance_type="learned"), "variance_type.*'learned'"),
         (lambda: schedulers.EulerDiscreteScheduler(interpolation_type="log_linear"), "interpolation_type"),
@@ -289,3 +295,91 @@ def test_an_index_that_cannot_be_followed_is_refused(text, said, tmp_path):
     (tmp_path / hub.INDEX).write_text(text)
     with pytest.raises(ConfigError, match=said):
         _ = hub.family(tmp_path), hub.scheduler(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sd", "sana"])
+def test_the_encoder_stays_where_it_is_until_something_is_encoded(name, tiny_pipelines):
+    space = pipelines.build(about(tiny_pipelines[name]), PROMPTS).space
+    images = space.decode(torch.empty(2, space.channels, 8, 8, device="meta"))
+    assert images.device.type == "meta"
+    encoder = {p.device.type for p in space.vae.encoder.parameters()}
+    assert encoder == {"cpu"}
+    assert {p.device.type for p in space.vae.decoder.parameters()} == {"meta"}
+    space.encode(torch.empty(1, 3, 16, 16, device="meta"))
+    assert {p.device.type for p in space.vae.parameters()} == {"meta"}
+
+
+def test_means_and_stds_of_channels_are_undone_as_the_pipeline_does(tmp_path):
+    """Those of a Stable Diffusion XL; another family's pipeline would ignore them, and is refused."""
+    each = {"latents_mean": [0.1, -0.4, 1.0, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
+    torch.manual_seed(0)
+    pipe = stable_diffusion_xl()
+    pipe.register_modules(vae=vae(**each))
+    pipe.save_pretrained(tmp_path / "sdxl")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    z = torch.randn(1, 4, 8, 8)
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "latents": z}
+    latents, image = (pipe("a cat", **call, output_type=kind).images for kind in ("latent", "pt"))
+    space = pipelines.build(about(tmp_path / "sdxl"), PROMPTS).space
+    torch.testing.assert_close(space.decode(latents), image, rtol=1e-4, atol=1e-5)
+    x = 2 * image - 1
+    code = space.vae.encode(x).latent_dist.mode()
+    torch.testing.assert_close(
+        space.encode(x)[0, 2], (code[0, 2] - 1.0) * space.vae.config["scaling_factor"] / 2.0, rtol=1e-4, atol=1e-5
+    )
+    pipe = stable_diffusion()
+    pipe.register_modules(vae=vae(**each))
+    pipe.save_pretrained(tmp_path / "sd")
+    with pytest.raises(ConfigError, match=r"latents_mean = \[0.1, -0.4, 1.0, 0.0\].*expected null"):
+        pipelines.build(about(tmp_path / "sd"), PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["flux", "lcm"])
+def test_negative_prompts_that_no_network_reads_are_refused(name, tiny_pipelines):
+    with pytest.raises(ConfigError, match=r"negative = 'blurred'.*expected none"):
+        pipelines.build(about(tiny_pipelines[name], negatives=["", "blurred"]), PROMPTS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_adapter_has_a_gradient_and_it_is_the_slope(name, tiny_pipelines):
+    """<y, r> of a random r, along a random direction of all of them, by central differences in float64."""
+    denoiser = pipelines.build(about(tiny_pipelines[name]), PROMPTS)
+    card = models.Card(models.Config(), (3, 16, 16), tuple(PROMPTS), pipeline={"dtype": "float32"})
+    models.adapt(denoiser, card, "LoRA(rank=2)")
+    net, draw = denoiser.net.double(), torch.Generator().manual_seed(0)
+    net.dtype = torch.float64
+    held = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in held.values():
+            p.copy_(0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+    side = 16 if name == "sana" else 8
+    x = torch.randn(2, denoiser.space.channels, side, side, generator=draw, dtype=torch.float64)
+    t, label = torch.tensor([900.0, 100.0]), torch.arange(2)
+    cond = {"label": label, "w": torch.full((2,), 2.0)} if denoiser.weights else label
+    r = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+
+    def value() -> torch.Tensor:
+        return (net(x, t, cond) * r).sum()
+
+    grads = torch.autograd.grad(value(), list(held.values()))
+    assert all(grad.norm() > 1e-6 for grad in grads), [n for n, g in zip(held, grads) if not g.any()]
+    steps = [1e-4 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in held.values()]
+    ends = []
+    for times in (1, -2):
+        with torch.no_grad():
+            for p, step in zip(held.values(), steps):
+                p.add_(step, alpha=times)
+            ends.append(value())
+    slope = sum((grad * step).sum() for grad, step in zip(grads, steps))
+    torch.testing.assert_close((ends[0] - ends[1]) / 2, slope, rtol=1e-2, atol=0.0)
+
+
+def test_targets_that_change_nothing_are_refused(tiny_pipelines):
+    denoiser = pipelines.build(about(tiny_pipelines["sd3"]), PROMPTS)
+    card = models.Card(models.Config(), (3, 16, 16), tuple(PROMPTS), pipeline={"dtype": "float32"})
+    with pytest.raises(ConfigError, match="none of them can change"):
+        models.adapt(denoiser, card, "LoRA(targets='transformer_blocks.1.attn.add_q_proj')")
+    models.adapt(denoiser, card, "LoRA(targets='add_q_proj')")
+    assert {n.split(".")[2] for n, p in denoiser.named_parameters() if p.requires_grad} == {"transformer_blocks"}
+    assert {n.split(".")[3] for n, p in denoiser.named_parameters() if p.requires_grad} == {"0"}

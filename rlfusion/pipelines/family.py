@@ -4,7 +4,7 @@ A family encodes prompts by its pipeline's own ``encode_prompt``, calls its netw
 scheduler for times. All else (schedules, kinds, kernels, guidance, decoding) is common.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Family:
         targets: LoRA's layers.
         multiple: sides of a latent are multiples of it.
         guided: whether guidance by a second answer is its own way.
+        idle: the network -> the full names of layers that cannot change its answer, which get no adapters.
+        normalises: whether its pipeline undoes a mean and std of each channel of latents (latents_mean, latents_std).
         call: further settings with which the pipeline itself makes an image of just the size that it is told.
     """
 
@@ -50,6 +52,8 @@ class Family:
     targets: str = ATTENTION
     multiple: int = 1
     guided: bool = True
+    idle: Callable[[nn.Module], Sequence[str]] = lambda model: ()
+    normalises: bool = False
     call: Mapping[str, Any] = field(default_factory=dict)
 
 

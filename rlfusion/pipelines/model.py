@@ -63,17 +63,28 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     path = hub.folder(about["name"], about["variant"])
     family = hub.family(path)
     read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
+    _require_no_negatives(path, family, about)
     pipe, conditions = _conditions(path, family, about, prompts, device)
     model = getattr(adapted(pipe, about["adapters"]), family.network)
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
-    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"])
+    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"], family.normalises)
     sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"]))))
     denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
     denoiser.space, denoiser.own = space, Published(sampling, conditions)
     if family.embeds(model.config):
         denoiser.weights = (-1.0, math.inf)
     return denoiser
+
+
+def _require_no_negatives(path: Path, family: Family, about: dict[str, Any]) -> None:
+    """Raise ConfigError for negative prompts of a model that gives no second answer (its guidance is an input)."""
+    found = [text for text in about["negatives"] if text]
+    if found and (not family.guided or family.embeds(hub.config(path, family.network))):
+        raise ConfigError(
+            f"negative = {found[0]!r}: the network of {about['name']!r} is given its guidance and no negative prompt "
+            "(true CFG is not supported), expected none"
+        )
 
 
 def placed(about: dict[str, Any], folder: Path) -> dict[str, Any]:

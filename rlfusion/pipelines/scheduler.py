@@ -61,10 +61,12 @@ def read(scheduler: Any, arguments: GridArguments) -> Sampling:
     """
     name = type(scheduler).__name__
     if name not in READERS:
-        raise ConfigError(f"{unknown('scheduler', name, READERS)}, of {', '.join(READERS)}")
+        raise unknown("scheduler", name, READERS)
     for setting, only in UNREAD.items():
         if (given := scheduler.config.get(setting, only)) not in (only, None, False):
-            raise ConfigError(f"scheduler {name}: {setting} = {given} is not supported, expected {only}")
+            raise ConfigError(
+                f"scheduler {name}: {setting} = {given} would change a step and is not followed, expected {only}"
+            )
     return READERS[name](scheduler, arguments)
 
 

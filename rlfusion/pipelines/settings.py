@@ -49,9 +49,10 @@ class Settings:
         if not self.prompts:
             raise ConfigError(f"model {name!r} reads texts: expected pipeline.prompts, a prompt or a file of them")
         prompts = read(self.prompts, negative)
-        held = {"name": name, "variant": self.variant, "dtype": self.dtype, "checkpointing": self.checkpointing}
+        place = str(Path(name).resolve()) if Path(name).exists() else name  # a worker, or a later run, has another cwd
+        held = {"name": place, "variant": self.variant, "dtype": self.dtype, "checkpointing": self.checkpointing}
         held |= {"side": self.size, "decode": self.decode, "negatives": list(prompts.negatives)}
-        return held | {"cache": str(cache or ""), "adapters": []}, prompts
+        return held | {"cache": str(cache.resolve()) if cache else "", "adapters": []}, prompts
 
 
 def defaults(name: str, training: bool, variant: str = "") -> dict[str, Any]:

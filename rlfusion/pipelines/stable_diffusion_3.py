@@ -31,6 +31,12 @@ def grid(config: Mapping[str, Any], shape: Shape) -> Callable[[Any, int], dict[s
     return arguments
 
 
+def idle(model: nn.Module) -> list[str]:
+    """The queries of text in a last block, which only asks for what image tokens become."""
+    blocks = enumerate(model.transformer_blocks)
+    return [f"transformer_blocks.{i}.attn.add_q_proj" for i, block in blocks if block.context_pre_only]
+
+
 FAMILY = Family(
     network="transformer",
     texts=("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -42,4 +48,5 @@ FAMILY = Family(
     embeds=lambda config: False,
     targets=f"{ATTENTION},add_q_proj,add_k_proj,add_v_proj,to_add_out",
     multiple=2,
+    idle=idle,
 )

@@ -37,4 +37,5 @@ FAMILY = Family(
     side=side,
     grid=plain_grid,
     embeds=embeds,
+    normalises=True,
 )
