@@ -34,6 +34,7 @@ from rlfusion.rewards.budget import Budget
 from rlfusion.rewards.exchange import answer, asked, greeted
 from rlfusion.rewards.frames import FrameError
 from rlfusion.rewards.grouped import needs_groups
+from rlfusion.rewards.registry import FROM_DATA
 from rlfusion.rewards.remote import Served
 from rlfusion.weights import pack
 from rlfusion.weights import sha256 as digest
@@ -67,9 +68,10 @@ class Limits:
 
 
 def require_servable(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a reward whose weights a run would find for it, but a server cannot."""
-    if name == "class_logprob" and not options.get("weights"):
-        raise ConfigError("options.weights = None: expected the file of a classifier (runs/cache/classifier-...)")
+    """Raise ConfigError for a reward whose weights a run would train for it, but a server, without data, cannot."""
+    key, expected = FROM_DATA.get(name, ("", ""))
+    if key and not options.get(key):
+        raise ConfigError(f"options.{key} = None: expected {expected}")
 
 
 class Offer:

@@ -16,6 +16,7 @@ from rlfusion.evaluate.report import SMALLEST
 from rlfusion.policy import Policy
 from rlfusion.progress import Progress
 from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
+from rlfusion.rewards.registry import FROM_DATA
 from rlfusion.sampling import chain_noise, sample, walk
 from rlfusion.seeding import Key
 
@@ -161,12 +162,13 @@ def _trained_texts(train: Dataset, root: Path) -> dict[str, Any]:
     return {**_trained_clip(train, root), "template": contrastive.templates_of((), train)[0]}
 
 
-TRAINED = {
-    "class_logprob": ("weights", _trained_classifier),
-    "clip_score": ("model", _trained_texts),
-    "clip_class": ("model", _trained_texts),
-    "clip_similarity": ("model", _trained_clip),
+_MAKERS = {
+    "class_logprob": _trained_classifier,
+    "clip_score": _trained_texts,
+    "clip_class": _trained_texts,
+    "clip_similarity": _trained_clip,
 }
+TRAINED = {name: (key, _MAKERS[name]) for name, (key, _) in FROM_DATA.items()}
 """Rewards that are trained here where the option does not name their weights, and what gives them their options."""
 
 

@@ -129,6 +129,8 @@ def test_a_server_stops_by_itself_when_nobody_asks(root):
     [
         (("inc",), "did you mean 'ink'"),
         (("class_logprob",), "options.weights = None: expected the file of a classifier"),
+        (("clip_score",), "options.model = None: expected a run of train-clip"),
+        (("clip_class", "--options", '{"log": true}'), "options.model = None: expected a run of train-clip"),
         (("ink", "--host", "0.0.0.0"), "need a token"),
         (("ink", "--port", 1, "--host", "203.0.113.1", "--token_file", "token"), "cannot be listened on"),
     ],
