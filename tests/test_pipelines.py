@@ -383,3 +383,12 @@ def test_targets_that_change_nothing_are_refused(tiny_pipelines):
     models.adapt(denoiser, card, "LoRA(targets='add_q_proj')")
     assert {n.split(".")[2] for n, p in denoiser.named_parameters() if p.requires_grad} == {"transformer_blocks"}
     assert {n.split(".")[3] for n, p in denoiser.named_parameters() if p.requires_grad} == {"0"}
+
+
+@pytest.mark.parametrize("negatives", [["", ""], ["", "blurred"]])
+def test_no_negative_prompt_is_what_the_pipeline_makes_of_none(negatives, tiny_pipelines):
+    """Stable Diffusion XL answers to zeros where there is none, and not to an empty prompt."""
+    told = about(tiny_pipelines["sdxl"], negatives=negatives)
+    denoiser = pipelines.build(told, PROMPTS)
+    z = noise(denoiser, 16)
+    agree(ours(denoiser, z), pipelines.published(told, PROMPTS, [0, 1], z, SCALE))

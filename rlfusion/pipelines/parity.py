@@ -36,12 +36,19 @@ def published(about: dict[str, Any], prompts: Sequence[str], label: Sequence[int
     """The latents (B, C, h, w) that the whole pipeline of ``about`` (see ``model``) ends with, for the prompts of these
     numbers and noise z (B, K+1, C, h, w) as ``walk`` takes it; ``scale`` is diffusers' guidance scale.
     """
+    told = torch.tensor([bool(about["negatives"][i]) for i in label])
+    if bool(told.any()) and not bool(told.all()):  # to a pipeline no negative prompt is not an empty one
+        made = torch.empty_like(z[:, 0])
+        for rows in (told.nonzero().flatten(), (~told).nonzero().flatten()):
+            made[rows] = published(about, prompts, [label[i] for i in rows.tolist()], z[rows], scale).to(made)
+        return made
     path = hub.folder(about["name"], about["variant"])
     family = hub.family(path)
     pipe = adapted(load(path, about), about["adapters"]).to(z.device)
     pipe.set_progress_bar_config(disable=True)
     settings = dict(family.call)
-    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters and family.guided:
+    known = "negative_prompt" in inspect.signature(type(pipe).__call__).parameters and family.guided
+    if known and bool(told.any()):
         settings["negative_prompt"] = [about["negatives"][i] for i in label]
     _, height, width = hub.shape(path, about["side"])
     packed = family is flux.FAMILY
