@@ -75,7 +75,7 @@ ROWS: list[Row] = [
         ("--method", "dmd", "--method.weight", "Eps()", "--method.adversarial", "0.003", "--method.fake_updates", "2"),
         (1, 2, 4),
     ),
-    Row("add", ("--method", "add"), (1, 2, 4)),
+    Row("add", ("--method", "add", "--method.each", "false"), (1, 2, 4)),
     Row("regression", ("--method", "regression"), (1,)),
     Row("reflow", ("--method", "reflow")),
     Row("reflow_twice", ("--method", "reflow", "--method.rounds", "2")),

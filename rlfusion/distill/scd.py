@@ -58,7 +58,6 @@ class Config(Settings):
         schedule="Trig(sigma_data=0.75)",
         kind="TrigFlow(sigma_data=0.75)",
         init="match",
-        match=6000,
     )
 
     def __post_init__(self) -> None:
