@@ -59,12 +59,12 @@ class Process:
         self.process = CONTEXT.Process(target=_main, args=texts)
         self.process.start()
 
-    def wait(self) -> Result:
+    def wait(self, patience: float = PATIENCE) -> Result:
         """Its end."""
-        self.process.join(PATIENCE)
+        self.process.join(patience)
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(f"still running after {PATIENCE:g} s; stderr: {self.err.read_text()}")
+            raise TimeoutError(f"still running after {patience:g} s; stderr: {self.err.read_text()}")
         return Result(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
     def once(self, reached: Callable[[], bool], number: int) -> "Process":
