@@ -19,8 +19,8 @@ PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."
 """The commands that take --objective, and where they keep the settings of pretraining."""
 
 PIPELINE_DEFAULTS = {
-    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8},
-    "compare": {"evaluation.samples": 64, "rollout.item": 8},
+    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8, "agent.micro_batch": 8},
+    "compare": {"evaluation.samples": 64, "rollout.item": 8, "micro_batch": 8},
     "sample": {"count": 8, "scale": 1},
     "evaluate": {"evaluation.samples": 64},
     "check-model": {},

@@ -56,6 +56,15 @@ def test_lists_of_agents_on_the_command_line():
     assert settings_of("compare", ["--agents", "[grpo]"]).agents == ["grpo"]
 
 
+def test_agents_that_name_no_micro_batch_get_that_of_the_comparison():
+    agents = ["ddpo", "small = grpo(micro_batch=4)", "refl"]
+    sizes = [settings.agent.micro_batch for *_, settings in Compare(agents=agents, micro_batch=8).runs()]
+    assert sizes == [8, 4, 8]
+    assert [settings.agent.micro_batch for *_, settings in Compare(agents=agents).runs()] == [2048, 4, 64]
+    with pytest.raises(ConfigError, match="micro_batch = 0"):
+        Compare(micro_batch=0)
+
+
 def test_an_agent_may_be_given_a_name():
     plan = Compare(agents=["DDPO_SF = ddpo(form='sf', lr=0.001)", "grpo(window=5)"])
     assert [(name, settings.agent) for name, *_, settings in plan.runs()] == [

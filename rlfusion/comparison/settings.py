@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from rlfusion import pipelines, spec
@@ -42,6 +42,7 @@ class Compare:
         pretrain: the base model where ``base`` is empty, and the data to compare with.
         pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
         lora: adapters that all runs train in place of all weights, as of finetune.
+        micro_batch: of the agents whose own settings name none; null leaves each what it has by default.
         chain: the sampling chain of all runs.
         rollout: the rollouts of all runs.
         guard: what is done about updates that go wrong.
@@ -70,6 +71,7 @@ class Compare:
     pretrain: Base = field(default_factory=lambda: Finetune().pretrain)
     pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
     lora: str = ""
+    micro_batch: int | None = None
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
@@ -82,7 +84,7 @@ class Compare:
         if any(n < 2 for n in self.best_of):
             raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
         for text in self.agents:
-            make_agent(text)
+            self.agent(text)
         names = [shown(text) for text in self.agents]
         if len(set(names)) < len(names):
             raise ConfigError(f"agents = {names}: expected each once, or under different names")
@@ -98,6 +100,12 @@ class Compare:
             for agent in self.agents:
                 for seed in range(self.seeds):
                     yield shown(agent), reward, seed, self.settings(agent, reward, seed)
+
+    def agent(self, text: str) -> Agent:
+        """The settings of one of ``agents``."""
+        agent: Any = make_agent(text)
+        own = self.micro_batch is None or "micro_batch" in spec.split(written(text))[1]
+        return agent if own else replace(agent, micro_batch=self.micro_batch)
 
     def unmasked(self) -> list[str]:
         """The names of the agents whose rewards that fail are errors although ``reward_failures`` is "mask": those that
@@ -129,7 +137,7 @@ class Compare:
             budget_queries=self.budget_queries,
             chain=self.chain,
             rollout=self.rollout,
-            agent=make_agent(agent),
+            agent=self.agent(agent),
             guard=self.guard,
             monitor=Monitoring(every=0),
             evaluation=Evaluation(**asdict(self.evaluation) | {"every": every}),
