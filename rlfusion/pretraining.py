@@ -16,6 +16,7 @@ from rlfusion.denoiser import Denoiser, require_readable
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import bits_per_dim, require_bound
 from rlfusion.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
+from rlfusion.policy import Policy
 from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, locked, pick_device, set_numerics
@@ -114,9 +115,9 @@ def check(config: Pretrain) -> models.Card:
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
     require_no_class(config, config.chain)
+    policy = config.chain.policy(denoiser, card.names)
     if config.evaluation.bits_per_dim:
-        policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
-        require_bound(policy, times, data.split(config.held_out)[1])
+        require_bound(policy, config.chain.times(denoiser), data.split(config.held_out)[1])
     return card
 
 
@@ -134,13 +135,15 @@ def require_no_class(config: Base, chain: Chain) -> None:
 
 
 def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
-    """Refuse a chain on which the network's kind cannot be read at every step (eps at pure noise, say).
+    """Refuse a chain on which the network's kind cannot be read at every step (eps at pure noise, say), or whose kernel
+    has no such step (an eta beyond eta_max, say).
 
     Raises:
-        ConfigError: names the kind and the level.
+        ConfigError: names the kind and the level, or the kernel's setting.
     """
-    chain.make_kernel()
-    require_readable(denoiser, chain.times(denoiser)[:-1])
+    kernel, times = chain.make_kernel(), chain.times(denoiser)
+    require_readable(denoiser, times[:-1])
+    Policy(denoiser, kernel).stds(times)
 
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
