@@ -9,6 +9,7 @@ from diffusers import schedulers
 from tiny_pipelines import MAKERS, SCALED, SD15, stable_diffusion, stable_diffusion_xl, vae
 
 from rlfusion import models, pipelines
+from rlfusion.arguments import settings_of
 from rlfusion.chain import Chain
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -392,3 +393,12 @@ def test_no_negative_prompt_is_what_the_pipeline_makes_of_none(negatives, tiny_p
     denoiser = pipelines.build(told, PROMPTS)
     z = noise(denoiser, 16)
     agree(ours(denoiser, z), pipelines.published(told, PROMPTS, [0, 1], z, SCALE))
+
+
+@pytest.mark.parametrize("agent", ["ddpo", "draft"])
+def test_a_pipeline_has_small_defaults(agent, tiny_pipelines):
+    model = ("--model", str(tiny_pipelines["sd"]))
+    one = settings_of("finetune", [*model, "--agent", agent])
+    assert (one.agent.micro_batch, one.rollout.item, one.evaluation.samples) == (8, 8, 64)
+    assert settings_of("finetune", [*model, "--agent", agent, "--agent.micro_batch", "2"]).agent.micro_batch == 2
+    assert settings_of("compare", [*model, "--agents", agent]).micro_batch == 8
