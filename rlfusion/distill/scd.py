@@ -49,7 +49,7 @@ class Config(Settings):
     times: str = "Uniform(margin=0.001)"
     rise: int = 1000
     c: float = 1.0
-    lr: float = 3e-4
+    lr: float = 1e-4
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
     ANSWERS: ClassVar[Answers] = "end"
@@ -58,6 +58,7 @@ class Config(Settings):
         schedule="Trig(sigma_data=0.75)",
         kind="TrigFlow(sigma_data=0.75)",
         init="match",
+        match=6000,
     )
 
     def __post_init__(self) -> None:
