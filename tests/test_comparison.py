@@ -18,7 +18,7 @@ from rlfusion.classifier import JUDGE, Classifier
 from rlfusion.comparison import Compare
 from rlfusion.comparison.baselines import baselines
 from rlfusion.comparison.curves import best_within, curve, first_at
-from rlfusion.comparison.report import _head
+from rlfusion.comparison.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.data import digits
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
@@ -126,6 +126,18 @@ def test_figures_by_hand(tmp_path):
     assert first_at(points, 2.6) is None
     assert best_within(points, 3 * points[0].frechet) is points[1]
     assert best_within(points, 10.0) is None
+
+
+def test_no_sentence_and_no_base_without_diversity_breaks_a_table():
+    base = {"reward": 1.0, "reward_std": 0.0, "diversity": 0.0, "brightness": 0.5, "edge_density": 0.1, "entropy": 2.0}
+    config = Compare(agents=["ddpo"], rewards=["ink"])
+    columns = list(_columns(config, base))
+    failed = Outcome("ddpo", "ink", 0, [], "failed: max |log ratio| = 30 nats\n  in step 3")
+    rows = [_row(config, columns, "ddpo", [failed]), _baseline(columns, "guidance 3", "refused: a | b", base)]
+    rows.append(_baseline(columns, "base", base, base))
+    assert [row.replace(r"\|", "").count("|") for row in rows] == [len(columns) + 2] * 3
+    assert r"max \|log ratio\| = 30 nats in step 3" in rows[0]
+    assert " 0.00 | 0.500 " in rows[2]
 
 
 def test_the_stopwatch_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Pretrained pipelines: our sampler against the pipeline's own, for each family and each scheduler, on tiny models."""
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 
 import diffusers
@@ -16,7 +19,7 @@ from rlfusion.errors import ConfigError
 from rlfusion.kinds import Timed
 from rlfusion.pipelines import flux, hub
 from rlfusion.pipelines.family import plain_grid
-from rlfusion.pipelines.model import Published
+from rlfusion.pipelines.model import Published, _cached
 from rlfusion.pipelines.scheduler import read
 from rlfusion.sampling import sample
 from rlfusion.schedule import Between, Rectified, ScaledLinear, SquaredCosine, UnitPrior, ZeroSNR, prior_std
@@ -231,6 +234,26 @@ def test_prompts_are_encoded_alone_and_once(tiny_pipelines, tmp_path, monkeypatc
     assert again.net.conditions.table.keys() == first.net.conditions.table.keys()
     assert all(torch.equal(t, again.net.conditions.table[n]) for n, t in first.net.conditions.table.items())
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_embeddings_are_encoded_again_when_what_encodes_has_changed(tiny_pipelines, tmp_path):
+    folder = shutil.copytree(tiny_pipelines["sd"], tmp_path / "sd")
+    family, weights = hub.family(folder), folder / "text_encoder" / "model.safetensors"
+
+    def key(**settings):
+        return _cached(folder, family, about(folder, cache=str(tmp_path), **settings), PROMPTS)
+
+    seen = [key(), key(variant="fp16"), key(dtype="bfloat16"), key(side=32), key(negatives=["", ""])]
+    assert key() == seen[0]
+    stat, held = weights.stat(), bytearray(weights.read_bytes())
+    held[-1] ^= 1
+    weights.write_bytes(held)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    seen.append(key())
+    index = folder / hub.INDEX  # where SDXL says that no negative prompt means zeros
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": False}))
+    seen.append(key())
+    assert len(set(seen)) == len(seen)
 
 
 def test_schedules_of_pipelines_keep_their_levels():

@@ -26,6 +26,11 @@ def gain(values: Measured, base: Measured) -> float:
     return (values["reward"] - base["reward"]) / max(base["reward_std"], 1e-12)
 
 
+def diversity(values: Measured, base: Measured) -> float:
+    """The diversity within a prompt beside the base's, of a model without a judge."""
+    return values["diversity"] / max(base["diversity"], 1e-12)
+
+
 def baselines(
     denoiser: Denoiser,
     chain: Chain,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlfusion.comparison.baselines import BASE, Measured, gain
+from rlfusion.comparison.baselines import BASE, Measured, diversity, gain
 from rlfusion.comparison.curves import Point
 from rlfusion.comparison.settings import Compare
 
@@ -73,7 +73,7 @@ def _of_diversity(config: Compare, price: Any, by_queries: Any, runs: list[Run],
     for agent, _, points in runs:
         price.plot([p.diversity for p in points], [p.gain for p in points], **looks[agent])
         by_queries.plot([p.queries for p in points], [p.diversity for p in points], **looks[agent])
-    _stars(measured, (price, lambda v: v["diversity"] / base["diversity"], lambda v: gain(v, base)))
+    _stars(measured, (price, lambda v: diversity(v, base), lambda v: gain(v, base)))
     price.set(xlabel="diversity within a prompt / the base's", title="price of the reward")
     by_queries.set(xlabel="queries", ylabel="diversity within a prompt / the base's")
 

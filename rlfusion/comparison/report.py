@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from rlfusion.comparison.baselines import BASE, Measured, gain
+from rlfusion.comparison.baselines import BASE, Measured, diversity, gain
 from rlfusion.comparison.curves import IMAGES, Point, best_within, first_at
 from rlfusion.comparison.plots import plot
 from rlfusion.comparison.settings import Compare, shown
@@ -86,9 +86,7 @@ def _columns(config: Compare, base: Measured) -> Iterator[Column]:
         relative = "diversity_relative"
         yield Column("diversity / real", "end", lambda p: f"{p.diversity:.2f}", lambda v, b: f"{v[relative]:.2f}")
         return
-    yield Column(
-        "diversity", "end", lambda p: f"{p.diversity:.2f}", lambda v, b: f"{v['diversity'] / b['diversity']:.2f}"
-    )
+    yield Column("diversity", "end", lambda p: f"{p.diversity:.2f}", lambda v, b: f"{diversity(v, b):.2f}")
     for name in IMAGES:
         yield Column(
             name.replace("_", " "),
@@ -112,7 +110,7 @@ def _section(config: Compare, reward: str, outcomes: list[Outcome], measured: di
 def _baseline(columns: list[Column], name: str, values: Measured | str, base: Measured) -> str:
     """One line, of a baseline or of why there is none."""
     if isinstance(values, str):
-        return f"| {name} (no training) | {values} |{' |' * (len(columns) - 1)}"
+        return f"| {name} (no training) | {_cell(values)} |{' |' * (len(columns) - 1)}"
     cells = ["-" if c.baseline is None else c.baseline(values, base) for c in columns]
     return f"| {name} (no training) | {' | '.join(cells)} |"
 
@@ -121,12 +119,17 @@ def _row(config: Compare, columns: list[Column], agent: str, runs: list[Outcome]
     """One line: every seed's figure."""
     done = [o.points for o in runs if o.points]
     if not done:
-        return f"| {agent} | {runs[0].problem} |{' |' * (len(columns) - 1)}"
+        return f"| {agent} | {_cell(runs[0].problem)} |{' |' * (len(columns) - 1)}"
     at = {
         "reached": [first_at(points, config.target) for points in done],
         "within": [best_within(points, config.quality * (points[0].frechet or 0.0)) for points in done],
         "end": [points[-1] for points in done],
     }
     cells = [" / ".join("-" if p is None else c.say(p) for p in at[c.at]) for c in columns]
-    failed = [f"(seed {o.seed} {o.problem})" for o in runs if o.problem]
+    failed = [f"(seed {o.seed} {_cell(o.problem)})" for o in runs if o.problem]
     return f"| {' '.join([agent, *failed])} | {' | '.join(cells)} |"
+
+
+def _cell(text: str) -> str:
+    """A sentence as it may stand in a table: guards speak of |log ratio|, errors of others have several lines."""
+    return " ".join(text.split()).replace("|", r"\|")

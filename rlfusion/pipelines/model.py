@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from rlfusion.tensors import Cond
 from rlfusion.weights import pack, unpack
 
 LORA = "pytorch_lora_weights.safetensors"
+PARTS, PART = 64, 2**16
+"""How many parts of a file of weights its fingerprint reads, and their bytes."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -175,12 +179,25 @@ def _parts(held: dict[str, Tensor]) -> tuple[Rows, Rows | None]:
 
 
 def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str]) -> Path | None:
-    """The file of the embeddings, named by all that they depend on; files of weights by their sizes and times."""
+    """The file of the embeddings, named by all that they depend on: files by ``_fingerprint``."""
     if not about["cache"]:
         return None
-    folders = [path / name for name in family.texts]
-    files = [f.resolve() for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    same = [stats, list(prompts), about["negatives"], about["dtype"], about["side"]]
+    found = sorted(f for name in family.texts for f in (path / name).glob("*") if f.is_file())
+    files = [path / hub.INDEX, *found]
+    libraries = [version(name) for name in ("diffusers", "transformers")]
+    same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
+    same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
     return Path(about["cache"]) / f"embeddings-{digest}.safetensors"
+
+
+def _fingerprint(file: Path) -> list[str | int]:
+    """What changes with a file: its place, size and time, and the digest of ``PARTS`` parts of ``PART`` bytes all along
+    it (all of it where it is no larger), which tells weights that were exchanged under the old size and time.
+    """
+    stat, digest = file.stat(), hashlib.sha256()
+    with file.open("rb") as held:
+        for at in range(0, stat.st_size, max(PART, stat.st_size // PARTS)):
+            held.seek(at)
+            digest.update(held.read(PART))
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
