@@ -188,8 +188,8 @@ class Service:
             async with asyncio.timeout(self.limits.deadline_s):
                 async for part in request.stream():
                     body += part
-                    if len(body) > most:
-                        raise Refused(413, f"more than {most} bytes")
+                    if len(body) > said:
+                        raise Refused(413, f"more than {said} bytes")
         except TimeoutError:
             raise Refused(408, f"the question was not complete within {self.limits.deadline_s:g} s") from None
         return bytes(body)

@@ -7,6 +7,7 @@ script as badly as that says, and those after it well.
 import itertools
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def http(body: bytes, status: str = "200 OK", length: int | None = None) -> byte
     return head.encode() + body
 
 
+RESET = b"a reset in the place of an answer"
+
+
 class Faulty:
     """``faults``: for each question in turn a function (the good frame) -> bytes to send before closing; None hangs,
     a list drips."""
@@ -91,6 +95,9 @@ class Faulty:
                 self._ends.wait()
                 return
             try:
+                if said is RESET:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
                 if isinstance(said, list):
                     self._drip(connection, said)
                     return
@@ -132,6 +139,9 @@ FAULTS: dict[str, Callable[[bytes], bytes | list[bytes] | None]] = {
     "dripping headers": lambda good: [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n", *[b"c"] * 10**5],
     "dripping body": lambda good: [b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", *[b"c"] * 10**5],
     "connection closed": lambda good: b"",
+    "connection reset": lambda good: RESET,
+    "HTTP 408": lambda good: http(b"late", "408 Request Timeout"),
+    "HTTP 429": lambda good: http(b"too many", "429 Too Many Requests"),
     "HTTP 500": lambda good: http(b"out of memory", "500 Internal Server Error"),
     "HTTP 503": lambda good: http(b"busy", "503 Service Unavailable"),
     "not HTTP": lambda good: b"\x00\xff garbage \r\n\r\n",

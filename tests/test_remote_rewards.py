@@ -260,6 +260,9 @@ REASONS = {
     "hang": "timed out: no whole answer within 0.5 s",
     "dripping headers": "timed out: no whole answer within 0.5 s",
     "dripping body": "timed out: no whole answer within 0.5 s",
+    "connection reset": "ConnectionReset",
+    "HTTP 408": "HTTP 408 late",
+    "HTTP 429": "HTTP 429 too many",
     "HTTP 500": "HTTP 500 out of memory",
     "HTTP 503": "HTTP 503 busy",
     "garbage": "it answered nonsense: the bytes begin with",
@@ -306,9 +309,10 @@ def test_the_other_replica_answers_whichever_fails(samples, label):
             assert good.questions > 0
 
 
-def test_what_is_the_asker_s_fault_is_not_tried_again(samples, label):
-    with Faulty(Net(), lambda good: b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n") as one:
-        with pytest.raises(ConfigError, match="refuses: HTTP 302"):
+@pytest.mark.parametrize("status", ["302 Found\r\nLocation: http://127.0.0.1:1/", "400 Bad Request", "404 Not Found"])
+def test_what_is_the_asker_s_fault_is_not_tried_again(status, samples, label):
+    with Faulty(Net(), lambda good: f"HTTP/1.1 {status}\r\n\r\n".encode()) as one:
+        with pytest.raises(ConfigError, match=f"refuses: HTTP {status[:3]}"):
             client(one.url, patience_s=60.0)(samples, label)
         assert one.questions == 1
 
@@ -363,6 +367,11 @@ def test_a_question_above_the_size_cap_is_not_sent_and_not_read(samples, label):
         pieces = (b"x" * 1000 for _ in range(20))  # no length said
         answer = urllib3.request("POST", f"{url}/score", body=pieces, retries=False)
         assert (answer.status, answer.data) == (413, b"more than 5000 bytes")
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=20) as liar:  # room is taken as it is said
+            head = b"POST /score HTTP/1.1\r\nHost: it\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+            liar.sendall(head + b"2\r\nxx\r\n0\r\n\r\n")
+            assert liar.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_room_is_given_in_order_and_never_more_than_there_is():
