@@ -269,10 +269,10 @@ def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypat
     small += ["--budget_queries", "24", "--evaluations", "3", "--evaluation.samples", "50", "--best_of", "[2]"]
     lora = ["--lora", "LoRA(rank=2, dropout=0.1)"]
     assert cli.main(["compare", *model, *words, *small, *lora, "--name", "it"]) == 0
-    out, folder = capsys.readouterr().out, tmp_path / "runs" / "it"
+    said, folder = capsys.readouterr(), tmp_path / "runs" / "it"
     page = (folder / "comparison.md").read_text()
-    assert page.strip() in out
-    assert "warning: noise of standard deviation below 0.05 at step 2 of 3: 0.04" in " ".join(out.split())
+    assert page.strip() in said.out
+    assert "warning: noise of standard deviation below 0.05 at step 2 of 3: 0.04" in " ".join(said.err.split())
     table = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert {len(cells) for cells in table[:-1]} == {len(table[0])}
     assert table[0][-3:] == ["brightness", "edge density", "entropy |"]
