@@ -87,7 +87,7 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
         RewardFailure: the reward says which samples it could not score, and not ``masked``.
     """
     try:
-        result = reward(samples, cond)
+        result = reward(samples.contiguous(), cond)  # as a served one gets them: sums in another order have other bits
     except RewardFailure as failure:
         if not masked:
             raise

@@ -77,6 +77,15 @@ def test_too_many_failures_are_an_error():
         scored(batch(reward, None), Finetune(reward="ink", reward_failures="mask"))
 
 
+def test_a_reward_gets_the_layout_that_a_served_one_gets():
+    """Autoencoders give several samples channels last, and one not; a sum in another order has other bits."""
+    seen = []
+    x = torch.rand(4, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    value = score(lambda x, c: seen.append(x.stride()) or x.mean((1, 2, 3)), x, None, "it")
+    assert seen == [(192, 64, 8, 1)]
+    assert value.requires_grad
+
+
 def test_a_masked_score_passes_nan_and_nothing_else():
     samples = torch.zeros(3, 1, 2, 2)
     values = torch.tensor([1.0, torch.nan, 2.0])
