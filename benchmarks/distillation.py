@@ -55,7 +55,16 @@ def halving(n: int, start: int) -> Row:
     return Row("pd", arguments, (n,), (start,) if start == 2 * n else ())
 
 
-FLOW = ("--student.kind", "flow", "--student.schedule", "Rectified()", "--student.init", "match")
+FLOW = (
+    "--student.kind",
+    "flow",
+    "--student.schedule",
+    "Rectified()",
+    "--student.init",
+    "match",
+    "--student.match",
+    "6000",
+)
 """A student that is a flow, of a teacher that predicts x0."""
 
 ROWS: list[Row] = [
@@ -75,7 +84,7 @@ ROWS: list[Row] = [
         ("--method", "dmd", "--method.weight", "Eps()", "--method.adversarial", "0.003", "--method.fake_updates", "2"),
         (1, 2, 4),
     ),
-    Row("add", ("--method", "add", "--method.each", "false"), (1, 2, 4)),
+    Row("add", ("--method", "add"), (1, 2, 4)),
     Row("regression", ("--method", "regression"), (1,)),
     Row("reflow", ("--method", "reflow")),
     Row("reflow_twice", ("--method", "reflow", "--method.rounds", "2")),

@@ -55,7 +55,7 @@ class Config(Matching):
     distill: float = 2.5
     discriminator_lr: float = 1e-3
     discriminator_updates: int = 1
-    r1: float = 0.1
+    r1: float = 10.0
     noised: bool = False
 
     CHAIN: ClassVar[Chain] = Chain(steps=4, kernel="Renoise()")
