@@ -114,8 +114,9 @@ def page(lines: list[str], seeds: int) -> str:
             f"Settings of every cell: `rlfusion finetune {' '.join(SETTINGS)}`, {seeds} seed(s), 20 steps; torch "
             f"{torch.__version__}, Python {platform.python_version()}, CPU, one thread.",
             "Each objective has the kernels of its schedule: `ReverseSDE` needs signal at t = 1 and is refused "
-            "elsewhere, and the large variance of DDPM is that of a variance-preserving path. DDPM of the small variance is "
-            "`DDIM(eta=1.0)`; `Langevin` needs a variance-exploding schedule, which none of these kinds has.",
+            "elsewhere, and the large variance of DDPM is that of a variance-preserving path. DDPM of the small "
+            "variance is `DDIM(eta=1.0)`; `Langevin` needs a variance-exploding schedule, which none of these kinds "
+            "has.",
             "",
             "| objective | kernel | gain | agreement after | Frechet before | after |",
             "|---|---|---|---|---|---|",
