@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PATIENCE = 120.0
+PATIENCE = 400.0
 PRELOAD = [
     "PIL.Image",
     "jsonargparse",
