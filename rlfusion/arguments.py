@@ -97,6 +97,11 @@ def _told(arguments: list[str], *key: str) -> Any:
 
 
 def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
+    """The settings of the run that ``--resume FOLDER`` names, and its folder.
+
+    Raises:
+        ConfigError: something beside it, or no folder of a run.
+    """
     words = [*arguments[0].split("=", 1), *arguments[1:]]
     if len(words) != 2 or words[0] != "--resume":
         raise ConfigError("--resume takes the run's folder and nothing else: its settings are those of its config.yaml")

@@ -5,6 +5,7 @@ batches  ->  learner.update  ->  the student's averaged weights, saved as a mode
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain as joined
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rlfusion import checkpoint, models, pretraining
+from rlfusion import fitting, models, pretraining
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.config import Distill
@@ -22,13 +23,10 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
 from rlfusion.distill.student import Match, adopt, require_agreement
 from rlfusion.errors import ConfigError
-from rlfusion.fitting import LOG_EVERY
 from rlfusion.measure import require_judgeable
 from rlfusion.pretraining import base_model, card_of, require_same_data, require_solvable, seen, show
 from rlfusion.progress import Progress
-from rlfusion.run import Signals, pick_device, set_numerics, train
-from rlfusion.stopwatch import Stopwatch
-from rlfusion.tracking import Tracker
+from rlfusion.run import Signals, pick_device, set_numerics
 
 
 class Plan(NamedTuple):
@@ -167,26 +165,9 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
         StopRequested: a signal came; all work is saved.
     """
     learner, stages = make_learner(config, teaching), plan(config, teaching)
-    found = checkpoint.latest(folder / "checkpoints")
-    start = found.step if found else 0
-    if found:
-        learner.load_state_dict(checkpoint.load(found.path))
-    tracker = Tracker(folder, start)
-
-    def save(step: int) -> None:
-        tracker.flush()
-        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
-
-    steps = train(
-        learner, batches(config, teaching, start), start, stages.total, config.checkpoint_every, save, signals
-    )
-    stopwatch = Stopwatch(folder, start)
-    with progress.bar("distilling", stages.total, start) as bar:
-        for step, metrics in steps:
-            bar.advance(loss=metrics["loss"])
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == stages.total:
-                tracker.scalars(step + 1, "distill", metrics)
-                stopwatch.lap(step + 1, 0)
+    given = partial(batches, config, teaching)
+    every, bar = config.checkpoint_every, ("distilling", "distill")
+    tracker = fitting.fit(learner, folder, stages.total, every, signals, progress, *bar, batches=given)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
     tracker.close()

@@ -1,22 +1,26 @@
 """The training of one network on data, in a folder: from the newest checkpoint on, with a bar and logged figures.
 
 The learners of ``pretrain``, ``pretrain-autoencoder`` and ``train-clip`` take the number of the step for a batch, and
-draw what it stands for by seed; so a run that goes on makes the same weights as one that was never stopped.
+draw what it stands for by seed; those of ``distill`` what ``batches`` gives. So a run that goes on makes the same
+weights as one that was never stopped.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlfusion import checkpoint
 from rlfusion.learner import Learner
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, train
+from rlfusion.stopwatch import Stopwatch
 from rlfusion.tracking import Tracker
 
 LOG_EVERY = 20
 
 
 def fit(
-    learner: Learner,
+    learner: Learner[Any],
     folder: Path,
     total: int,
     every: int,
@@ -25,6 +29,7 @@ def fit(
     bar: str,
     tag: str,
     shown: str = "loss",
+    batches: Callable[[int], Iterator[Any]] | None = None,
 ) -> Tracker:
     """Train ``learner`` up to step ``total``, with a checkpoint each ``every`` steps; its tracker, still open.
 
@@ -32,6 +37,7 @@ def fit(
         bar: what the bar is called, and
         shown: the metric beside it.
         tag: of the logged metrics.
+        batches: what the updates from a step on get; the numbers of their steps by default.
 
     Raises:
         NumericalError: a gradient is not finite; the last checkpoint stands.
@@ -47,10 +53,13 @@ def fit(
         tracker.flush()
         checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
 
-    steps = train(learner, iter(range(start, total)), start, total, every, save, signals)
+    given = batches(start) if batches else iter(range(start, total))
+    steps = train(learner, given, start, total, every, save, signals)
+    stopwatch = Stopwatch(folder, start)
     with progress.bar(bar, total, start) as drawn:
         for step, metrics in steps:
             drawn.advance(**{shown: metrics[shown]})
             if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
                 tracker.scalars(step + 1, tag, metrics)
+                stopwatch.lap(step + 1, 0)
     return tracker

@@ -283,7 +283,9 @@ def test_bad_rewards_are_refused(agent):
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_deterministic_chain_will_do(agent):
     module, policy = AGENTS[agent], mlp(kernel=DDIM(0.0))
+    before = [p.detach().clone() for p in policy.parameters()]
     module.Learner(policy, module.Config()).update(ends(policy))
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
 @pytest.mark.parametrize(
