@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 
 from rlfusion.arguments import model_defaults, parse, resumed, settings_of
-from rlfusion.errors import ConfigError, NumericalError, unknown
+from rlfusion.errors import RlfusionError, unknown
 
-DONE, BAD_CONFIG, NUMERICAL, STOPPED, INTERRUPTED = 0, 2, 4, 75, 130
+DONE, BAD_CONFIG, STOPPED, INTERRUPTED = 0, 2, 75, 130
 
 GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
@@ -54,12 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
     try:
         return _run(arguments)
-    except (ConfigError, ArgumentError) as error:
+    except ArgumentError as error:
         print(f"rlfusion: {_one_line(error)}", file=sys.stderr)
         return BAD_CONFIG
-    except NumericalError as error:
-        print("\n".join([f"rlfusion: {error.kind}: {error}", *_notes(error)]), file=sys.stderr)
-        return NUMERICAL
+    except RlfusionError as error:
+        said = f"{error.kind}: {_one_line(error)}" if error.kind else _one_line(error)
+        print("\n".join([f"rlfusion: {said}", *_notes(error)]), file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("rlfusion: interrupted", file=sys.stderr)
         return INTERRUPTED
