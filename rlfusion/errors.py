@@ -48,12 +48,57 @@ class StorageError(RlfusionError, OSError):
     kind = "storage"
 
 
+LONGEST = 80
+"""Characters of a value that an error shows."""
+LISTED = 160
+"""Characters of the names that an error lists; of more it says how many there are, and the nearest."""
+
+
+def shorten(value: object, longest: int = LONGEST) -> str:
+    """A value in one line of at most ``longest`` characters, its middle left out where it is longer."""
+    text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def near(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """The ``count`` names nearest to ``name``, nearest first, none where none is near.
+
+    Case, ``-`` and ``_``, and what stands around the word are taken for alike; a name is never near to itself.
+    """
+    plain: dict[str, str] = {}
+    for one in known:
+        plain.setdefault(_plain(one), one)
+    sought = _plain(name[:LISTED])
+    found = difflib.get_close_matches(sought, plain, n=count + 1, cutoff=0.55)
+    begun = [one for one in plain if len(sought) > 2 and one.startswith(sought) and one not in found]
+    return [plain[one] for one in [*found, *sorted(begun, key=len)] if plain[one] != name][:count]
+
+
+def _plain(name: str) -> str:
+    return name.strip(" '\"`,;-").lower().replace("-", "_").replace(" ", "_")
+
+
+def listed(known: Iterable[str], name: str = "") -> str:
+    """The names in a line: all where they are few, else how many there are and those nearest to ``name``."""
+    known = sorted(known)
+    text = ", ".join(known)
+    if len(text) <= LISTED:
+        return text
+    some = near(name, known, 3) or known[:3]
+    return f"{len(known)} names, such as {', '.join(shorten(one, 40) for one in some)}"
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for an unknown ``name``: says what was expected and which known name is nearest."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}{hint}")
+    known = list(known)
+    found = near(name, known)
+    hint = f"; did you mean {found[0]!r}?" if found else ""
+    expected = f"expected one of {listed(known, name)}" if known else "there is none"
+    return ConfigError(f"unknown {what} {shorten(repr(name))}: {expected}{hint}")
 
 
 def require_positive(settings: object, *names: str) -> None:

@@ -5,10 +5,15 @@ Only a name and literal keyword arguments are read; nothing is evaluated.
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.annotations import fits, refused
+from rlfusion.errors import ConfigError, shorten, unknown
+
+LONGEST = 2000
+"""Characters of a text that can be one of these; Python's parser takes gigabytes for a text of megabytes."""
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -17,6 +22,8 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: not a name with literal keyword arguments.
     """
+    if len(text) > LONGEST:
+        raise ConfigError(f"{shorten(repr(text))}: {len(text)} characters, expected {FORM}")
     name, bracket, rest = text.strip().partition("(")
     if not bracket:
         return name, {}
@@ -27,8 +34,19 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         if None in keys or len(set(keys)) < len(keys):
             raise ValueError("not keyword arguments")
         return name, {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{text!r}: expected Name or Name(setting=value, ...)") from error
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{shorten(repr(text))}: expected {FORM}{_quoted(rest)}") from error
+
+
+FORM = "Name or Name(setting=value, ...)"
+
+
+def _quoted(rest: str) -> str:
+    """The advice where a word stands without the quotes of a text."""
+    said = re.search(r"(\w+)\s*=\s*([A-Za-z]\w*)\s*[,)]", rest)
+    if said is None or said[2] in ("True", "False", "None"):
+        return ""
+    return f"; did you mean {said[1]}={said[2]!r}?"
 
 
 def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str) -> Callable[..., Any]:
@@ -57,21 +75,43 @@ def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) ->
     """``factory`` called with keyword ``settings``, each checked against its signature.
 
     Raises:
-        ConfigError: a setting that the factory does not have, a missing one, a value that is none of those its
-            annotation allows, or one that the factory cannot use.
+        ConfigError: a setting that the factory does not have, a missing one, a value that is not what its annotation
+            says, or one that the factory cannot use.
     """
-    signature = inspect.signature(factory)
-    for key, value in settings.items():
+    signature = signature_of(factory)
+    for key in settings:
         if key not in signature.parameters:
+            if not signature.parameters:
+                raise ConfigError(f"{what} has no settings: got {key!r}")
             raise unknown(f"setting of {what}", key, signature.parameters)
-        allowed = signature.parameters[key].annotation
-        if get_origin(allowed) is Literal and value not in get_args(allowed):
-            raise ConfigError(f"{key} = {value!r} of {what}: expected one of {', '.join(map(str, get_args(allowed)))}")
+    require_fit(signature, settings, what)
     try:
         signature.bind(**settings)
     except TypeError as error:
         raise ConfigError(f"{what}: {error}") from error
     try:
         return factory(**settings)
-    except (TypeError, RuntimeError) as error:
-        raise ConfigError(f"{what} cannot be made with {dict(settings)}: {error}") from error
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        raise ConfigError(f"{what} cannot be made with {shorten(dict(settings))}: {shorten(error, 120)}") from error
+
+
+def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
+    """The signature, with annotations as objects where they can be found."""
+    try:
+        return inspect.signature(factory, eval_str=True)
+    except (NameError, SyntaxError, TypeError, AttributeError):  # annotations that only a type checker can read
+        return inspect.signature(factory)
+
+
+def require_fit(signature: inspect.Signature, settings: Mapping[str, Any], what: str) -> None:
+    """Refuse values that are not what the annotations of ``signature`` say.
+
+    Raises:
+        ConfigError: names the setting, its value and what was expected.
+    """
+    for key, value in settings.items():
+        parameter = signature.parameters.get(key)
+        annotation = Any if parameter is None or isinstance(parameter.annotation, str) else parameter.annotation
+        annotation = Any if annotation is inspect.Parameter.empty else annotation
+        if not fits(value, annotation):
+            raise ConfigError(refused(key, value, annotation, what))

@@ -126,7 +126,7 @@ REFUSED = [
     ("finetune --chain.kernel FlowSDE(noise=0)", ["FlowSDE(noise=0)", "noise > 0"]),
     ("finetune --chain.kernel DDIN(eta=1)", ["kernel 'DDIN'", "did you mean 'DDIM'?"]),
     ("finetune --chain.kernel DDIM(etta=1)", ["'etta'", "did you mean 'eta'?"]),
-    ("finetune --chain.kernel DDIM(eta='x')", ["kernel 'DDIM'", "'eta': 'x'"]),
+    ("finetune --chain.kernel DDIM(eta='x')", ["eta = x of kernel 'DDIM'", "expected float"]),
     ("finetune --chain.kernel DDIM(eta=3)", ["eta = 3", "eta_max"]),
     ("finetune --chain.spacing leading", ["'leading'", "'trailing'"]),
     ("finetune --pretrain.model.net ResidualMLP(width=-2)", ["width = -2"]),

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
 
 LAYERS = [
-    "errors tensors seeding nested numerics progress stopwatch adamw",
+    "errors",
+    "annotations tensors seeding nested numerics progress stopwatch adamw",
     "gaussian spec hub weights adamw8bit dropout",
     "schedule augment",
     "kinds grid",

@@ -69,7 +69,7 @@ def test_names_are_found_in_any_case():
         ("Box(sidee=1)", ["setting of thing 'Box'", "'sidee'", "did you mean 'side'?"]),
         ("Box()", ["thing 'Box'", "side"]),
         ("Box(side=-1)", ["side = -1"]),
-        ("Box(side='x')", ["thing 'Box'", "'side': 'x'"]),
+        ("Box(side='x')", ["side = x of thing 'Box'", "expected float"]),
     ],
 )
 def test_errors_name_what_is_wrong(text, said):
