@@ -165,10 +165,10 @@ def test_settings_of_environments():
         Finetune(reward="ink", ray=Ray(reward_envs={"ink": env}))
 
 
-def test_a_reward_s_time_limit_lies_within_the_item_s():
-    limits = Ray(limits=Limits(item_s=60))
+def test_a_reward_s_time_limit_lies_within_the_shortest_lease():
+    limits = Ray(limits=Limits(item_floor_s=60))
     for late in (60.0, 61.0):
-        with pytest.raises(ConfigError, match=rf"reward_timeout_s = {late:g}: .*ray.limits.item_s = 60"):
+        with pytest.raises(ConfigError, match=rf"reward_timeout_s = {late:g}: .*ray.limits.item_floor_s = 60"):
             Finetune(reward="ink", reward_timeout_s=late, ray=limits, rollout=Rollout(workers=1))
         Finetune(reward="ink", reward_timeout_s=late, ray=limits)  # no worker, no item_s
     Finetune(reward="ink", reward_timeout_s=59.0, ray=limits, rollout=Rollout(workers=1))

@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import math
 import random
 import subprocess
 import sys
@@ -209,12 +210,12 @@ def test_settings_below_their_least_value_are_refused(settings):
 
 # ---------------------------------------------------------------------------------------------------- the scheduler
 
-LIMITS = Limits(item_s=10, start_s=30, attempts=3, replacements=3)
+LIMITS = Limits(item_s=10, item_floor_s=10, start_s=30, attempts=3, replacements=3)
 
 
 def started(size: int, names: list[str], limits: Limits = LIMITS) -> Scheduler:
     scheduler = Scheduler(size, limits)
-    _, commands = scheduler.add(names, 0.0)
+    _, commands = scheduler.add(names, [4] * len(names), 0.0)
     assert commands == [Start(worker) for worker in range(min(size, len(names)))]
     for worker in range(min(size, len(names))):
         assert scheduler.ready(worker, 1.0) == [Assign(worker, worker)]
@@ -228,7 +229,7 @@ def test_items_go_out_in_order_and_no_more_workers_start_than_there_are_items():
     assert scheduler.result(1, 2, 3.0) == (True, [])
     assert scheduler.open == {}
     assert scheduler.idle == [0, 1]
-    assert scheduler.add(["d"], 4.0) == (range(3, 4), [Assign(0, 3)])
+    assert scheduler.add(["d"], [4], 4.0) == (range(3, 4), [Assign(0, 3)])
     started(5, ["a"])
 
 
@@ -269,10 +270,12 @@ def test_losses_count_from_the_last_item_done():
 
 def test_a_worker_that_never_starts_is_replaced_until_the_limit_and_the_error_says_so():
     scheduler = Scheduler(1, LIMITS)
-    scheduler.add(["item 0 of iteration 4"], 0.0)
+    scheduler.add(["item 0 of iteration 4"], [4], 0.0)
     for n in range(1, 4):
         assert scheduler.tick(30.0 * n) == [Kill(n - 1), Start(n)]
-    with pytest.raises(RolloutError, match=r"4 workers were lost.*item 0 of iteration 4.*not ready within 30 s"):
+    with pytest.raises(
+        RolloutError, match=r"4 workers were lost.*item 0 of iteration 4.*not ready within ray.limits.start_s = 30 s"
+    ):
         scheduler.tick(120.0)
 
 
@@ -285,7 +288,7 @@ def test_an_item_that_kills_its_workers_ends_the_run_by_name():
         scheduler.lost(3, "ran out of memory", 4.0)
 
 
-@pytest.mark.parametrize("name", ["item_s", "start_s", "attempts", "replacements"])
+@pytest.mark.parametrize("name", ["item_s", "item_times", "item_floor_s", "start_s", "attempts", "replacements"])
 def test_limits_are_positive(name):
     with pytest.raises(ConfigError, match=f"{name} = 0"):
         Limits(**{name: 0})
@@ -295,8 +298,11 @@ class Simulation:
     """Workers as events in a heap. Each start or item ends well, kills the worker, or hangs; answers may come twice,
     and late, even from the killed. ``trouble`` is the chance of each fault."""
 
-    def __init__(self, size: int, limits: Limits, trouble: float, seed: int) -> None:
+    def __init__(
+        self, size: int, limits: Limits, trouble: float, seed: int, seconds: float = 1.0, samples: int = 4
+    ) -> None:
         self.random, self.trouble, self.now, self.order = random.Random(seed), trouble, 0.0, 0
+        self.seconds, self.samples = seconds, samples
         self.scheduler, self.events = Scheduler(size, limits), []
         self.size, self.alive, self.leases, self.answers = size, set(), {}, {}
 
@@ -322,7 +328,7 @@ class Simulation:
 
     def begin(self, command) -> None:
         event = ("ready", command.worker) if isinstance(command, Start) else ("result", command.worker, command.item)
-        fate, delay = self.random.random(), self.random.expovariate(1)
+        fate, delay = self.random.random(), self.random.expovariate(1 / self.seconds)
         if fate < self.trouble:
             self.post(delay, "lost", command.worker)
         elif fate >= 2 * self.trouble:  # between the two it hangs
@@ -345,7 +351,7 @@ class Simulation:
             self.execute(commands)
 
     def run(self, count: int) -> range:
-        numbers, commands = self.scheduler.add([f"item {n}" for n in range(count)], self.now)
+        numbers, commands = self.scheduler.add([f"item {n}" for n in range(count)], [self.samples] * count, self.now)
         self.execute(commands)
         while self.scheduler.open:
             deadline = self.scheduler.deadline()
@@ -362,12 +368,12 @@ class Simulation:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("size", "trouble"), [(1, 0.02), (7, 0.1), (300, 0.1), (300, 0.3)])
 def test_every_item_is_answered_exactly_once_whatever_the_workers_do(size, trouble, seed):
-    limits = Limits(item_s=8, start_s=8, attempts=50, replacements=20)
+    limits = Limits(item_s=8, item_floor_s=8, start_s=8, attempts=50, replacements=20)
     simulation = Simulation(size, limits, trouble, seed)
     for _ in range(3):
         numbers = simulation.run(3 * size + 5)
         assert [simulation.answers[n] for n in numbers] == [1] * len(numbers)
-    assert simulation.now < 100 * 8
+    assert simulation.now < 100_000  # answers 30 times as late as others stretch the leases of those that hang
 
 
 def test_without_trouble_a_simulation_loses_no_worker_and_no_time():
@@ -381,3 +387,90 @@ def test_when_every_worker_dies_the_run_ends_with_the_reason():
     with pytest.raises(RolloutError, match="lost"):
         simulation.run(100)
     assert simulation.now < 1000
+
+
+PATIENT = Limits(item_s=1000, item_times=10, item_floor_s=5, start_s=1000)
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.01, 4), (1.0, 4), (60.0, 1)])
+def test_items_that_are_only_slow_are_never_killed_whatever_they_take(seconds, samples):
+    """Exponential durations: the longest of 600 is some 6.4 of their mean, and a lease 10 times the p99."""
+    simulation = Simulation(20, PATIENT, 0.0, 1, seconds, samples)
+    for _ in range(3):
+        simulation.run(200)
+    assert sorted(simulation.scheduler.workers) == list(range(20))
+
+
+def test_items_of_more_samples_are_given_more_time_and_a_small_first_one_misleads_nobody():
+    scheduler = started(1, ["a preflight of one sample"], PATIENT)  # begun at 1
+    assert scheduler.deadline() == 1 + 1000
+    assert scheduler.result(0, 0, 3.0) == (True, [])  # 2 s, but it was given out as 4 samples: 0.5 s each
+    scheduler.add(["240 samples"], [240], 10.0)
+    assert scheduler.deadline() == 10 + 10 * 240 * 0.5
+    assert scheduler.tick(1209.0) == []
+    assert scheduler.tick(1210.0) == [Kill(0), Start(1)]
+
+
+def test_what_items_take_moves_the_deadlines_of_those_that_run_but_never_below_the_floor():
+    scheduler = started(2, ["a", "b", "c"], PATIENT)
+    assert scheduler.deadline() == 1 + 1000
+    scheduler.result(1, 1, 1.2)
+    assert scheduler.deadline() == 1 + 5  # 10 times 0.2 s is below the floor
+    scheduler.result(1, 2, 4.2)
+    assert scheduler.deadline() == 1 + 10 * 3
+
+
+def test_one_odd_item_of_two_hundred_moves_no_deadline():
+    """The 99th percentile of 200 durations is the third longest."""
+    scheduler = started(1, ["first"], PATIENT)
+    scheduler.result(0, 0, 2.0)
+    for n in range(1, 201):
+        now = 1000.0 * n
+        scheduler.add([f"item {n}"], [4], now)
+        scheduler.result(0, n, now + (50.0 if n == 100 else 1.0))
+    scheduler.add(["last"], [4], 10.0**6)
+    assert scheduler.deadline() == 10.0**6 + 10
+
+
+def test_a_hung_worker_is_found_in_the_time_of_a_few_items():
+    """One of two workers hangs with its first item, when nothing was measured yet; 0.1 s is what items take."""
+    scheduler = Scheduler(2, PATIENT)
+    scheduler.add([str(n) for n in range(20)], [4] * 20, 0.0)
+    scheduler.ready(0, 0.0)
+    scheduler.ready(1, 0.0)  # hangs with item 1
+    for n in [0, *range(2, 20)]:
+        scheduler.result(0, n, 0.1 * n)
+    assert scheduler.deadline() == 5.0
+    assert scheduler.tick(5.0) == [Kill(1), Assign(0, 1)]
+
+
+def test_an_item_that_takes_longer_than_its_lease_is_given_twice_as_long_each_time():
+    scheduler = started(1, ["slow"])
+    assert scheduler.tick(11.0) == [Kill(0), Start(1)]
+    scheduler.ready(1, 20.0)
+    assert scheduler.deadline() == 40.0
+    assert scheduler.tick(40.0) == [Kill(1), Start(2)]
+    scheduler.ready(2, 50.0)
+    assert scheduler.deadline() == 90.0
+    assert scheduler.result(2, 0, 89.0) == (True, [])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_hung_are_found_long_before_the_first_lease_is_over(seed):
+    limits = Limits(item_s=10**6, item_floor_s=5, start_s=20, attempts=50, replacements=20)
+    simulation = Simulation(30, limits, 0.05, seed)
+    simulation.run(100)
+    assert simulation.now < 10**5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"item_times": 0.5}, "item_times = 0.5: expected a number >= 1"),
+        ({"item_floor_s": 20.0, "item_s": 10.0}, "item_floor_s = 20: expected at most item_s = 10"),
+        ({"item_times": math.nan}, "item_times = nan"),
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        Limits(**wrong)

@@ -118,11 +118,11 @@ class Finetune:
         if self.ray.reward_envs and not self.rollout.workers:
             raise ConfigError("rollout.workers = 0 with ray.reward_envs: expected Ray workers, 1 at least")
         require_not_negative(self.ray, "gpus_per_reward")
-        item_s = self.ray.limits.item_s
-        if self.rollout.workers and self.reward_timeout_s >= item_s:
+        floor_s = self.ray.limits.item_floor_s
+        if self.rollout.workers and self.reward_timeout_s >= floor_s:
             raise ConfigError(
                 f"reward_timeout_s = {self.reward_timeout_s:g}: a worker that is not done with its item within "
-                f"ray.limits.item_s = {item_s:g} is killed before, expected less, or a larger item_s"
+                f"ray.limits.item_floor_s = {floor_s:g} may be killed before, expected less, or a larger item_floor_s"
             )
 
     def options_of(self, *names: str) -> dict[str, dict[str, Any]]:

@@ -121,7 +121,9 @@ class RayBackend(Backend):
         """The life of one submission; if it fails, all workers are killed and the next one begins afresh."""
         job = _Job(items, weights, self._publish(weights))
         try:
-            job.numbers, commands = self._scheduler.add([str(item) for item in items], time.monotonic())
+            job.numbers, commands = self._scheduler.add(
+                [str(item) for item in items], [len(item) for item in items], time.monotonic()
+            )
             self._execute(commands, job)
             while self._scheduler.open:
                 if self._closing.is_set():
