@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.errors import ConfigError, NumericalError, UnavailableError
 from rlfusion.tensors import Cond
 
 NAMED = 10
@@ -72,6 +72,13 @@ class RewardFailure(RewardError):
     def of_all(cls, name: str, count: int, reason: str) -> Self:
         """One reason why none of ``count`` samples was scored."""
         return cls(name, torch.full((count,), torch.nan), dict.fromkeys(range(count), reason))
+
+
+class RewardUnavailable(RewardFailure, UnavailableError):
+    """A failure for want of a server that answers: nothing is wrong with the samples, or with what was scored."""
+
+    exit_code = UnavailableError.exit_code
+    kind = UnavailableError.kind
 
 
 def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool = False) -> Tensor:

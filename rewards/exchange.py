@@ -1,12 +1,16 @@
 """What is asked of a reward elsewhere and what it answers: the same two frames over HTTP and between Ray actors.
 
-    question   samples (B, C, H, W), cond, and the facts of the model (prompts, shape, classes)
-    answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward
+    question   samples (B, C, H, W) in [0, 1], cond, and the facts of the model (prompts, shape, classes)
+    answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward, and
+               the digest of the question
 
-A reward that raises for a batch is asked for each sample alone, so that one broken sample costs no other its value.
+A question is refused, and not scored, where its samples are not finite or outside [0, 1], where their shape is not that
+of the facts, or a label of the condition is none of the facts' classes. A reward that raises for a batch is asked for
+each sample alone, so that one broken sample costs no other its value.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,58 +18,141 @@ import torch
 from torch import Tensor
 
 from rlfusion.rewards.base import Reward, RewardError, RewardFailure, well_formed
-from rlfusion.rewards.frames import FrameError, decode, encode
+from rlfusion.rewards.frames import FrameError, decode, digest_of, encode, fields_of, packed, unpacked
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.tensors import Cond, map_cond
 
 LONGEST = 500
 """Characters of an error that are sent."""
+TOLERANCE = 1e-3
+"""By which a sample's value may lie outside [0, 1]: rounding, also in 16 bits."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
+
+
+class QuestionError(FrameError):
+    """A whole frame that is no question, or one that cannot be scored: it says what was expected."""
 
 
 class Question(NamedTuple):
-    """Samples to be scored elsewhere."""
+    """Samples to be scored elsewhere, and the digest of the frame that they came in."""
 
     samples: Tensor
     cond: Cond
     facts: dict[str, Any]
+    digest: str
 
 
 def ask(samples: Tensor, cond: Cond, facts: Mapping[str, Any]) -> bytes:
     """The frame of a question. Tensors are sent as they are, without gradient."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
-    return encode({"samples": samples, "cond": cond, "facts": plain})
+    return encode({"samples": samples, "cond": cond, "facts": _sent(facts)})
+
+
+def greet(facts: Mapping[str, Any]) -> bytes:
+    """The frame that asks what is served for a model of these facts."""
+    return encode({"facts": _sent(facts)})
 
 
 def asked(frame: bytes) -> Question:
     """The question of a frame.
 
     Raises:
-        FrameError: the frame holds no question: samples (B, C, H, W) of floats, B > 0, and a condition of batch B.
+        FrameError: the frame is none.
+        QuestionError: it holds no question that can be scored: samples (B, C, H, W) of floating-point numbers in
+            [0, 1], B > 0, of the shape that the facts say, and a condition of batch B, whose labels are among the
+            facts' classes.
     """
-    question = _fields(decode(frame), "samples", "cond", "facts")
-    samples, cond, facts = (question[name] for name in ("samples", "cond", "facts"))
-    if not isinstance(samples, Tensor) or samples.ndim != 4 or not samples.is_floating_point() or not len(samples):
-        raise FrameError("expected samples (B, C, H, W) of floating-point numbers, B > 0")
-    sizes: list[int] = []
-    try:
-        map_cond(lambda c: sizes.append(len(c)) or c, cond)
-    except TypeError as error:
-        raise FrameError(str(error)) from error
-    if set(sizes) - {len(samples)} or not isinstance(facts, dict):
-        raise FrameError(f"expected a condition of batch {len(samples)} and facts: got batches {sizes}")
-    return Question(samples, cond, facts)
+    samples, cond, told = _question(frame, "samples", "cond", "facts").values()
+    facts = _facts(told)
+    _require_samples(samples, facts)
+    _require_condition(cond, len(samples), facts)
+    return Question(samples, cond, facts, digest_of(frame))
 
 
 def greeted(frame: bytes) -> dict[str, Any]:
     """The facts of a frame that asks what is served for them.
 
     Raises:
-        FrameError: the frame holds no facts.
+        FrameError: the frame is none.
+        QuestionError: it holds no facts.
     """
-    facts = _fields(decode(frame), "facts")["facts"]
-    if not isinstance(facts, dict):
-        raise FrameError(f"expected facts by name: got {type(facts).__name__}")
-    return facts
+    return _facts(_question(frame, "facts")["facts"])
+
+
+def _question(frame: bytes, *names: str) -> dict[str, Any]:
+    message = decode(frame)
+    try:
+        return fields_of(message, "a message", *names)
+    except FrameError as error:
+        raise QuestionError(str(error)) from error
+
+
+def _sent(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: packed(value) if key == "prompts" else _listed(value) for key, value in facts.items()}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _facts(told: Any) -> dict[str, Any]:
+    """The facts that were ``_sent``: all of them, or none."""
+    if told == {}:
+        return {}
+    try:
+        found = fields_of(told, "facts", "prompts", "shape", "classes")
+        found["prompts"] = unpacked(found["prompts"], "the facts' prompts")
+    except FrameError as error:
+        raise QuestionError(str(error)) from error
+    shape, classes = found["shape"], found["classes"]
+    if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        raise QuestionError(f"the facts' shape = {shape!r:.100}: expected (C, H, W), integers above 0")
+    if type(classes) is not int or classes != len(found["prompts"]):
+        raise QuestionError(f"the facts' classes = {classes!r:.100}: expected {len(found['prompts'])}, one a prompt")
+    return found
+
+
+def _require_samples(samples: Any, facts: Mapping[str, Any]) -> None:
+    if not isinstance(samples, Tensor) or samples.ndim != 4 or samples.dtype not in FLOATS or not samples.numel():
+        raise QuestionError(
+            f"samples {_kind(samples)}: expected (B, C, H, W) of floating-point numbers, none of the four 0"
+        )
+    if facts and list(samples.shape[1:]) != facts["shape"]:
+        raise QuestionError(f"samples {_kind(samples)}: expected {facts['shape']} each, as the facts say")
+    least, most = (value.item() for value in samples.aminmax())
+    if not -TOLERANCE <= least <= most <= 1 + TOLERANCE:  # a NaN is in no range
+        raise QuestionError(
+            f"samples from {least:g} to {most:g}: expected values in [0, 1], up to {TOLERANCE:g} beside"
+        )
+
+
+def _require_condition(cond: Cond, count: int, facts: Mapping[str, Any]) -> None:
+    """``cond`` is of batch ``count``; numbers are finite; labels, (B,) of integers, are in 0..classes-1."""
+
+    def check(part: Tensor) -> Tensor:
+        if part.ndim < 1 or len(part) != count:
+            raise QuestionError(f"a condition {_kind(part)}: expected one of batch {count}")
+        if part.dtype in FLOATS:
+            if not bool(part.isfinite().all()):
+                raise QuestionError(f"a condition {_kind(part)} that is not finite: expected finite numbers")
+        elif part.dtype not in INTEGERS:
+            raise QuestionError(f"a condition {_kind(part)}: expected floating-point numbers or int32, int64")
+        return part
+
+    try:
+        map_cond(check, cond)
+    except TypeError as error:
+        raise QuestionError(f"cond: expected None, a tensor or a dict of tensors ({error})") from error
+    if isinstance(cond, Tensor) and cond.dtype in INTEGERS and cond.ndim == 1:
+        least, most = (int(value) for value in cond.aminmax())
+        if least < 0 or (facts and most >= facts["classes"]):
+            known = f"0..{facts['classes'] - 1}" if facts else "0 and above"
+            raise QuestionError(f"labels from {least} to {most}: expected {known}")
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"of a {type(value).__name__}"
 
 
 def answer(reward: Reward, identity: str, question: Question, device: str = "cpu") -> bytes:
@@ -73,8 +160,7 @@ def answer(reward: Reward, identity: str, question: Question, device: str = "cpu
     samples = question.samples.to(device)
     cond = map_cond(lambda c: c.to(device), question.cond)
     values, reasons = graded(reward, samples, cond)
-    errors = {i: reason[:LONGEST] for i, reason in reasons.items()}
-    return encode({"values": values, "errors": errors, "identity": identity})
+    return encode(Answer(values, reasons, identity).sent(question.digest))
 
 
 @torch.no_grad()
@@ -115,36 +201,53 @@ class Answer(NamedTuple):
     errors: dict[int, str]
     identity: str
 
-    def checked(self, name: str) -> Tensor:
+    def sent(self, question: str) -> dict[str, Any]:
+        """The message that ``answered`` reads, to the question of this digest."""
+        items = sorted(self.errors)
+        reasons = [self.errors[i][:LONGEST].encode(errors="replace").decode() for i in items]
+        errors = {"items": torch.tensor(items, dtype=torch.int64), "reasons": packed(reasons)}
+        return {"values": self.values, "errors": errors, "identity": self.identity, "question": question}
+
+    def checked(self, name: str, failure: type[RewardFailure] = RewardFailure) -> Tensor:
         """The values.
 
         Raises:
-            RewardFailure: some could not be scored.
+            RewardFailure: of the kind ``failure``: some could not be scored.
         """
         if self.errors:
-            raise RewardFailure(name, self.values, self.errors)
+            raise failure(name, self.values, self.errors)
         return self.values
 
 
-def answered(frame: bytes, count: int) -> Answer:
-    """The answer of a frame, for ``count`` samples.
+def answered(frame: bytes, count: int, question: bytes) -> Answer:
+    """The answer of a frame, for the ``count`` samples of the frame ``question``.
 
     Raises:
         FrameError: the frame holds no such answer.
     """
-    found = _fields(decode(frame), "values", "errors", "identity")
-    values, errors, identity = (found[name] for name in ("values", "errors", "identity"))
-    if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():
-        raise FrameError(f"expected values ({count},)")
-    if not isinstance(errors, dict) or not isinstance(identity, str):
-        raise FrameError("expected errors by item, and an identity")
-    failed = set((~values.isfinite()).nonzero().flatten().tolist())
-    if failed != set(errors):
-        raise FrameError(f"errors for the items {list(errors)[:10]}, no value for the items {sorted(failed)[:10]}")
-    return Answer(values, {i: str(errors[i]) for i in sorted(errors)}, identity)
+    values, errors, identity, digest = fields_of(
+        decode(frame), "a message", "values", "errors", "identity", "question"
+    ).values()
+    if digest != digest_of(question):
+        raise FrameError("the answer is to another question")
+    if not isinstance(values, Tensor) or values.shape != (count,) or values.dtype not in FLOATS:
+        raise FrameError(f"values {_kind(values)}: expected values ({count},) of floating-point numbers")
+    if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
+        raise FrameError(f"identity {identity!r:.50}: expected 16 hexadecimal digits")
+    reasons = _reasons(errors)
+    failed = values.isnan().nonzero().flatten().tolist()
+    if failed != list(reasons) or bool(values.isinf().any()):
+        raise FrameError(f"errors for the items {list(reasons)[:10]}, no number for the items {failed[:10]}")
+    return Answer(values, reasons, identity)
 
 
-def _fields(message: Any, *names: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or set(message) != set(names):
-        raise FrameError(f"expected a message of {', '.join(names)}")
-    return message
+def _reasons(errors: Any) -> dict[int, str]:
+    """Why items failed, by item, in their order."""
+    items, told = fields_of(errors, "errors", "items", "reasons").values()
+    reasons = unpacked(told, "the errors' reasons")
+    if not isinstance(items, Tensor) or items.dtype != torch.int64 or items.shape != (len(reasons),):
+        raise FrameError(f"the errors' items {_kind(items)}: expected int64 ({len(reasons)},)")
+    found = dict(zip(items.tolist(), reasons))
+    if len(found) != len(reasons):
+        raise FrameError("the errors' items: one comes twice")
+    return found

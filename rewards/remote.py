@@ -3,12 +3,11 @@
     a batch -> questions of at most ``batch`` samples -> each to a replica -> answers, joined in order
 
 A question goes to the replica that its bytes choose, whoever asks; if that one fails (refuses the connection, is late,
-answers HTTP 5xx or bytes that are no answer), to the others, with back-off (``replicas``), until ``patience_s`` is
-over. What is wrong with the question or its sender (a wrong token, too many bytes) is not tried again. Scoring is
-repeatable, so asking twice does no harm.
+answers HTTP 5xx or bytes that are no answer to it, or says that the question was damaged on the way), to the others,
+with back-off (``replicas``), until ``patience_s`` is over. What is wrong with the question or its sender (a wrong
+token, too many bytes) is not tried again. Scoring is repeatable, so asking twice does no harm.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,20 +20,20 @@ import torch
 from torch import Tensor
 
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.rewards.base import RewardFailure
-from rlfusion.rewards.exchange import Answer, answered, ask
-from rlfusion.rewards.frames import FrameError, encode
+from rlfusion.rewards.base import RewardFailure, RewardUnavailable
+from rlfusion.rewards.exchange import Answer, answered, ask, greet
+from rlfusion.rewards.frames import PROTOCOL, FrameError, decode
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.replicas import Replicas
 from rlfusion.rewards.secret import read_token
-from rlfusion.rewards.transport import Failed, request
+from rlfusion.rewards.transport import Failed, RefusedError, request
 from rlfusion.tensors import Cond, map_cond
 
 SCHEMES = ("http://", "https://")
-PROTOCOL = 1
 MORE_BYTES, BYTES_PER_ITEM = 65536, 4096
 """An answer longer than that is not read."""
 PROBE_S = 5.0
+NO_FRAME = 400
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,15 @@ class Served:
     protocol: int = PROTOCOL
 
     @classmethod
-    def read(cls, text: bytes) -> "Served":
-        """From JSON.
+    def read(cls, frame: bytes) -> "Served":
+        """From its frame.
 
         Raises:
             Failed: it is none.
         """
         try:
-            served = cls(**json.loads(text))
-        except (ValueError, TypeError, RecursionError) as error:
+            served = cls(**decode(frame))
+        except (FrameError, TypeError) as error:
             raise Failed(f"it is no reward server: {error}") from error
         for field in fields(cls):
             if type(value := getattr(served, field.name)) is not field.type:
@@ -115,7 +114,7 @@ class Remote(MayGroup):
         """As ``MayGroup.groups``; the servers are asked.
 
         Raises:
-            RewardFailure: none can be reached.
+            RewardUnavailable: none can be reached.
         """
         return self.served().groups
 
@@ -129,7 +128,8 @@ class Remote(MayGroup):
         """samples (B, C, H, W) in [0, 1] -> (B,), without gradient.
 
         Raises:
-            RewardFailure: the servers cannot score some of the samples, or cannot be reached.
+            RewardFailure: the servers cannot score some of the samples.
+            RewardUnavailable: none can be reached for some of them.
             ConfigError: they refuse the question.
         """
         samples = samples.detach()
@@ -137,7 +137,7 @@ class Remote(MayGroup):
         if size < len(samples) and self.groups:
             raise ConfigError(f"batch = {self.batch}: {self.name} compares whole groups, expected 0")
         rows = torch.arange(len(samples)).split(max(1, size))
-        frames = [ask(samples[r], map_cond(lambda c, r=r: c[r.to(c.device)], cond), self.facts) for r in rows]
+        frames = [self._frame(samples[r], map_cond(lambda c, r=r: c[r.to(c.device)], cond)) for r in rows]
         if len(frames) == 1:
             answers = [self._answer(frames[0], len(samples))]
         else:
@@ -145,27 +145,35 @@ class Remote(MayGroup):
                 answers = list(several.map(self._answer, frames, map(len, rows)))
         values = torch.cat([a.values for a in answers])
         errors = {int(r[i]): why for r, a in zip(rows, answers) for i, why in a.errors.items()}
-        return Answer(values, errors, "").checked(self.name)
+        failure = RewardFailure if all(a.identity for a in answers) else RewardUnavailable
+        return Answer(values, errors, "").checked(self.name, failure)
+
+    def _frame(self, samples: Tensor, cond: Cond) -> bytes:
+        try:
+            return ask(samples, cond, self.facts)
+        except FrameError as error:
+            raise ConfigError(f"{self.name} cannot be asked: {error}") from error
 
     def _answer(self, frame: bytes, count: int) -> Answer:
+        """The answer to a question; of no identity where nobody gave one."""
         first = int.from_bytes(sha256(frame).digest()[:8], "big") % len(self.replicas.urls)
         try:
             return self._until_answered(first, lambda url: self._post(url, frame, count), count)
-        except RewardFailure as failure:
+        except RewardUnavailable as failure:
             return Answer(failure.values, failure.reasons, "")
 
     def _until_answered(self, first: int, attempt: Any, count: int) -> Any:
         """What ``attempt(url)`` gives for the first replica that does not fail; Eq. (1) to (3) of ``replicas``.
 
         Raises:
-            RewardFailure: patience is over.
+            RewardUnavailable: patience is over.
         """
         began, tried = time.monotonic(), set()
         while True:
             url, wait = self.replicas.next(first, time.monotonic())
             if len(tried) == len(self.replicas.urls) and time.monotonic() + wait - began > self.patience_s:
                 said = f"no server answered within patience_s = {self.patience_s:g} ({self.replicas.reasons})"
-                raise RewardFailure.of_all(self.name, count, said)
+                raise RewardUnavailable.of_all(self.name, count, said)
             time.sleep(wait)
             tried.add(url)
             try:
@@ -186,10 +194,17 @@ class Remote(MayGroup):
         """
         if self.replicas.failing(url):
             self._request("GET", f"{url}/health", None, MORE_BYTES, min(PROBE_S, self.timeout_s))
-        text = self._request("POST", f"{url}/hello", encode({"facts": self.facts}), MORE_BYTES, self.timeout_s)
-        served = Served.read(text)
+        try:
+            told = self._request("POST", f"{url}/hello", greet(self.facts), MORE_BYTES, self.timeout_s)
+        except RefusedError as error:
+            if error.status != NO_FRAME:
+                raise
+            raise ConfigError(f"{error} (we speak protocol {PROTOCOL}; does another rlfusion serve there?)") from error
+        served = Served.read(told)
         if served.protocol != PROTOCOL:
-            raise ConfigError(f"{url} speaks protocol {served.protocol}: expected {PROTOCOL}")
+            raise ConfigError(
+                f"{url} speaks protocol {served.protocol}: expected {PROTOCOL}, the same rlfusion on both sides"
+            )
         self._require_same(url, served.identity)
         self._seen[url] = served
 
@@ -209,7 +224,7 @@ class Remote(MayGroup):
         most = MORE_BYTES + BYTES_PER_ITEM * count
         body = self._request("POST", f"{url}/score", frame, most, self.timeout_s)
         try:
-            answer = answered(body, count)
+            answer = answered(body, count, frame)
         except FrameError as error:
             raise Failed(f"it answered nonsense: {error}") from error
         self._require_same(url, answer.identity)

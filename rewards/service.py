@@ -1,15 +1,17 @@
 """The server of a reward, as an ASGI application: what ``remote`` asks of.
 
     GET  /health   -> 200, is it alive?                                      (JSON)
-    POST /hello    facts of the model -> what is served for them             (frame -> JSON, ``remote.Served``)
+    POST /hello    facts of the model -> what is served for them             (frame -> frame, ``remote.Served``)
     POST /score    question -> answer                                        (frame -> frame, ``exchange``)
 
-    401 wrong or no token · 400 no frame, no question, or facts for which there is no reward · 413 too many bytes ·
-    408 the question was not complete in time · 503 an earlier question hangs, or there was no room · 504 this one was
-    not scored in time
+    401 wrong or no token · 400 no frame, a frame of another protocol, or facts for which there is no reward ·
+    411 no length said · 412 a frame that was damaged on the way · 413 too many bytes · 415 another content type ·
+    422 a whole frame that is no question, or one that cannot be scored · 408 the question was not complete in time ·
+    503 an earlier question hangs, or there was no room · 504 this one was not scored in time
 
 A request is refused before its body is read where its token is wrong, compared in constant time; a body is read up to
-``max_bytes`` and no further, and only once there is room for it among the questions that are held (``budget``). One
+``max_bytes`` and no further, and only once there is room for it among the questions that are held (``budget``). Bodies
+are checked and parsed in threads of their own, never in the event loop, so that ``/health`` answers meanwhile. One
 thread scores, question by question: a reward need not be safe for several.
 """
 
@@ -19,9 +21,9 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -31,8 +33,8 @@ from torch import nn
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.budget import Budget
-from rlfusion.rewards.exchange import answer, asked, greeted
-from rlfusion.rewards.frames import FrameError
+from rlfusion.rewards.exchange import QuestionError, answer, asked, greeted
+from rlfusion.rewards.frames import DamagedFrame, FrameError, encode
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.rewards.registry import FROM_DATA
 from rlfusion.rewards.remote import Served
@@ -42,6 +44,15 @@ from rlfusion.weights import sha256 as digest
 _log = logging.getLogger(__name__)
 MODELS = 4
 """How many models' facts a server keeps a reward for."""
+ASKING = 64
+"""Questions at once, waiting or being received and scored."""
+STALL_S = 10.0
+"""Between two pieces of a question at most, so that who falls silent gives its room back before ``deadline_s``."""
+READERS = 2
+"""Threads that check and parse questions."""
+MEDIA = "application/octet-stream"
+STATUS = {DamagedFrame: 412, QuestionError: 422, FrameError: 400}
+"""Of what is wrong with a frame; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +139,10 @@ class Service:
     def __init__(self, offer: Offer, token: str, limits: Limits, device: str = "cpu") -> None:
         self.offer, self.limits, self.device = offer, limits, device
         self._expected = f"Bearer {token}".encode() if token else b""
-        self._thread = ThreadPoolExecutor(1, "reward")
+        self._thread, self._readers = ThreadPoolExecutor(1, "reward"), ThreadPoolExecutor(READERS, "read")
         self._budget = Budget(limits.max_held)
         self._since: float | None = None
+        self._asked = 0
         self.last = time.monotonic()
 
     @property
@@ -146,15 +158,34 @@ class Service:
 
     async def hello(self, request: Any) -> bytes:
         """What is served for the facts of the body."""
-        with ExitStack() as held:
-            facts = greeted(await self._body(request, held))
-            return json.dumps(asdict(await self._do(lambda: self.offer.served(facts, self.limits), held))).encode()
+        with self._asking(), ExitStack() as held:
+            facts = await self._read(greeted, await self._body(request, held))
+            return await self._do(lambda: encode(asdict(self.offer.served(facts, self.limits))), held)
 
     async def score(self, request: Any) -> bytes:
         """The answer to the question of the body."""
-        with ExitStack() as held:
-            question = asked(await self._body(request, held))
+        with self._asking(), ExitStack() as held:
+            question = await self._read(asked, await self._body(request, held))
             return await self._do(lambda: answer(*self.offer.reward(question.facts), question, self.device), held)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """One of ``ASKING``; there is always a connection left for ``/health``."""
+        if self._asked >= ASKING:
+            raise Refused(503, f"{ASKING} questions at once are being answered")
+        self._asked += 1
+        try:
+            yield
+        finally:
+            self._asked -= 1
+
+    async def _read(self, reader: Callable[[bytes], Any], body: bytes) -> Any:
+        """What ``reader`` makes of a body, in a thread of the readers."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, reader, body)
+        except FrameError as error:
+            status = next(code for kind, code in STATUS.items() if isinstance(error, kind))
+            raise Refused(status, f"{type(error).__name__}: {error}") from error
 
     def _require_token(self, request: Any) -> None:
         self.last = time.monotonic()
@@ -178,21 +209,26 @@ class Service:
         """
         self._require_token(request)
         self._require_free()
-        most = self.limits.max_bytes
-        said = int(request.headers.get("content-length", most))
+        if (media := request.headers.get("content-type", MEDIA)) != MEDIA:
+            raise Refused(415, f"content type {media!r:.100}: expected {MEDIA}")
+        said, most = _length(request.headers.get("content-length", "")), self.limits.max_bytes
         if said > most:
             raise Refused(413, f"{said} bytes: expected at most {most}")
         await self._take_room(said, held)
-        body = bytearray()
+        parts, total, loop = [], 0, asyncio.get_running_loop()
+        latest = loop.time() + self.limits.deadline_s
         try:
-            async with asyncio.timeout(self.limits.deadline_s):
+            async with asyncio.timeout_at(min(latest, loop.time() + STALL_S)) as limit:
                 async for part in request.stream():
-                    body += part
-                    if len(body) > said:
+                    limit.reschedule(min(latest, loop.time() + STALL_S))
+                    parts.append(part)
+                    total += len(part)
+                    if total > said:
                         raise Refused(413, f"more than {said} bytes")
         except TimeoutError:
-            raise Refused(408, f"the question was not complete within {self.limits.deadline_s:g} s") from None
-        return bytes(body)
+            late = f"within {self.limits.deadline_s:g} s, or fell silent for {STALL_S:g} s"
+            raise Refused(408, f"the question was not complete {late}") from None
+        return b"".join(parts)
 
     async def _take_room(self, count: int, held: ExitStack) -> None:
         try:
@@ -224,6 +260,14 @@ class Service:
             raise Refused(504, f"no score from {self.offer.name!r} in {self.limits.deadline_s:g} s") from None
 
 
+def _length(text: str) -> int:
+    if not text:
+        raise Refused(411, "a request without content-length: expected one")
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise Refused(400, f"content-length {text!r:.100}: expected a number of bytes")
+    return int(text)
+
+
 def application(service: Service) -> Any:
     """The ASGI application of a service."""
     from starlette.applications import Starlette
@@ -236,8 +280,8 @@ def application(service: Service) -> Any:
             try:
                 return Response(await handler(request), media_type=media)
             except Refused as refused:
-                return PlainTextResponse(refused.text, refused.status, {"Connection": "close"})
-            except (FrameError, ConfigError) as error:
+                return PlainTextResponse(refused.text[:1000], refused.status, {"Connection": "close"})
+            except ConfigError as error:
                 return PlainTextResponse(f"{type(error).__name__}: {error}"[:1000], 400)
             except ClientDisconnect:
                 return PlainTextResponse("the asker went away", 400)
@@ -250,7 +294,7 @@ def application(service: Service) -> Any:
     return Starlette(
         routes=[
             Route("/health", answering(service.health, "application/json"), methods=["GET"]),
-            Route("/hello", answering(service.hello, "application/json"), methods=["POST"]),
-            Route("/score", answering(service.score, "application/octet-stream"), methods=["POST"]),
+            Route("/hello", answering(service.hello, MEDIA), methods=["POST"]),
+            Route("/score", answering(service.score, MEDIA), methods=["POST"]),
         ]
     )

@@ -16,12 +16,20 @@ from urllib.parse import urlsplit
 from rlfusion.errors import ConfigError
 
 CHUNK = 65536
-AGAIN = (408, 429)
-"""Statuses below 500 after which the same request may do better later."""
+AGAIN = (408, 412, 429)
+"""Statuses below 500 after which the same request may do better later; 412 says that it was damaged on the way."""
 
 
 class Failed(Exception):
     """A server failed; another, or the same one later, may do better."""
+
+
+class RefusedError(ConfigError):
+    """A server refuses a request, with this HTTP ``status``."""
+
+    def __init__(self, said: str, status: int) -> None:
+        super().__init__(said)
+        self.status = status
 
 
 def request(method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float) -> bytes:
@@ -29,7 +37,7 @@ def request(method: str, url: str, body: bytes | None, token: str, most: int, ti
 
     Raises:
         Failed: no answer in time, one of status 5xx or ``AGAIN``, or more than ``most`` bytes.
-        ConfigError: the server refuses the request.
+        RefusedError: the server refuses the request.
     """
     exchange = _Exchange(method, url, body, token, most, timeout_s)
     exchange.join(timeout_s)
@@ -42,7 +50,7 @@ def request(method: str, url: str, body: bytes | None, token: str, most: int, ti
         said = f"HTTP {exchange.status} {exchange.text[:200].decode(errors='replace')}".strip()
         if exchange.status >= 500 or exchange.status in AGAIN:
             raise Failed(said)
-        raise ConfigError(f"{url} refuses: {said}")
+        raise RefusedError(f"{url} refuses: {said}", exchange.status)
     return exchange.text
 
 
@@ -52,7 +60,8 @@ class _Exchange(Thread):
     def __init__(self, method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float) -> None:
         super().__init__(name="request", daemon=True)
         self._asked = method, url, body
-        self._headers = {"Connection": "close"}  # a kept one may be closed by the server just when it is used again
+        self._headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
+        self._headers["Connection"] = "close"  # a kept one may be closed by the server just when it is used again
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         self._most, self._timeout_s, self._deadline = most, timeout_s, time.monotonic() + timeout_s

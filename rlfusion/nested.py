@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+ODD_FLOATS = ("nan", "inf", "-inf")
+
 
 def flatten(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     """The JSON record of ``value``; its tensors are added to ``tensors``, named by where they are below ``place``.
@@ -37,7 +39,11 @@ def flatten(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def restore(record: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value whose record and tensors ``flatten`` gave."""
+    """The value whose record and tensors ``flatten`` gave.
+
+    Raises:
+        ValueError, TypeError, KeyError: there is none.
+    """
     if isinstance(record, list):
         return [restore(item, tensors) for item in record]
     if not isinstance(record, dict):
@@ -46,7 +52,26 @@ def restore(record: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tag == "tensor":
         return tensors[held]
     if tag == "float":
-        return float(held)
+        return _odd_float(held)
+    if tag in ("tuple", "dict") and not isinstance(held, list):
+        raise TypeError(f"{tag} of a {type(held).__name__}: expected a list")
     if tag == "tuple":
         return tuple(restore(item, tensors) for item in held)
-    return {key: restore(item, tensors) for key, item in held}
+    if tag != "dict":
+        raise ValueError(f"{tag!r}: expected tensor, float, tuple or dict")
+    items = {_key(key): restore(item, tensors) for key, item in held}
+    if len(items) != len(held):
+        raise ValueError(f"a key comes twice among {list(items)[:10]}")
+    return items
+
+
+def _odd_float(text: Any) -> float:
+    if text not in ODD_FLOATS:
+        raise ValueError(f"float {text!r}: expected one of {', '.join(ODD_FLOATS)}")
+    return float(text)
+
+
+def _key(key: Any) -> str | int:
+    if type(key) not in (str, int):
+        raise TypeError(f"a key of type {type(key).__name__}: expected str or int")
+    return key

@@ -17,12 +17,14 @@ from torch import nn
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.rewards import Care, Reward, asks, build
 from rlfusion.rewards.secret import VARIABLE, read_token
-from rlfusion.rewards.service import Limits, Offer, Service, application, require_servable
+from rlfusion.rewards.service import ASKING, Limits, Offer, Service, application, require_servable
 from rlfusion.run import Signals, pick_device, set_numerics
 
 MIB = 2**20
-CONNECTIONS = 64
+CONNECTIONS = 2 * ASKING
+"""Open at once; a further one takes the place of the one that has been sending its request for longest."""
 GRACE_S = 5
+MOST_PORT = 65535
 HEAD_S = 10.0
 """Within which a connection must have sent the headers of its next request."""
 
@@ -62,7 +64,9 @@ class Serve:
 
     def __post_init__(self) -> None:
         require_positive(self, "max_mb", "deadline_s", "threads")
-        require_not_negative(self, "port", "cache", "idle_s")
+        require_not_negative(self, "cache", "idle_s")
+        if not 0 <= self.port <= MOST_PORT:
+            raise ConfigError(f"port = {self.port}: expected 0..{MOST_PORT}, 0 for any free one")
         if self.max_held_mb < self.max_mb:
             raise ConfigError(
                 f"max_held_mb = {self.max_held_mb}: expected max_mb = {self.max_mb} at least, one question"
@@ -155,7 +159,6 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
             log_level="warning",
             access_log=False,
             lifespan="off",
-            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=GRACE_S,
             callback_notify=look,
             timeout_notify=1,
@@ -166,24 +169,36 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
 
 
 def _protocol(head_s: float) -> Any:
-    """uvicorn's connection, closed where the headers of a request are not whole within ``head_s``: uvicorn itself
-    waits for ever, and a few who drip theirs would take all ``CONNECTIONS``.
+    """uvicorn's connection, closed where the headers of a request are not whole within ``head_s``, or where there are
+    ``CONNECTIONS`` others and none has been sending for longer: uvicorn itself waits for ever, and a few who drip would
+    take all that there are.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Bounded(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._head = self.loop.call_later(head_s, self._late)
+            self._await_head()
+            if len(self.connections) > CONNECTIONS:
+                min((c for c in self.connections if c.sending), key=lambda c: c.since).transport.abort()
+
+        @property
+        def sending(self) -> bool:
+            """Whether its next request is not whole yet."""
+            return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
         def on_response_complete(self) -> None:
             self._head.cancel()
-            self._head = self.loop.call_later(head_s, self._late)
+            self._await_head()
             super().on_response_complete()
 
         def connection_lost(self, error: Exception | None) -> None:
             self._head.cancel()
             super().connection_lost(error)
+
+        def _await_head(self) -> None:
+            self.since = self.loop.time()
+            self._head = self.loop.call_later(head_s, self._late)
 
         def _late(self) -> None:
             if self.cycle is None or self.cycle.response_complete:

@@ -5,16 +5,16 @@ script as badly as that says, and those after it well.
 """
 
 import itertools
-import json
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import blake2b
 
 from rlfusion.rewards.exchange import answer, asked
-from rlfusion.rewards.frames import HEAD, MAGIC, encode
+from rlfusion.rewards.frames import DIGESTED, HEAD, MAGIC, decode, encode
 from rlfusion.rewards.remote import Remote, Served
 from rlfusion.rewards.service import Limits, Offer, Service
 from rlfusion.serving import address, listening, server
@@ -54,6 +54,12 @@ def http(body: bytes, status: str = "200 OK", length: int | None = None) -> byte
     length = len(body) if length is None else length
     head = f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
     return head.encode() + body
+
+
+def framed(text: bytes, blob: bytes) -> bytes:
+    """A whole frame, digest and all, of any JSON text and any blob."""
+    digest = blake2b(DIGESTED.pack(MAGIC, len(text), len(blob)) + text + blob, digest_size=32).digest()
+    return HEAD.pack(MAGIC, len(text), len(blob), digest) + text + blob
 
 
 RESET = b"a reset in the place of an answer"
@@ -116,7 +122,7 @@ class Faulty:
         if path == "/health":
             return http(b"{}")
         if path == "/hello":
-            return http(json.dumps(asdict(Served("it", IDENTITY, False, 10**6))).encode())
+            return http(encode(asdict(Served("it", IDENTITY, False, 10**6))))
         self.questions += 1
         good = answer(self.reward, IDENTITY, asked(body))
         if not self.faults:
@@ -151,9 +157,12 @@ FAULTS: dict[str, Callable[[bytes], bytes | list[bytes] | None]] = {
     "truncated body": lambda good: http(good[:-3], length=len(good)),
     "too long a frame": lambda good: http(good + b"\0" * 10),
     "oversized": lambda good: http(b"\0" * 10**6, length=10**12),
-    "a head that lies": lambda good: http(HEAD.pack(MAGIC, 2**31, 2**62) + good[HEAD.size :]),
-    "no JSON": lambda good: http(HEAD.pack(MAGIC, 4, 0) + b"{{{{"),
+    "a head that lies": lambda good: http(HEAD.pack(MAGIC, 2**31, 2**62, b"") + good[HEAD.size :]),
+    "no JSON": lambda good: http(framed(b"{{{{", b"")),
     "another message": lambda good: http(encode({"hello": 1})),
-    "values missing": lambda good: http(encode({"values": None, "errors": {}, "identity": IDENTITY})),
+    "values missing": lambda good: http(encode(decode(good) | {"values": None})),
+    "another question": lambda good: http(encode(decode(good) | {"question": "0" * 64})),
+    "a flipped bit": lambda good: http(good[:-1] + bytes([good[-1] ^ 1])),
+    "the question was damaged": lambda good: http(b"DamagedFrame: the frame is damaged", "412 Precondition Failed"),
 }
 """Ways in which an answer can be wrong. Each is tried again, and none of them reaches a result."""

@@ -1,7 +1,6 @@
 """Remote rewards: the frames, the client's tries, the service; the same bits as at home, and every fault named."""
 
 import asyncio
-import json
 import math
 import socket
 import threading
@@ -20,7 +19,17 @@ from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
 from rlfusion.rewards.budget import Budget
 from rlfusion.rewards.exchange import answer, answered, ask, asked, graded
-from rlfusion.rewards.frames import HEAD, MOST_TEXT, FrameError, decode, encode
+from rlfusion.rewards.frames import (
+    MOST_ENTRIES,
+    MOST_TENSORS,
+    MOST_TEXT,
+    FrameError,
+    decode,
+    digest_of,
+    encode,
+    packed,
+    unpacked,
+)
 from rlfusion.rewards.remote import Served
 from rlfusion.rewards.replicas import Replicas
 from rlfusion.rewards.secret import VARIABLE, read_token
@@ -77,32 +86,27 @@ def test_every_truncation_of_a_frame_is_refused():
         decode(frame + b"\0")
 
 
-def test_no_flipped_byte_of_a_frame_raises_anything_else():
-    """Damage is a FrameError, or another message; the transport's own checksum is TCP's."""
+def test_every_flipped_bit_of_a_frame_is_refused():
     frame = encode({"values": torch.arange(3.0), "errors": {1: "why"}})
-    refused = 0
-    for place in range(len(frame)):
+    for bit in range(8 * len(frame)):
         broken = bytearray(frame)
-        broken[place] ^= 0xFF
-        try:
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FrameError):
             decode(bytes(broken))
-        except FrameError:
-            refused += 1
-    assert refused > HEAD.size
 
 
-def test_deep_json_is_refused():
-    text = b"[" * 100_000
-    with pytest.raises(FrameError):
-        decode(HEAD.pack(b"RLF1", len(text), 0) + text)
-
-
-def test_much_json_is_refused_before_it_is_read():
-    text = b"[" + b"[]," * (MOST_TEXT // 3) + b"[]]"
-    with pytest.raises(FrameError, match=f"bytes of JSON: a frame has at most {MOST_TEXT}"):
-        decode(HEAD.pack(b"RLF1", len(text), 0) + text)
-    with pytest.raises(FrameError, match="bytes of JSON"):
+def test_much_json_is_not_written_either():
+    with pytest.raises(FrameError, match=f"bytes of JSON, expected at most {MOST_TEXT}"):
         encode({"facts": "x" * MOST_TEXT})
+    with pytest.raises(FrameError, match="entries of JSON, expected at most"):
+        encode({"facts": [1] * MOST_ENTRIES})
+    with pytest.raises(FrameError, match=f"tensors: a frame has at most {MOST_TENSORS}"):
+        encode([torch.zeros(1)] * (MOST_TENSORS + 1))
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a", "", "ü 漢", "\x00"], ["same"] * 100_000])
+def test_texts_come_back_as_they_were(texts):
+    assert unpacked(decode(encode(packed(texts))), "they") == texts
 
 
 # --- question and answer ---
@@ -165,12 +169,17 @@ def test_what_is_no_number_is_an_error_of_its_item(given, reasons, samples):
     assert values.isnan().tolist() == [i in reasons for i in range(3)]
 
 
-def test_an_answer_that_hides_a_failure_is_refused(samples):
-    good = decode(answer(lambda x, c: x.mean((1, 2, 3)), "id", asked(ask(samples, None, {}))))
-    assert answered(encode(good), 24).identity == "id"
-    for wrong in ({"errors": {2: "why"}}, {"values": good["values"] + math.nan}, {"values": good["values"][:3]}):
+def test_an_answer_that_hides_a_failure_or_is_to_another_question_is_refused(samples):
+    question = ask(samples, None, {})
+    frame = answer(lambda x, c: x.mean((1, 2, 3)), IDENTITY, asked(question))
+    assert answered(frame, 24, question).identity == IDENTITY
+    good = decode(frame)
+    errors = {"items": torch.tensor([2]), "reasons": packed(["why"])}
+    for wrong in ({"errors": errors}, {"values": good["values"] + math.nan}, {"values": good["values"][:3]}):
         with pytest.raises(FrameError):
-            answered(encode(good | wrong), 24)
+            answered(encode(good | wrong), 24, question)
+    with pytest.raises(FrameError, match="the answer is to another question"):
+        answered(frame, 24, ask(samples.flip(0), None, {}))
 
 
 # --- which replica, when: no clock, no sockets ---
@@ -213,7 +222,7 @@ def test_a_served_network_gives_the_bits_of_the_local_one(samples, label):
 def test_the_name_of_a_server_is_the_name_of_a_reward(samples, label):
     net = Net()
     with serving(net) as url:
-        total = build({url: 2.0, "ink": 1.0}, {url: {"timeout_s": 30.0}}, facts("abc", (1, 8, 8)))
+        total = build({url: 2.0, "ink": 1.0}, {url: {"timeout_s": 30.0}}, facts("abcdefghij", (1, 8, 8)))
         assert torch.equal(total(samples, label), 2.0 * net(samples, label) + samples.mean((1, 2, 3)))
     with pytest.raises(ConfigError, match=r"'timeout': .*did you mean 'timeout_s'"):
         build(url, {url: {"timeout": 3}})
@@ -235,7 +244,8 @@ def test_the_words_of_the_prompts_reach_the_server(samples):
     with serving(None, wants={"prompts"}, make=make) as url:
         for shape in ((1, 8, 8), (1, 8, 8), (3, 8, 8)):
             told = facts(("one", "fifteen"), shape)
-            assert client(url, **told)(samples, cond).tolist() == [3.0, 7.0] * 12
+            pictures = samples.expand(-1, *shape)
+            assert client(url, **told)(pictures, cond).tolist() == [3.0, 7.0] * 12
         assert client(url, **facts(("a", "bc"), (1, 8, 8)))(samples, cond).tolist() == [1.0, 2.0] * 12
     assert made == [{"prompts": ("one", "fifteen")}, {"prompts": ("a", "bc")}]
 
@@ -265,16 +275,19 @@ REASONS = {
     "HTTP 429": "HTTP 429 too many",
     "HTTP 500": "HTTP 500 out of memory",
     "HTTP 503": "HTTP 503 busy",
-    "garbage": "it answered nonsense: the bytes begin with",
+    "garbage": "it answered nonsense: 1024 bytes that begin with",
     "empty": "it answered nonsense: 0 bytes",
     "truncated frame": "it answered nonsense: the frame is truncated",
     "truncated body": "IncompleteRead",
     "too long a frame": "it answered nonsense: the frame is too long",
     "oversized": r"it answered more than \d+ bytes",
     "a head that lies": "it answered nonsense: the frame is truncated",
-    "no JSON": "it answered nonsense: the frame holds no message",
-    "another message": "it answered nonsense: expected a message of values, errors, identity",
-    "values missing": r"it answered nonsense: expected values \(24,\)",
+    "no JSON": "it answered nonsense: the message is no JSON",
+    "another message": "it answered nonsense: expected a message of values, errors, identity, question: got hello",
+    "values missing": r"it answered nonsense: values of a NoneType: expected values \(24,\)",
+    "another question": "it answered nonsense: the answer is to another question",
+    "a flipped bit": "it answered nonsense: the frame is damaged: its digest is not that of its bytes",
+    "the question was damaged": "HTTP 412 DamagedFrame: the frame is damaged",
 }
 
 
@@ -286,6 +299,7 @@ def test_a_fault_that_stays_is_named(fault, samples, label):
         with pytest.raises(RewardFailure, match=said) as caught:
             score(remote, samples, label, "it")
         assert len(caught.value.reasons) == 24
+        assert (caught.value.exit_code, caught.value.kind) == (69, "unavailable")
         assert score(remote, samples, label, "it", masked=True).isnan().all()
 
 
@@ -366,7 +380,7 @@ def test_a_question_above_the_size_cap_is_not_sent_and_not_read(samples, label):
         assert torch.equal(client(url, batch=4)(samples[:4], label[:4]), Net()(samples[:4], label[:4]))
         pieces = (b"x" * 1000 for _ in range(20))  # no length said
         answer = urllib3.request("POST", f"{url}/score", body=pieces, retries=False)
-        assert (answer.status, answer.data) == (413, b"more than 5000 bytes")
+        assert (answer.status, answer.data) == (411, b"a request without content-length: expected one")
         parts = urlsplit(url)
         with socket.create_connection((parts.hostname, parts.port), timeout=20) as liar:  # room is taken as it is said
             head = b"POST /score HTTP/1.1\r\nHost: it\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -480,25 +494,31 @@ def test_an_asker_that_drips_its_headers_is_cut_off(samples, label):
 
 
 def test_an_answer_of_odd_errors_or_a_server_of_odd_words_is_no_answer():
-    good = {"values": torch.tensor([math.nan, 1.0]), "errors": {0: "why"}, "identity": IDENTITY}
-    assert answered(encode(good), 2).errors == {0: "why"}
-    for errors in ({0: "why", "x": "why"}, {"0": "why"}):
-        with pytest.raises(FrameError, match="errors for the items"):
-            answered(encode(good | {"errors": errors}), 2)
+    question = ask(torch.zeros(2, 1, 2, 2), None, {})
+    errors = {"items": torch.tensor([0]), "reasons": packed(["why"])}
+    good = {"values": torch.tensor([math.nan, 1.0]), "errors": errors, "identity": IDENTITY}
+    good["question"] = digest_of(question)
+    assert answered(encode(good), 2, question).errors == {0: "why"}
+    for items, reasons in (([0, 1], ["a", "b"]), ([1], ["a"]), ([0, 0], ["a", "b"]), ([0], ["a", "b"])):
+        errors = {"items": torch.tensor(items), "reasons": packed(reasons)}
+        with pytest.raises(FrameError, match="errors"):
+            answered(encode(good | {"errors": errors}), 2, question)
     told = {"reward": "it", "identity": IDENTITY, "groups": False, "max_bytes": 10**6}
-    assert Served.read(json.dumps(told).encode()).max_bytes == 10**6
+    assert Served.read(encode(told)).max_bytes == 10**6
     for wrong in ({"max_bytes": "many"}, {"groups": "no"}, {"identity": None}, {"protocol": 1.0}):
         with pytest.raises(Failed, match=f"it is no reward server: {next(iter(wrong))} = "):
-            Served.read(json.dumps(told | wrong).encode())
+            Served.read(encode(told | wrong))
 
 
-@pytest.mark.parametrize("body", [b"", b"garbage", encode({"samples": None, "cond": None, "facts": {}})])
-def test_the_service_refuses_what_is_no_question(body):
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"", 400), (b"garbage", 400), (encode({"samples": None, "cond": None, "facts": {}}), 422)]
+)
+def test_the_service_refuses_what_is_no_question(body, status):
     import urllib3
 
     with serving(Net()) as url:
         for path in ("/score", "/hello"):
-            assert urllib3.request("POST", f"{url}{path}", body=body, retries=False).status == 400
+            assert urllib3.request("POST", f"{url}{path}", body=body, retries=False).status == status
         assert urllib3.request("GET", f"{url}/elsewhere", retries=False).status == 404
         assert urllib3.request("GET", f"{url}/health", retries=False).json() == {"alive": True, "reward": "it"}
 
@@ -557,8 +577,9 @@ def test_what_the_server_cannot_score_is_an_error_of_its_item(samples, label):
 
     with serving(picky) as url:
         for settings in ({}, {"batch": 5}):
-            with pytest.raises(RewardFailure, match=r"3 of 24 samples: item 3: answered nan; item 13: .* item 23"):
+            with pytest.raises(RewardFailure, match=r"3 of 24 samples: item 3: answered nan; .* item 23") as caught:
                 score(client(url, **settings), samples, label, "it")
+            assert caught.value.exit_code == 4
             masked = score(client(url, **settings), samples, label, "it", masked=True)
             assert masked.isnan().tolist() == (label == 3).tolist()
 

@@ -96,7 +96,7 @@ def test_a_server_killed_in_the_middle_costs_nothing(root):
     with server(root, "mine.py:dying") as (_, url):
         (root / "dies").write_text(str(MIDDLE))
         said = train(root, url, "one", patience_s=0)
-        assert said.code == 4
+        assert said.code == 69
         assert re.search(rf"reward failure: reward '{url}' failed for \d+ of \d+ samples: no server answered", said.err)
     with server(root, "mine.py:dying", port=int(url.rpartition(":")[2])):
         said = rlfusion(root, "finetune", "--resume", "runs/one")

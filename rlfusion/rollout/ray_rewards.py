@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError
 from rlfusion.rewards import Reward, asks, build
-from rlfusion.rewards.base import RewardFailure
-from rlfusion.rewards.exchange import answer, answered, ask, asked, greeted
-from rlfusion.rewards.frames import encode
+from rlfusion.rewards.base import RewardFailure, RewardUnavailable
+from rlfusion.rewards.exchange import answer, answered, ask, asked, greet, greeted
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.service import Limits, Offer, require_servable
 from rlfusion.rollout.ray_backend import cluster
@@ -69,9 +68,8 @@ class ActorReward(MayGroup):
         super().__init__()
         self.name, self.facts, self.timeout_s = name, dict(facts), timeout_s
         self._actor = ray.get_actor(actor)
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.facts.items()}
         try:
-            self._groups = ray.get(self._actor.hello.remote(encode({"facts": plain})), timeout=timeout_s)["groups"]
+            self._groups = ray.get(self._actor.hello.remote(greet(self.facts)), timeout=timeout_s)["groups"]
         except (RayError, GetTimeoutError) as error:
             raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
 
@@ -84,14 +82,16 @@ class ActorReward(MayGroup):
         """samples (B, C, H, W) in [0, 1] -> (B,), without gradient.
 
         Raises:
-            RewardFailure: some samples cannot be scored, or the actor is gone or late.
+            RewardFailure: some samples cannot be scored.
+            RewardUnavailable: the actor is gone or late.
         """
         frame = ask(samples.detach(), cond, self.facts)
         try:
             found = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
         except (RayError, GetTimeoutError) as error:
-            raise RewardFailure.of_all(self.name, len(samples), f"its Ray actor failed: {_said(error)}") from error
-        return answered(found, len(samples)).checked(self.name)
+            kind = RewardFailure if isinstance(error, RayTaskError) else RewardUnavailable
+            raise kind.of_all(self.name, len(samples), f"its Ray actor failed: {_said(error)}") from error
+        return answered(found, len(samples), frame).checked(self.name)
 
 
 @contextmanager
