@@ -14,7 +14,6 @@ error: no tower is ever left with random weights.
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion import storage
 from rlfusion.errors import ConfigError, unknown
 from rlfusion.rewards.checkpoints import HUB, local_file, read_tensors, short
 from rlfusion.rewards.clip_names import is_transformers, renamed
@@ -115,12 +115,11 @@ def build(config: Mapping[str, Any], seed: int) -> nn.Module:
 
 def save(folder: Path, clip: nn.Module, config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> None:
     """Write a folder that ``load``, and open_clip itself as ``local-dir:``, reads; each file appears whole or not."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     blob = pack(clip.state_dict())
     about = {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess), "sha256": sha256(blob)}
     for name, content in ((WEIGHTS, blob), (DESCRIPTION, json.dumps(about, indent=1).encode())):
-        (folder / f"{name}.tmp").write_bytes(content)
-        os.replace(folder / f"{name}.tmp", folder / name)
+        storage.write(folder / name, content)
 
 
 def tokenizer(context_length: int) -> Callable[[Sequence[str]], Tensor]:

@@ -6,7 +6,6 @@ and the SHA-256 of the weights. Draws are keyed by (seed, step).
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion import autoencoder, checkpoint, fitting, models
+from rlfusion import autoencoder, checkpoint, fitting, models, storage
 from rlfusion.autoencoder import FORMAT, KLVAE, Latents, fitted, from_diffusers, negative_elbo
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
@@ -139,7 +138,6 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
         save(folder / "autoencoder", space)
         result = _evaluate(space, held_out, folder)
     tracker.scalars(config.steps, "evaluation", result)
-    tracker.close()
     checkpoint.write_json_atomic(folder / "evaluation.json", result)
     return result
 
@@ -170,12 +168,11 @@ def _interleaved(pairs: Tensor) -> Tensor:
 
 def save(folder: Path, space: Latents) -> None:
     """Write an autoencoder's folder; each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     blob = models.space_blob(space)["space"]
     about = {"format": FORMAT, **space.about, "sha256": sha256(blob)}
     for name, content in (("space.safetensors", blob), ("autoencoder.json", json.dumps(about, indent=1).encode())):
-        (folder / f"{name}.tmp").write_bytes(content)
-        os.replace(folder / f"{name}.tmp", folder / name)
+        storage.write(folder / name, content)
 
 
 def load(path: Path) -> Latents:

@@ -17,11 +17,13 @@ import os
 import re
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rlfusion import storage
 from rlfusion.nested import flatten, restore
 from rlfusion.numerics import differences, fingerprint
 from rlfusion.weights import pack, sha256, unpack
@@ -53,19 +55,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 3) -> Path:
     Raises:
         TypeError: the state holds something else; its place is named.
         CheckpointError: a top-level name is no file name, or what was written does not verify.
-        OSError: the disk is full or fails; the checkpoints that were there still are.
+        StorageError: the disk is full or fails; the checkpoints that were there still are.
     """
     if keep < 1 or step < 0:
         raise CheckpointError(f"keep = {keep}, step = {step}: expected keep >= 1 and step >= 0")
     path = folder / f"step-{step:08d}"
     files = _files(state)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _tidy(folder)
-        _write(path, files)
-    except OSError as error:
-        _tidy(folder)
-        raise OSError(error.errno, f"{error.strerror}; the checkpoint was not saved", str(path)) from error
+    storage.patiently(lambda: _attempt(path, files), path, "; the checkpoint was not saved")
     verify(path)
     for old in [old for at, old in _candidates(folder) if at <= step][keep:]:
         _remove(old)
@@ -146,9 +142,7 @@ def fingerprint_warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write ``value`` as JSON so that ``path`` holds either its old content or all of the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _write_file(part, json.dumps(value, indent=2).encode())
-    part.replace(path)
+    storage.write(path, json.dumps(value, indent=2))
     _sync_folder(path.parent)
 
 
@@ -175,6 +169,18 @@ def _files(state: dict[str, Any]) -> dict[str, bytes]:
 def _owned_name(kind: str, path: Path) -> Path:
     """A hidden sibling of ``path`` that says which process made it."""
     return path.with_name(f".{kind}-{path.name}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _attempt(path: Path, files: dict[str, bytes]) -> None:
+    """Write a checkpoint; what fails leaves nothing behind."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(path.parent)
+        _write(path, files)
+    except OSError:
+        with suppress(OSError):  # the folder itself may be what is gone
+            _tidy(path.parent)
+        raise
 
 
 def _write(path: Path, files: dict[str, bytes]) -> None:

@@ -10,8 +10,6 @@ trainings on one machine give the same bits. Presets and the held-out accuracy t
 import copy
 import hashlib
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlfusion import storage
 from rlfusion.augment import shifted
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
@@ -124,14 +123,9 @@ def _initial(data: Dataset, config: Config) -> Classifier:
 
 def save(module: Classifier, path: Path) -> None:
     """Write weights and architecture as safetensors: to a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(path.parent)
     about = {"kind": module.kind, "shape": module.shape, "classes": module.classes}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(module.state_dict(), temporary, metadata={"classifier": json.dumps(about)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    storage.write(path, serialized(module.state_dict(), metadata={"classifier": json.dumps(about)}))
 
 
 def load(path: Path) -> Classifier:

@@ -1,19 +1,18 @@
 """The command line: ``rlfusion finetune | compare | pretrain | distill | sample | evaluate | ...``.
 
-Exit codes: 0 done, 2 bad configuration (one line says the key, the value, what was expected, the nearest valid name),
-4 numerical failure, 75 stopped by a signal after saving (resume with --resume).
+What goes wrong is one line on stderr; below it stand, of the user's own code, its frames of the traceback, and of an
+error that was not foreseen all of it. Exit codes: the table of docs/inputs.md. Nothing heavy is imported before the
+handlers of Ctrl-C and SIGTERM stand.
 """
 
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable
 from functools import partial
 
-from rlfusion.arguments import model_defaults, parse, resumed, settings_of
-from rlfusion.errors import RlfusionError, unknown
+from rlfusion.stops import Entry, StopRequested
 
-DONE, BAD_CONFIG, STOPPED, INTERRUPTED = 0, 2, 75, 130
+DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
 
 GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
@@ -49,47 +48,81 @@ Every command takes --help (all settings with their meaning), --config FILE.yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
+    """Run a command and return its exit code. With ``argv`` the handlers of signals are put back at the end."""
+    entry = Entry()
+    handlers = entry.install()
+    try:
+        return _guarded(sys.argv[1:] if argv is None else argv, entry)
+    finally:
+        if argv is not None:
+            entry.restore(handlers)
+
+
+def _guarded(arguments: list[str], entry: Entry) -> int:
     sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
     try:
-        return _run(arguments)
-    except ArgumentError as error:
-        print(f"rlfusion: {_one_line(error)}", file=sys.stderr)
-        return BAD_CONFIG
-    except RlfusionError as error:
-        said = f"{error.kind}: {_one_line(error)}" if error.kind else _one_line(error)
-        print("\n".join([f"rlfusion: {said}", *_notes(error)]), file=sys.stderr)
-        return error.exit_code
+        _run(arguments)
+        sys.stdout.flush()
+    except StopRequested as stop:
+        return _stopped(stop)
     except KeyboardInterrupt:
-        print("rlfusion: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _say("stopped by Ctrl-C", INTERRUPTED)
+    except Exception as error:
+        return _stopped(entry.stopping) if entry.stopping and not _ours(error) else _failed(error)
+    return DONE
 
 
-def _run(arguments: list[str]) -> int:
+def _stopped(stop: StopRequested) -> int:
+    stop.arrived()
+    return _say(f"stopped by {stop}; {stop.left}", stop.exit_code)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    import traceback
+
+    from rlfusion.errors import foreseen
+
+    known = foreseen(error)
+    if known is None:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
+        return _say(f"{said}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
+    said = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
+    return _say("\n".join(filter(None, [said, *_notes(error), known.frames])), known.exit_code)
+
+
+def _ours(error: Exception) -> bool:
+    from rlfusion.errors import RlfusionError
+
+    return isinstance(error, RlfusionError)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"rlfusion: {text}", file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(GUIDE)
-        return DONE
+        return
     if arguments[0] == "--version":
         from rlfusion import __version__
 
         print(__version__)
-        return DONE
+        return
     if arguments[0] not in COMMANDS:
-        raise unknown("command", arguments[0], COMMANDS)
-    from rlfusion.run import StopRequested
+        from rlfusion.errors import unknown
 
-    try:
-        COMMANDS[arguments[0]](arguments[1:])
-    except StopRequested as stop:
-        print(f"rlfusion: stopped by {stop}; all work is saved, go on with --resume", file=sys.stderr)
-        return STOPPED
-    return DONE
+        raise unknown("command", arguments[0], COMMANDS)
+    COMMANDS[arguments[0]](arguments[1:])
 
 
 def _job(kind: str, arguments: list[str]) -> None:
     """A new run of what takes --resume, or an old one to resume."""
     from rlfusion import autoencoding, commands, comparison, contrastive, distilling, finetune, pretraining
+    from rlfusion.arguments import resumed, settings_of
 
     check, run = {
         "finetune": (finetune.check, commands.run_finetune),
@@ -100,21 +133,26 @@ def _job(kind: str, arguments: list[str]) -> None:
         "train-clip": (contrastive.check, commands.run_clip),
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
-        run(*resumed(kind, arguments))
+        settings, folder = resumed(kind, arguments)
+        with commands.at_work(kind, folder, new=False):
+            run(settings, folder)
         return
     settings = settings_of(kind, arguments)
     check(settings)
-    run(*commands.new_run(settings, settings.default_name))
+    with commands.new_run(kind, settings, settings.default_name) as (settings, folder):
+        run(settings, folder)
 
 
 def _sample(arguments: list[str]) -> None:
     from rlfusion import commands, config
+    from rlfusion.arguments import model_defaults, parse
 
     commands.run_sample(parse(config.Sample, "sample", arguments, model_defaults("sample", arguments, "checkpoint")))
 
 
 def _evaluate(arguments: list[str]) -> None:
     from rlfusion import commands, config
+    from rlfusion.arguments import model_defaults, parse
 
     commands.run_evaluate(
         parse(config.Evaluate, "evaluate", arguments, model_defaults("evaluate", arguments, "checkpoint"))
@@ -123,6 +161,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 def _check_reward(arguments: list[str]) -> None:
     from rlfusion import commands
+    from rlfusion.arguments import parse
     from rlfusion.reward_check import CheckReward
 
     commands.run_check_reward(parse(CheckReward, "check-reward", _first(arguments, "--reward")))
@@ -130,6 +169,7 @@ def _check_reward(arguments: list[str]) -> None:
 
 def _doctor(arguments: list[str]) -> None:
     from rlfusion import commands, finetune
+    from rlfusion.arguments import settings_of
 
     settings = settings_of("finetune", arguments) if arguments else None
     if settings is not None:
@@ -139,6 +179,7 @@ def _doctor(arguments: list[str]) -> None:
 
 def _check_model(arguments: list[str]) -> None:
     from rlfusion import commands
+    from rlfusion.arguments import model_defaults, parse
     from rlfusion.model_check import CheckModel
 
     arguments = _first(arguments, "--model")
@@ -149,6 +190,7 @@ def _check_model(arguments: list[str]) -> None:
 
 def _serve_reward(arguments: list[str]) -> None:
     from rlfusion import commands
+    from rlfusion.arguments import parse
     from rlfusion.serving import Serve
 
     commands.run_serve_reward(parse(Serve, "serve-reward", _first(arguments, "--reward")))

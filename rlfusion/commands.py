@@ -1,7 +1,9 @@
 """What each command of ``rlfusion.cli`` does with its settings."""
 
+import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlfusion import autoencoding, checkpoint, comparison, config, contrastive, doctor, models, pipelines
+from rlfusion import autoencoding, checkpoint, comparison, config, contrastive, doctor, models, pipelines, storage
 from rlfusion.chain import Chain
 from rlfusion.data import load
 from rlfusion.distilling import distill
@@ -23,8 +25,9 @@ from rlfusion.model_check import CheckModel, check_model
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
 from rlfusion.reward_check import CheckReward, Finding, check_reward
-from rlfusion.run import Signals, locked, new_folder, pick_device, set_numerics
+from rlfusion.run import Signals, StopRequested, discard, locked, make_root, new_folder, pick_device, set_numerics
 from rlfusion.serving import Serve, serve
+from rlfusion.stops import NOTHING, blocked, leaving
 from rlfusion.tracking import grid, save_png
 
 COLUMNS = 10
@@ -209,16 +212,50 @@ def run_serve_reward(settings: Serve) -> None:
     serve(settings, lambda said: print(said, flush=True))
 
 
-def new_run(settings: Any, name: str) -> tuple[Any, Path]:
-    """A new folder for a run, holding its complete settings as ``config.yaml``; the settings with the folder's name."""
+@contextmanager
+def new_run(command: str, settings: Any, name: str) -> Iterator[tuple[Any, Path]]:
+    """A new folder for a run, holding its complete settings as ``config.yaml``; the settings with the folder's name.
+
+    Within the context the run is ``at_work`` there.
+
+    Raises:
+        ConfigError: a name that is none of a folder.
+        StorageError: the folder cannot be made or written to.
+    """
     if settings.name and Path(settings.name).name != settings.name:
         raise ConfigError(f"name = {settings.name!r}: expected the name of a folder, without a path")
-    folder = new_folder(Path(settings.root), settings.name or name)
-    settings = replace(settings, name=folder.name)
-    part = folder / ".config.yaml.part"  # renamed, so that a run killed here leaves no half of its settings
-    part.write_text(config.to_yaml(settings))
-    part.replace(folder / "config.yaml")
-    return settings, folder
+    storage.require_local("root", settings.root)
+    with ExitStack() as stack:
+        make_root(Path(settings.root))
+        with blocked():  # until it is known that it is to be removed
+            folder = new_folder(Path(settings.root), settings.name or name)
+            stack.enter_context(at_work(command, folder, new=True))
+        settings = replace(settings, name=folder.name)
+        storage.write(folder / "config.yaml", config.to_yaml(settings))
+        yield settings, folder
+
+
+@contextmanager
+def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
+    """Within the context a run works in ``folder``. If it ends early, a ``new`` folder that holds nothing is removed,
+    and a stop says how to go on.
+    """
+
+    def left(saved: bool) -> str:
+        if new and not saved and discard(folder):
+            return NOTHING
+        return f"go on with: rlfusion {command} --resume {shlex.quote(str(folder))}"
+
+    with leaving(left):
+        try:
+            yield
+        except StopRequested as stop:
+            stop.left = left(stop.saved)
+            raise
+        except BaseException:
+            if new:
+                discard(folder)
+            raise
 
 
 def _sampler(path: str, chain: Chain, device: str, pipeline: pipelines.Settings = PLAIN) -> tuple[Any, ...]:

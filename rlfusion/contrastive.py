@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlfusion import checkpoint, fitting
+from rlfusion import checkpoint, fitting, storage
 from rlfusion.classifier import augment, one_thread
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
@@ -33,6 +33,7 @@ from rlfusion.rewards.small_clip import SmallClip
 from rlfusion.rewards.texts import SPELLED, fill_all
 from rlfusion.run import Signals, locked, pick_device, set_numerics
 from rlfusion.seeding import integer, stream
+from rlfusion.stops import in_force
 
 FORMAT, WARM_UP = 1, 0.1
 HANDWRITTEN = ("a handwritten {word}", "a picture of a {word}", "the digit {word}", "{word}", "{}")
@@ -191,10 +192,9 @@ def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progre
     clip = openclip.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))
     learner = Learner(clip, Preprocess.of(described), data, config)
     every = config.checkpoint_every
-    tracker = fitting.fit(learner, folder, config.steps, every, signals, progress, "CLIP", "clip")
+    fitting.fit(learner, folder, config.steps, every, signals, progress, "CLIP", "clip")
     with learner.optimization.ema.averaged():
         openclip.save(folder / "clip", clip, model, described)
-    tracker.close()
 
 
 @torch.no_grad()
@@ -214,8 +214,9 @@ def cached(data: Dataset, root: Path, progress: Progress) -> Path:
     named = json.dumps([FORMAT, asdict(config), data.names, data.shape])
     digest = hashlib.sha256(named.encode() + data.x.numpy().tobytes() + data.label.numpy().tobytes())
     folder = root / "cache" / f"clip-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, Signals()), one_thread():
+    storage.make_folder(folder)
+    signals = in_force()
+    with locked(folder, signals), one_thread():
         if not (folder / "clip" / openclip.DESCRIPTION).is_file():
-            fit(config, data, folder, Signals(), progress)
+            fit(config, data, folder, signals, progress)
     return folder

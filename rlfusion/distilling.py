@@ -167,10 +167,9 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
     learner, stages = make_learner(config, teaching), plan(config, teaching)
     given = partial(batches, config, teaching)
     every, bar = config.checkpoint_every, ("distilling", "distill")
-    tracker = fitting.fit(learner, folder, stages.total, every, signals, progress, *bar, batches=given)
+    fitting.fit(learner, folder, stages.total, every, signals, progress, *bar, batches=given)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
-    tracker.close()
 
 
 def distill(config: Distill, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:

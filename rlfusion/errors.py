@@ -4,14 +4,20 @@ The command line prints the message as one line. 75 (a signal, after saving) and
 """
 
 import difflib
+import errno
+import socket
+from argparse import ArgumentError
 from collections.abc import Iterable
 
 
 class RlfusionError(Exception):
-    """What the command line says in one line, ending with ``exit_code``. ``kind`` is what it calls it."""
+    """What the command line says in one line, ending with ``exit_code``. ``kind`` is what it calls it, ``frames`` what
+    stands below it: of the user's own code, its part of the traceback.
+    """
 
     exit_code = 1
     kind = ""
+    frames = ""
 
 
 class ConfigError(RlfusionError, ValueError):
@@ -42,10 +48,35 @@ class UnavailableError(RlfusionError, RuntimeError):
 
 
 class StorageError(RlfusionError, OSError):
-    """A file or folder that cannot be written or read: the disk is full, read-only or gone."""
+    """A file or folder that cannot be written or read, ``filename``: the disk is full, read-only or gone."""
 
     exit_code = 74
     kind = "storage"
+
+    def __str__(self) -> str:
+        return f"{self.filename!r}: {self.strerror}" if self.filename else super().__str__()
+
+
+MISTAKEN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Of reading: the file that was named is not one that can be read. All others are the storage's."""
+
+
+def foreseen(error: Exception) -> RlfusionError | None:
+    """What the command line says of an error: itself where it is ours; one of the operating system is an input that
+    cannot be read, a network that cannot be reached, or storage (what is written: ``storage``); None for all others.
+    """
+    if isinstance(error, RlfusionError):
+        return error
+    if isinstance(error, ArgumentError):
+        return ConfigError(str(error))
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) and not isinstance(error, BrokenPipeError):
+        return UnavailableError(str(error))
+    if error.errno in MISTAKEN and error.filename:
+        return ConfigError(f"{str(error.filename)!r} cannot be read: {error.strerror}")
+    where = "standard output" if isinstance(error, BrokenPipeError) else str(error.filename or "")
+    return StorageError(error.errno, error.strerror, where)
 
 
 LONGEST = 80

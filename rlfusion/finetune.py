@@ -8,7 +8,6 @@ uninterrupted run did, bit for bit, and no queue is saved.
 
 import json
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,6 @@ class Job:
         """A checkpoint of all that resuming needs."""
         older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
         state = {"learner": self.guarded.state_dict(), "older_weights": older, "watch": self.watch.state_dict()}
-        self.tracker.flush()
         checkpoint.save(self.folder / "checkpoints", step, state)
 
 
@@ -209,7 +207,8 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if finished.is_file():
         progress.say(f"{folder} is finished: this is its result")
         return json.loads(finished.read_text())
-    with closing(Tracker(folder, start)) as tracker, actors_of(config) as actors:
+    tracker = Tracker(folder, start)
+    with actors_of(config) as actors:
         job = prepare(config, folder, tracker, signals, progress, actors)
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device), actors)
@@ -217,6 +216,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
             collector = Collector(backend, config, job.card.classes, start)
             before = _begin(job, collector, found.path if found else None, progress)
             done = _improve(job, collector, signals, progress)
+            signals.check()
         return _finish(job, before, done)
 
 
@@ -307,6 +307,5 @@ def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
     if job.watch.best.step > 0:
         result["best"] = {"updates": job.watch.best.step, job.watch.best.name: job.watch.best.value}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in headlines(after)})
-    job.tracker.flush()
     checkpoint.write_json_atomic(folder / "summary.json", result)
     return result

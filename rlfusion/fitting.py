@@ -31,7 +31,7 @@ def fit(
     shown: str = "loss",
     batches: Callable[[int], Iterator[Any]] | None = None,
 ) -> Tracker:
-    """Train ``learner`` up to step ``total``, with a checkpoint each ``every`` steps; its tracker, still open.
+    """Train ``learner`` up to step ``total``, with a checkpoint each ``every`` steps; its tracker.
 
     Args:
         bar: what the bar is called, and
@@ -50,7 +50,6 @@ def fit(
     tracker = Tracker(folder, start)
 
     def save(step: int) -> None:
-        tracker.flush()
         checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
 
     given = batches(start) if batches else iter(range(start, total))

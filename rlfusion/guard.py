@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from rlfusion import storage
 from rlfusion.agent import AgentLearner
 from rlfusion.dropout import dropped
 from rlfusion.errors import NumericalError, require_positive
@@ -145,8 +146,7 @@ class Guarded:
             "",
             "",
         ]
-        with (self.folder / "diagnosis.md").open("a") as file:
-            file.write("\n".join(lines))
+        storage.append(self.folder / "diagnosis.md", "\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
         own = {"norms": self.norms, "first_std": self.first_std, "best": self.best}

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import nn
 
-from rlfusion import spec
+from rlfusion import spec, storage
 from rlfusion.dropout import Acting, Dropout
 from rlfusion.errors import ConfigError, require_positive, unknown
 from rlfusion.seeding import integer
@@ -134,7 +134,7 @@ def save(folder: Path, net: nn.Module) -> None:
     """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     from peft import get_peft_model_state_dict
 
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(net).items()}
-    save_file(held, str(folder / "adapter_model.safetensors"))
-    net.peft_config["default"].save_pretrained(str(folder))
+    storage.write(folder / "adapter_model.safetensors", serialized(held))
+    storage.patiently(lambda: net.peft_config["default"].save_pretrained(str(folder)), folder)

@@ -5,7 +5,6 @@ and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion import autoencoder, lora, pipelines, schedule, spec
+from rlfusion import autoencoder, lora, pipelines, schedule, spec, storage
 from rlfusion.autoencoder import Latents
 from rlfusion.consistency import LCM
 from rlfusion.denoiser import Answers, Denoiser
@@ -215,10 +214,17 @@ def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all. Adapters are
     merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     if card.pipeline:
-        made = replace(card, pipeline=pipelines.save(folder, denoiser.net, denoiser.space, card.pipeline))
-        _write(folder / "model.json", json.dumps({"format": FORMAT, **asdict(made)}, indent=1).encode())
+
+        def write() -> dict[str, Any]:
+            try:
+                return pipelines.save(folder, denoiser.net, denoiser.space, card.pipeline)
+            except SafetensorError as error:
+                raise OSError(*storage.told(str(error))) from error
+
+        made = replace(card, pipeline=storage.patiently(write, folder))
+        storage.write(folder / "model.json", json.dumps({"format": FORMAT, **asdict(made)}, indent=1).encode())
         return
     denoiser = lora.merged(denoiser)
     blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
@@ -226,13 +232,7 @@ def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
     contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
     for name, content in (contents | {"model.json": json.dumps(about, indent=1).encode()}).items():
-        _write(folder / name, content)
-
-
-def _write(file: Path, content: bytes) -> None:
-    part = file.with_name(f"{file.name}.tmp")
-    part.write_bytes(content)
-    os.replace(part, file)
+        storage.write(folder / name, content)
 
 
 def find(path: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from rlfusion import autoencoding, checkpoint, fitting, models
+from rlfusion import autoencoding, checkpoint, fitting, models, storage
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -46,10 +46,9 @@ def fit(
         denoiser.space = autoencoding.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
     every = config.checkpoint_every
-    tracker = fitting.fit(learner, folder, config.train.steps, every, signals, progress, "pretraining", "pretrain")
+    fitting.fit(learner, folder, config.train.steps, every, signals, progress, "pretraining", "pretrain")
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
-    tracker.close()
 
 
 def card_of(config: Base, data: Dataset) -> models.Card:
@@ -78,10 +77,10 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
     """The folder of the model that ``config`` describes: from ``root/cache``, or pretrained there now."""
     data = load(config.data, config.size)
     folder = root / "cache" / f"base-{_digest(config, data)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     with locked(folder, signals, progress.say):
         if not (folder / "model" / "model.json").is_file():
-            (folder / "config.yaml").write_text(to_yaml(config))
+            storage.write(folder / "config.yaml", to_yaml(config))
             card = card_of(config, data)
             fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
     return folder / "model"
@@ -192,7 +191,6 @@ def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, flo
     if result:
         tracker.scalars(step, "evaluation", result)
         checkpoint.write_json_atomic(folder / "evaluation.json", result)
-    tracker.close()
     return result
 
 

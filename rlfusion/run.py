@@ -6,48 +6,24 @@ Work is saved every so many steps and when a signal asks to stop; what resumes c
 """
 
 import fcntl
-import signal
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlfusion import storage
 from rlfusion.errors import ConfigError
 from rlfusion.learner import Learner
+from rlfusion.stops import Signals, StopRequested
 
 LOCK_PATIENCE = 3600.0
-
-
-class StopRequested(Exception):
-    """A signal asked to stop, and all work so far is saved (exit code 75)."""
-
-
-class Signals:
-    """Within the context SIGTERM and SIGINT only raise ``requested``; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = ""
-
-    def __enter__(self) -> "Signals":
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
-
-    def check(self) -> None:
-        """Raise StopRequested if a signal came."""
-        if self.requested:
-            raise StopRequested(self.requested)
+_made: set[Path] = set()
+"""The roots that this process made."""
 
 
 def train(
@@ -64,31 +40,84 @@ def train(
     ``save(n)`` is called with n steps done: every ``every`` steps, at the end, and before stopping for a signal.
 
     Raises:
-        StopRequested: after saving, where ``signals`` asked to stop before the last step.
+        StopRequested: a signal came; all updates that were done are saved.
     """
-    for step, batch in zip(range(start, total), batches):
-        metrics = learner.update(batch)
-        yield step, metrics
-        done = step + 1
-        stop = signals.requested
-        if done % every == 0 or done == total or stop:
-            save(done)
-        if stop and done < total:
-            raise StopRequested(stop)
+    unsaved = False
+
+    def keep(done: int) -> None:
+        nonlocal unsaved
+        save(done)
+        unsaved, signals.saved = False, True
+        signals.hold(False)
+        signals.check()
+
+    signals.check()
+    try:
+        for step, batch in zip(range(start, total), batches):
+            try:
+                metrics = learner.update(batch)
+            except StopRequested:  # within Signals.prompt: the learner is as it was after the update before
+                if unsaved:
+                    keep(step)
+                raise
+            unsaved = True
+            signals.hold(True)
+            yield step, metrics
+            done = step + 1
+            if done % every == 0 or done == total or signals.requested:
+                keep(done)
+    finally:
+        signals.hold(False)
+
+
+def make_root(root: Path) -> None:
+    """The folder of all runs, made where it is not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with storage.stored(root):
+        made = not root.exists()
+    storage.make_folder(root)
+    if made:
+        _made.add(root)
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """A new folder ``root/name``, or ``name-2``, ``name-3``, ... where that exists."""
-    root.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while True:
+    """A new folder ``root/name``, or ``name-2``, ``name-3``, ... where that exists.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_root(root)
+    for number in count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            with storage.stored(folder, refuse=(FileExistsError,)):
+                folder.mkdir()
         except FileExistsError:
-            number += 1
-        else:
-            return folder
+            continue
+        return folder
+    raise AssertionError("there is always a free number")
+
+
+def discard(folder: Path) -> bool:
+    """Remove the folder of a run, and an empty one around it, if it holds no work: nothing but settings, the lock,
+    empty files and TensorBoard's. Whether it did.
+    """
+    files = [file for file in folder.rglob("*") if not file.is_dir()]
+    if not folder.is_dir() or any(_is_work(file) for file in files):
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent in _made:
+        with suppress(OSError):  # other runs are in it
+            folder.parent.rmdir()
+    return True
+
+
+def _is_work(file: Path) -> bool:
+    beside = file.name in ("config.yaml", ".lock", ".config.yaml.part") or file.name.startswith("events.out.")
+    return not beside and file.stat().st_size > 0
 
 
 @contextmanager
@@ -101,7 +130,9 @@ def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], No
         ConfigError: another process holds it, and the wait, if any, outlasted an hour.
         StopRequested: a signal came while it waited.
     """
-    with (folder / ".lock").open("w") as file:
+    with storage.stored(folder / ".lock"):
+        file = (folder / ".lock").open("w")
+    with file:
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
         while not _try_lock(file):
             if signals is None or time.monotonic() > deadline:

@@ -18,7 +18,7 @@ from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.rewards import Care, Reward, asks, build
 from rlfusion.rewards.secret import VARIABLE, read_token
 from rlfusion.rewards.service import ASKING, Limits, Offer, Service, application, require_servable
-from rlfusion.run import Signals, pick_device, set_numerics
+from rlfusion.run import Signals, StopRequested, pick_device, set_numerics
 
 MIB = 2**20
 CONNECTIONS = 2 * ASKING
@@ -87,9 +87,18 @@ def serve(settings: Serve, say: Callable[[str], None] = print) -> None:
     set_numerics(settings.threads, pick_device(settings.device))
     service = make_service(settings)
     serving = server(service, settings.idle_s)
-    with listening(settings.host, settings.port) as listener, Signals():
-        say(f"serving {settings.reward} at {address(listener)}" + ("" if service.guarded else ", without a token"))
-        serving.run(sockets=[listener])
+    with listening(settings.host, settings.port) as listener:
+        try:
+            with Signals():
+                say(
+                    f"serving {settings.reward} at {address(listener)}"
+                    + ("" if service.guarded else ", without a token")
+                )
+                serving.run(sockets=[listener])
+        except StopRequested as stop:
+            if not serving.started:
+                raise
+            stop.arrived()  # uvicorn has ended as it should, and raises the signal again
     if service.hanging:
         os._exit(1)  # its thread cannot be ended in any other way
 

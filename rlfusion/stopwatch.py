@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+from rlfusion import storage
+
 
 class Stopwatch:
     """Adds up the time between ``go`` and ``lap``, over interruptions too. CPU seconds are of this process alone."""
@@ -13,7 +15,7 @@ class Stopwatch:
         self.file = folder / "timing.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.file.write_text("".join(f"{line}\n" for line in kept))
+        storage.write(self.file, "".join(f"{line}\n" for line in kept))
         last = json.loads(kept[-1]) if kept else {"seconds": 0.0, "cpu_seconds": 0.0}
         self.seconds, self.cpu_seconds = last["seconds"], last["cpu_seconds"]
         self.go()
@@ -27,6 +29,5 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._wall
         self.cpu_seconds += time.process_time() - self._cpu
         line = {"step": step, "queries": queries, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        storage.append(self.file, json.dumps(line) + "\n")
         self.go()

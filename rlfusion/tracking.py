@@ -2,11 +2,55 @@
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlfusion import storage
+
+
+class Events:
+    """A file of TensorBoard events in ``folder``; each event is there whole, or the error of its writing is raised.
+
+    (TensorBoard's own writer writes in a thread, and is lost with all that it holds when a disk is full for a moment.)
+    """
+
+    count = 0
+
+    def __init__(self, folder: Path, suffix: str = "") -> None:
+        Events.count += 1
+        owner = f"{socket.gethostname()}.{os.getpid()}.{Events.count}"
+        self.file = folder / f"events.out.tfevents.{int(time.time()):010d}.{owner}{suffix}"
+        self.add(None, file_version="brain.Event:2")
+
+    def add(self, step: int | None, **fields: Any) -> None:
+        """One event: the fields of TensorBoard's ``Event``.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        framed = BytesIO()
+        RecordWriter(framed).write(Event(wall_time=time.time(), step=step, **fields).SerializeToString())
+        storage.append(self.file, framed.getvalue())
+
+    def scalars(self, step: int | None, values: Mapping[str, float]) -> None:
+        """Scalars by tag."""
+        from torch.utils.tensorboard import summary
+
+        parts = [summary.scalar(tag, value) for tag, value in values.items()]
+        if parts:
+            for part in parts[1:]:
+                parts[0].MergeFrom(part)
+            self.add(step, summary=parts[0])
 
 
 class Tracker:
@@ -17,69 +61,60 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self.file = folder / "metrics.jsonl"
         self._kept = self._truncate(step)
-        self._lines = self.file.open("a")
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0, max_queue=1000, flush_secs=20)
+        self._events = Events(folder)
+        self._events.add(
+            step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START)
+        )  # later ones are void
 
     def _truncate(self, step: int) -> set[str]:
         """Keep the whole lines up to ``step``, none for 0, and return them."""
-        if not self.file.exists():
-            return set()
-        whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        whole: list[str] = []
+        if self.file.exists():
+            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in whole if 0 < step >= json.loads(line)["step"]]
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.file)
+        storage.write(self.file, "".join(kept))
         return set(kept)
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and one TensorBoard scalar ``group/name`` each."""
-        line = json.dumps({"step": step, **{f"{group}/{k}": v for k, v in values.items()}}) + "\n"
+        named = {f"{group}/{k}": v for k, v in values.items()}
+        line = json.dumps({"step": step, **named}) + "\n"
         if line in self._kept:
             return
-        self._lines.write(line)
-        self._lines.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        storage.append(self.file, line)
+        self._events.scalars(step, named)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """A picture (C, H, W) in [0, 1]."""
-        self._writer.add_image(name, picture, step)
+        from torch.utils.tensorboard import summary
+
+        self._events.add(step, summary=summary.image(name, picture, dataformats="CHW"))
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, as Markdown."""
-        self._writer.add_text(name, text, step)
+        from torch.utils.tensorboard import summary
+
+        self._events.add(step, summary=summary.text(name, text))
 
     def hparams(self, settings: dict[str, bool | str | float | int], metrics: dict[str, float]) -> None:
         """The run's settings beside its final metrics, for TensorBoard's HPARAMS page."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(settings, metrics):
-            self._writer.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value)
-
-    def flush(self) -> None:
-        """Write out what is held back: before a checkpoint says that these steps are done."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Write out what is held back, and end."""
-        self._lines.close()
-        self._writer.close()
+            self._events.add(None, summary=summary)
+        self._events.scalars(None, metrics)
 
 
 def overlay(folder: Path, curves: Mapping[str, list[tuple[int, float]]]) -> None:
     """Add scalars to a run's events by tag, each with its own horizontal axis: [(step, value), ...]."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder), filename_suffix=".overlay") as writer:
-        for tag, points in curves.items():
-            for step, value in sorted(points):
-                writer.add_scalar(tag, value, step)
+    events = Events(folder, ".overlay")
+    for tag, points in curves.items():
+        for step, value in sorted(points):
+            events.scalars(step, {tag: value})
 
 
 def grid(samples: Tensor, columns: int, scale: int = 4, gap: int = 1) -> Tensor:
@@ -98,9 +133,11 @@ def save_png(path: Path, picture: Tensor) -> None:
     """Write a picture (1 or 3, H, W) in [0, 1] as PNG."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+    png = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(png, format="PNG")
+    storage.make_folder(path.parent)
+    storage.write(path, png.getvalue())
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, bool | str | float | int]:

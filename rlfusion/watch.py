@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlfusion import storage
 from rlfusion.config import Finetune
 from rlfusion.measure import Judged, Unjudged, divergence, draw
 from rlfusion.monitor import Best, Monitor
@@ -42,8 +43,8 @@ class Watch:
         """Draw the base model's samples, or read them where the run has them already."""
         file = self.folder / "monitor" / "base.safetensors"
         if not file.is_file():
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(pack({"samples": self._draw().cpu()}))
+            storage.make_folder(file.parent)
+            storage.write(file, pack({"samples": self._draw().cpu()}))
         base = unpack(file.read_bytes())["samples"].to(self._label.device)
         c = self.config
         held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.care) for n in c.monitor.held_out}
@@ -107,5 +108,4 @@ class Watch:
             "",
             "",
         ]
-        with (self.folder / "diagnosis.md").open("a") as file:
-            file.write("\n".join(lines))
+        storage.append(self.folder / "diagnosis.md", "\n".join(lines))

@@ -209,10 +209,11 @@ def test_a_faulty_reward_is_code_4_and_named(tiny_root, own_rewards, name, said)
 
 def test_a_stopped_run_is_code_75_and_says_how_to_go_on(tiny_root, own_rewards):
     process = Process(own_rewards, "finetune", "--root", tiny_root, *TINY, "--reward", "own:slow", "--name", "stopped")
-    before = tiny_root / "stopped" / "before.json"
-    result = process.once(before.exists, signal.SIGTERM).wait()
+    lines = tiny_root / "stopped" / "metrics.jsonl"
+    result = process.once(lambda: lines.exists() and "train/" in lines.read_text(), signal.SIGTERM).wait()
     assert result.code == 75, result.err
-    assert "--resume" in result.err
+    assert f"go on with: rlfusion finetune --resume {tiny_root / 'stopped'}" in result.err
+    assert "Traceback" not in result.err
     assert list((tiny_root / "stopped" / "checkpoints").glob("step-*"))
 
 

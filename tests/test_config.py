@@ -164,7 +164,7 @@ REFUSED = [
 @pytest.mark.parametrize(("line", "said"), REFUSED, ids=[line for line, _ in REFUSED])
 def test_a_bad_setting_is_code_2_one_line_and_nothing_done(line, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main([word.replace("_", " ") if word[0] == "{" else word for word in line.split()]) == cli.BAD_CONFIG
+    assert cli.main([word.replace("_", " ") if word[0] == "{" else word for word in line.split()]) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
     assert all(part in err for part in said), err
@@ -205,7 +205,10 @@ def test_run_folders_are_never_shared(tmp_path):
     from rlfusion.commands import new_run
 
     settings = config.Pretrain(root=str(tmp_path))
-    made = [new_run(settings, "x") for _ in range(3)]
+    made = []
+    for _ in range(3):
+        with new_run("pretrain", settings, "x") as held:
+            made.append(held)
     assert [folder.name for _, folder in made] == ["x", "x-2", "x-3"]
     for held, folder in made:
         assert parse("pretrain", "--config", str(folder / "config.yaml")) == held == replace(settings, name=folder.name)

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
 
 LAYERS = [
-    "errors",
-    "annotations tensors seeding nested numerics progress stopwatch adamw",
-    "gaussian spec hub weights adamw8bit dropout",
+    "errors stops",
+    "annotations tensors seeding nested numerics progress storage adamw",
+    "gaussian stopwatch spec hub weights adamw8bit dropout",
     "schedule augment",
     "kinds grid",
     "parameterization",
@@ -61,6 +61,7 @@ LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split
 HOMES = {
     "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_rewards"},
     "torch.utils.tensorboard": {"rlfusion.tracking"},
+    "tensorboard": {"rlfusion.tracking"},
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
     | {"rlfusion.rollout.task"},
     "sklearn": {"rlfusion.data"},
@@ -80,7 +81,7 @@ HOMES = {
     "diffusers": {"rlfusion.autoencoder", "rlfusion.pipelines.hub", "rlfusion.pipelines.scheduler"},
     "open_clip": {"rlfusion.rewards.openclip"},
     **{name: set() for name in ("stable_baselines3", "scipy")},
-    **{name: set() for name in ("tensorboard", "tensorflow", "pickle")},
+    **{name: set() for name in ("tensorflow", "pickle")},
 }
 """The only modules that may import a library."""
 

@@ -22,7 +22,6 @@ def written(folder, last: int) -> None:
     tracker = Tracker(folder)
     for step in range(last + 1):
         tracker.scalars(step, "train", {"loss": 1 / (step + 1)})
-    tracker.close()
 
 
 def read(folder) -> EventAccumulator:
@@ -34,7 +33,6 @@ def test_a_line_says_its_step_and_names(tmp_path):
     tracker = Tracker(tmp_path)
     tracker.scalars(3, "train", {"loss": 0.1, "reward": -2.0})
     assert lines(tmp_path) == [{"step": 3, "train/loss": 0.1, "train/reward": -2.0}]  # at once, before it is closed
-    tracker.close()
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 3, "train/lo', '{"step": 7}', "{"])
@@ -44,7 +42,6 @@ def test_resuming_forgets_later_steps_and_a_half_written_line(tmp_path, tail):
         file.write(tail)
     tracker = Tracker(tmp_path, step=3)
     tracker.scalars(4, "train", {"loss": 9.0})
-    tracker.close()
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [
         *((step, 1 / (step + 1)) for step in range(4)),
         (4, 9.0),
@@ -53,7 +50,7 @@ def test_resuming_forgets_later_steps_and_a_half_written_line(tmp_path, tail):
 
 def test_starting_again_with_nothing_done_forgets_all(tmp_path):
     written(tmp_path, 2)
-    Tracker(tmp_path, step=0).close()
+    Tracker(tmp_path, step=0)
     assert lines(tmp_path) == []
 
 
@@ -62,7 +59,6 @@ def test_what_is_measured_again_after_a_resume_is_not_there_twice(tmp_path):
     tracker = Tracker(tmp_path, step=3)
     tracker.scalars(3, "train", {"loss": 1 / 4})
     tracker.scalars(3, "evaluation", {"reward": 1.0})
-    tracker.close()
     assert [set(line) - {"step"} for line in lines(tmp_path) if line["step"] == 3] == [
         {"train/loss"},
         {"evaluation/reward"},
@@ -73,10 +69,8 @@ def test_tensorboard_reads_scalars_and_forgets_what_a_resumed_run_repeats(tmp_pa
     tracker = Tracker(tmp_path)
     for step in (1, 2, 3, 4):
         tracker.scalars(step, "train", {"loss": float(step)})
-    tracker.flush()  # and then the process dies: this tracker is never closed
     resumed = Tracker(tmp_path, step=2)
     resumed.scalars(3, "train", {"loss": 30.0})
-    resumed.close()
     events = read(tmp_path).Scalars("train/loss")
     assert [(e.step, e.value) for e in events] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
@@ -85,7 +79,6 @@ def test_tensorboard_reads_the_picture_that_was_given(tmp_path):
     picture = torch.linspace(0, 1, 3 * 4 * 5).reshape(3, 4, 5)
     tracker = Tracker(tmp_path)
     tracker.image(7, "samples", picture)
-    tracker.close()
     (event,) = read(tmp_path).Images("samples")
     (tmp_path / "held.png").write_bytes(event.encoded_image_string)
     held = np.asarray(Image.open(tmp_path / "held.png")).transpose(2, 0, 1)
@@ -96,7 +89,6 @@ def test_tensorboard_reads_the_picture_that_was_given(tmp_path):
 def test_tensorboard_reads_settings_and_their_final_metrics(tmp_path):
     tracker = Tracker(tmp_path)
     tracker.hparams({"agent.lr": 1e-3, "reward": "ink", "guided": True}, {"final/reward": 0.5})
-    tracker.close()
     events = read(tmp_path)
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     held = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -144,5 +136,5 @@ def test_settings_flatten_to_dotted_plain_values():
 
 def test_nothing_temporary_is_left(tmp_path):
     written(tmp_path, 2)
-    Tracker(tmp_path, step=1).close()
+    Tracker(tmp_path, step=1)
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlfusion import checkpoint, finetune, models, origin
+from rlfusion import checkpoint, finetune, models, origin, storage
 from rlfusion.comparison.baselines import Measured, baselines
 from rlfusion.comparison.curves import Point, curve
 from rlfusion.comparison.report import Outcome, report
@@ -15,7 +15,7 @@ from rlfusion.errors import ConfigError, NumericalError
 from rlfusion.pretraining import base_model
 from rlfusion.progress import Progress
 from rlfusion.rewards import Care
-from rlfusion.run import Signals, pick_device, set_numerics
+from rlfusion.run import Signals, discard, pick_device, set_numerics
 from rlfusion.tracking import overlay
 
 
@@ -82,10 +82,11 @@ def _run(
     settings = _with(settings, root=root, name=folder.name, base=str(base))
     try:
         finetune.check(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(settings))
+        storage.make_folder(folder)
+        storage.write(folder / "config.yaml", to_yaml(settings))
         finetune.finetune(settings, folder, signals, progress)
     except ConfigError as error:
+        discard(folder)
         return [], f"refused: {error}"
     except NumericalError as error:
         return _so_far(folder), f"failed: {error}"
@@ -140,4 +141,4 @@ def _overlay(folder: Path, outcome: Outcome) -> None:
             "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
         }
     overlay(folder, {f"{group}/{name}": points for name, points in axes.items()})
-    (folder / ".overlaid").touch()
+    storage.write(folder / ".overlaid", b"")

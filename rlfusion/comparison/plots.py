@@ -1,8 +1,10 @@
 """The plots of a comparison: gain against queries, seconds, and what it costs in quality."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from rlfusion import storage
 from rlfusion.comparison.baselines import BASE, Measured, diversity, gain
 from rlfusion.comparison.curves import Point
 from rlfusion.comparison.settings import Compare
@@ -40,7 +42,9 @@ def plot(config: Compare, folder: Path, reward: str, runs: list[Run], measured: 
     by_seconds.set(xlabel="CPU seconds of training", xscale="symlog")
     (_of_frechet if "frechet" in measured[BASE] else _of_diversity)(config, price, fourth, runs, looks, measured)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(folder / f"{_file(reward)}.png", dpi=80)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=80)
+    storage.write(folder / f"{_file(reward)}.png", drawn.getvalue())
 
 
 def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from rlfusion import storage
 from rlfusion.comparison.baselines import BASE, Measured, diversity, gain
 from rlfusion.comparison.curves import IMAGES, Point, best_within, first_at
 from rlfusion.comparison.plots import plot
@@ -34,8 +35,8 @@ def report(
     text = "\n\n".join(_section(config, reward, outcomes, measured[reward]) for reward in config.rewards)
     judged = all("frechet" in found[BASE] for found in measured.values())
     page = f"# Comparison\n\n{_head(config, judged)}\n\n{text}\n"
-    (folder / "comparison.md").write_text(page)
-    (folder / "comparison.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    storage.write(folder / "comparison.md", page)
+    storage.write(folder / "comparison.json", json.dumps([asdict(o) for o in outcomes], indent=1))
     for reward in config.rewards:
         mine = [(o.agent, o.seed, o.points) for o in outcomes if o.reward == reward and o.points]
         if mine:

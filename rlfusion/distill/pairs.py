@@ -12,7 +12,6 @@ of workers gives the same, and what is already there is not made again.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion import models
+from rlfusion import models, storage
 from rlfusion.chain import Chain
 from rlfusion.checkpoint import write_json_atomic
 from rlfusion.data import Dataset
@@ -32,6 +31,7 @@ from rlfusion.policy import Policy
 from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
 from rlfusion.seeding import Key
+from rlfusion.stops import in_force
 from rlfusion.tensors import Cond
 from rlfusion.trajectory import concatenate
 from rlfusion.weights import Weights, pack, sha256, unpack
@@ -137,7 +137,9 @@ def make_pairs(
         with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
             for n in missing:
                 shard = _Shard(seed, round * len(sizes) + n, card.classes, sizes[n])
-                held.write(n, shard.walk(backend, weights, max(1, settings.workers), stop))
+                with in_force().prompt():  # no update is under way
+                    walked = shard.walk(backend, weights, max(1, settings.workers), stop)
+                held.write(n, walked)
                 stop()
     parts = [held.read(n) for n in range(len(sizes))]
     return Pairs(*(torch.cat([part[name] for part in parts]) for name in Pairs._fields))
@@ -223,7 +225,7 @@ class _Shards:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         self.manifest = folder / "pairs.json"
         self.known: dict[str, str] = self._read_manifest()
 
@@ -253,12 +255,7 @@ class _Shards:
     def write(self, n: int, tensors: dict[str, Tensor]) -> None:
         """The shard, then the manifest that knows it; each is whole or as it was."""
         blob, path = pack(tensors), self.path(n)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        storage.write(path, blob)
         self.known[path.name] = sha256(blob)
         write_json_atomic(self.manifest, {"identity": self.identity, "shards": self.known})
 

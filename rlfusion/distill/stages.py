@@ -34,8 +34,8 @@ class Staged:
         if self.done == self.stages[self.at].steps:
             self.learner.optimization.ema.settle()
             self._begin(self.at + 1)
-        self.done += 1
         metrics = self.learner.update(batch)
+        self.done += 1  # a stop within the update leaves the stage as a checkpoint may hold it
         return metrics | {"stage": self.at + metrics.get("stage", 0.0)}  # of stages within the last, theirs go on
 
     def _begin(self, stage: int) -> None:

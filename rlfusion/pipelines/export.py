@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion import storage
 from rlfusion.errors import NumericalError
 from rlfusion.pipelines import hub
 from rlfusion.pipelines.family import Family, Net
@@ -29,7 +30,7 @@ def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[st
     Raises:
         NumericalError: what was written, loaded by diffusers, answers otherwise than the trained network.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     path = hub.folder(about["name"], about["variant"])
     if any(ADAPTER in name for name in net.model.state_dict()):
         _save_adapters(folder, path, net)

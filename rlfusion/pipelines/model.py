@@ -14,7 +14,6 @@ Text encoders are loaded only where embeddings are not in the cache, and let go 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion import storage
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
 from rlfusion.pipelines import hub
@@ -146,10 +146,8 @@ def _conditions(
     held = _encode(pipe, family, about, prompts, hub.shape(path, about["side"])[1], device)
     pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}")
-        part.write_bytes(pack(held))
-        part.replace(file)
+        storage.make_folder(file.parent)
+        storage.write(file, pack(held))
     return pipe, Conditions(*_parts(held))
 
 
