@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlfusion.errors import ConfigError, NumericalError, UnavailableError
 from rlfusion.tensors import Cond
+from rlfusion.user_code import running
 
 NAMED = 10
 """How many offending items an error names."""
@@ -87,22 +88,21 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
     With ``masked`` a NaN says that the reward failed for that sample, and passes; who asked for that drops the sample.
     So do the samples of a ``RewardFailure``, whose reasons are logged.
 
-    Gradients pass. An exception inside the reward propagates with a note that names the reward.
+    Gradients pass.
 
     Raises:
         RewardError: the result is not a tensor, not (B,), not real numbers, or not finite; it names reward and items.
         RewardFailure: the reward says which samples it could not score, and not ``masked``.
+        UserCodeError: the reward is the user's own code, which raised.
     """
     try:
-        result = reward(samples.contiguous(), cond)  # as a served one gets them: sums in another order have other bits
+        with running(f"reward {name!r} on samples {tuple(samples.shape)}"):
+            result = reward(samples.contiguous(), cond)  # as a served one gets them: sums in another order differ
     except RewardFailure as failure:
         if not masked:
             raise
         _log.warning("%s", failure)
         result = failure.values
-    except Exception as error:  # whatever a user's reward raises, re-raised
-        error.add_note(f"raised by the reward {name!r} on samples {tuple(samples.shape)}")
-        raise
     result = well_formed(result, samples, name)
     checked = result.detach()
     _require_finite(checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) if masked else checked, name)

@@ -9,6 +9,7 @@ of the facts, or a label of the condition is none of the facts' classes. A rewar
 each sample alone, so that one broken sample costs no other its value.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlfusion.errors import UserCodeError
 from rlfusion.rewards.base import Reward, RewardError, RewardFailure, well_formed
 from rlfusion.rewards.frames import FrameError, decode, digest_of, encode, fields_of, packed, unpacked
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.tensors import Cond, map_cond
+from rlfusion.user_code import described, running
 
 LONGEST = 500
 """Characters of an error that are sent."""
@@ -29,6 +32,7 @@ TOLERANCE = 1e-3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
+_log = logging.getLogger(__name__)
 
 
 class QuestionError(FrameError):
@@ -164,16 +168,21 @@ def answer(reward: Reward, identity: str, question: Question, device: str = "cpu
 
 
 @torch.no_grad()
-def graded(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[int, str]]:
-    """The values (B,) of samples, NaN for those that failed, and why each of these did."""
+def graded(reward: Reward, samples: Tensor, cond: Cond, log: bool = True) -> tuple[Tensor, dict[int, str]]:
+    """The values (B,) of samples, NaN for those that failed, and why each of these did; what the user's own code
+    raises is logged with its frames.
+    """
     try:
-        values, reasons = well_formed(reward(samples, cond), samples, "it"), {}
+        with running("it"):
+            values, reasons = well_formed(reward(samples, cond), samples, "it"), {}
     except RewardFailure as failure:
         values, reasons = failure.values, failure.reasons
     except Exception as error:  # whatever a user's reward raises is told to the asker, item by item
+        if isinstance(error, UserCodeError) and log:
+            _log.warning("%s\n%s", error, error.frames)
         if len(samples) == 1 or isinstance(error, RewardError) or needs_groups(reward):
             failed = torch.full((len(samples),), torch.nan, device=samples.device)
-            return failed, dict.fromkeys(range(len(samples)), _said(error))
+            return failed, dict.fromkeys(range(len(samples)), described(error))
         return _one_by_one(reward, samples, cond)
     odd = {i: f"answered {values[i].item()}" for i in (~values.isfinite()).nonzero().flatten().tolist()}
     values = values.masked_fill(~values.isfinite(), math.nan)
@@ -183,15 +192,11 @@ def graded(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[in
 def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[int, str]]:
     values, reasons = [], {}
     for i in range(len(samples)):
-        value, why = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond))
+        value, why = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond), log=False)
         values.append(value)
         if why:
             reasons[i] = why[0]
     return torch.cat(values), reasons
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 class Answer(NamedTuple):

@@ -44,6 +44,7 @@ from rlfusion.rewards.remote import Remote, is_url
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
 from rlfusion.rewards.wrapped import Care
+from rlfusion.user_code import loading, running
 
 GROUP = "rlfusion.rewards"
 REWARDS: dict[str, Callable[..., Any]] = {
@@ -145,12 +146,13 @@ def _from_module(name: str) -> Any:
 
 
 def _import(name: str, module_name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module was found, something that it needs was not
-        raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
+    with loading(f"reward {name!r}"):
+        try:
+            return importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # the module was found, something that it needs was not
+            raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
 
 
 def _load_file(name: str, path: Path) -> ModuleType:
@@ -165,7 +167,8 @@ def _load_file(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with loading(f"reward {name!r}"):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise
@@ -200,7 +203,8 @@ def _from_entry_point(name: str) -> Any:
         raise ConfigError(
             f"{unknown('reward', name, {*REWARDS, *points.names})} (or package.module:name, path/to/file.py:name, http://host:port)"
         )
-    return points[name].load()
+    with loading(f"reward {name!r}"):
+        return points[name].load()
 
 
 def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Reward:
@@ -213,7 +217,8 @@ def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> R
     _require_options(name, options, settings)
     if is_reward:
         return functools.partial(found, **options) if options else found
-    made = found(**options)
+    with running(f"reward {name!r} of {dict(options)}"):
+        made = found(**options)
     if not callable(made):
         raise ConfigError(f"reward {name!r} made {type(made).__name__}: expected a callable (samples, cond) -> (B,)")
     return made

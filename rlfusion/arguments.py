@@ -81,19 +81,38 @@ def _listed(arguments: list[str]) -> list[str]:
 
 def _told(arguments: list[str], *key: str) -> Any:
     """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
-    import yaml
-
     words = [word for argument in arguments for word in argument.split("=", 1)]
     told = None
     for option, value in pairwise(words):
         if option == f"--{'.'.join(key)}":
             told = value
         elif option == "--config" and Path(value).is_file():
-            held = yaml.safe_load(Path(value).read_text())
+            held = _settings_in(Path(value))
             for name in key:
                 held = held.get(name) if isinstance(held, dict) else None
             told = told if held is None else held
     return told
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """The content of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML (the line is named), or holds no settings by name.
+    """
+    import yaml
+
+    try:
+        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        at = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ConfigError(f"--config {str(file)!r} is no YAML: {error.problem or error.context}{at}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--config {str(file)!r} cannot be read: {said}") from error
+    if held is not None and not isinstance(held, dict):
+        raise ConfigError(f"--config {str(file)!r} holds {type(held).__name__}: expected settings, name: value")
+    return held or {}
 
 
 def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:

@@ -89,7 +89,7 @@ def _failed(error: Exception) -> int:
         said = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
         return _say(f"{said}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
     said = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
-    return _say("\n".join(filter(None, [said, *_notes(error), known.frames])), known.exit_code)
+    return _say("\n".join(filter(None, ["; ".join([said, *_notes(error)]), known.frames])), known.exit_code)
 
 
 def _ours(error: Exception) -> bool:

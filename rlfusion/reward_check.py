@@ -28,6 +28,7 @@ from rlfusion.measure import make_reward
 from rlfusion.rewards import Care, Reward, needs_groups, score
 from rlfusion.run import pick_device, set_numerics
 from rlfusion.seeding import stream
+from rlfusion.user_code import described
 
 EACH = 4
 MARGIN = 0.05
@@ -137,7 +138,7 @@ def examine(trial: Trial) -> Iterator[Finding]:
     try:
         value = trial(trial.samples.clone(), trial.label).detach()
     except Exception as error:  # whatever a user's reward raises is the finding
-        yield Finding("answers", "FAILS", f"{type(error).__name__}: {error}")
+        yield Finding("answers", "FAILS", described(error))
         return
     yield Finding("answers", "ok", f"({len(value)},) finite numbers in {time.perf_counter() - begin:.3f} s")
     checks = (_range, _input, _repeats, _batch, _condition, _gradient, _speed)
@@ -145,7 +146,7 @@ def examine(trial: Trial) -> Iterator[Finding]:
         try:
             yield check(trial, value)
         except Exception as error:
-            yield Finding(check.__name__.strip("_"), "FAILS", f"{type(error).__name__}: {error}")
+            yield Finding(check.__name__.strip("_"), "FAILS", described(error))
 
 
 def _range(trial: Trial, value: Tensor) -> Finding:

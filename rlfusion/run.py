@@ -6,6 +6,7 @@ Work is saved every so many steps and when a signal asks to stop; what resumes c
 """
 
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from rlfusion import storage
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, StorageError
 from rlfusion.learner import Learner
 from rlfusion.stops import Signals, StopRequested
 
@@ -97,6 +98,9 @@ def new_folder(root: Path, name: str) -> Path:
                 folder.mkdir()
         except FileExistsError:
             continue
+        except StorageError:
+            discard(folder)
+            raise
         return folder
     raise AssertionError("there is always a free number")
 
@@ -105,14 +109,14 @@ def discard(folder: Path) -> bool:
     """Remove the folder of a run, and an empty one around it, if it holds no work: nothing but settings, the lock,
     empty files and TensorBoard's. Whether it did.
     """
-    files = [file for file in folder.rglob("*") if not file.is_dir()]
-    if not folder.is_dir() or any(_is_work(file) for file in files):
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # a name that cannot even be asked for
+        if any(_is_work(file) for file in folder.rglob("*") if not file.is_dir()):
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
     if folder.parent in _made:
         with suppress(OSError):  # other runs are in it
             folder.parent.rmdir()
-    return True
+    return not os.path.exists(folder)
 
 
 def _is_work(file: Path) -> bool:

@@ -27,7 +27,7 @@ CAUSES = {
     errno.ENOTDIR: "part of this path is a file, expected a folder",
     errno.EEXIST: "it is a file, expected a folder",
     errno.EISDIR: "it is a folder, expected a file",
-    errno.ENOENT: "the folder is gone",
+    errno.ENOENT: "no such folder, or not any more",
 }
 """Said in place of the system's own words, of what is written."""
 Result = TypeVar("Result")
