@@ -1,5 +1,6 @@
 """The sampling chain as settings: steps, spacing, kernel, guidance. The chain is the MDP."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -35,7 +36,10 @@ class Chain:
             density (``kernel.ended``): what a one-step model needs as a policy. It stays in the samples; 0 is none.
         guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0, the handbook's; 0 is none. To a network that
             reads w (a student of guided_pd or lcm) it is that input, and the samples cost one call a step.
-        guidance_scale: the same as diffusers' scale, 1 + w, in place of ``guidance``.
+        guidance_scale: diffusers' scale in place of ``guidance``, with all that it means there. Two answers are
+            combined with w = scale - 1 where it is above 1; up to 1, at 0 as well, there is no guidance. A network that
+            reads it is given it, whatever it is. One that neither reads it nor has a second answer (FLUX schnell) does
+            without.
         guidance_rescale: share of the guided answer that gets the conditional answer's standard deviation back.
         guidance_low: the least time, in [0, 1], at which guidance acts.
         guidance_high: the greatest.
@@ -58,6 +62,9 @@ class Chain:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "last_noise")
+        for name in ("guidance", "guidance_scale"):
+            if (given := getattr(self, name)) is not None and not math.isfinite(given):
+                raise ConfigError(f"{name} = {given}: expected a finite number")
         if self.guidance and self.guidance_scale is not None:
             raise ConfigError(
                 f"guidance_scale = {self.guidance_scale}: it is 1 + guidance, and guidance = {self.guidance} is given; "
@@ -67,13 +74,17 @@ class Chain:
         defaults = {f.name: f.default for f in fields(self)}
         for name in alone:
             if not self.weight and getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)}: there is no guidance, expected guidance other than 0"
-                )
+                expected = "guidance other than 0" if self.guidance_scale is None else "guidance_scale above 1"
+                raise ConfigError(f"{name} = {getattr(self, name)}: there is no guidance, expected {expected}")
 
     @property
     def weight(self) -> float:
-        """w."""
+        """w of two answers, 0 for no guidance: a ``guidance_scale`` acts above 1 alone, as in diffusers."""
+        return self.guidance if self.guidance_scale is None else max(self.guidance_scale - 1, 0.0)
+
+    @property
+    def told(self) -> float:
+        """w as a network that reads it is given it: all of ``guidance_scale`` - 1, as in diffusers."""
         return self.guidance if self.guidance_scale is None else self.guidance_scale - 1
 
     def make_kernel(self) -> Kernel:
@@ -125,9 +136,21 @@ class Chain:
         return Policy(Guided(denoiser, self.weight, null, *self._interval), self.make_kernel())
 
     def _guided(self, denoiser: Denoiser) -> nn.Module:
-        """A pretrained model under this guidance: by an input that it reads, or by two answers."""
+        """A pretrained model under this guidance: by an input that it reads, by two answers, or by neither.
+
+        Raises:
+            ConfigError: settings of two answers, for a model that has no second one.
+        """
         if denoiser.weights is not None:
             return self._embedded(denoiser)
+        if not denoiser.own.guided:
+            self._require_one_answer("reads no guidance weight and has no second answer")
+            if self.guidance:
+                raise ConfigError(
+                    f"guidance = {self.guidance}: this model reads no guidance weight and has no second answer, "
+                    "expected 0"
+                )
+            return denoiser
         return Guided(denoiser, self.weight, denoiser.own.null, *self._interval) if self.weight else denoiser
 
     @property
@@ -142,16 +165,21 @@ class Chain:
             ConfigError: guidance that it cannot follow.
         """
         low, high = denoiser.weights
-        if not low <= self.weight <= high:
+        if not low <= self.told <= high:
+            name, one = ("guidance", 0) if self.guidance_scale is None else ("guidance_scale", 1)
             raise ConfigError(
-                f"guidance = {self.weight}: this model reads the guidance weight and knows {low} to {high} alone"
+                f"{name} = {self.told + one}: this model reads the guidance weight and knows {low + one} to "
+                f"{high + one} alone"
             )
+        self._require_one_answer("reads the guidance weight and has no second answer")
+        return Embedded(denoiser, self.told)
+
+    def _require_one_answer(self, what: str) -> None:
+        """Raise ConfigError for settings that act on two answers."""
         if (*self._interval, self.negative) != (0.0, 0.0, 1.0, ""):
             raise ConfigError(
-                "guidance_rescale, guidance_low, guidance_high, negative: this model reads the guidance weight and has "
-                "no second answer, expected none of them"
+                f"guidance_rescale, guidance_low, guidance_high, negative: this model {what}, expected none of them"
             )
-        return Embedded(denoiser, self.weight)
 
 
 def narrow(chain: Chain, denoiser: Denoiser) -> str:

@@ -27,6 +27,10 @@ class Own(Protocol):
     def times(self, steps: int) -> Tensor:
         """Its time grid, (K+1,) float64."""
 
+    @property
+    def guided(self) -> bool:
+        """Whether guidance by a second answer, that to a negative prompt, is its way."""
+
     def null(self, cond: Cond) -> Cond:
         """The conditions (B,) that guidance leads away from, for those of B samples."""
 

@@ -9,7 +9,9 @@ decode      samples are (B, C, H, W) in [0, 1], and come back from the encoder i
 ratio       log p of the walks' own steps, computed again as a learner does: the same
 noise       of each step of the chain: none so small that a policy gradient explodes there
 gradient    of the decoded image's mean reaches every weight that is trained, and is finite
-sampler     a pipeline's own sampler ends at the same latents from the same noise
+guidance    how this model is guided at these settings
+sampler     a pipeline's own sampler ends at the same latents from the same noise; of a solver of several steps its
+            first-order form does, and how far the solver itself ends from there is a note
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlfusion import models, pipelines
+from rlfusion import models, pipelines, sampler_check
 from rlfusion.chain import Chain, narrow
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_positive
@@ -115,11 +117,6 @@ def check_model(settings: CheckModel) -> Iterator[Finding]:
             yield found
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
-
-
 def _verdict(fine: bool) -> Any:
     return "ok" if fine else "FAILS"
 
@@ -142,7 +139,7 @@ def _cond(trial: Trial, label: Tensor | None = None) -> Any:
     label = trial.label if label is None else label
     if trial.denoiser.weights is None:
         return label
-    return {"label": label, "w": torch.full((len(label),), trial.chain.weight, device=label.device)}
+    return {"label": label, "w": torch.full((len(label),), trial.chain.told, device=label.device)}
 
 
 @torch.no_grad()
@@ -154,7 +151,9 @@ def _condition(trial: Trial) -> Finding:
         if known is None or not known.negated:
             return Finding("condition", "note", "there is one condition alone")
         other = known.null(trial.label)
-    moved = _gap(trial.denoiser.answer(x, t, _cond(trial, other)), trial.denoiser.answer(x, t, _cond(trial)))
+    moved = sampler_check.gap(
+        trial.denoiser.answer(x, t, _cond(trial, other)), trial.denoiser.answer(x, t, _cond(trial))
+    )
     return Finding(
         "condition", _verdict(moved > 1e-6), f"another prompt moves the answer by {moved:.2g} of the largest"
     )
@@ -165,7 +164,7 @@ def _batch(trial: Trial) -> Finding:
     x, t = trial.noise[:, 0], trial.times[len(trial.times) // 2]
     whole = trial.policy.denoiser(x, t, trial.label).x0
     alone = torch.cat([trial.policy.denoiser(x[i : i + 1], t, trial.label[i : i + 1]).x0 for i in range(len(x))])
-    gap = _gap(alone, whole)
+    gap = sampler_check.gap(alone, whole)
     return Finding("batch", _verdict(gap <= trial.alike), f"alone and together differ by {gap:.2g} of the largest")
 
 
@@ -240,20 +239,15 @@ def _gradient(trial: Trial) -> Finding:
     return Finding("gradient", _verdict(finite and norm > 0 and len(missing) < len(wanted)), said)
 
 
+def _guidance(trial: Trial) -> Finding:
+    return sampler_check.guidance(trial.chain, trial.denoiser)
+
+
 @torch.no_grad()
 def _sampler(trial: Trial) -> Finding | None:
     if not trial.card.pipeline:
         return None
-    own = trial.denoiser.own.sampling
-    chain = Chain(**vars(trial.chain) | {"spacing": "model", "kernel": own.kernel})
-    ours = sample(chain.policy(trial.denoiser, trial.card.names), trial.noise, chain.times(trial.denoiser), trial.label)
-    about, scale = trial.card.pipeline, 1 + chain.weight
-    theirs = pipelines.published(about, trial.card.names, trial.label.tolist(), trial.noise, scale)
-    gap = _gap(ours, theirs.to(ours))
-    said = f"{own.kernel}: the pipeline's latents differ by {gap:.2g} of the largest"
-    if about["dtype"] != "float32":  # its latents are of low precision, and ours are not
-        return Finding("sampler", "note", said)
-    return Finding("sampler", _verdict(gap <= trial.alike), said)
+    return sampler_check.sampler(trial.chain, trial.denoiser, trial.card, trial.noise, trial.label, trial.alike)
 
 
 CHECKS: dict[str, Callable[[Trial], Finding | None]] = {
@@ -265,5 +259,6 @@ CHECKS: dict[str, Callable[[Trial], Finding | None]] = {
     "ratio": _ratio,
     "noise": _noise,
     "gradient": _gradient,
+    "guidance": _guidance,
     "sampler": _sampler,
 }

@@ -105,10 +105,10 @@ def latent_consistency(scheduler=None) -> LatentConsistencyModelPipeline:
     return LatentConsistencyModelPipeline(**parts, unet=unet(time_cond_proj_dim=8), scheduler=scheduler, **ABSENT)
 
 
-def stable_diffusion_xl(scheduler=None) -> StableDiffusionXLPipeline:
+def stable_diffusion_xl(scheduler=None, **settings) -> StableDiffusionXLPipeline:
     network = unet(
         cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 16,
+        projection_class_embeddings_input_dim=6 * 4 + 16, **settings,
     )  # fmt: skip
     encoders = {"text_encoder": clip_encoder(), "text_encoder_2": clip_encoder(projected=True)}
     tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": clip_tokenizer()}

@@ -5,7 +5,7 @@ from rlfusion.pipelines.export import save
 from rlfusion.pipelines.family import Family, Net
 from rlfusion.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
 from rlfusion.pipelines.model import LORA, build, placed
-from rlfusion.pipelines.parity import published
+from rlfusion.pipelines.parity import Whole, published
 from rlfusion.pipelines.prompts import Prompts
 from rlfusion.pipelines.prompts import read as read_prompts
 from rlfusion.pipelines.scheduler import READERS, Sampling
@@ -21,6 +21,7 @@ __all__ = [
     "Prompts",
     "Sampling",
     "Settings",
+    "Whole",
     "build",
     "defaults",
     "folder",

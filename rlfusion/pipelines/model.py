@@ -51,6 +51,10 @@ class Published:
     def times(self, steps: int) -> Tensor:
         return self.sampling.times(steps)
 
+    @property
+    def guided(self) -> bool:
+        return self.conditions.negated
+
     def null(self, cond: Cond) -> Cond:
         return self.conditions.null(cond)
 
@@ -77,7 +81,7 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
     denoiser.space, denoiser.own = space, Published(sampling, conditions)
     if family.embeds(model.config):
-        denoiser.weights = (-1.0, math.inf)
+        denoiser.weights = (-math.inf, math.inf)
     return denoiser
 
 

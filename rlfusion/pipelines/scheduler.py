@@ -43,6 +43,8 @@ class Sampling:
         kernel: the scheduler's own step, as ``Chain.kernel`` writes it.
         explore: a kernel with noise at every step, for policy gradients: ``kernel`` where it has noise itself.
         around: what the scheduler puts around the guided network.
+        first_order: of a solver of several steps, of which all this is the first-order form: makes the scheduler of
+            diffusers that takes just those steps; None where the scheduler's own steps are ours.
     """
 
     schedule: Schedule
@@ -51,6 +53,7 @@ class Sampling:
     kernel: str
     explore: str
     around: Callable[[nn.Module], nn.Module]
+    first_order: Callable[[], Any] | None = None
 
 
 def read(scheduler: Any, arguments: GridArguments) -> Sampling:
@@ -143,7 +146,10 @@ def _ddim(scheduler: Any, arguments: GridArguments) -> Sampling:
 def _pndm(scheduler: Any, arguments: GridArguments) -> Sampling:
     from diffusers import DDIMScheduler
 
-    return _ddim(DDIMScheduler.from_config(scheduler.config, clip_sample=False), arguments)
+    def first_order() -> Any:
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+    return replace(_ddim(first_order(), arguments), first_order=first_order)
 
 
 def _ddpm(scheduler: Any, arguments: GridArguments) -> Sampling:
@@ -204,6 +210,13 @@ def _flow(scheduler: Any, arguments: GridArguments) -> Sampling:
 
 
 def _dpm(scheduler: Any, arguments: GridArguments) -> Sampling:
+    sampling = _dpm_first(scheduler, arguments)
+    if scheduler.config["solver_order"] == 1:
+        return sampling
+    return replace(sampling, first_order=lambda: type(scheduler).from_config(scheduler.config, solver_order=1))
+
+
+def _dpm_first(scheduler: Any, arguments: GridArguments) -> Sampling:
     """The first-order step of DPM-Solver is DDIM(0), that of its SDE form DDIM(1). Its networks get whole times."""
     config = scheduler.config
     total = config["num_train_timesteps"]
