@@ -1,10 +1,15 @@
 """``rlfusion check-model``: what holds on a sound model, and that each fault is found by its own row."""
 
+import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import schedulers
 from test_pipelines import PROMPTS, about
+from tiny_pipelines import SCALED
 from torch import nn
 
 from rlfusion import models, pipelines
@@ -129,3 +134,76 @@ def test_the_command_on_pipelines(name, code, failing, tiny_pipelines, capsys):
     for row in CHECKS:
         assert row in out
     assert out.count("FAILS") == (1 if failing else 0)
+
+
+SOLVERS = {
+    "pndm": lambda: schedulers.PNDMScheduler(**SCALED, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True),
+    "dpm": lambda: schedulers.DPMSolverMultistepScheduler(**SCALED),
+    "dpm, SDE": lambda: schedulers.DPMSolverMultistepScheduler(**SCALED, algorithm_type="sde-dpmsolver++"),
+}
+
+
+def pipeline_trial(folder, scheduler=None, **guidance) -> Trial:
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    card = models.Card(models.Config(), (3, 16, 16), tuple(PROMPTS), pipeline=about(folder))
+    denoiser = pipelines.build(card.pipeline, PROMPTS)
+    chain = Chain(steps=4, spacing="model", **{"guidance_scale": 3.0, **guidance})
+    times, latent = chain.times(denoiser), denoiser.space.latent(card.shape)
+    noise = chain_noise((0, "test"), range(2), len(times) - 1, latent)
+    policy = chain.policy(denoiser, card.names)
+    return Trial(CheckModel("it", chain=chain), card, denoiser, chain, policy, times, noise, torch.arange(2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_of_several_steps_differs_and_is_told_from_a_fault(name, tiny_pipelines, tmp_path):
+    """SD 1.5 is published with the first of them. The note has both distances; what is wrong fails all the same."""
+    made = pipeline_trial(shutil.copytree(tiny_pipelines["sd"], tmp_path / "sd"), SOLVERS[name]())
+    found = CHECKS["sampler"](made)
+    assert found.verdict == "note", found
+    assert f"first-order form of {type(SOLVERS[name]()).__name__}, a solver of several steps" in found.said
+    same, apart = map(float, re.findall(r" by ([0-9.e-]+)", found.said))
+    assert same <= 1e-4 < 1e-2 < apart
+    own = made.denoiser.own
+    sampling = own.sampling
+    wrong = replace(sampling, times=lambda steps: sampling.times(steps) * 0.98)
+    made.denoiser.own = replace(own, sampling=wrong)
+    assert CHECKS["sampler"](made).verdict == "FAILS"
+
+
+def test_one_step_schedulers_have_no_such_excuse(tiny_pipelines):
+    made = pipeline_trial(tiny_pipelines["sd"])
+    assert CHECKS["sampler"](made).verdict == "ok"
+    made.denoiser.schedule = DDPM()
+    assert CHECKS["sampler"](made).verdict == "FAILS"
+
+
+@pytest.mark.parametrize(
+    ("guidance", "verdict", "said"),
+    [
+        ({"guidance_rescale": 0.7}, "ok", "differ by"),
+        ({"guidance_scale": 0.0}, "ok", "differ by"),
+        ({"guidance_scale": None, "guidance": -0.5}, "note", "acts above w = 0 alone"),
+        ({"guidance_low": 0.2}, "note", "acts at all times"),
+        ({"repeats": 1}, "ok", "differ by"),
+    ],
+)
+def test_guidance_is_compared_where_the_pipeline_has_it(guidance, verdict, said, tiny_pipelines):
+    found = CHECKS["sampler"](pipeline_trial(tiny_pipelines["sd"], **guidance))
+    assert (found.verdict, said in found.said) == (verdict, True), found
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "verdict", "said"),
+    [
+        ("sd", {}, "ok", "two answers: w = 2, a scale of 3"),
+        ("sd", {"guidance_scale": 0.0}, "note", "guidance_scale = 0, and it acts above 1, as in diffusers"),
+        ("lcm", {"guidance_scale": 0.0}, "ok", "the network reads it: w = -1, a scale of 0"),
+    ],
+)
+def test_the_guidance_is_said(name, guidance, verdict, said, tiny_pipelines):
+    found = CHECKS["guidance"](pipeline_trial(tiny_pipelines[name], **guidance))
+    assert (found.verdict, said in found.said) == (verdict, True), found
