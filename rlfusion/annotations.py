@@ -7,7 +7,7 @@ What is no plain annotation (a protocol, a callable) lets everything pass.
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from rlfusion.errors import near, shorten
@@ -85,7 +85,7 @@ def described(annotation: Any) -> str:
         bool: "bool, true or false",
         str: "text",
         type(None): "null",
-        Any: "finite numbers, texts, lists or mappings",
+        Any: "...",
     }
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
@@ -96,9 +96,9 @@ def refused(name: str, value: Any, annotation: Any, of: str = "") -> str:
     """
     hint = _meant(value, annotation)
     owner = f" of {of}" if of else ""
-    return f"{name} = {_shown(value)}{owner}: expected {described(annotation)}" + (
-        f"; did you mean {hint}?" if hint else ""
-    )
+    bound = ", of less than 64 bits" if type(value) is int and abs(value) > LARGEST else ""
+    meant = f"; did you mean {hint}?" if hint else ""
+    return f"{name} = {_shown(value)}{owner}: expected {described(annotation)}{bound}{meant}"
 
 
 def _shown(value: Any) -> str:
@@ -115,19 +115,22 @@ def _shown(value: Any) -> str:
 
 def _meant(value: Any, annotation: Any) -> str:
     """The near match of a value, "" for none."""
-    kinds = _kinds(annotation)
-    choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind) if isinstance(one, str)]
+    allowed = kinds(annotation)
+    choices = [one for kind in allowed if get_origin(kind) is Literal for one in get_args(kind) if isinstance(one, str)]
     if isinstance(value, str) and choices:
         found = near(value, choices)
         return repr(found[0]) if found else ""
-    if isinstance(value, str) and type(None) in kinds and value.strip().lower() in ("none", "nil", "~", ""):
+    if isinstance(value, str) and type(None) in allowed and value.strip().lower() in ("none", "nil", "~", ""):
         return "null"
-    if isinstance(value, float) and int in kinds and value.is_integer() and abs(value) <= LARGEST:
+    if isinstance(value, float) and int in allowed and value.is_integer() and abs(value) <= LARGEST:
         return str(int(value))
-    if bool in kinds and value in (0, 1):
+    if bool in allowed and value in (0, 1):
         return "true" if value else "false"
+    if str in allowed and isinstance(value, bool | int | float):
+        return "a text in quotes"
     return ""
 
 
-def _kinds(annotation: Any) -> Iterable[Any]:
+def kinds(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)

@@ -1,19 +1,25 @@
-"""The settings of a command from its arguments and its configuration files: jsonargparse, and what it does not do.
+"""The settings of a command from its arguments and its configuration files.
 
-What an agent, a method, a preset or a model's own chain changes of the defaults is found before the arguments are read.
+``words`` says which words are options, ``settings_tree`` which settings there are, ``annotations`` what each may be;
+jsonargparse makes the objects, --help and --print_config. What an agent, a method, a preset or a model's own chain
+changes of the defaults is found before.
 """
 
-import difflib
 import json
 import re
+import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion import words
+from rlfusion.annotations import fits, kinds, refused
+from rlfusion.errors import ConfigError, shorten, unknown
+from rlfusion.settings_text import load, load_file
+from rlfusion.settings_tree import Tree, tree, unknown_setting
+from rlfusion.words import RESUMABLE
 
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
@@ -29,15 +35,18 @@ PIPELINE_DEFAULTS = {
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
-RESUMABLE = ("finetune", "compare", "pretrain", "pretrain-autoencoder", "distill", "train-clip")
 RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
+
+ONE_TEXT = ("templates",)
+"""Lists of texts, in which a comma is part of one."""
 
 
 def settings_of(kind: str, arguments: list[str]) -> Any:
     """The settings of a job; those of an agent or a method are of the algorithm that ``--agent`` or ``--method`` names.
     The chain of a fine-tuning or a comparison is that of the model of ``--base``, unless told otherwise.
     """
-    from rlfusion import config
+    from rlfusion import config, distill
+    from rlfusion.agents import AGENTS
     from rlfusion.autoencoding import Autoencode
     from rlfusion.comparison import Compare
     from rlfusion.contrastive import TrainClip
@@ -45,74 +54,65 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     plain = {"pretrain": config.Pretrain, "pretrain-autoencoder": Autoencode, "train-clip": TrainClip}
     if kind in plain:
         return parse(plain[kind], kind, arguments)
+    hints = tree(config.with_method("cd") if kind == "distill" else config.with_agent("ddpo")).names()
+    words.read(kind, arguments, hints)  # what is no option is said before anything is read
     if kind == "distill":
-        arguments = _long(arguments, "method")
+        arguments = _long(arguments, "method", distill.METHODS)
         typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
         return parse(typed, kind, arguments, make=config.Distill)
     arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
     if kind == "compare":
-        return parse(Compare, kind, _listed(arguments), model_defaults("compare", arguments, "base"))
-    arguments = _long(arguments, "agent")
+        return parse(Compare, kind, arguments, model="base")
+    arguments = _long(arguments, "agent", AGENTS)
     typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
-    return parse(typed, kind, arguments, model_defaults("finetune", arguments, "base"), make=config.Finetune)
+    return parse(typed, "finetune", arguments, make=config.Finetune, model="base")
 
 
-def _long(arguments: list[str], what: str) -> list[str]:
-    """``--agent NAME`` as ``--agent.name NAME``; a mapping or a file of settings after ``--agent`` stays."""
-    option = f"--{what}"
-    values = [a.partition("=")[2] if "=" in a else following for a, following in pairwise([*arguments, ""])]
-    named = [re.fullmatch(rf"{option}(=.*)?", a) and re.fullmatch(r"\w+", value) for a, value in zip(arguments, values)]
-    return [a.replace(option, f"{option}.name", 1) if short else a for a, short in zip(arguments, named)]
-
-
-def _listed(arguments: list[str]) -> list[str]:
-    """``--agents a,b(c=1,d=2)`` and ``--rewards`` as the YAML lists that they stand for."""
-    out, last = [], ""
+def _long(arguments: list[str], what: str, table: Iterable[str]) -> list[str]:
+    """``--agent NAME``, in any case, as ``--agent.name NAME``; a mapping or a file of settings after it stays."""
+    out, known = [], {name.lower(): name for name in table}
     for argument in arguments:
-        option, equals, value = argument.partition("=") if argument.startswith("--") else (last, "", argument)
-        if option in ("--agents", "--rewards") and value and not value.startswith("["):
-            parts = [part.strip() for part in re.split(r",(?![^(]*\))", value)]
-            value = json.dumps(parts)
-            argument = f"{option}={value}" if equals else value
-        last = argument if argument.startswith("--") and not equals else ""
+        before = out[-1] if out else ""
+        if before == f"--{what}" and _is_name(argument):
+            out[-1], argument = f"--{what}.name", known.get(argument.strip().lower(), argument)
+        elif argument.startswith(f"--{what}=") and _is_name(argument.partition("=")[2]):
+            name = argument.partition("=")[2]
+            argument = f"--{what}.name={known.get(name.strip().lower(), name)}"
         out.append(argument)
     return out
 
 
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"\s*[\w-]*\s*", text) is not None and not text.startswith("--")
+
+
 def _told(arguments: list[str], *key: str) -> Any:
     """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
     told = None
-    for option, value in pairwise(words):
-        if option == f"--{'.'.join(key)}":
-            told = value
-        elif option == "--config" and Path(value).is_file():
-            held = _settings_in(Path(value))
-            for name in key:
+    for option, text in words.read("", arguments):
+        place = tuple(option.split("."))
+        if place == key:
+            told = text
+        elif text is not None and (option == "config" or key[: len(place)] == place):
+            held: Any = _mapping(option, text)
+            for name in key if option == "config" else key[len(place) :]:
                 held = held.get(name) if isinstance(held, dict) else None
             told = told if held is None else held
     return told
 
 
-def _settings_in(file: Path) -> dict[str, Any]:
-    """The content of a configuration file.
-
-    Raises:
-        ConfigError: it cannot be read, is no YAML (the line is named), or holds no settings by name.
-    """
-    import yaml
-
-    try:
-        held = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        at = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigError(f"--config {str(file)!r} is no YAML: {error.problem or error.context}{at}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"--config {str(file)!r} cannot be read: {said}") from error
-    if held is not None and not isinstance(held, dict):
-        raise ConfigError(f"--config {str(file)!r} holds {type(held).__name__}: expected settings, name: value")
-    return held or {}
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    """The settings after --config or after the name of a group: a file, or YAML between braces."""
+    if not text.lstrip().startswith("{"):
+        if option != "config" and not Path(text).suffix:
+            raise ConfigError(
+                f"{option} = {shorten(repr(text))}: expected a mapping of settings, or a YAML file of them"
+            )
+        return load_file(text)
+    held = load(text, f"--{option}")
+    if not isinstance(held, dict):
+        raise ConfigError(f"--{option} {shorten(repr(text))}: expected a mapping of settings")
+    return held
 
 
 def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
@@ -144,10 +144,23 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
         variant = str(_told(arguments, "pipeline", "variant") or "")
         training = command in ("finetune", "compare", "check-model")
         chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
+        if "rollout.item" in few and (prompts := _told(arguments, "pipeline", "prompts")):
+            few = few | _few_prompts(str(prompts))
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
     return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _few_prompts(prompts: str) -> dict[str, Any]:
+    """The default of rollout.prompts where there are fewer prompts than that; a file of many is not read for it."""
+    from rlfusion import pipelines
+    from rlfusion.config import Rollout
+
+    if Path(prompts).is_file() and Path(prompts).stat().st_size > 10_000:
+        return {}
+    there, most = len(pipelines.read_prompts(prompts, "").texts), Rollout().prompts
+    return {"rollout.prompts": there} if 1 < there < most else {}
 
 
 def parse(
@@ -156,14 +169,40 @@ def parse(
     arguments: list[str],
     defaults: Mapping[str, Any] | None = None,
     make: type | None = None,
+    model: str = "",
 ) -> Any:
     """The settings dataclass of a command from its arguments and ``--config`` files; ``defaults`` by dotted key.
-    ``make`` is the class of the result where it is not ``settings``.
+    ``make`` is the class of the result where it is not ``settings``; ``model`` the option whose model has defaults.
 
     Raises:
         ConfigError: an unknown key or an unusable value, in one line.
     """
-    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+    known = tree(settings, ("objective",) if command in PRESET_PREFIX else ())
+    given = list(_given(settings, command, arguments, known))
+    flags = [f for f in arguments if f in words.FLAGS or f.startswith("--print_config=")]
+    values = dict(given)
+    if not flags:
+        _require(settings, command, values)
+    told = dict(defaults or {}) | (model_defaults(command, arguments, model) if model else {})
+    if preset := values.pop("objective", ""):
+        own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
+        found = _preset(preset, PRESET_PREFIX[command])
+        told |= {key: value for key, value in found.items() if not key.startswith(own)}
+    parser = make_parser(settings, command, told)
+    try:
+        read = parser.parse_args([f"--{key}={text}" for key, text in given if key != "objective"] + flags)
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(shorten(error, 250)) from error
+    try:
+        made = vars(parser.instantiate(read))
+        return (make or settings)(**{f.name: made[f.name] for f in fields(settings)})
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), read.items())) from error
+
+
+def make_parser(settings: type, command: str, defaults: Mapping[str, Any]) -> Any:
+    """jsonargparse's parser of a settings class."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
@@ -176,29 +215,130 @@ def parse(
         "--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's config.yaml"
     )
     parser.add_class_arguments(settings, as_group=False)
-    parser.set_defaults(dict(defaults or {}))
+    parser.set_defaults(dict(defaults))
     if command in PRESET_PREFIX:
         parser.add_argument("--objective", default="", help=OBJECTIVE)
-    keys = [action.dest for action in parser._actions]
-    try:
-        given = parser.parse_args(arguments)
-        if given.get("objective"):
-            preset = _preset(given.objective, PRESET_PREFIX[command])
-            own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
-            parser.set_defaults({key: value for key, value in preset.items() if not key.startswith(own)})
-            given = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise ConfigError(_explain(str(error), keys)) from error
-    for group in sorted({key.rpartition(".")[0] for key in keys} - {""}):
-        if not isinstance(given[group], Namespace):
-            raise ConfigError(f"{group} = {given[group]!r}: expected a mapping of settings")
-    try:
-        values = vars(parser.instantiate(given))
-        values.pop("config")
-        values.pop("objective", None)
-        return (make or settings)(**values)
-    except ConfigError as error:
-        raise ConfigError(_located(str(error), given.items())) from error
+    return parser
+
+
+def _require(settings: type, command: str, given: Mapping[str, str]) -> None:
+    """Refuse a command without what it cannot do without."""
+    for field in fields(settings):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
+            raise ConfigError(f"rlfusion {command} needs --{field.name}: expected --{field.name} VALUE (see --help)")
+
+
+def _given(settings: type, command: str, arguments: list[str], known: Tree) -> Iterator[tuple[str, str]]:
+    """The settings of the arguments and of the files among them, in order, each checked, as text for jsonargparse."""
+    typed: dict[str, str] = {}
+    mappings: dict[str, dict[str, Any]] = {}
+    chosen = next((f"{n} {_default_name(settings, n)!r}" for n in ("agent", "method") if n in known.groups), "")
+    for option, text in words.read(command, arguments, known.names()):
+        if option.startswith("-"):
+            continue
+        if text is None:
+            raise _no_value(option, command, known, chosen)
+        if typed.get(option, text) != text:
+            twice = f"as {shorten(repr(typed[option]))} and as {shorten(repr(text))}"
+            print(f"rlfusion: note: --{shorten(option)} is given twice, {twice}: the last holds", file=sys.stderr)
+        if option != "config":
+            typed[option] = text
+        for key, value in _unfolded(option, text, known):
+            holder = known.holder(key)
+            if key not in known.leaves and not holder:
+                raise unknown_setting(key, command, known, chosen)
+            if holder:
+                key, value = holder, _with(mappings.get(holder, {}), key.removeprefix(f"{holder}.").split("."), value)
+            if isinstance(value, dict):
+                mappings[key] = value
+            yield key, _checked(key, value, known)
+
+
+def _with(held: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A mapping with one value more, ``path`` below it."""
+    name, *rest = path
+    inner = held.get(name)
+    return {**held, name: _with(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
+
+
+def _no_value(option: str, command: str, known: Tree, chosen: str) -> ConfigError:
+    """The error about an option without a value, or about one that does not exist."""
+    if option != "config" and option not in known.names() and not known.holder(option):
+        return unknown_setting(option, command, known, chosen)
+    value = "true" if known.leaves.get(option) is bool else "VALUE"
+    return ConfigError(f"--{option} has no value: expected --{option} {value}")
+
+
+def _default_name(settings: type, group: str) -> str:
+    (held,) = (field.type for field in fields(settings) if field.name == group)
+    return str(getattr(held, "name", group))
+
+
+def _unfolded(option: str, text: str, known: Tree) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each setting that an option and its text give."""
+    if option == "config":
+        yield from _leaves(_mapping(option, text), "", known)
+    elif option in known.groups:
+        yield from _leaves(_mapping(option, text), f"{option}.", known)
+    elif option in known.leaves:
+        yield option, _read(option, text, known.leaves[option])
+    else:
+        yield option, load(text, f"--{option}") if known.holder(option) else text
+
+
+def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple[str, Any]]:
+    for name, value in held.items():
+        key = f"{prefix}{name}"
+        if key in known.groups and not isinstance(value, dict):
+            raise ConfigError(
+                f"{key} = {'null' if value is None else shorten(repr(value))}: expected a mapping of settings"
+            )
+        if isinstance(value, dict) and value and key not in known.leaves and not known.holder(key):
+            yield from _leaves(value, f"{key}.", known)
+        elif key not in known.groups:
+            yield key, value
+
+
+def _read(key: str, text: str, annotation: Any) -> Any:
+    """The value that a text on the command line stands for: of texts the text itself, else YAML."""
+    allowed = kinds(annotation)
+    words_only = all(get_origin(kind) is Literal for kind in allowed)
+    if annotation is str or words_only or not text.strip():
+        return text
+    if str in allowed:
+        return load(text, f"--{key}") if text.lstrip().startswith("{") else text
+    if get_origin(annotation) not in (list, tuple) or text.lstrip().startswith("["):
+        return load(text, f"--{key}")
+    if key in ONE_TEXT:
+        return [text]
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", text)]
+    return parts if str in get_args(annotation) else [load(part, f"--{key}") for part in parts]
+
+
+def _checked(key: str, value: Any, known: Tree) -> str:
+    """A value as the text that jsonargparse reads it from.
+
+    Raises:
+        ConfigError: it is not what the setting may be.
+    """
+    annotation = known.leaves.get(key, Any)
+    if get_origin(annotation) in (list, tuple) and isinstance(value, str | int | float) and value not in ("", True):
+        value = [value]
+    if not fits(value, annotation) or (isinstance(value, list) and "" in value):
+        raise ConfigError(refused(key, value, annotation))
+    _require_text(key, value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _require_text(key: str, value: Any) -> None:
+    """Refuse texts that cannot be written to a file: bytes that are no UTF-8, control characters."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for one in value:
+            _require_text(key, one)
+    elif isinstance(value, str) and (bad := re.search("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value)):
+        raise ConfigError(f"{key} = {shorten(ascii(value))}: it has the character {bad[0]!a}, expected UTF-8 text")
 
 
 def _preset(objective: str, prefix: str) -> dict[str, Any]:
@@ -215,21 +355,3 @@ def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:
     said = re.match(r"(\w+) = (.*?): ", text)
     fits = [key for key, value in given if said and [key.rpartition(".")[2], str(value)] == list(said.groups())]
     return fits[0].removesuffix(said[1]) + text if said and len(fits) == 1 else text
-
-
-TYPE_NAMES = re.compile(r"typing\.|<class '|'>")
-
-
-def _explain(text: str, keys: list[str]) -> str:
-    """jsonargparse's message with the nearest key, where a key is unknown."""
-    wrong = re.match(r'Parser key "([\w.]+)":\s*Expected an? (.*)\. Got value: (.*)', text, re.DOTALL)
-    if wrong:
-        key, expected, value = wrong.groups()
-        return f"{key} = {value}: expected {TYPE_NAMES.sub('', expected)}"
-    inside = re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-    found = re.search(r"[Uu]nrecognized arguments: *-*([\w.]+)|(?:Key|Option) ['\"]?([\w.]+)['\"]? is not", text)
-    if not found and not inside:
-        return text
-    key = ".".join(inside.groups()) if inside else found.group(1) or found.group(2)
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
-    return f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")

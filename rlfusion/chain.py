@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlfusion import spec
 from rlfusion.denoiser import Denoiser, Embedded, Guided
-from rlfusion.errors import ConfigError, require_not_negative, unknown
+from rlfusion.errors import ConfigError, require_at_most, require_not_negative, unknown
 from rlfusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
 from rlfusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
 from rlfusion.policy import Policy
@@ -17,6 +17,9 @@ from rlfusion.policy import Policy
 KERNELS: Mapping[str, Callable[..., Kernel]] = {
     kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
 }
+
+MOST_STEPS = 100_000
+"""The largest ``steps`` and ``repeats`` of a chain: the noise of all moves of a walk is drawn at once."""
 
 NARROW = 0.05
 """Noise of a step, in units of the latent, below which a small change of the network is a large log-ratio."""
@@ -61,7 +64,10 @@ class Chain:
     repeats: int = 0
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "last_noise")
+        if self.steps < 1:
+            raise ConfigError(f"steps = {self.steps}: expected at least 1")
+        require_not_negative(self, "last_noise", "repeats")
+        require_at_most(self, steps=MOST_STEPS, repeats=MOST_STEPS)
         for name in ("guidance", "guidance_scale"):
             if (given := getattr(self, name)) is not None and not math.isfinite(given):
                 raise ConfigError(f"{name} = {given}: expected a finite number")

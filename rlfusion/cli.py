@@ -14,6 +14,9 @@ from rlfusion.stops import Entry, StopRequested
 
 DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
 
+MOST_CHARACTERS = 600
+"""Of an error's line, whatever other libraries say in it."""
+
 GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
 
@@ -104,7 +107,9 @@ def _say(text: str, code: int) -> int:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"] and len(arguments) == 2:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(GUIDE)
         return
     if arguments[0] == "--version":
@@ -112,6 +117,10 @@ def _run(arguments: list[str]) -> None:
 
         print(__version__)
         return
+    if arguments[0].startswith("-"):
+        from rlfusion.errors import ConfigError, shorten
+
+        raise ConfigError(f"{shorten(repr(arguments[0]))} is no command: expected one first, as in rlfusion finetune")
     if arguments[0] not in COMMANDS:
         from rlfusion.errors import unknown
 
@@ -145,18 +154,16 @@ def _job(kind: str, arguments: list[str]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     from rlfusion import commands, config
-    from rlfusion.arguments import model_defaults, parse
+    from rlfusion.arguments import parse
 
-    commands.run_sample(parse(config.Sample, "sample", arguments, model_defaults("sample", arguments, "checkpoint")))
+    commands.run_sample(parse(config.Sample, "sample", arguments, model="checkpoint"))
 
 
 def _evaluate(arguments: list[str]) -> None:
     from rlfusion import commands, config
-    from rlfusion.arguments import model_defaults, parse
+    from rlfusion.arguments import parse
 
-    commands.run_evaluate(
-        parse(config.Evaluate, "evaluate", arguments, model_defaults("evaluate", arguments, "checkpoint"))
-    )
+    commands.run_evaluate(parse(config.Evaluate, "evaluate", arguments, model="checkpoint"))
 
 
 def _check_reward(arguments: list[str]) -> None:
@@ -179,13 +186,10 @@ def _doctor(arguments: list[str]) -> None:
 
 def _check_model(arguments: list[str]) -> None:
     from rlfusion import commands
-    from rlfusion.arguments import model_defaults, parse
+    from rlfusion.arguments import parse
     from rlfusion.model_check import CheckModel
 
-    arguments = _first(arguments, "--model")
-    commands.run_check_model(
-        parse(CheckModel, "check-model", arguments, model_defaults("check-model", arguments, "model"))
-    )
+    commands.run_check_model(parse(CheckModel, "check-model", _first(arguments, "--model"), model="model"))
 
 
 def _serve_reward(arguments: list[str]) -> None:
@@ -218,7 +222,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    from rlfusion.errors import shorten
+
+    return shorten(error, MOST_CHARACTERS)
 
 
 def _notes(error: BaseException) -> list[str]:

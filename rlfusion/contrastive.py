@@ -93,6 +93,8 @@ class TrainClip:
         require_not_negative(self, "weight_decay", "shift", "noise")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
 
     @property
     def default_name(self) -> str:

@@ -95,7 +95,7 @@ def shorten(value: object, longest: int = LONGEST) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-def near(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+def near(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.55) -> list[str]:
     """The ``count`` names nearest to ``name``, nearest first, none where none is near.
 
     Case, ``-`` and ``_``, and what stands around the word are taken for alike; a name is never near to itself.
@@ -104,7 +104,7 @@ def near(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     for one in known:
         plain.setdefault(_plain(one), one)
     sought = _plain(name[:LISTED])
-    found = difflib.get_close_matches(sought, plain, n=count + 1, cutoff=0.55)
+    found = difflib.get_close_matches(sought, plain, n=count + 1, cutoff=cutoff)
     begun = [one for one in plain if len(sought) > 2 and one.startswith(sought) and one not in found]
     return [plain[one] for one in [*found, *sorted(begun, key=len)] if plain[one] != name][:count]
 
@@ -132,15 +132,33 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {what} {shorten(repr(name))}: {expected}{hint}")
 
 
+MOST = 10**12
+"""The largest count that a setting can be, and in ``MOST_SECONDS`` the largest time (names ending in _s)."""
+MOST_SECONDS = 1e9
+
+
 def require_positive(settings: object, *names: str) -> None:
-    """Raise ConfigError unless each named setting is a number > 0 (NaN is not)."""
+    """Raise ConfigError unless each named setting is a number > 0 (NaN is not), and none too large for any machine."""
     for name in names:
-        if not getattr(settings, name) > 0:
-            raise ConfigError(f"{name} = {getattr(settings, name)}: expected a number > 0")
+        _require(name, getattr(settings, name), getattr(settings, name) > 0, "> 0")
 
 
 def require_not_negative(settings: object, *names: str) -> None:
-    """Raise ConfigError unless each named setting is a number >= 0 (NaN is not)."""
+    """Raise ConfigError unless each named setting is a number >= 0 (NaN is not), and none too large for any machine."""
     for name in names:
-        if not getattr(settings, name) >= 0:
-            raise ConfigError(f"{name} = {getattr(settings, name)}: expected a number >= 0")
+        _require(name, getattr(settings, name), getattr(settings, name) >= 0, ">= 0")
+
+
+def require_at_most(settings: object, **limits: float) -> None:
+    """Raise ConfigError where a setting is above its limit."""
+    for name, limit in limits.items():
+        if not (value := getattr(settings, name)) <= limit:
+            raise ConfigError(f"{name} = {value}: expected a number of at most {limit:g}")
+
+
+def _require(name: str, value: float, within: bool, said: str) -> None:
+    if not within:
+        raise ConfigError(f"{name} = {value}: expected a number {said}")
+    most = MOST_SECONDS if name.endswith("_s") else MOST if isinstance(value, int) else value
+    if value > most:
+        raise ConfigError(f"{name} = {value}: expected a number {said} and at most {most:g}")

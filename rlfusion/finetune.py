@@ -275,18 +275,20 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
         job.save(step, collector)
 
     steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
-    stopwatch = Stopwatch(job.folder, start)
+    stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
     with progress.bar("fine-tuning", total, start) as bar:
         for step, metrics in steps:
             done, queries, metrics = step + 1, job.learner.queries, metrics | collector.seen
             stopwatch.lap(done, queries)
-            spent = 0 < config.budget_queries <= queries
+            cost, before = queries - before, queries
+            spent = 0 < config.budget_queries < queries + cost
             collector.publish(Weights.of(job.learner.policy, done))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
-            stop = f"its budget of {config.budget_queries} queries is spent" if spent else job.look(done, progress)
+            said = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
+            stop = said if spent else job.look(done, progress)
             if stop:
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done

@@ -18,7 +18,7 @@ from torch import nn
 
 from rlfusion import spec, storage
 from rlfusion.dropout import Acting, Dropout
-from rlfusion.errors import ConfigError, require_positive, unknown
+from rlfusion.errors import ConfigError, require_positive, shorten, unknown
 from rlfusion.seeding import integer
 from rlfusion.weights import ADAPTER
 
@@ -53,7 +53,13 @@ def parse(text: str) -> LoRA | None:
     Raises:
         ConfigError: another name or setting, or a value that cannot work.
     """
-    return spec.parse(text, {"LoRA": LoRA}, "adapter") if text else None
+    if not text:
+        return None
+    name = spec.split(text)[0]
+    if name.lower() != "lora":
+        rank = text.strip() if text.strip().isdigit() else "8"
+        raise ConfigError(f"lora = {shorten(repr(text))}: expected LoRA(rank={shorten(rank, 10)}), or nothing for none")
+    return spec.parse(text, {"LoRA": LoRA}, "adapter")
 
 
 def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Sequence[str] = ()) -> None:

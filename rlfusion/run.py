@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rlfusion import storage
-from rlfusion.errors import ConfigError, StorageError
+from rlfusion.errors import ConfigError, StorageError, near, shorten
 from rlfusion.learner import Learner
 from rlfusion.stops import Signals, StopRequested
 
@@ -168,6 +168,10 @@ def set_numerics(threads: int, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+DEVICES_MEANT = {"gpu": "cuda", "nvidia": "cuda", "tpu": "auto", "": "auto", "none": "auto"}
+
+
 def pick_device(device: str) -> torch.device:
     """The device that a setting names; "auto" is cuda where there is one.
 
@@ -176,7 +180,13 @@ def pick_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, colon, number = device.partition(":")
+    if name not in DEVICES or (colon and not number.isdigit()):
+        meant = DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ConfigError(f"device = {shorten(repr(device))}: expected auto, cpu, cuda or cuda:NUMBER{hint}")
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device = {device!r}: not available here ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = shorten(str(error).partition("\n")[0], 100)
+        raise ConfigError(f"device = {device!r}: not available here ({said}); expected auto or cpu") from error

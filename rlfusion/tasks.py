@@ -166,15 +166,19 @@ def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: 
 
 
 def require_whole_groups(config: Finetune, prompts: int, reward: Reward) -> None:
-    """Refuse rollouts that would tear the groups of a reward that compares the samples of a prompt.
+    """Refuse more prompts in a rollout than there are (of one condition alone a rollout may have any number of groups),
+    and rollouts that would tear the groups of a reward that compares the samples of a prompt.
 
     Raises:
-        ConfigError: the agent scores sample by sample, a prompt has one sample, an item holds part of a prompt's
-            samples, or a prompt comes twice in a rollout.
+        ConfigError: so many prompts; or the agent scores sample by sample, a prompt has one sample, an item holds part
+            of a prompt's samples, or a prompt comes twice in a rollout.
     """
+    r = config.rollout
+    if r.prompts > prompts > 1:
+        raise ConfigError(f"rollout.prompts = {r.prompts}: expected at most the {prompts} prompts that there are")
     if not needs_groups(reward):
         return
-    r, what = config.rollout, f"reward {config.reward_name!r} compares the samples of a prompt"
+    what = f"reward {config.reward_name!r} compares the samples of a prompt"
     if not config.agent.needs(config.chain.moves).end:
         raise ConfigError(f"agent = {config.agent.name}: it scores as it learns, sample by sample, and {what}")
     if r.samples_per_prompt < 2:

@@ -180,7 +180,7 @@ FILES = [
     ({"pretrain": {"train": {"lr": -1}}}, ["pretrain.train.lr = -1", "> 0"]),
     ({"agent": 5}, ["agent = 5", "mapping"]),
     ({"ray": {"limits": [1]}}, ["ray.limits"]),
-    ([3], ["- 3"]),
+    ([3], ["[3]", "mapping"]),
 ]
 
 

@@ -14,7 +14,7 @@ FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion
 
 LAYERS = [
     "errors stops",
-    "annotations tensors seeding nested numerics progress storage user_code adamw",
+    "annotations settings_text tensors seeding nested numerics progress storage user_code adamw",
     "gaussian stopwatch spec hub weights adamw8bit dropout",
     "schedule augment",
     "kinds grid",
@@ -49,6 +49,7 @@ LAYERS = [
     "finetune",
     "comparison",
     "commands",
+    "settings_tree words",
     "arguments",
     "cli",
 ]

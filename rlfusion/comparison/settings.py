@@ -1,6 +1,5 @@
 """What a comparison is."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -27,7 +26,8 @@ class Compare:
         reward_failures, max_failed, reward_timeout_s, reward_cache: as of finetune, for the baselines too; "mask" is of
             the agents that can leave a sample out, for the others (``unmasked``) a failure is an error.
         seeds: runs of each agent on each reward, with seeds 0, 1, ...
-        budget_queries: rewards that each run may ask for.
+        budget_queries: rewards that each run may ask for; none asks for more, and one whose first update would is
+            refused.
         evaluations: evaluations of each run on its way, about.
         best_of: baselines without training: the best of so many samples of the base model by the reward.
         guidance: baselines without training: guidance weights w of the base model.
@@ -116,7 +116,7 @@ class Compare:
 
     def settings(self, agent: str, reward: str, seed: int) -> Finetune:
         """The fine-tuning of one run."""
-        updates = math.ceil(self.budget_queries / (self.rollout.prompts * self.rollout.samples_per_prompt))
+        updates = max(1, self.budget_queries // (self.rollout.prompts * self.rollout.samples_per_prompt))
         every = max(1, updates // self.evaluations)
         options = {reward: self.reward_options[reward]} if reward in self.reward_options else {}
         return Finetune(

@@ -47,7 +47,8 @@ class Finetune:
         max_failed: share of a rollout whose rewards may fail before that is an error after all.
         reward_timeout_s: a reward that takes longer for one batch has failed for it; 0 sets no limit.
         reward_cache: samples whose rewards each process remembers, should a batch be scored again; 0 for none.
-        budget_queries: rewards asked for after which the training ends, however many updates are left; 0 sets no limit.
+        budget_queries: rewards that the training may ask for, however many updates are left: it ends where another
+            update, that asks for as many as the last, would ask for more; 0 sets no limit.
         updates: rollouts, each followed by the learner's updates.
         chain: the sampling chain that is trained.
         rollout: how many walks are collected, and by how many workers.
@@ -103,6 +104,11 @@ class Finetune:
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
                 f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
             )
+        if 0 < self.budget_queries < self.queries:
+            raise ConfigError(
+                f"budget_queries = {self.budget_queries}: expected at least {self.queries}, which one update asks for "
+                "(rollout.prompts x rollout.samples_per_prompt; smaller ones ask for less), or 0 for no limit"
+            )
         r = self.rollout
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
         _ = self.settings  # refuses what no backend can use
@@ -133,6 +139,13 @@ class Finetune:
     def settings(self) -> Settings:
         """The backend's settings."""
         return self.ray.settings(self.rollout.workers, self.threads, self.device)
+
+    @property
+    def queries(self) -> int:
+        """The rewards that one update asks for: one a walk, by what is scored as it learns one a walk and pass."""
+        walks = self.rollout.prompts * self.rollout.samples_per_prompt
+        scored = self.agent.needs(self.chain.moves).end
+        return walks if scored else walks * getattr(self.agent, "epochs", 1)
 
     @property
     def reward_name(self) -> str:

@@ -5,8 +5,11 @@ from typing import Any
 
 from rlfusion import pipelines
 from rlfusion.chain import Chain
-from rlfusion.config.parts import Evaluation
+from rlfusion.config.parts import Evaluation, require_output
 from rlfusion.errors import ConfigError, require_positive
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+"""What a picture may end in."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Sample:
     Attributes:
         checkpoint: folder of a model or of a run, or a pretrained pipeline by its folder or its name on the hub.
         pipeline: of such a pipeline: its prompts, the size of its images, its precision.
-        out: the PNG to write.
+        out: the picture to write: .png, .jpg, .jpeg or .webp.
         count: samples; the classes take turns unless ``label`` is given.
         label: the class of every sample, by name; empty for all in turn.
         seed: keys the noise.
@@ -39,6 +42,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "threads", "scale")
+        require_output("out", self.out, IMAGES)
 
 
 @dataclass(frozen=True)
@@ -80,5 +84,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         require_positive(self, "size", "threads")
+        if self.out:
+            require_output("out", self.out, (".json",))
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")

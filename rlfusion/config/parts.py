@@ -1,10 +1,32 @@
 """The settings that several commands share."""
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.errors import ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.rollout import Limits, Settings
+
+
+def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file that cannot be written, before there is anything to write.
+
+    Raises:
+        ConfigError: another suffix, a folder, or a place where nothing can be made.
+    """
+    file = Path(path)
+    what = f"{name} = {shorten(repr(path))}"
+    if file.suffix.lower() not in suffixes:
+        raise ConfigError(f"{what}: expected a file that ends in {' or '.join(suffixes)}")
+    try:
+        if file.is_dir():
+            raise ConfigError(f"{what}: this is a folder, expected a file")
+        above = next(folder for folder in file.absolute().parents if folder.exists())
+    except OSError as error:
+        raise ConfigError(f"{what}: {shorten(error.strerror)}") from error
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(f"{what}: nothing can be written in {shorten(repr(str(above)))}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.errors import ConfigError, shorten, unknown
 from rlfusion.pipelines import flux, sana, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from rlfusion.pipelines.family import Family
 
@@ -63,11 +63,11 @@ def folder(name: str, variant: str = "") -> Path:
     try:
         held = library.DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
     except Exception as error:  # the hub's client has dozens of errors of its own, and requests' beside them
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or "no message").splitlines()[0]
         raise ConfigError(
-            f"model {name!r} is no folder here and cannot be fetched from the hub ({type(error).__name__}: {first}): "
-            f"expected its diffusers folder, with {INDEX}, a scheduler/ and .safetensors weights, as a local path, or "
-            "the hub's cache (HF_HOME) of a machine that has fetched it"
+            f"model {shorten(repr(name))} is no folder here and cannot be fetched from the hub "
+            f"({type(error).__name__}: {shorten(first, 60)}): expected a diffusers folder with {INDEX} and "
+            ".safetensors weights, or a hub cache (HF_HOME) that holds it"
         ) from error
     return Path(held)
 
