@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlfusion import autoencoder, checkpoint, fitting, models, storage
 from rlfusion.autoencoder import FORMAT, KLVAE, Latents, fitted, from_diffusers, negative_elbo
-from rlfusion.data import Dataset, batch_indices, to_pixels
+from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.errors import ConfigError, require_positive
 from rlfusion.learner import Optimization
@@ -73,7 +73,7 @@ class Autoencode:
 
     @property
     def default_name(self) -> str:
-        return f"autoencoder-{Path(self.data).stem}-seed{self.seed}"
+        return f"autoencoder-{name_of(self.data)}-seed{self.seed}"
 
 
 class Learner:
@@ -129,7 +129,7 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     """
     device = pick_device(config.device)
     set_numerics(config.threads, device)
-    data, held_out = load_data(config.data, config.size).split(config.held_out)
+    data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
     module = _build(config, data.shape).to(device)
     learner = Learner(module, data, config)
     bar = ("autoencoder", "autoencoder", "error")

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlfusion import storage
-from rlfusion.augment import shifted
 from rlfusion.data import Dataset, batch_indices, to_pixels
+from rlfusion.data.augment import shifted
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
 from rlfusion.nets.classifier import Classifier

@@ -148,7 +148,7 @@ def _judged(settings: config.Evaluate, card: models.Card, device: torch.device) 
     Raises:
         ConfigError: data that are not the model's.
     """
-    data = load(settings.data, settings.size)
+    data = load(settings.data, settings.size, Progress().say)
     if (data.shape, data.names) != (card.shape, card.names):
         raise ConfigError(
             f"data = {settings.data!r}: its samples are {data.shape} of {data.classes} classes, "

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from rlfusion import checkpoint, fitting, storage
 from rlfusion.classifier import augment, one_thread
-from rlfusion.data import Dataset, batch_indices, to_pixels
+from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import Optimization
@@ -98,7 +98,7 @@ class TrainClip:
 
     @property
     def default_name(self) -> str:
-        return f"clip-{Path(self.data).stem}-seed{self.seed}"
+        return f"clip-{name_of(self.data)}-seed{self.seed}"
 
 
 def templates_of(given: Sequence[str], data: Dataset) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ def run(config: TrainClip, folder: Path, signals: Signals, progress: Progress) -
         zero_shot: the share of held-out images whose own label's text is the nearest of all.
     """
     set_numerics(config.threads, pick_device(config.device))
-    data, held_out = load_data(config.data, config.size).split(config.held_out)
+    data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
     fit(config, data, folder, signals, progress)
     result = {"zero_shot": zero_shot(folder, templates_of(config.templates, data)[0], held_out)}
     checkpoint.write_json_atomic(folder / "evaluation.json", result)

@@ -180,7 +180,7 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     """
     device = pick_device(config.device)
     set_numerics(config.threads, device)
-    root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size)
+    root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size, progress.say)
     path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
     teacher, card = models.load(path)
     train_data = seen(config.teacher, config.pretrain, data.split(config.held_out)[0])

@@ -119,6 +119,7 @@ def require_judgeable(data: Dataset, held_out: float) -> None:
         ConfigError: fewer than two classes, images below 8x8, or a part of the split that is too small.
     """
     classifier.Classifier(classifier.JUDGE.kind, data.shape, data.classes)
+    data.require_trained(held_out)
     train, rest = data.split(held_out)
     if min(len(train), len(rest)) < SMALLEST or int(rest.label.bincount().max()) < 2:
         raise ConfigError(

@@ -67,7 +67,7 @@ def begin(config: Finetune, root: Path, device: torch.device, signals: Signals, 
     else:
         base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
         denoiser, card = models.load(base)
-        held = load(config.pretrain.data, config.pretrain.size)
+        held = load(config.pretrain.data, config.pretrain.size, progress.say)
         judged = Judged.of(held, config.pretrain.held_out, root, device)
         data = encoded(seen(config.base, config.pretrain, judged.train), denoiser.space)
     denoiser.precision = config.precision

@@ -94,6 +94,8 @@ def _digest(config: Base, data: Dataset) -> str:
         space = autoencoding.load(Path(config.autoencoder))
         digest.update(models.space_blob(space)["space"] + json.dumps(space.about, sort_keys=True).encode())
     digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
+    if data.held is not None:
+        digest.update(data.held.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -109,6 +111,7 @@ def check(config: Pretrain) -> models.Card:
         require_judgeable(data, config.held_out)
     elif not len(data.split(config.held_out)[0]):
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
+    data.require_trained(config.held_out)
     card = card_of(config, data)
     denoiser = models.build(card)
     losses.make(config.train.loss).check(denoiser)
@@ -148,7 +151,7 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
     """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation."""
     set_numerics(config.threads, pick_device(config.device))
-    data = load(config.data, config.size)
+    data = load(config.data, config.size, progress.say)
     config.chain.make_kernel()
     device = pick_device(config.device)
     card = replace(card_of(config, data), chain=asdict(config.chain))

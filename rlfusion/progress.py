@@ -27,7 +27,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of text."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, total: int, start: int = 0) -> Iterator[Bar]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlfusion.augment import Augment
 from rlfusion.data import Dataset
+from rlfusion.data.augment import Augment
 from rlfusion.denoiser import Denoiser
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.pretrain import Config, Draw, Learner

@@ -10,8 +10,8 @@ from PIL import Image
 from processes import rlfusion
 
 from rlfusion import models
-from rlfusion.augment import Augment
 from rlfusion.data import Dataset, captioned, digits, load
+from rlfusion.data.augment import Augment
 from rlfusion.errors import ConfigError
 from rlfusion.nets.captions import Captions, words
 from rlfusion.pretrain import Config, Learner

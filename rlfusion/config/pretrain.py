@@ -1,11 +1,11 @@
 """The settings of ``rlfusion pretrain``, and of the base models that other commands pretrain."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rlfusion import models, pretrain, spec
 from rlfusion.chain import Chain
 from rlfusion.config.parts import Evaluation
+from rlfusion.data import name_of
 from rlfusion.errors import ConfigError, require_positive
 
 
@@ -76,4 +76,4 @@ class Pretrain(Base):
     @property
     def default_name(self) -> str:
         words = [spec.split(text)[0] for text in (self.model.kind, self.train.loss)]
-        return f"pretrain-{Path(self.data).stem}-{'-'.join(words)}-seed{self.seed}"
+        return f"pretrain-{name_of(self.data)}-{'-'.join(words)}-seed{self.seed}"

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from rlfusion.augment import Augment
 from rlfusion.data import Dataset, batch_indices
+from rlfusion.data.augment import Augment
 from rlfusion.pretrain.base import Draw
 from rlfusion.seeding import Key, stream
 from rlfusion.space import Pixels, Space

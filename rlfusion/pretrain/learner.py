@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlfusion import augment, spec
+from rlfusion import spec
 from rlfusion.autoencoder import encoded
-from rlfusion.data import Dataset
+from rlfusion.data import Dataset, augment
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.learner import EMA_RULES, Optimization
