@@ -219,7 +219,7 @@ def test_splits_and_classes_that_are_open_are_refused(files, said, tmp_path):
         ({"split": "train", "held": "train"}, "two parts"),
         ({"split": "none", "held": "val"}, "beside a split"),
         ({"splits": "train"}, "did you mean 'split'"),
-        ({"split": 3}, "expected a text"),
+        ({"split": 3}, "expected text"),
         ({"conditions": "words"}, "captions"),
         ({"frames": "all"}, "first"),
         ({"lines": "all"}, "join"),

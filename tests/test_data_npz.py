@@ -225,7 +225,7 @@ def test_arrays_that_mean_nothing_or_two_things_are_refused(name, tmp_path):
         (", range='0-1'", r"0\.\.1"),
         (", range='0..1'", r"leave 0\.\.1, the first is 0"),
         (", split='train'", "train"),
-        (", images=3", "images = 3: expected a text"),
+        (", images=3", "images = 3 of data source .npz.: expected text"),
         (", pictures='a'", "'pictures'"),
     ],
 )
