@@ -11,7 +11,17 @@ from rlfusion.errors import ConfigError
 from rlfusion.parameterization import convert, predict, solve, target
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.times import LogitNormal, LogNormal, Uniform
-from rlfusion.pretrain.weighting import SNR, VLB, BoundedSNR, MinSNR, Own, RectifiedFlow, SNRPlusOne, TruncatedSNR
+from rlfusion.pretrain.weighting import (
+    SNR,
+    VLB,
+    BoundedSNR,
+    MinSNR,
+    Own,
+    RectifiedFlow,
+    Score,
+    SNRPlusOne,
+    TruncatedSNR,
+)
 from rlfusion.schedule import DDPM, VP, Cosine, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR, time_of
 
 SCHEDULES = [
@@ -60,6 +70,26 @@ def test_a_weight_is_one_loss_whatever_the_network_predicts(kind, schedule):
     snr = (l.alpha / l.sigma) ** 2
     torch.testing.assert_close(MinSNR()(kind, l) * error**2, snr.clamp(max=5) * wrong**2, rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(Own()(kind, l), torch.ones_like(T))
+
+
+@pytest.mark.parametrize("schedule", [DDPM(), VP(), Cosine(), Trig(), Rectified(), Karras(), Geometric()], ids=repr)
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow", "score"])
+def test_score_weighs_the_error_of_the_score_by_one(kind, schedule):
+    """W |y - y_hat|^2 = |s - s_hat|^2, s = -eps / sigma, by way of the prediction; 1 / sigma^2 on the eps error."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps, error = torch.randn(3, len(T), generator=g, dtype=torch.float64)
+    l = schedule(T)
+    x, y = l.alpha * x0 + l.sigma * eps, target(kind, x0, eps, l)
+    wrong = (predict(solve(kind, l), y + error, x).eps - eps) / -l.sigma
+    torch.testing.assert_close(Score()(kind, l) * error**2, wrong**2, rtol=1e-6, atol=1e-12)
+
+
+def test_score_is_one_over_sigma_squared_on_eps_and_the_square_of_alpha_over_sigma_squared_on_x0():
+    l = VP()(T)
+    torch.testing.assert_close(Score()("eps", l), 1 / l.sigma**2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(Score()("score", l), torch.ones_like(T), rtol=1e-10, atol=0)
+    torch.testing.assert_close(Score()("x0", l), l.alpha**2 / l.sigma**4, rtol=1e-10, atol=0)
+    torch.testing.assert_close(Score()("v", l), l.alpha**2 / l.sigma**2, rtol=1e-10, atol=0)
 
 
 def test_ncsn_weighs_the_score_by_sigma_squared_and_edm_the_denoiser_by_lambda():
