@@ -34,7 +34,8 @@ class Autoencode:
 
     Attributes:
         seed: keys every random draw.
-        data: "digits", a folder of images, an .npz file, or hf(path='...').
+        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
+            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
         size: images of a folder are brought to size x size.
         held_out: share of each class kept from training, to measure the reconstruction.
         model: the architecture.

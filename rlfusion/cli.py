@@ -27,7 +27,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion finetune --resume runs/NAME       go on where a stopped or killed run was
   rlfusion finetune --config runs/NAME/config.yaml --seed 1
                                              the same settings again, with changes
-  rlfusion pretrain                          a model alone; --data FOLDER or FILE.npz for your own images
+  rlfusion pretrain                          a model alone; --data FOLDER or FILE for your own images (docs/inputs.md)
   rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
   rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
                                              algorithms side by side: table, plots, one TensorBoard

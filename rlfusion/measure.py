@@ -119,13 +119,13 @@ def require_judgeable(data: Dataset, held_out: float) -> None:
         ConfigError: fewer than two classes, images below 8x8, or a part of the split that is too small.
     """
     classifier.Classifier(classifier.JUDGE.kind, data.shape, data.classes)
-    data.require_trained(held_out)
     train, rest = data.split(held_out)
     if min(len(train), len(rest)) < SMALLEST or int(rest.label.bincount().max()) < 2:
         raise ConfigError(
             f"held_out = {held_out} splits the data into {len(train)} for training and {len(rest)} to compare with: "
             f"expected {SMALLEST} of each at least, and two of one class"
         )
+    data.require_trained(held_out)
 
 
 def make_reward(

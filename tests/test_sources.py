@@ -258,3 +258,46 @@ def test_captions_that_come_once_have_no_judge(tmp_path):
     assert (tmp_path / "runs" / "it" / "samples" / "grid.png").is_file()
     refused = rlfusion(tmp_path, "finetune", "--base", "runs/it", "--pretrain.data", "said.npz", *TINY)
     assert refused.code == 2
+
+
+def test_parquet_files_named_after_splits_are_those_splits(table, tmp_path):
+    for name, rows in (("train-00000-of-00001", range(8)), ("validation-00000-of-00001", range(8, 12))):
+        table.select(rows).to_parquet(str(tmp_path / f"{name}.parquet"))
+    path = str(tmp_path)
+    assert len(load(f"hf(path={path!r})", 8)) == 8
+    both = load(f"hf(path={path!r}, held='validation', label='label')", 8)
+    assert [len(part) for part in both.split(0.5)] == [8, 4]
+    assert both.split(0.5)[1].x[0, 0, 0, 0].item() == pytest.approx(160 / 127.5 - 1)
+    with pytest.raises(ConfigError, match="'tset'"):
+        load(f"hf(path={path!r}, split='tset')", 8)
+
+
+def test_a_split_of_rows_that_have_none_is_refused(places):
+    for place in ("disk", "rows.parquet", "parquets"):
+        with pytest.raises(ConfigError, match=r"'test'.*expected one of train"):
+            load(f"hf(path={places[place]!r}, split='test')", 8)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(None, "missing"), (3, r"3 \(int\)"), (["a", "b"], r"\(list\)"), ("", "''"), (0.5, "float")]
+)
+def test_captions_that_are_no_text_are_named_by_their_row(value, said, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kind = type(value) if value else str
+    rows = {"image": pictures(2), "text": [kind(1) if kind in (int, float) else kind("x"), value]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(ConfigError, match=rf"row \d.*'text'.*{said}|row 0"):
+        load(f"hf(path={str(tmp_path / 'd')!r}, caption='text')", 8)
+
+
+def test_broken_places_of_the_library_are_refused_in_one_line(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "state.json").write_text("{")
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict" / "dataset_dict.json").write_text("{}")
+    for name in ("a.parquet", "disk", "dict"):
+        with pytest.raises(ConfigError) as caught:
+            load(f"hf(path={str(tmp_path / name)!r})", 8)
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)

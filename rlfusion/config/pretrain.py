@@ -15,9 +15,11 @@ class Base:
 
     Attributes:
         seed: keys every random draw.
-        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
+        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
+            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
         size: images of a folder are brought to size x size.
-        held_out: share of each class kept from training, for evaluation.
+        held_out: share of each class kept from training, for evaluation; data with a held-out split of their own (val/)
+            keep that.
         autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
             diffusers AutoencoderKL); empty for pixels.
         model: the denoiser.
@@ -46,9 +48,11 @@ class Pretrain(Base):
 
     Attributes:
         seed: keys every random draw.
-        data: "digits", a folder of images, an .npz file, or hf(path='...', label='...' or caption='...').
+        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
+            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
         size: images of a folder are brought to size x size.
-        held_out: share of each class kept from training, for evaluation.
+        held_out: share of each class kept from training, for evaluation; data with a held-out split of their own (val/)
+            keep that.
         autoencoder: folder of the autoencoder in whose latents the model works (of ``pretrain-autoencoder``, or a
             diffusers AutoencoderKL); empty for pixels.
         model: the denoiser.
