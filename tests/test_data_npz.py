@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlfusion import data
+from rlfusion.cli import main
 from rlfusion.errors import ConfigError
 
 DRAW = np.random.default_rng(1)
@@ -326,7 +327,9 @@ HEADERS = {
 @pytest.mark.parametrize("version", [b"\x01\x00", b"\x02\x00", b"\x03\x00"])
 def test_headers_that_lie_are_refused_before_memory_is_taken(name, version, tmp_path):
     (tmp_path / "a.npz").write_bytes(header(HEADERS[name], bytes(32), version))
-    refused(tmp_path / "a.npz")
+    said = refused(tmp_path / "a.npz")
+    if name in ("shape (-2, 4, 4)", "shape (1000000000, 1000000, 3)", "shape (999999999999, 4, 4)"):
+        assert "bytes: the file holds 32" in said  # by the header alone, not by an allocation that failed
 
 
 @pytest.mark.parametrize(
@@ -394,3 +397,16 @@ def test_places_that_are_no_file(tmp_path):
         assert "does not exist" in refused(tmp_path / name)
     with pytest.raises(ConfigError, match="holds no image"):
         data.load(str(tmp_path / "folder.npz"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "train-clip", "pretrain-autoencoder"])
+def test_commands_refuse_in_one_line_and_leave_no_run(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("absurd.npz", images=SMALL, labels=np.array([0, 10**12]))
+    (tmp_path / "broken.npz").write_bytes(sound()[:900])
+    for source, said in (("absurd.npz", "1000000000000"), ("broken.npz", "cannot be read"), ("digts", "'digits'")):
+        assert main([command, "--data", source]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert said in lines[0]
+    assert not (tmp_path / "runs").exists()
