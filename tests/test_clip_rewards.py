@@ -9,6 +9,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from rounding import ROUNDING
 from torch import nn
 
 from rlfusion.classifier import JUDGE
@@ -136,7 +137,7 @@ def test_scores_are_those_of_open_clips_own_embeddings(folder, encoded):
     probability = logits.softmax(1)[range(5), cond]
     torch.testing.assert_close(reward("clip_class", folder, **template)(x, cond), probability, atol=2e-2, rtol=0)
     log = reward("clip_class", folder, log=True, **template)(x, cond)
-    torch.testing.assert_close(log.exp(), reward("clip_class", folder, **template)(x, cond))
+    torch.testing.assert_close(log.exp(), reward("clip_class", folder, **template)(x, cond), **ROUNDING)
 
 
 def test_on_what_is_preprocessed_the_same_scores_agree_to_rounding(folder, encoded):
@@ -146,12 +147,14 @@ def test_on_what_is_preprocessed_the_same_scores_agree_to_rounding(folder, encod
     with torch.no_grad():
         images = model.encode_image((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None], True)
     cosine = (images * texts[cond]).sum(1)
-    torch.testing.assert_close(reward("clip_score", folder, template="a photo of a {}")(x, cond), cosine)
-    torch.testing.assert_close(reward("hps_v2", folder, template="a photo of a {}")(x, cond), cosine)
-    torch.testing.assert_close(reward("pick_score", folder, template="a photo of a {}")(x, cond), scale * cosine)
+    torch.testing.assert_close(reward("clip_score", folder, template="a photo of a {}")(x, cond), cosine, **ROUNDING)
+    torch.testing.assert_close(reward("hps_v2", folder, template="a photo of a {}")(x, cond), cosine, **ROUNDING)
+    torch.testing.assert_close(
+        reward("pick_score", folder, template="a photo of a {}")(x, cond), scale * cosine, **ROUNDING
+    )
     own = scale * images @ texts.T
     torch.testing.assert_close(
-        reward("clip_class", folder, template="a photo of a {}")(x, cond), own.softmax(1)[range(5), cond]
+        reward("clip_class", folder, template="a photo of a {}")(x, cond), own.softmax(1)[range(5), cond], **ROUNDING
     )
 
 
@@ -166,9 +169,11 @@ def test_the_published_human_preference_score_looks_at_the_whole_image(folder):
 def test_several_templates_are_one_mean_embedding(folder):
     clip = openclip.load(str(folder))
     one, two = clip.table("a {}", PROMPTS), clip.table("the {word}", PROMPTS)
-    torch.testing.assert_close(clip.table(["a {}", "the {word}"], PROMPTS), nn.functional.normalize(one + two, dim=1))
+    torch.testing.assert_close(
+        clip.table(["a {}", "the {word}"], PROMPTS), nn.functional.normalize(one + two, dim=1), **ROUNDING
+    )
     assert not torch.allclose(one, two)
-    torch.testing.assert_close(one.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(3), **ROUNDING)
 
 
 def test_a_text_that_fills_all_tokens_is_told(folder):
@@ -195,9 +200,9 @@ def test_likeness_to_a_reference(folder, tmp_path):
         pil(one).save(file)
     cond = torch.arange(3)
     own = reward("clip_similarity", folder, reference=files)
-    torch.testing.assert_close(own(x, cond), torch.ones(3))
+    torch.testing.assert_close(own(x, cond), torch.ones(3), **ROUNDING)
     first = reward("clip_similarity", folder, reference=files[0], scale=2.0)
-    torch.testing.assert_close(first(x, cond), 2 * (own.features(x) * own.features(x[:1])).sum(1))
+    torch.testing.assert_close(first(x, cond), 2 * (own.features(x) * own.features(x[:1])).sum(1), **ROUNDING)
     assert first(x, cond)[1] < 2 - 1e-4
     with pytest.raises(ConfigError, match="2 images: expected one, or one for each of 3"):
         reward("clip_similarity", folder, reference=files[:2])
@@ -223,10 +228,10 @@ def test_aesthetic_heads_of_both_published_layouts(folder, tmp_path):
     torch.save(linear.state_dict(), tmp_path / "linear.pth")
     mlp = reward("aesthetic", folder, checkpoint="", head=str(tmp_path / "mlp.pth"))
     features = mlp.features(x)
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(mlp(x, None), head.layers(features)[:, 0])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4), **ROUNDING)
+    torch.testing.assert_close(mlp(x, None), head.layers(features)[:, 0], **ROUNDING)
     plain = reward("aesthetic", folder, checkpoint="", head=str(tmp_path / "linear.pth"))
-    torch.testing.assert_close(plain(x, None), linear(features)[:, 0])
+    torch.testing.assert_close(plain(x, None), linear(features)[:, 0], **ROUNDING)
     torch.save(nn.Linear(17, 1).state_dict(), tmp_path / "wide.pth")
     with pytest.raises(ConfigError, match=r"reads 17 numbers: the embeddings of .* have 16"):
         reward("aesthetic", folder, checkpoint="", head=str(tmp_path / "wide.pth"))
@@ -288,7 +293,7 @@ def test_a_worker_completes_a_blank_from_the_state_dict(name, made, monkeypatch,
 def test_the_batch_of_the_tower_changes_nothing_and_bfloat16_little(folder):
     x, cond = pixels(7, 3, 16, 16), torch.arange(7) % 3
     plain = reward("clip_score", folder)(x, cond)
-    torch.testing.assert_close(reward("clip_score", folder, batch=2)(x, cond), plain)
+    torch.testing.assert_close(reward("clip_score", folder, batch=2)(x, cond), plain, **ROUNDING)
     half = reward("clip_score", folder, precision="bfloat16")(x, cond)
     assert half.dtype == torch.float32
     assert 0 < (half - plain).abs().max() < 0.03
@@ -324,14 +329,16 @@ def test_a_checkpoint_by_path_in_each_format(folder, tmp_path, monkeypatch):
     x, cond = pixels(2, 3, 16, 16), torch.tensor([0, 1])
     wanted = reward("clip_score", folder)(x, cond)
     for file in (folder / openclip.WEIGHTS, tmp_path / "a.pt", tmp_path / "b.pt"):
-        torch.testing.assert_close(reward("clip_score", "tiny-one", checkpoint=str(file))(x, cond), wanted)
+        torch.testing.assert_close(reward("clip_score", "tiny-one", checkpoint=str(file))(x, cond), wanted, **ROUNDING)
     with pytest.raises(ConfigError, match=r"checkpoint = '': expected the path of a file .* tiny-one"):
         reward("clip_score", "tiny-one")
     torch.save({k: v for k, v in state.items() if k != "visual.proj"}, tmp_path / "c.pt")
     with pytest.raises(ConfigError, match=r"another architecture .*visual\.proj"):
         reward("clip_score", "tiny-one", checkpoint=str(tmp_path / "c.pt"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(tmp_path / f"{repo[-1]}.pt"))
-    torch.testing.assert_close(reward("clip_score", "tiny-one", checkpoint="hf-hub:me/a/file.pt")(x, cond), wanted)
+    torch.testing.assert_close(
+        reward("clip_score", "tiny-one", checkpoint="hf-hub:me/a/file.pt")(x, cond), wanted, **ROUNDING
+    )
 
 
 class Trap:

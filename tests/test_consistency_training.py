@@ -277,11 +277,11 @@ def test_lpips_is_that_of_its_authors_package(tmp_path):
     ours = LPIPS(net=NET, weights=str(file), size=64)
     ours.check(Pixels())
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
-    torch.testing.assert_close(ours(x, y), theirs(x, y).flatten())
+    torch.testing.assert_close(ours(x, y), theirs(x, y).flatten(), rtol=1e-4, atol=1e-5)
     small, other = torch.rand(2, 1, 8, 8) * 2 - 1, (torch.rand(2, 1, 8, 8) * 2 - 1).requires_grad_()
     grown = [nn.functional.interpolate(v.repeat(1, 3, 1, 1), size=(64, 64), mode="bilinear") for v in (small, other)]
     value = ours(small, other)
-    torch.testing.assert_close(value, theirs(*grown).flatten())
+    torch.testing.assert_close(value, theirs(*grown).flatten(), rtol=1e-4, atol=1e-5)
     assert ours.fit(small).shape == (2, 3, 64, 64)
     assert ours.fit(torch.zeros(1, 3, 32, 40)).shape == (1, 3, 64, 80)
     value.sum().backward()

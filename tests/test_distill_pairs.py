@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distilled import CARD, FEW, SHAPE, run, scrambled, settings_of, teaching
+from rounding import ROUNDING
 from torch import Tensor
 
 from rlfusion import distilling, models
@@ -60,7 +61,7 @@ def test_a_second_round_learns_from_the_student_of_the_first(tmp_path):
     walk = torch.zeros(FEW.count, FEW.steps + 1, *SHAPE)
     walk[:, 0] = second["eps"]
     ended = sample(policy, walk, FEW.chain(0.0).times(source), second["label"])
-    assert torch.allclose(ended, second["x0"], atol=1e-6)
+    assert torch.allclose(ended, second["x0"], **ROUNDING)
 
 
 def pairs_of(folder) -> dict[str, Tensor]:

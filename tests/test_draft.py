@@ -332,7 +332,8 @@ def test_micro_batches_accumulate_the_gradient_of_one_batch():
         learner.optimization = Captured(learner.policy)
         learner.update(rollout(task, learner.config, 0))
         gradients.append(learner.optimization.gradients[0])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    most = gradients[0].abs().max().item()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * most)
 
 
 def test_a_saved_learner_continues_bit_for_bit():

@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from rounding import ROUNDING
 from safetensors import safe_open
 from test_lora import NETS, policy_of, randomised
 from test_pipeline_runs import LORA, settings
@@ -72,7 +73,7 @@ def test_columns_of_a_are_dropped_and_the_mean_is_kept(layer):
     with torch.no_grad():
         down.copy_(whole)
     with dropped(net, 3, 8):
-        torch.testing.assert_close(adapter(x), expected)
+        torch.testing.assert_close(adapter(x), expected, **ROUNDING)
     assert torch.equal(adapter(x), plain)
 
 
@@ -101,7 +102,7 @@ def test_outside_of_an_iteration_nothing_is_dropped(name):
     assert torch.equal(dropping(*INPUT), plain(*INPUT))
     with dropped(dropping, 0, 0):
         assert (dropping(*INPUT) - plain(*INPUT)).abs().max() > 1e-3
-        torch.testing.assert_close(whole(*INPUT), plain(*INPUT), atol=1e-5, rtol=1e-4)  # nor in what is saved
+        torch.testing.assert_close(whole(*INPUT), plain(*INPUT), **ROUNDING)  # nor in what is saved
     assert torch.equal(dropping(*INPUT), plain(*INPUT))
     assert dropping.state_dict().keys() == plain.state_dict().keys()
 
@@ -125,7 +126,7 @@ def test_walks_do_not_depend_on_how_they_are_cut_into_items():
     policy = trained()
     whole, parts, alone = (rolled(policy, 0, size) for size in (12, 6, 1))
     for other in (parts, alone):
-        torch.testing.assert_close(other.x, whole.x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.x, whole.x, **ROUNDING)
     assert torch.equal(rolled(policy, 0, 6).x, parts.x)
     assert (rolled(policy, 1).x[:, -1] - whole.x[:, -1]).abs().max() > 1e-2
 
@@ -174,7 +175,7 @@ def test_the_export_drops_nothing_even_in_training_mode(root, tiny_pipelines, tm
     own, denoiser.net.model = denoiser.net.model, pipe.unet
     theirs = answer(denoiser)
     denoiser.net.model = own
-    torch.testing.assert_close(theirs, answer(denoiser), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs, answer(denoiser), **ROUNDING)
 
 
 def test_activations_that_are_made_again_have_the_mask(root, tiny_pipelines):

@@ -10,6 +10,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from rounding import ROUNDING
 
 from rlfusion import kernel, schedule
 from rlfusion.denoiser import Denoiser
@@ -195,9 +196,9 @@ def test_single_noise_environment_matches_the_batch():
     )
     one, many = env.reset(seed=2)[0], batch.reset(seed=0)[0]
     for action in actions(batch, count=K):
-        np.testing.assert_allclose(one["x"], many["x"][2], atol=1e-5)
+        np.testing.assert_allclose(one["x"], many["x"][2], **ROUNDING)
         one, many = env.step(action[2])[0], batch.step(action)[0]
-    np.testing.assert_allclose(one["x"], many["x"][2], atol=1e-5)
+    np.testing.assert_allclose(one["x"], many["x"][2], **ROUNDING)
 
 
 def test_options_of_the_single_environment_are_unbatched():

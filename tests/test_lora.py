@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from processes import rlfusion
+from rounding import ROUNDING
 from safetensors.torch import load_file
 
 from rlfusion import lora, models
@@ -58,8 +59,8 @@ def test_a_fresh_adapter_changes_nothing_and_merging_gives_the_same_function(nam
     assert (after - before).abs().max() > 1e-3
     whole = lora.merged(net)
     assert whole.state_dict().keys() == NETS[name]().state_dict().keys()
-    torch.testing.assert_close(whole(*INPUT), after, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(net(*INPUT), after)  # the adapted one goes on as it was
+    torch.testing.assert_close(whole(*INPUT), after, **ROUNDING)
+    torch.testing.assert_close(net(*INPUT), after, **ROUNDING)  # the adapted one goes on as it was
 
 
 def test_the_strength_is_alpha_over_rank():
@@ -69,7 +70,7 @@ def test_the_strength_is_alpha_over_rank():
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(4, 3)
     low = x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
-    torch.testing.assert_close(layer(x), x @ layer.get_base_layer().weight.T + 3 * low)
+    torch.testing.assert_close(layer(x), x @ layer.get_base_layer().weight.T + 3 * low, **ROUNDING)
 
 
 def test_targets_name_layers_and_others_are_refused_with_a_near_match():

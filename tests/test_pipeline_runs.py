@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from rounding import ROUNDING
 from safetensors.torch import load_file
 from test_pipelines import PROMPTS, about
 
@@ -231,7 +232,7 @@ def test_a_worker_rebuilds_the_same_walks(policy):
     a, b = run_item(here, item), run_item(there, item)
     assert torch.equal(a.x, b.x)
     assert torch.equal(a.log_prob, b.log_prob)
-    torch.testing.assert_close(a.reward, b.reward, rtol=1e-5, atol=1e-6)  # another mean than the reward's own
+    torch.testing.assert_close(a.reward, b.reward, **ROUNDING)  # another mean than the reward's own
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

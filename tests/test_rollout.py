@@ -11,6 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 from rollout_tasks import CLASSES, SHAPE, build, make_policy, make_recipe
+from rounding import ROUNDING
 
 from rlfusion.data import to_pixels
 from rlfusion.errors import ConfigError
@@ -113,7 +114,7 @@ def test_a_rollout_is_the_chain_of_the_sampler_with_keyed_noise():
     for k in range(4):
         obs = Observation(trajectory.x[:, k], task.times[k], task.times[k + 1], cond)
         log_prob = policy(obs).log_prob(trajectory.x[:, k + 1])
-        torch.testing.assert_close(trajectory.log_prob[:, k], log_prob, equal_nan=True)
+        torch.testing.assert_close(trajectory.log_prob[:, k], log_prob, equal_nan=True, **ROUNDING)
     assert trajectory.log_prob[:, :3].isfinite().all()
     assert not trajectory.x.requires_grad
 
@@ -122,8 +123,8 @@ def test_the_item_size_changes_results_by_rounding_alone():
     weights, task = Weights.of(make_policy(), 5), build(make_recipe().config, {})
     whole, cut = (concatenate(Local(task).collect(small_plan(size), weights)) for size in (12, 5))
     assert torch.equal(whole.x[:, 0], cut.x[:, 0])
-    torch.testing.assert_close(whole.x, cut.x, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(whole.reward, cut.reward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.x, cut.x, **ROUNDING)
+    torch.testing.assert_close(whole.reward, cut.reward, **ROUNDING)
 
 
 def test_samples_iterations_and_seeds_have_noise_of_their_own():
