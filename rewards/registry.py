@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 
 from torch import nn
 
+from rlfusion import spec
 from rlfusion.errors import ConfigError, unknown
 from rlfusion.rewards.aesthetic import Aesthetic
 from rlfusion.rewards.base import Reward
@@ -238,3 +239,4 @@ def _require_options(name: str, options: Mapping[str, Any], settings: list[inspe
         raise ConfigError(
             f"reward {name!r} needs the options {missing} (a reward itself takes two parameters, samples and cond)"
         )
+    spec.require_fit(known, options, f"reward {name!r}")

@@ -326,6 +326,8 @@ def _checked(key: str, value: Any, known: Tree) -> str:
         value = [value]
     if not fits(value, annotation) or (isinstance(value, list) and "" in value):
         raise ConfigError(refused(key, value, annotation))
+    if key == "root" and not value.strip():
+        raise ConfigError(f"root = {value!r}: expected a folder, such as runs, or . for this one")
     _require_text(key, value)
     return value if isinstance(value, str) else json.dumps(value)
 

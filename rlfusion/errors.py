@@ -135,6 +135,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
 MOST = 10**12
 """The largest count that a setting can be, and in ``MOST_SECONDS`` the largest time (names ending in _s)."""
 MOST_SECONDS = 1e9
+MOST_THREADS = 1024
 
 
 def require_positive(settings: object, *names: str) -> None:
@@ -160,5 +161,6 @@ def _require(name: str, value: float, within: bool, said: str) -> None:
     if not within:
         raise ConfigError(f"{name} = {value}: expected a number {said}")
     most = MOST_SECONDS if name.endswith("_s") else MOST if isinstance(value, int) else value
+    most = MOST_THREADS if name == "threads" else most
     if value > most:
         raise ConfigError(f"{name} = {value}: expected a number {said} and at most {most:g}")

@@ -44,7 +44,7 @@ FORM = "Name or Name(setting=value, ...)"
 def _quoted(rest: str) -> str:
     """The advice where a word stands without the quotes of a text."""
     said = re.search(r"(\w+)\s*=\s*([A-Za-z]\w*)\s*[,)]", rest)
-    if said is None or said[2] in ("True", "False", "None"):
+    if said is None or said[2].lower() in ("true", "false", "none", "nan", "inf"):
         return ""
     return f"; did you mean {said[1]}={said[2]!r}?"
 
@@ -84,7 +84,7 @@ def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) ->
             if not signature.parameters:
                 raise ConfigError(f"{what} has no settings: got {key!r}")
             raise unknown(f"setting of {what}", key, signature.parameters)
-    require_fit(signature, settings, what)
+    require_fit(signature.parameters, settings, what)
     try:
         signature.bind(**settings)
     except TypeError as error:
@@ -103,14 +103,14 @@ def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(factory)
 
 
-def require_fit(signature: inspect.Signature, settings: Mapping[str, Any], what: str) -> None:
-    """Refuse values that are not what the annotations of ``signature`` say.
+def require_fit(parameters: Mapping[str, inspect.Parameter], settings: Mapping[str, Any], what: str) -> None:
+    """Refuse values that are not what the annotations of ``parameters`` say.
 
     Raises:
         ConfigError: names the setting, its value and what was expected.
     """
     for key, value in settings.items():
-        parameter = signature.parameters.get(key)
+        parameter = parameters.get(key)
         annotation = Any if parameter is None or isinstance(parameter.annotation, str) else parameter.annotation
         annotation = Any if annotation is inspect.Parameter.empty else annotation
         if not fits(value, annotation):

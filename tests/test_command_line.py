@@ -342,6 +342,8 @@ LINES = [
     ("finetune --chain.repeats -1", "chain.repeats = -1"),
     ("finetune --seed 3 x", "quotes around a value with spaces"),
     ("finetune --name \udcff", "expected UTF-8"),
+    ("finetune --root= ", "root = ''"),
+    ("finetune --threads 99999999999", "at most 1024"),
     ("finetune --budget_queries 10", "expected at least 240"),
     ("finetune --config nowhere.yaml", "there is no such file"),
     ("finetune --config .", "this is no file"),

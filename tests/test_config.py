@@ -157,11 +157,26 @@ REFUSED = [
     ("sample", ["checkpoint"]),
     ("sample --checkpoint /nope", ["'/nope'", "is no model"]),
     ("evaluate --checkpoint /nope", ["'/nope'", "is no model"]),
+    ("finetune --device gpu", ["device = 'gpu'", "did you mean 'cuda'?"]),
+    ("finetune --device cuda:x", ["device = 'cuda:x'", "cuda:NUMBER"]),
+    ("finetune --rollout.prompts 100", ["rollout.prompts = 100", "at most the 10 prompts"]),
+    ("finetune --monitor.held_out nope", ["reward 'nope'", "expected one of"]),
+    ("finetune --reward {}", ["reward = {}", "one reward at least"]),
+    ("finetune --reward_options.class_logprob.weights 3", ["weights = 3 of reward 'class_logprob'", "text"]),
+    ("finetune --pretrain.model.net UNet(multipliers=3)", ["multipliers = 3 of network 'UNet'", "a list"]),
+    ("finetune --pretrain.model.schedule DDPM(resolution=99999999999)", ["resolution=99999999999", "1e6"]),
+    ("finetune --pretrain.train.loss Denoising(weight=3)", ["weight = 3 of pretraining loss", "text"]),
+    ("finetune --lora LoRA(targets='nope')", ["target of LoRA 'nope'", "15 names"]),
+    (f"finetune --chain.kernel DDIM(eta={'(' * 100_000}", ["characters", "expected Name or Name(setting=value"]),
+    (f"finetune --chain.kernel DDIM(eta={'[' * 900}1{']' * 900})", ["expected Name or Name(setting=value"]),
+    (f"finetune --reward {'x' * 5000}", ["unknown reward 'xxx"]),
+    (f"finetune --base {'x' * 5000}", ["xxx", "is no model"]),
+    ("compare --budget_queries 10", ["budget_queries = 10", "expected at least 240"]),
     ("fintune", ["'fintune'", "did you mean 'finetune'?"]),
 ]
 
 
-@pytest.mark.parametrize(("line", "said"), REFUSED, ids=[line for line, _ in REFUSED])
+@pytest.mark.parametrize(("line", "said"), REFUSED, ids=[line[:80] for line, _ in REFUSED])
 def test_a_bad_setting_is_code_2_one_line_and_nothing_done(line, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main([word.replace("_", " ") if word[0] == "{" else word for word in line.split()]) == 2

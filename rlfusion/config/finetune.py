@@ -115,6 +115,8 @@ class Finetune:
 
     def _require_known_options(self) -> None:
         names = [*names_of(self.reward), *self.monitor.held_out]
+        if not names_of(self.reward):
+            raise ConfigError("reward = {}: expected one reward at least, {name: weight}")
         for name in self.reward_options:
             if name not in names:
                 raise unknown("reward in the options", name, names)

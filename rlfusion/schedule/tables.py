@@ -27,8 +27,8 @@ class SquaredCosine:
     max_beta: float = 0.999
 
     def __post_init__(self) -> None:
-        if self.resolution < 1 or not 0 < self.max_beta < 1:
-            raise ConfigError(f"{self}: expected resolution >= 1 and 0 < max_beta < 1")
+        if not 1 <= self.resolution <= 1_000_000 or not 0 < self.max_beta < 1:
+            raise ConfigError(f"{self}: expected 1 <= resolution <= 1e6 and 0 < max_beta < 1")
 
     @cached_property
     def log_ab(self) -> Tensor:

@@ -39,8 +39,8 @@ def _table(beta: Tensor) -> Tensor:
 
 
 def _check_table(table: "DDPM | ScaledLinear") -> None:
-    if table.resolution < 1 or not 0 < table.beta_start <= table.beta_end < 1:
-        raise ConfigError(f"{table}: expected resolution >= 1 and 0 < beta_start <= beta_end < 1")
+    if not 1 <= table.resolution <= 1_000_000 or not 0 < table.beta_start <= table.beta_end < 1:
+        raise ConfigError(f"{table}: expected 1 <= resolution <= 1e6 and 0 < beta_start <= beta_end < 1")
 
 
 @dataclass(frozen=True)
