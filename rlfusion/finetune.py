@@ -33,10 +33,11 @@ from rlfusion.progress import Progress
 from rlfusion.reward_gradient import PREFLIGHT
 from rlfusion.rewards import Reward, build, facts, find, names_of, score
 from rlfusion.rollout import Backend, Local, Recipe, make_backend
+from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.run import Signals, pick_device, set_numerics, train
 from rlfusion.scoring import scored
 from rlfusion.stopwatch import Stopwatch
-from rlfusion.tasks import actors_of, from_actors, make_task, recipe, require_whole_groups
+from rlfusion.tasks import actors_of, cluster_of, from_actors, make_task, recipe, require_whole_groups
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
@@ -111,12 +112,15 @@ class Job:
 
 
 def check(config: Finetune) -> None:
-    """Refuse what cannot work, before any work: device, base model, data, chain, learner, reward.
+    """Refuse what cannot work, before any work: device, Ray cluster, base model, data, chain, learner, reward.
 
     Raises:
         ConfigError: says which setting and why.
+        RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    if config.rollout.workers:
+        require_cluster(config.ray.address, config.ray.connect_timeout_s)
     if config.optimizer == "adamw8bit":
         adamw8bit.require()
     card = origin.pretrained(config)
@@ -208,7 +212,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         progress.say(f"{folder} is finished: this is its result")
         return json.loads(finished.read_text())
     tracker = Tracker(folder, start)
-    with actors_of(config) as actors:
+    with cluster_of(config), actors_of(config) as actors:
         job = prepare(config, folder, tracker, signals, progress, actors)
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device), actors)

@@ -145,11 +145,31 @@ def actors_of(config: Finetune) -> Iterator[dict[str, str]]:
 
     envs = {everywhere(name): env for name, env in ray.reward_envs.items()}
     options = {everywhere(name): held for name, held in config.reward_options.items()}
-    workers = config.rollout.workers
-    cpus = math.ceil(workers * ray.cpus_per_worker)
-    gpus = math.ceil(workers * ray.gpus_per_worker + len(envs) * ray.gpus_per_reward)
-    with reward_actors(envs, options, ray.address, cpus, gpus, ray.gpus_per_reward, config.threads) as names:
+    with reward_actors(envs, options, config.settings, *_reserved(config), ray.gpus_per_reward) as names:
         yield {name: names[everywhere(name)] for name in ray.reward_envs}
+
+
+@contextmanager
+def cluster_of(config: Finetune) -> Iterator[None]:
+    """The Ray cluster that workers and actors use, had before any work; none, and no Ray, where there are no workers.
+
+    Raises:
+        RolloutError: it cannot be had.
+    """
+    if not config.rollout.workers:
+        yield
+        return
+    from rlfusion.rollout.ray_cluster import shared_cluster
+
+    with shared_cluster(config.settings, *_reserved(config)):
+        yield
+
+
+def _reserved(config: Finetune) -> tuple[int, int]:
+    """The CPU cores and GPUs of all workers and reward actors."""
+    ray, workers = config.ray, config.rollout.workers
+    gpus = workers * ray.gpus_per_worker + len(ray.reward_envs) * ray.gpus_per_reward
+    return max(1, math.ceil(workers * ray.cpus_per_worker)), math.ceil(gpus)
 
 
 def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:

@@ -5,8 +5,10 @@ import re
 import secrets
 import signal
 import stat
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,18 +17,19 @@ from rollout_tasks import CLASSES, make_policy, make_recipe
 from test_rollout import assert_identical
 
 from rlfusion.rewards import RewardError
-from rlfusion.rollout import Limits, RolloutError, Settings, make_backend, plan
+from rlfusion.rollout import Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
 from rlfusion.weights import Weights, WeightsError
 
 ray = pytest.importorskip("ray")
 ray_backend = pytest.importorskip("rlfusion.rollout.ray_backend")
+ray_cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
 
 LIMITS = Limits(item_s=30, item_floor_s=30, start_s=90)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def private_cluster():
-    with ray_backend.cluster(cpus=4):
+    with ray_cluster.cluster(Settings(), cpus=4):
         yield
 
 
@@ -242,3 +245,34 @@ def test_a_private_cluster_asks_for_a_token_that_only_its_owner_can_read():
 
 def test_connecting_leaves_the_callers_signal_handler_alone():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_worker_that_cannot_import_its_class_is_named_at_once_by_its_own_error():
+    """As on a node without rlfusion: the class is found by name, in a module that is nowhere but here."""
+    here = types.ModuleType("only_in_the_driver")
+    here.Worker = type("Worker", (), {"build": lambda self, *given: {}, "run": lambda self, *given: None})
+    here.Worker.__module__, sys.modules[here.__name__] = here.__name__, here
+    try:
+        with make_backend(make_recipe(), ray_settings(2)) as backend:
+            backend._actor = ray.remote(max_restarts=0)(here.Worker)
+            said = (
+                r"Ray worker 0 cannot start: ModuleNotFoundError: No module named 'only_in_the_driver'; .* every node"
+            )
+            with pytest.raises(RolloutError, match=said) as caught:
+                backend.collect(items(), Weights.of(make_policy(), 1))
+        assert caught.value.exit_code == 69
+    finally:
+        del sys.modules[here.__name__]
+
+
+def test_an_address_where_a_cluster_answers_is_found_good():
+    address = ray.get_runtime_context().gcs_address
+    ray_address.require_cluster(address, 90.0)
+    assert address in ray_address._answered
+
+
+def test_the_folder_of_a_private_cluster_says_whose_it_is():
+    folder = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
+    assert (folder / "owner").read_text() == f"{os.getpid()}\n"
+    assert folder not in ray_folders.sweep()
+    assert (folder / "token").exists()

@@ -57,7 +57,10 @@ class Ray:
     """Settings of the Ray workers, where ``rollout.workers`` is not 0.
 
     Attributes:
-        address: of a running Ray cluster; empty starts a private one on this machine, on its loopback alone.
+        address: of a running Ray cluster, host:port, ray://host:port or auto; empty starts a private one on this
+            machine, on its loopback alone.
+        connect_timeout_s: within which the cluster at ``address``, and a worker of it, must answer before any work.
+        start_timeout_s: for which the processes of a private cluster are waited for, each; it is tried twice.
         cpus_per_worker: CPU cores that each worker reserves.
         gpus_per_worker: GPUs, or a fraction of one, that each worker reserves.
         limits: deadlines and retries.
@@ -67,6 +70,8 @@ class Ray:
     """
 
     address: str = ""
+    connect_timeout_s: float = 60.0
+    start_timeout_s: float = 120.0
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     limits: Limits = field(default_factory=Limits)
@@ -81,7 +86,16 @@ class Ray:
         """
         if workers and device.startswith("cuda") and not self.gpus_per_worker:
             raise ConfigError(f"gpus_per_worker = 0 with device = {device}: expected a share of a GPU above 0")
-        return Settings(workers, self.cpus_per_worker, self.gpus_per_worker, threads, self.address, self.limits)
+        return Settings(
+            workers,
+            self.cpus_per_worker,
+            self.gpus_per_worker,
+            threads,
+            self.address,
+            self.limits,
+            self.connect_timeout_s,
+            self.start_timeout_s,
+        )
 
 
 @dataclass(frozen=True)

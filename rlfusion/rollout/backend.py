@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, require_positive
 from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.ray_address import require_address
 from rlfusion.rollout.scheduler import Limits
 from rlfusion.trajectory import Trajectory
 from rlfusion.weights import Weights, WeightsError
@@ -24,6 +25,8 @@ class Settings:
         threads: torch threads of a worker; equal results need equal numbers on both sides.
         address: of a running Ray cluster; "" starts a private one that listens on this machine's loopback alone.
         limits: deadlines and retries.
+        connect_timeout_s: within which the cluster at ``address`` and a worker of it must answer, before anything else.
+        start_timeout_s: for which each of a private cluster's processes is waited for; it is tried twice.
     """
 
     workers: int = 0
@@ -32,8 +35,12 @@ class Settings:
     threads: int = 1
     address: str = ""
     limits: Limits = field(default_factory=Limits)
+    connect_timeout_s: float = 60.0
+    start_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
+        require_address(self.address)
+        require_positive(self, "connect_timeout_s", "start_timeout_s")
         for name, least in (("workers", 0), ("cpus_per_worker", 0), ("gpus_per_worker", 0), ("threads", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}")

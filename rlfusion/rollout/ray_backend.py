@@ -3,36 +3,27 @@
 What crosses to a worker is plain data: the recipe of its task, items as dicts, and (version, SHA-256, blob) of the
 weights with every item, the blob by reference and fetched once a version. What comes back is a JSON text and a
 safetensors blob. A worker never holds an object of the driver's, and never puts one into the store.
-
-A private cluster listens on the loopback alone, asks for a token (a file of mode 0600 in its private folder), sends no
-usage statistics and has no dashboard.
 """
 
 import logging
 import math
 import os
-import secrets
-import shutil
-import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import ray
 import torch
-from ray._private import ray_constants
-from ray._raylet import Config
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rlfusion.numerics import differences, fingerprint
 from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
 from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.ray_cluster import first_line, shared_cluster
 from rlfusion.rollout.scheduler import Assign, Command, RolloutError, Scheduler, Start
 from rlfusion.rollout.task import Recipe, run_item
 from rlfusion.rollout.wire import from_wire, to_wire
@@ -40,7 +31,8 @@ from rlfusion.trajectory import Trajectory
 from rlfusion.weights import Weights, WeightsError
 
 POLL_S = 0.5
-_TOKEN = secrets.token_hex(32)  # Ray caches the token for the life of a process, so there is one a process
+NO_IMPORT = "failed to import on the worker"
+"""What Ray says where a worker has not the modules of what it shall run."""
 _log = logging.getLogger(__name__)
 
 
@@ -87,9 +79,8 @@ class RayBackend(Backend):
     def __init__(self, recipe: Recipe, settings: Settings) -> None:
         self.settings = settings
         self._stack, text = ExitStack(), recipe.text
-        if not ray.is_initialized():
-            cpus, gpus = (max(1, settings.workers) * n for n in (settings.cpus_per_worker, settings.gpus_per_worker))
-            self._stack.enter_context(cluster(settings.address, math.ceil(cpus), math.ceil(gpus)))
+        cpus, gpus = (max(1, settings.workers) * n for n in (settings.cpus_per_worker, settings.gpus_per_worker))
+        self._stack.enter_context(shared_cluster(settings, math.ceil(cpus), math.ceil(gpus)))
         paths = [os.path.abspath(path) for path in sys.path]
         self._recipe = ((recipe.builder, text), ray.put(dict(recipe.blobs)), paths, settings.threads)
         self._actor = ray.remote(
@@ -167,9 +158,12 @@ class RayBackend(Backend):
             value = ray.get(answer, timeout=self.settings.limits.item_s)
         except RayTaskError as error:
             raise _cause(error, call.worker) from error
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise _unstarted(error, call.worker) from error
+            return self._died(call.worker, error)
         except RayError as error:  # the worker, its node or its answer is gone
-            self._kill(call.worker)
-            return self._scheduler.lost(call.worker, f"died: {_first_line(error)}", time.monotonic())
+            return self._died(call.worker, error)
         if call.item is None:
             _warn_of_other_numerics(call.worker, value)
             return self._scheduler.ready(call.worker, time.monotonic())
@@ -177,6 +171,10 @@ class RayBackend(Backend):
         if first:
             job.results[call.item] = from_wire(*value)
         return commands
+
+    def _died(self, worker: int, error: RayError) -> list[Command]:
+        self._kill(worker)
+        return self._scheduler.lost(worker, f"died: {first_line(error)}", time.monotonic())
 
     def _kill(self, worker: int) -> None:
         """Kill one actor and forget what it was doing."""
@@ -200,102 +198,23 @@ class _Job:
 
 def _cause(error: RayTaskError, worker: int) -> Exception:
     """What the worker raised, as this process would have raised it."""
-    cause = error.cause if isinstance(error.cause, Exception) else RolloutError(_first_line(error))
+    if NO_IMPORT in str(error):
+        return _unstarted(error, worker)
+    cause = error.cause if isinstance(error.cause, Exception) else RolloutError(first_line(error))
     cause.add_note(f"on Ray worker {worker}")
     return cause
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _unstarted(error: Exception, worker: int) -> RolloutError:
+    """Of a worker that cannot even be made: its own error is the last line of its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[-1] if lines else type(error).__name__
+    return RolloutError(
+        f"Ray worker {worker} cannot start: {said}; expected rlfusion and what the task needs installed on every node, "
+        "in the Python that Ray runs there"
+    )
 
 
 def _warn_of_other_numerics(worker: int, theirs: dict[str, str]) -> None:
     for text in differences(theirs, fingerprint()):
         _log.warning("worker %d may differ from this process in its last bits (%s)", worker, text)
-
-
-@contextmanager
-def cluster(address: str = "", cpus: int = 1, gpus: int = 0) -> Iterator[None]:
-    """A connection to the Ray cluster at ``address``, or, where that is "", a private cluster on this machine.
-
-    Raises:
-        RolloutError: the private cluster would listen on the network.
-    """
-    options = {"log_to_driver": False, "configure_logging": False}
-    if address:
-        with _undisturbed_signals():
-            ray.init(address=address, **options)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="rlf-"))  # short, as socket paths must fit in 107 characters; mode 0700
-    try:
-        with _private_environment(folder):
-            options |= {
-                "num_cpus": cpus,
-                "num_gpus": gpus,
-                "include_dashboard": False,
-                "_temp_dir": str(folder / "ray"),
-            }
-            try:
-                with _undisturbed_signals():
-                    _start_private(options)
-                if ray.util.get_node_ip_address() != "127.0.0.1":
-                    raise RolloutError(f"Ray would listen on {ray.util.get_node_ip_address()}: expected 127.0.0.1")
-                yield
-            finally:
-                ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start_private(options: dict[str, Any]) -> None:
-    """Start Ray on this machine; it raises bare exceptions where it is too slow to come up.
-
-    Raises:
-        RolloutError: it did not start.
-    """
-    try:
-        ray.init(address="local", **options)
-    except Exception as error:
-        raise RolloutError(f"Ray did not start on this machine: {error}") from error
-
-
-@contextmanager
-def _private_environment(folder: Path) -> Iterator[None]:
-    """What a private cluster's processes inherit. Ray read part of it when imported, so it is told again here."""
-    token = folder / "token"
-    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(_TOKEN)
-    ours = {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too it binds everything to the loopback
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
-    held = {name: os.environ.pop(name, None) for name in (*ours, "RAY_AUTH_TOKEN")}
-    network = ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(ours)
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    Config.initialize("")
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = network
-        for name, value in held.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
-def _undisturbed_signals() -> Iterator[None]:
-    """Ray takes over SIGTERM; the caller's handler is put back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)

@@ -26,7 +26,8 @@ from rlfusion.rewards.base import RewardFailure, RewardUnavailable
 from rlfusion.rewards.exchange import answer, answered, ask, asked, greet, greeted
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.service import Limits, Offer, require_servable
-from rlfusion.rollout.ray_backend import cluster
+from rlfusion.rollout.backend import Settings
+from rlfusion.rollout.ray_cluster import shared_cluster
 from rlfusion.rollout.reward_envs import require_possible
 from rlfusion.tensors import Cond
 
@@ -98,25 +99,24 @@ class ActorReward(MayGroup):
 def reward_actors(
     envs: Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Mapping[str, Any]],
-    address: str,
+    settings: Settings,
     cpus: int,
     gpus: int,
     gpus_per_reward: float,
-    threads: int,
 ) -> Iterator[dict[str, str]]:
     """Start an actor for each reward of ``envs`` (its runtime environment by its name): the actors' names by reward.
 
-    The Ray cluster is that of ``address``, or a private one of ``cpus`` and ``gpus``, which the rollout workers share.
+    The Ray cluster is that of ``settings``, or a private one of ``cpus`` and ``gpus``, which the rollout workers share.
 
     Raises:
         ConfigError: an environment cannot be made on this machine.
+        RolloutError: no cluster can be had.
     """
-    if not address:  # elsewhere is not ours to look at
+    if not settings.address:  # elsewhere is not ours to look at
         for name, env in envs.items():
             require_possible(name, env)
     with ExitStack() as stack:
-        if not ray.is_initialized():
-            stack.enter_context(cluster(address, cpus, gpus))
+        stack.enter_context(shared_cluster(settings, cpus, gpus))
         paths, held, names = [os.path.abspath(path) for path in sys.path], [], {}
         for number, (name, env) in enumerate(envs.items()):
             require_servable(name, options.get(name) or {})
@@ -129,7 +129,7 @@ def reward_actors(
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            held.append(actor.remote(name, dict(options.get(name) or {}), paths, threads, gpus_per_reward > 0))
+            held.append(actor.remote(name, dict(options.get(name) or {}), paths, settings.threads, gpus_per_reward > 0))
         try:
             yield names
         finally:
