@@ -60,7 +60,7 @@ LAYERS = [
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}
 
 HOMES = {
-    "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_rewards"},
+    "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_cluster", "rlfusion.rollout.ray_rewards"},
     "torch.utils.tensorboard": {"rlfusion.tracking"},
     "tensorboard": {"rlfusion.tracking"},
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
