@@ -73,7 +73,7 @@ class Plain:
 class Timed:
     """A kind whose network counts time in its own units: rate c_noise + offset (k - 1 of a table: T, -1).
 
-    ``whole`` says that it gets whole numbers, and how: "round" or "floor" (up to 1e-3, for rounding); "" is neither.
+    ``whole`` says that it gets whole numbers, and how: "round" or "floor" (up to 1e-5, for rounding); "" is neither.
     """
 
     kind: Kind
@@ -92,7 +92,7 @@ class Timed:
 
     def time(self, t: Tensor, l: Level) -> Tensor:
         time = self.rate * self.kind.time(t, l) + self.offset
-        whole = {"": lambda: time, "round": time.round, "floor": (time + 1e-3).floor}
+        whole = {"": lambda: time, "round": time.round, "floor": (time + 1e-5).floor}
         return whole[self.whole]()
 
 

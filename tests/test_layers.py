@@ -80,7 +80,7 @@ HOMES = {
     "uvicorn": {"rlfusion.serving"},
     "urllib3": {"rlfusion.rewards.transport"},
     "transformers": {"rlfusion.pipelines.hub"},
-    "diffusers": {"rlfusion.autoencoder", "rlfusion.pipelines.hub", "rlfusion.pipelines.scheduler"},
+    "diffusers": {"rlfusion.autoencoder", "rlfusion.pipelines.hub"},
     "open_clip": {"rlfusion.rewards.openclip"},
     **{name: set() for name in ("stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorflow", "pickle")},

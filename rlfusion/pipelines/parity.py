@@ -4,31 +4,15 @@ Noise that its scheduler draws on the way is ours too: the module of the schedul
 """
 
 import inspect
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlfusion.pipelines import flux, hub
+from rlfusion.pipelines.drawn import drawn
 from rlfusion.pipelines.model import adapted, load
-
-
-@contextmanager
-def drawn(scheduler: Any, noise: Sequence[Tensor]) -> Iterator[None]:
-    """Within the context the scheduler draws ``noise``, one after the other."""
-    module, left = sys.modules[type(scheduler).__module__], iter(noise)
-    own = getattr(module, "randn_tensor", None)
-    if own is None:
-        yield
-        return
-    module.randn_tensor = lambda *_, **__: next(left)
-    try:
-        yield
-    finally:
-        module.randn_tensor = own
 
 
 class Whole:

@@ -2,7 +2,7 @@
 
 from rlfusion.schedule.base import Level, Schedule, diffused, level, time_of
 from rlfusion.schedule.paths import Geometric, Karras, Rectified, Trig
-from rlfusion.schedule.tables import Between, SquaredCosine, UnitPrior, prior_std
+from rlfusion.schedule.tables import Between, Power, ShiftedSNR, SquaredCosine, UnitPrior, prior_std
 from rlfusion.schedule.vp import DDPM, VP, Cosine, ScaledLinear
 from rlfusion.schedule.zero_snr import ZeroSNR
 
@@ -14,9 +14,11 @@ __all__ = [
     "Geometric",
     "Karras",
     "Level",
+    "Power",
     "Rectified",
     "ScaledLinear",
     "Schedule",
+    "ShiftedSNR",
     "SquaredCosine",
     "Trig",
     "UnitPrior",

@@ -4,6 +4,8 @@
      least 1 - max_beta, f(t) = cos^2((t + 0.008) / 1.008 pi / 2)
 (9)  between two times of a table, k - 1 < T t < k, u = sigma / alpha linear in t ("sigma"), or log u ("log_sigma")
 (10) a chain begins with N(0, I), though sigma(t_0) is a little below 1: what the samplers of DDPM tables do
+(11) x0 + u eps scaled to preserve the variance:  alpha = 1 / sqrt(1 + u^2),  sigma = u alpha
+(12) SNR divided by ``scale`` (Hoogeboom et al. 2023; CogVideoX): Eq. (11), u = sqrt(scale) sigma / alpha of a table
 """
 
 import math
@@ -14,9 +16,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion import spec
+from rlfusion.errors import ConfigError, require_positive
 from rlfusion.schedule.base import Level, Schedule
-from rlfusion.schedule.vp import _from_table, _table
+from rlfusion.schedule.vp import DDPM, ScaledLinear, _from_table, _table
+
+
+def _preserved(u: Tensor, slope: Tensor) -> Level:
+    """Eq. (11), ``slope`` = du / dt."""
+    alpha = (1 + u.square()).rsqrt()
+    return Level(alpha, u * alpha, -u * slope * alpha**3, slope * alpha**3)
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,56 @@ class Between:
         else:
             u = low * (high / low) ** (k - lower)
             slope = u * (high / low).log()
-        alpha, slope = (1 + u.square()).rsqrt(), slope * self.resolution
-        made = Level(alpha, u * alpha, -u * slope * alpha**3, slope * alpha**3)
+        made = _preserved(u, slope * self.resolution)
         whole = ((k - k.round()).abs() < 1e-6) | (k < 1)
         return Level(*(torch.where(whole, held, new) for held, new in zip(self.base(t), made)))
+
+
+@dataclass(frozen=True)
+class Power:
+    """Eq. (11) with u = sigma_max t^rho: the noise levels of EDM (Karras et al. 2022), down to none at t = 0."""
+
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sigma_max", "rho")
+
+    @property
+    def resolution(self) -> None:
+        return None
+
+    def __call__(self, t: Tensor) -> Level:
+        return _preserved(self.sigma_max * t**self.rho, self.sigma_max * self.rho * t ** (self.rho - 1))
+
+
+@dataclass(frozen=True)
+class ShiftedSNR:
+    """Eq. (12) of the table that ``base`` writes: DDPM(...), ScaledLinear(...) or SquaredCosine(...)."""
+
+    base: str = "ScaledLinear()"
+    scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "scale")
+        _ = self.schedule
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule that ``base`` writes."""
+        return spec.parse(self.base, TABLES, "table of betas")
+
+    @property
+    def resolution(self) -> int | None:
+        return self.schedule.resolution
+
+    def __call__(self, t: Tensor) -> Level:
+        l, root = self.schedule(t), math.sqrt(self.scale)
+        return _preserved(root * l.sigma / l.alpha, root * l.d_sigma / l.alpha**3)  # du = d_sigma / alpha^3 as VP
+
+
+TABLES = {"DDPM": DDPM, "ScaledLinear": ScaledLinear, "SquaredCosine": SquaredCosine}
+"""The tables of betas, by name."""
 
 
 @dataclass(frozen=True)
