@@ -42,6 +42,7 @@ LAYERS = [
     "measure",
     "pretraining",
     "tasks watch scoring distilling serving reward_check",
+    "sampler_check",
     "origin model_check",
     "memory",
     "doctor",
