@@ -32,6 +32,7 @@ from rlfusion.rollout import Needs, Task, samples, transitions
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
 from rlfusion.weighted import Places, Regression, Weigh
+from rlfusion.weights import require_entries
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class Learner:
         return state if self.critic is None else state | {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.regression.load_state_dict(state["regression"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.critic:

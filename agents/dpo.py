@@ -35,7 +35,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import Cond, map_cond, sum_features
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         restore(self.reference, state["reference"])
         self.iteration, self.queries = state["iteration"], state["queries"]

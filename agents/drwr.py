@@ -33,6 +33,7 @@ from rlfusion.rollout import Needs, Task, samples, transitions
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
 from rlfusion.weighted import Places, Regression
+from rlfusion.weights import require_entries
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Learner:
         return state | {"iteration": self.iteration, "queries": self.queries}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.regression.load_state_dict(state["regression"])
         self.memory.load_state_dict(state["memory"], next(self.policy.parameters()).device)
         self.iteration, self.queries = state["iteration"], state["queries"]

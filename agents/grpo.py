@@ -28,7 +28,7 @@ from rlfusion.rollout import Needs, Task, transitions
 from rlfusion.seeding import stream
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import Terms, Transitions, largest_log_ratio, require_finite
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ class Learner:
         return state if reference is None else state | {"reference": learned(reference)}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.transitions.reference is not None:

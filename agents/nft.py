@@ -33,7 +33,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import map_cond, mean_features
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ class Learner:
         return state if self.base is None else state | {"base": learned(self.base)}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         restore(self.policy, state["old"])
         self.iteration, self.queries = state["iteration"], state["queries"]

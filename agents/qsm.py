@@ -46,7 +46,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import Cond, cast, map_cond, mean_features
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import require_finite
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 ALPHA = {"score": 3.0, "noise": 50.0}
 
@@ -310,6 +310,7 @@ class Learner:
         return state if self.critic is None else state | {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         restore(self.base, state["base"])
         self.first, self.iteration, self.queries = state["first"], state["iteration"], state["queries"]

@@ -172,8 +172,10 @@ def _folder(path: Path) -> tuple[str, Path]:
         file = found[0]
     try:
         stated = json.loads((folder / DESCRIPTION).read_text()).get("sha256")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{str(folder / DESCRIPTION)!r} cannot be read: {error}") from error
+    if stated is None and folder != path:
+        raise ConfigError(f"{str(folder / DESCRIPTION)!r} states no SHA-256 of its weights: expected it as saved")
     if stated is not None and sha256(file.read_bytes()) != stated:
         raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {DESCRIPTION}")
     return f"local-dir:{folder}", file

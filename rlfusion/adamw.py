@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from rlfusion.errors import StateError
+from rlfusion.weights import require_entries
+
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
@@ -56,6 +59,12 @@ class AdamW:
         return {"lr": self.lr, "state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises StateError where it is of other parameters."""
+        require_entries(state, self.state_dict(), "the optimiser")
+        for name, held in state["state"].items():
+            if (p := self.named.get(name)) is None:
+                raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
+            require_entries(held, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}, f"moments of {name!r}")
         self.lr = state["lr"]
         self.state = {
             name: {key: value.to(self.named[name].device) if key != "step" else value for key, value in held.items()}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError
+from rlfusion.errors import ConfigError, StateError
+from rlfusion.weights import require_entries
 
 
 def require() -> Any:
@@ -55,6 +56,13 @@ class AdamW8bit:
         return {"lr": self.lr, "state": {name: _tensors(state) for name, state in held.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises StateError where it is of other parameters, or of another optimiser."""
+        require_entries(state, self.state_dict(), "the optimiser")
+        for name, held in state["state"].items():
+            if name not in self.named:
+                raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
+            if not isinstance(held, dict) or "state1" not in held:
+                raise StateError(f"moments of {name!r} have no 'state1': expected those of 8-bit AdamW")
         self.lr = state["lr"]
         self._inner.state.clear()
         for name, held in state["state"].items():

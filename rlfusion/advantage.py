@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.errors import NumericalError
+from rlfusion.weights import require_entries
 
 
 def normalize(reward: Tensor, mean: Tensor, std: Tensor, eps: float = 1e-6) -> Tensor:
@@ -128,4 +129,5 @@ class RunningAdvantage:
         return {"history": {str(g): h for g, h in self.history.items()}}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the running rewards")
         self.history = {int(g): h for g, h in state["history"].items()}

@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -35,7 +36,7 @@ PIPELINE_DEFAULTS = {
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
-RESUMING = "--resume FOLDER, and nothing else, goes on with a stopped or killed run."
+RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
 
 ONE_TEXT = ("templates",)
 """Lists of texts, in which a comma is part of one."""
@@ -116,18 +117,15 @@ def _mapping(option: str, text: str) -> dict[str, Any]:
 
 
 def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
-    """The settings of the run that ``--resume FOLDER`` names, and its folder.
+    """The settings with which the run of ``--resume FOLDER [--change KEY=VALUE ...]`` goes on, and its folder.
 
     Raises:
-        ConfigError: something beside it, or no folder of a run.
+        ConfigError: something beside them, no folder of a run, or settings that are no longer the run's.
     """
-    words = [*arguments[0].split("=", 1), *arguments[1:]]
-    if len(words) != 2 or words[0] != "--resume":
-        raise ConfigError("--resume takes the run's folder and nothing else: its settings are those of its config.yaml")
-    folder = Path(words[1])
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
-    settings = settings_of(kind, ["--config", str(folder / "config.yaml")])
+    from rlfusion import resuming
+
+    folder, changes = resuming.asked(arguments)
+    settings = resuming.settings_of_run(kind, folder, changes, partial(settings_of, kind))
     return replace(settings, root=str(folder.parent)), folder
 
 

@@ -23,7 +23,8 @@ from rlfusion.space import Space
 from rlfusion.tensors import sum_features, to_pixels
 
 CHUNK = 256
-FORMAT = "rlfusion-autoencoder-1"
+FORMAT, UNSEALED = "rlfusion-autoencoder-2", "rlfusion-autoencoder-1"
+"""Of a description as it is written, with a digest of itself; and without, as earlier versions wrote it."""
 
 
 @dataclass(frozen=True)

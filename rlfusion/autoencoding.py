@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion import autoencoder, checkpoint, fitting, models, storage
-from rlfusion.autoencoder import FORMAT, KLVAE, Latents, fitted, from_diffusers, negative_elbo
+from rlfusion import autoencoder, checkpoint, fitting, identity, models, storage
+from rlfusion.autoencoder import FORMAT, KLVAE, UNSEALED, Latents, fitted, from_diffusers, negative_elbo
+from rlfusion.checkpoint import MALFORMED
 from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.errors import ConfigError, require_positive
@@ -132,9 +133,10 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     set_numerics(config.threads, device)
     data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
     module = _build(config, data.shape).to(device)
+    run = identity.enter(folder, "pretrain-autoencoder", config)
     learner = Learner(module, data, config)
     bar = ("autoencoder", "autoencoder", "error")
-    tracker = fitting.fit(learner, folder, config.steps, config.checkpoint_every, signals, progress, *bar)
+    tracker = fitting.fit(learner, run, config.steps, config.checkpoint_every, signals, progress, *bar)
     with learner.optimization.ema.averaged():
         about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
         space = fitted(module, about, data.x)
@@ -173,8 +175,8 @@ def save(folder: Path, space: Latents) -> None:
     """Write an autoencoder's folder; each file appears whole or not at all."""
     storage.make_folder(folder)
     blob = models.space_blob(space)["space"]
-    about = {"format": FORMAT, **space.about, "sha256": sha256(blob)}
-    for name, content in (("space.safetensors", blob), ("autoencoder.json", json.dumps(about, indent=1).encode())):
+    about = models.sealed({"format": FORMAT, **space.about, "sha256": sha256(blob)})
+    for name, content in (("space.safetensors", blob), ("autoencoder.json", about)):
         storage.write(folder / name, content)
 
 
@@ -199,13 +201,16 @@ def _load_own(folder: Path) -> Latents:
     file = folder / "autoencoder.json"
     try:
         about = json.loads(file.read_text())
-        if about.pop("format", None) != FORMAT:
+        if about.get("format") not in (FORMAT, UNSEALED):
             raise ConfigError(f"{str(file)!r} is of another format: expected {FORMAT!r}")
+        if about.pop("format") == FORMAT:
+            models.require_seal({"format": FORMAT, **about}, file)
+        about.pop("seal", None)
         stated = about.pop("sha256")
         space = autoencoder.build(about)
     except ConfigError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (*MALFORMED, RuntimeError) as error:
         raise ConfigError(f"{str(file)!r} is no autoencoder's description: {type(error).__name__}: {error}") from error
     models.load_into(space.module, folder / "space.safetensors", stated)
     return space

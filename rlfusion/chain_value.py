@@ -25,6 +25,7 @@ from rlfusion.schedule import Schedule, level
 from rlfusion.seeding import stream
 from rlfusion.tensors import cast
 from rlfusion.trajectory import Trajectory
+from rlfusion.weights import require_entries
 
 
 @dataclass(frozen=True)
@@ -143,4 +144,5 @@ class ChainValue:
         return {"optimization": self.optimization.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the value")
         self.optimization.load_state_dict(state["optimization"])

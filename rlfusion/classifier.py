@@ -140,13 +140,16 @@ def load(path: Path) -> Classifier:
         with safe_open(path, framework="pt") as held:
             metadata = held.metadata() or {}
             state = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"classifier file {str(path)!r} cannot be read: {error}") from error
     if "classifier" not in metadata:
         raise ConfigError(f"{str(path)!r} holds no classifier: its metadata has {sorted(metadata)}, not 'classifier'")
-    about = json.loads(metadata["classifier"])
-    module = Classifier(about["kind"], tuple(about["shape"]), about["classes"])
-    module.load_state_dict(state)
+    try:
+        about = json.loads(metadata["classifier"])
+        module = Classifier(about["kind"], tuple(about["shape"]), about["classes"])
+        module.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise ConfigError(f"classifier file {str(path)!r} cannot be read: {type(error).__name__}: {error}") from error
     return module.eval().requires_grad_(False)
 
 

@@ -50,7 +50,9 @@ class Collector:
             yield batch
 
     def still_needed(self, done: int) -> dict[int, Weights]:
-        """The older versions that steps after ``done`` act under: empty at a regular checkpoint."""
-        ahead = range(done, min(done + self.config.rollout.lag, self.config.updates))
+        """The older versions that steps after ``done`` act under, those of a longer run too: empty at a regular
+        checkpoint.
+        """
+        ahead = range(done, done + self.config.rollout.lag)
         wanted = {self.version(step) for step in ahead} - {done}
         return {v: w for v, w in self.published.items() if v in wanted}

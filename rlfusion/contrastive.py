@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rlfusion import checkpoint, fitting, storage
+from rlfusion import checkpoint, fitting, identity, storage
 from rlfusion.classifier import augment, one_thread
 from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
@@ -191,11 +191,12 @@ def run(config: TrainClip, folder: Path, signals: Signals, progress: Progress) -
 
 def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progress: Progress) -> None:
     """Train on ``data`` into ``folder``, from its newest checkpoint on; leaves ``folder/clip``."""
+    run = identity.enter(folder, "train-clip", config)
     model, described = config.model.described(data.shape)
     clip = openclip.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))
     learner = Learner(clip, Preprocess.of(described), data, config)
     every = config.checkpoint_every
-    fitting.fit(learner, folder, config.steps, every, signals, progress, "CLIP", "clip")
+    fitting.fit(learner, run, config.steps, every, signals, progress, "CLIP", "clip")
     with learner.optimization.ema.averaged():
         openclip.save(folder / "clip", clip, model, described)
 

@@ -29,6 +29,7 @@ from rlfusion.rollout import Task
 from rlfusion.seeding import Key, integer, stream
 from rlfusion.tensors import Cond
 from rlfusion.trajectory import Trajectory
+from rlfusion.weights import require_entries
 
 COPY = "Copy()"
 
@@ -115,6 +116,7 @@ class Regression:
         return {"optimization": self.optimization.state_dict(), "replay": self.replay.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the critic")
         self.optimization.load_state_dict(state["optimization"])
         self.replay.load_state_dict(state["replay"], self.critic.head.weight.device)
 

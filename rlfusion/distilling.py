@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rlfusion import fitting, models, pretraining
+from rlfusion import fitting, identity, models, pretraining
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain
 from rlfusion.config import Distill
@@ -164,10 +164,11 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
+    run = identity.enter(folder, "distill", config)
     learner, stages = make_learner(config, teaching), plan(config, teaching)
     given = partial(batches, config, teaching)
     every, bar = config.checkpoint_every, ("distilling", "distill")
-    fitting.fit(learner, folder, stages.total, every, signals, progress, *bar, batches=given)
+    fitting.fit(learner, run, stages.total, every, signals, progress, *bar, batches=given)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
 

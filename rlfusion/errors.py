@@ -26,6 +26,12 @@ class ConfigError(RlfusionError, ValueError):
     exit_code = 2
 
 
+class StateError(RlfusionError, RuntimeError):
+    """A saved state that is damaged, or that does not fit what it is loaded into; the first entry is named."""
+
+    exit_code = 2
+
+
 class UserCodeError(RlfusionError, RuntimeError):
     """The user's own code (a reward, an agent) raised. The original error is the cause."""
 

@@ -6,7 +6,6 @@ Rollouts are pure functions of (settings, step, weights); so a run that resumes 
 uninterrupted run did, bit for bit, and no queue is saved.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +18,15 @@ from rlfusion import adamw8bit, checkpoint, lora, memory, models, origin
 from rlfusion.agent import AgentLearner
 from rlfusion.autoencoder import encoded
 from rlfusion.chain import Chain, narrow
+from rlfusion.checkpoint import Found
 from rlfusion.collector import Collector
 from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import load, to_pixels
 from rlfusion.denoiser import Denoiser
+from rlfusion.errors import StateError
 from rlfusion.evaluate import require_bound, require_independent
 from rlfusion.guard import Guarded
+from rlfusion.identity import Run, enter
 from rlfusion.measure import Judged, Unjudged, grid_samples, headlines, look_of, measure, require_judgeable
 from rlfusion.policy import Policy, frozen_copy
 from rlfusion.preflight import preflight
@@ -41,10 +43,11 @@ from rlfusion.tasks import actors_of, cluster_of, from_actors, make_task, recipe
 from rlfusion.tracking import Tracker, flatten, grid, save_png
 from rlfusion.trajectory import concatenate
 from rlfusion.watch import Watch
-from rlfusion.weights import Weights, pack, sha256, unpack
+from rlfusion.weights import Weights, pack, require_entries, sha256, unpack
 
 PREFLIGHT_SAMPLES = 64
 TRIED = 4
+RESULT = "summary.json"
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Job:
     """One fine-tuning run: what its parts share."""
 
     config: Finetune
-    folder: Path
+    run: Run
     card: models.Card
     denoiser: Denoiser
     policy: Policy
@@ -63,6 +66,11 @@ class Job:
     tracker: Tracker
     guarded: Guarded
     watch: Watch
+    before: dict[str, float]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
 
     def look(self, done: int, progress: Progress) -> str:
         """Let the monitor look at the averaged weights; why the training shall stop here, or ""."""
@@ -107,8 +115,12 @@ class Job:
     def save(self, step: int, collector: Collector) -> None:
         """A checkpoint of all that resuming needs."""
         older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
-        state = {"learner": self.guarded.state_dict(), "older_weights": older, "watch": self.watch.state_dict()}
-        checkpoint.save(self.folder / "checkpoints", step, state)
+        self.run.save(step, self.state_dict() | {"older_weights": older})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has of the run, but for the weights of walks to come."""
+        learner, watch = self.guarded.state_dict(), self.watch.state_dict()
+        return {"learner": learner, "older_weights": {}, "watch": watch, "before": self.before}
 
 
 def check(config: Finetune) -> None:
@@ -155,7 +167,7 @@ def check(config: Finetune) -> None:
 
 def prepare(
     config: Finetune,
-    folder: Path,
+    run: Run,
     tracker: Tracker,
     signals: Signals,
     progress: Progress,
@@ -167,7 +179,7 @@ def prepare(
     Raises:
         ConfigError: settings that cannot work together.
     """
-    root, device = Path(config.root), pick_device(config.device)
+    root, device, folder = Path(config.root), pick_device(config.device), run.folder
     config.chain.make_kernel()
     denoiser, card, judged, data = origin.begin(config, root, device, signals, progress)
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
@@ -192,7 +204,7 @@ def prepare(
 
     watch = Watch(config, folder, policy, times, judged, reward, save_best)
     guarded = Guarded(learner, config.guard, folder)
-    return Job(config, folder, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, watch)
+    return Job(config, run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, watch, {})
 
 
 def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progress) -> dict[str, Any]:
@@ -202,26 +214,30 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         {"before": evaluation, "after": evaluation, "queries": rewards asked for in training}.
 
     Raises:
-        ConfigError, NumericalError, StopRequested: as the exit codes of the command say.
+        ConfigError, CheckpointError, NumericalError, StopRequested: as the exit codes of the command say.
     """
     set_numerics(config.threads, pick_device(config.device))
-    found = checkpoint.latest(folder / "checkpoints")
-    start = found.step if found else 0
-    finished = folder / "summary.json"
-    if finished.is_file():
+    run = enter(folder, "finetune", config)
+    for note in run.notes:
+        progress.say(note)
+    if (result := run.result(RESULT)) is not None:
         progress.say(f"{folder} is finished: this is its result")
-        return json.loads(finished.read_text())
+        return result
+    found = run.newest(config.updates)
+    start = found.step if found else 0
     tracker = Tracker(folder, start)
+    if tracker.damaged:
+        progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     with cluster_of(config), actors_of(config) as actors:
-        job = prepare(config, folder, tracker, signals, progress, actors)
+        job = prepare(config, run, tracker, signals, progress, actors)
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(config, job.card, job.policy, job.reward, pick_device(config.device), actors)
         with _backend(job, described) as backend:
             collector = Collector(backend, config, job.card.classes, start)
-            before = _begin(job, collector, found.path if found else None, progress)
+            _begin(job, collector, found, progress)
             done = _improve(job, collector, signals, progress)
             signals.check()
-        return _finish(job, before, done)
+        return _finish(job, done)
 
 
 def _backend(job: Job, described: Recipe) -> Backend:
@@ -231,28 +247,46 @@ def _backend(job: Job, described: Recipe) -> Backend:
     return make_backend(described, job.config.settings)
 
 
-def _begin(job: Job, collector: Collector, path: Path | None, progress: Progress) -> dict[str, float]:
-    """Load the checkpoint, or measure and check the base model; publish the weights. Returns the base's evaluation."""
-    file = job.folder / "before.json"
-    if path is not None:
-        state = checkpoint.load(path)
-        job.guarded.load_state_dict(state["learner"])
-        job.watch.load_state_dict(state["watch"])
-        for version, tensors in sorted(state["older_weights"].items(), key=lambda held: int(held[0])):
-            blob = pack(tensors)
-            collector.publish(Weights(int(version), sha256(blob), blob))
-        before = json.loads(file.read_text())
-        progress.say(f"resumed from {path}")
-    else:
-        before = job.evaluate(0)
-        checkpoint.write_json_atomic(file, before)
+def _begin(job: Job, collector: Collector, found: Found | None, progress: Progress) -> None:
+    """Measure the base model where the checkpoint does not say how it is, under these settings; load the checkpoint;
+    publish the weights.
+    """
+    state = _fitting(job, found.path) if found else None
+    known = state is not None and found.settings == job.run.owner.digests[-1]
+    job.before = dict(state["before"]) if known else job.evaluate(0)
+    checkpoint.write_json_atomic(job.folder / "before.json", job.before)
+    if not known or not (job.folder / "samples" / "before.png").is_file():
         job.picture(0, "before")
     if job.config.monitor.every:
-        job.watch.begin()
+        job.watch.begin(state["watch"]["drawn"] if known else "")
+    if state is not None:
+        for weights in _load(job, state, found):
+            collector.publish(weights)
+        progress.say(f"resumed from {found.path}")
     weights = Weights.of(job.learner.policy, job.learner.iteration)
     _preflight(job, collector, weights, progress)
     collector.publish(weights)
-    return before
+
+
+def _fitting(job: Job, path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, its outer parts as the run's."""
+    state = checkpoint.load(path)
+    with checkpoint.loading(path):
+        require_entries(state, job.state_dict(), "the run")
+        require_entries(state["watch"], job.watch.state_dict(), "the monitor")
+        require_entries(state["before"], {name: 0.0 for name in state["before"]}, "the evaluation before")
+    return state
+
+
+def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
+    """Take up the state of a checkpoint; the older weights under which walks to come act, oldest first."""
+    with checkpoint.loading(found.path):
+        job.guarded.load_state_dict(state["learner"])
+        job.watch.load_state_dict(state["watch"] | {"drawn": job.watch.drawn})
+        if job.learner.iteration != found.step:
+            raise StateError(f"the learner's 'iteration' is {job.learner.iteration}, expected {found.step}")
+        blobs = {int(version): pack(tensors) for version, tensors in state["older_weights"].items()}
+        return [Weights(version, sha256(blob), blob) for version, blob in sorted(blobs.items())]
 
 
 def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
@@ -300,7 +334,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
     return total
 
 
-def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
+def _finish(job: Job, total: int) -> dict[str, Any]:
     """Measure, draw and save the result after ``total`` updates."""
     folder = job.folder
     after = job.evaluate(total)
@@ -309,9 +343,9 @@ def _finish(job: Job, before: dict[str, float], total: int) -> dict[str, Any]:
         models.save(folder / "model", job.denoiser, job.card)
         if job.config.lora and not job.card.pipeline:
             lora.save(folder / "adapter", job.denoiser.net)
-    result = {"before": before, "after": after, "queries": job.learner.queries, "updates": total}
+    result = {"before": job.before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.watch.best.step > 0:
         result["best"] = {"updates": job.watch.best.step, job.watch.best.name: job.watch.best.value}
     job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in headlines(after)})
-    checkpoint.write_json_atomic(folder / "summary.json", result)
+    job.run.seal(RESULT, result)
     return result

@@ -6,10 +6,10 @@ weights as one that was never stopped.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rlfusion import checkpoint
+from rlfusion.identity import Run
 from rlfusion.learner import Learner
 from rlfusion.progress import Progress
 from rlfusion.run import Signals, train
@@ -21,7 +21,7 @@ LOG_EVERY = 20
 
 def fit(
     learner: Learner[Any],
-    folder: Path,
+    run: Run,
     total: int,
     every: int,
     signals: Signals,
@@ -31,7 +31,8 @@ def fit(
     shown: str = "loss",
     batches: Callable[[int], Iterator[Any]] | None = None,
 ) -> Tracker:
-    """Train ``learner`` up to step ``total``, with a checkpoint each ``every`` steps; its tracker.
+    """Train ``learner`` in the folder of ``run`` up to step ``total``, from its newest checkpoint on, and save one each
+    ``every`` steps; its tracker.
 
     Args:
         bar: what the bar is called, and
@@ -40,21 +41,26 @@ def fit(
         batches: what the updates from a step on get; the numbers of their steps by default.
 
     Raises:
+        CheckpointError: no checkpoint is left of those that were saved, or the newest does not fit ``learner``.
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    found = checkpoint.latest(folder / "checkpoints")
+    for note in run.notes:
+        progress.say(note)
+    found = run.newest(total)
     start = found.step if found else 0
     if found:
-        learner.load_state_dict(checkpoint.load(found.path))
-    tracker = Tracker(folder, start)
+        state = checkpoint.load(found.path)
+        with checkpoint.loading(found.path):
+            learner.load_state_dict(state)
+    tracker = Tracker(run.folder, start)
 
     def save(step: int) -> None:
-        checkpoint.save(folder / "checkpoints", step, learner.state_dict(), keep=1)
+        run.save(step, learner.state_dict(), keep=1)
 
     given = batches(start) if batches else iter(range(start, total))
     steps = train(learner, given, start, total, every, save, signals)
-    stopwatch = Stopwatch(folder, start)
+    stopwatch = Stopwatch(run.folder, start)
     with progress.bar(bar, total, start) as drawn:
         for step, metrics in steps:
             drawn.advance(**{shown: metrics[shown]})

@@ -24,6 +24,7 @@ from rlfusion.agent import AgentLearner
 from rlfusion.dropout import dropped
 from rlfusion.errors import NumericalError, require_positive
 from rlfusion.trajectory import Trajectory
+from rlfusion.weights import require_entries
 
 WINDOW, FEWEST, DEPTH = 20, 4, 3
 
@@ -149,11 +150,15 @@ class Guarded:
         storage.append(self.folder / "diagnosis.md", "\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
+        return {"learner": self.learner.state_dict(), "guard": self._own()}
+
+    def _own(self) -> dict[str, Any]:
         own = {"norms": self.norms, "first_std": self.first_std, "best": self.best}
-        own |= {"bad": self.bad, "bad_in_a_row": self.bad_in_a_row, "good": self.good}
-        return {"learner": self.learner.state_dict(), "guard": own}
+        return own | {"bad": self.bad, "bad_in_a_row": self.bad_in_a_row, "good": self.good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        require_entries(state, self.state_dict(), "the guarded learner")
+        require_entries(state["guard"], self._own(), "the guard")
         self.learner.load_state_dict(state["learner"])
         for name, value in state["guard"].items():
             setattr(self, name, value)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rlfusion.adamw import AdamW
 from rlfusion.errors import ConfigError, NumericalError
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -139,6 +139,9 @@ class EMA:
         return {"count": self.count, "shadow": self.shadow}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises StateError where it is of other parameters."""
+        require_entries(state, self.state_dict(), "the averages")
+        require_entries(state["shadow"], self.shadow, "the averages' shadow")
         self.count = state["count"]
         for name, value in state["shadow"].items():
             self.shadow[name].copy_(value)
@@ -196,6 +199,8 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises StateError where it is of another module or optimiser."""
+        require_entries(state, self.state_dict(), "the optimisation")
         restore(self.module, state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])

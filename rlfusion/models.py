@@ -4,11 +4,12 @@ A model folder holds ``weights.safetensors`` and ``model.json``: everything that
 and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that out.)
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ from rlfusion.nets.points import Points
 from rlfusion.nets.unet import UNet
 from rlfusion.seeding import integer
 from rlfusion.space import Pixels, Space
-from rlfusion.weights import pack, sha256, unpack
+from rlfusion.weights import pack, read_file, sha256, unpack
 
-FORMAT = "rlfusion-model-1"
+FORMAT, UNSEALED = "rlfusion-model-2", "rlfusion-model-1"
+"""``model.json`` as it is written, with a digest of itself, and as earlier versions wrote it, without."""
+
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **{"config": dict, "shape": list, "names": list, "chain": dict, "captioned": bool, "autoencoder": dict},
+    **{"boundary": str, "weights": list, "answers": str, "pipeline": dict},
+}
+"""What the entries of a card are as JSON."""
 
 SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "DDPM": schedule.DDPM,
@@ -93,7 +101,20 @@ class Card:
 
     @classmethod
     def from_json(cls, card: dict) -> "Card":
-        """The card whose ``asdict`` went through JSON; other keys are ignored."""
+        """The card whose ``asdict`` went through JSON; other keys are ignored.
+
+        Raises:
+            KeyError, TypeError: it is none; the entry is named.
+        """
+        for name, kind in KINDS.items():
+            if name in card and not isinstance(card[name], kind):
+                raise TypeError(f"{name} = {card[name]!r}")
+        texts = [*card["config"].values(), *card["names"]]
+        sides = [*card["shape"], *card.get("weights", ())]
+        if not all(isinstance(text, str) for text in texts) or not all(type(side) in (int, float) for side in sides):
+            raise TypeError("expected texts in config and names, numbers in shape and weights")
+        if not card["shape"] or not all(type(side) is int and side > 0 for side in card["shape"]):
+            raise TypeError(f"shape = {card['shape']!r}")
         known = ("chain", "captioned", "autoencoder", "boundary", "answers", "pipeline")
         own = {name: card[name] for name in known if name in card}
         own["weights"] = tuple(card.get("weights", ()))
@@ -224,15 +245,57 @@ def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
                 raise OSError(*storage.told(str(error))) from error
 
         made = replace(card, pipeline=storage.patiently(write, folder))
-        storage.write(folder / "model.json", json.dumps({"format": FORMAT, **asdict(made)}, indent=1).encode())
+        files = {name: _digest(folder / name) for name in _files(folder)}  # of diffusers
+        storage.write(folder / "model.json", sealed({"format": FORMAT, **asdict(made), "files": files}))
         return
     denoiser = lora.merged(denoiser)
     blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
     about = {"format": FORMAT, **asdict(card), "sha256": sha256(blob)}
     about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
     contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
-    for name, content in (contents | {"model.json": json.dumps(about, indent=1).encode()}).items():
+    for name, content in (contents | {"model.json": sealed(about)}).items():
         storage.write(folder / name, content)
+
+
+def sealed(about: dict[str, Any]) -> bytes:
+    """A description as JSON, with a digest of itself."""
+    return json.dumps({**about, "seal": sha256(json.dumps(about).encode())}, indent=1).encode()
+
+
+def require_seal(held: dict[str, Any], file: Path) -> None:
+    """Raise ConfigError where a description is not as ``sealed`` wrote it."""
+    about = {name: value for name, value in held.items() if name != "seal"}
+    if held.get("seal") != sha256(json.dumps(about).encode()):
+        raise ConfigError(f"{str(file)!r} is damaged: it does not match its own SHA-256")
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of the files below ``folder`` but ``model.json``."""
+    found = (str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+    return sorted(name for name in found if name != "model.json" and not name.endswith(".tmp"))
+
+
+def _digest(file: Path) -> str:
+    stat = file.stat()
+    return _digest_as(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _digest_as(file: Path, size: int, time: int) -> str:
+    """SHA-256 of a file as it is since ``time``."""
+    with file.open("rb") as held:
+        return hashlib.file_digest(held, "sha256").hexdigest()
+
+
+def _require_files(stated: Any, folder: Path) -> None:
+    """Raise ConfigError unless the files of a saved pipeline are those of which SHA-256 is ``stated``."""
+    if not isinstance(stated, dict):
+        raise ConfigError(
+            f"{str(folder)!r}: model.json states no SHA-256 of its files, expected a model as it was saved"
+        )
+    for name, digest in stated.items():
+        if not (folder / name).is_file() or _digest(folder / name) != digest:
+            raise ConfigError(f"{str(folder / name)!r} is damaged or missing: expected the SHA-256 in model.json")
 
 
 def find(path: Path) -> Path:
@@ -256,7 +319,10 @@ def load_card(path: Path) -> Card:
     held, file = _read_about(path)
     try:
         card = Card.from_json(held)
-        return replace(card, pipeline=pipelines.placed(card.pipeline, file.parent)) if card.pipeline else card
+        if not card.pipeline:
+            return card
+        _require_files(held.get("files"), file.parent)
+        return replace(card, pipeline=pipelines.placed(card.pipeline, file.parent))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{str(file)!r} is no model's description: {type(error).__name__}: {error}") from error
 
@@ -266,10 +332,12 @@ def _read_about(path: Path) -> tuple[dict, Path]:
     file = find(path) / "model.json"
     try:
         held = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
-    if not isinstance(held, dict) or held.get("format") != FORMAT:
+    if not isinstance(held, dict) or held.get("format") not in (FORMAT, UNSEALED):
         raise ConfigError(f"{str(file)!r} is of another format: expected {FORMAT!r}")
+    if held["format"] == FORMAT:
+        require_seal(held, file)
     return held, file
 
 
@@ -282,7 +350,10 @@ def load(path: Path) -> tuple[Denoiser, Card]:
     card, folder, about = load_card(path), find(path), _read_about(path)[0]
     if card.pipeline:
         return build(card), card
-    denoiser = build(card)
+    try:
+        denoiser = build(card)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"{str(folder / 'model.json')!r} describes no model: {error}") from error
     modules = {"weights": (denoiser, about.get("sha256"))}
     if card.autoencoder:
         modules["space"] = (denoiser.space.module, about.get("space_sha256"))
@@ -291,15 +362,19 @@ def load(path: Path) -> tuple[Denoiser, Card]:
     return denoiser, card
 
 
-def load_into(module: nn.Module, file: Path, stated: str | None) -> None:
+def load_into(module: nn.Module, file: Path, stated: Any) -> None:
     """Load the weights in ``file``.
 
     Raises:
-        ConfigError: no file, weights of another architecture, or not of the stated SHA-256.
+        ConfigError: no file, weights of another architecture, or not of the stated SHA-256; or none is stated.
     """
+    if not isinstance(stated, str):
+        raise ConfigError(
+            f"weights {str(file)!r}: their description states no SHA-256, expected a model as it was saved"
+        )
     try:
-        blob = file.read_bytes()
-        if stated is not None and sha256(blob) != stated:
+        blob = read_file(file)
+        if sha256(blob) != stated:
             raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {file.parent.name}")
         module.load_state_dict(unpack(blob))
     except (OSError, SafetensorError, RuntimeError) as error:

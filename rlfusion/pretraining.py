@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from rlfusion import autoencoding, checkpoint, fitting, models, storage
+from rlfusion import autoencoding, checkpoint, fitting, identity, models, storage
 from rlfusion.chain import Chain
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -41,12 +41,13 @@ def fit(
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
+    run = identity.enter(folder, "pretrain", config)
     denoiser = models.build(card, config.seed).to(device)
     if config.autoencoder:
         denoiser.space = autoencoding.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
     every = config.checkpoint_every
-    fitting.fit(learner, folder, config.train.steps, every, signals, progress, "pretraining", "pretrain")
+    fitting.fit(learner, run, config.train.steps, every, signals, progress, "pretraining", "pretrain")
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
 

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import torch
 
 from rlfusion.trajectory import Trajectory, concatenate
+from rlfusion.weights import require_entries
 
 
 class Replay:
@@ -32,4 +33,7 @@ class Replay:
         return {} if self.held is None else {f.name: getattr(self.held, f.name) for f in fields(self.held)}
 
     def load_state_dict(self, state: dict, device: torch.device | str) -> None:
+        """Raises StateError where it is no record of walks."""
+        if state:
+            require_entries(state, {f.name: state.get(f.name) for f in fields(Trajectory)}, "the replay")
         self.held = Trajectory(**state).to(device) if state else None

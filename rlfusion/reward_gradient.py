@@ -25,7 +25,7 @@ from rlfusion.rollout import Task
 from rlfusion.seeding import stream
 from rlfusion.tensors import Cond, map_cond
 from rlfusion.trajectory import Trajectory
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 PREFLIGHT = -1
 """The iteration of the walks on which a job checks its learner."""
@@ -197,6 +197,7 @@ class Learner:
         return state if reference is None else state | {"reference": learned(reference)}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.paths.reference is not None:

@@ -120,7 +120,9 @@ def discard(folder: Path) -> bool:
 
 
 def _is_work(file: Path) -> bool:
-    beside = file.name in ("config.yaml", ".lock", ".config.yaml.part") or file.name.startswith("events.out.")
+    beside = file.name in ("config.yaml", "run.json", ".lock", ".config.yaml.part") or file.name.startswith(
+        "events.out."
+    )
     return not beside and file.stat().st_size > 0
 
 

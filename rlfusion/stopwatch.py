@@ -3,8 +3,10 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rlfusion import storage
+from rlfusion.jsonl import read_lines
 
 
 class Stopwatch:
@@ -13,10 +15,9 @@ class Stopwatch:
     def __init__(self, folder: Path, step: int) -> None:
         """``step`` updates are done; what was written for later ones is forgotten."""
         self.file = folder / "timing.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        storage.write(self.file, "".join(f"{line}\n" for line in kept))
-        last = json.loads(kept[-1]) if kept else {"seconds": 0.0, "cpu_seconds": 0.0}
+        kept = [(line, held) for line, held in read_lines(self.file)[0] if held["step"] <= step and _timed(held)]
+        storage.write(self.file, "".join(f"{line}\n" for line, _ in kept))
+        last = kept[-1][1] if kept else {"seconds": 0.0, "cpu_seconds": 0.0}
         self.seconds, self.cpu_seconds = last["seconds"], last["cpu_seconds"]
         self.go()
 
@@ -31,3 +32,8 @@ class Stopwatch:
         line = {"step": step, "queries": queries, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         storage.append(self.file, json.dumps(line) + "\n")
         self.go()
+
+
+def _timed(held: dict[str, Any]) -> bool:
+    """Whether a line says what ``lap`` writes."""
+    return all(isinstance(held.get(name), int | float) for name in ("queries", "seconds", "cpu_seconds"))

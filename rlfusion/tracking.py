@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import storage
+from rlfusion.jsonl import read_lines
 
 
 class Events:
@@ -58,12 +59,14 @@ class Tracker:
 
     Steps count the updates done. A run that resumes with ``step`` done first forgets what was written for later ones
     (with 0 done, all), and what is written again for earlier ones is dropped, so that no step is there twice.
+    ``damaged`` lines, beside one that was cut short, are counted and left out.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self.file = folder / "metrics.jsonl"
+        self.damaged = 0
         self._kept = self._truncate(step)
         self._events = Events(folder)
         self._events.add(
@@ -71,11 +74,10 @@ class Tracker:
         )  # later ones are void
 
     def _truncate(self, step: int) -> set[str]:
-        """Keep the whole lines up to ``step``, none for 0, and return them."""
-        whole: list[str] = []
-        if self.file.exists():
-            whole = [line for line in self.file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if 0 < step >= json.loads(line)["step"]]
+        """Keep the whole lines up to ``step``, none for 0, and return them; the last one may have been cut short."""
+        lines, bad = read_lines(self.file)
+        self.damaged = max(0, bad - 1) if step else 0
+        kept = [f"{line}\n" for line, record in lines if 0 < step >= record["step"]]
         storage.write(self.file, "".join(kept))
         return set(kept)
 

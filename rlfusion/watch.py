@@ -1,6 +1,7 @@
 """The monitor at work in a run: its samples, its alarms, the best model so far.
 
-The base model's samples are kept in ``monitor/base.safetensors``: a resumed run compares with the same ones.
+The base model's samples are kept in ``monitor/base.safetensors``, and their SHA-256 in the checkpoints: a resumed run
+compares with the same ones, which are drawn again where they are lost.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from rlfusion.measure import Judged, Unjudged, divergence, draw
 from rlfusion.monitor import Best, Monitor
 from rlfusion.policy import Policy, frozen_copy
 from rlfusion.rewards import Reward
-from rlfusion.weights import pack, unpack
+from rlfusion.weights import pack, require_entries, sha256, unpack
 
 
 @dataclass
@@ -36,16 +37,22 @@ class Watch:
     def __post_init__(self) -> None:
         self.best = Best(self.config.monitor.best)
         self.monitor: Monitor | None = None
+        self.drawn = ""
         noisy = bool((self.policy.stds(self.times) > 0).any())
         self.base = frozen_copy(self.policy) if self.config.monitor.every and noisy else None
 
-    def begin(self) -> None:
-        """Draw the base model's samples, or read them where the run has them already."""
+    def begin(self, stated: str = "") -> None:
+        """Read the base model's samples, of the SHA-256 ``stated``; or draw them, while the policy still is the base
+        model.
+        """
         file = self.folder / "monitor" / "base.safetensors"
-        if not file.is_file():
+        blob = file.read_bytes() if stated and file.is_file() else b""
+        if not blob or sha256(blob) != stated:
+            blob = pack({"samples": self._draw().cpu()})
             storage.make_folder(file.parent)
-            storage.write(file, pack({"samples": self._draw().cpu()}))
-        base = unpack(file.read_bytes())["samples"].to(self._label.device)
+            storage.write(file, blob)
+        self.drawn = sha256(blob)
+        base = unpack(blob)["samples"].to(self._label.device)
         c = self.config
         held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.care) for n in c.monitor.held_out}
         for reward in held_out.values():
@@ -79,10 +86,13 @@ class Watch:
         return ""
 
     def state_dict(self) -> dict:
-        return asdict(self.best)
+        return {"best": asdict(self.best), "drawn": self.drawn}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best = Best(**state)
+        """Take up the best model so far; what was ``drawn`` is for ``begin``. Raises StateError where it is none."""
+        require_entries(state, self.state_dict(), "the monitor")
+        require_entries(state["best"], asdict(self.best), "the monitor's best")
+        self.best = Best(**state["best"])
 
     @property
     def _label(self) -> Tensor:

@@ -54,7 +54,7 @@ from rlfusion.seeding import stream
 from rlfusion.tensors import map_cond
 from rlfusion.trajectory import Trajectory
 from rlfusion.transitions import Terms, Transitions
-from rlfusion.weights import learned, restore
+from rlfusion.weights import learned, require_entries, restore
 
 ON_POLICY = 1.0
 """Nats, a tenth of which a first batch's log-probabilities may be off (numerics alone)."""
@@ -316,6 +316,7 @@ class Regression:
         return state if self.form.base is None else state | {"base": learned(self.form.base)}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the regression")
         self.optimization.load_state_dict(state["optimization"])
         if self.form.base is not None:
             restore(self.form.base, state["base"])

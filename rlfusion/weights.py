@@ -7,17 +7,20 @@ or dtype that does not fit is refused, so that no worker acts with other weights
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rlfusion.errors import StateError
+
 ADAPTER = ".lora_"
 """What the names of adapters' parameters have in them, and no others."""
 
 
-class WeightsError(RuntimeError):
+class WeightsError(StateError):
     """Weights that are not the ones announced, or do not fit the module."""
 
 
@@ -38,6 +41,13 @@ def unpack(blob: bytes) -> dict[str, Tensor]:
 def _own(tensor: Tensor) -> Tensor:
     """A contiguous, aligned copy on the CPU that shares memory with nothing."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def read_file(file: Path) -> bytes:
+    """The content of a file; what is none (a folder, a device, a pipe that nobody fills) raises OSError."""
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file.name} is no file")
+    return file.read_bytes()
 
 
 def sha256(blob: bytes) -> str:
@@ -67,6 +77,39 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(tensors[name])
+
+
+def require_entries(state: Any, ours: Mapping[Any, Any], what: str) -> None:
+    """Refuse a saved ``state`` that has other entries than ``ours``, of which it shall take the place.
+
+    The names must be the same, tensors of the same shape and dtype, other values of the same type (a number is a
+    number; None stands for what is not there yet). What lies deeper is for the loader of each entry to check.
+
+    Raises:
+        StateError: names the first entry that does not fit.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"{what} is {type(state).__name__}, expected a dict of {', '.join(map(str, ours)) or 'nothing'}"
+        )
+    for name in sorted(ours.keys() | state.keys(), key=str):
+        if name not in ours:
+            raise StateError(f"{what} has {name!r}, which is not expected here")
+        if name not in state:
+            raise StateError(f"{what} has no {name!r}")
+        mine, theirs = ours[name], state[name]
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            if said := _misfit(repr(name), mine, theirs):
+                raise StateError(f"{what}: {said}")
+        elif mine is not None and theirs is not None and _sort(mine) is not _sort(theirs):
+            raise StateError(f"{what}: {name!r} is {type(theirs).__name__}, expected {type(mine).__name__}")
+
+
+def _sort(value: Any) -> type:
+    """The type of a value: all numbers are one, and all mappings."""
+    if isinstance(value, Mapping):
+        return dict
+    return float if type(value) is int else type(value)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 gain = (mean reward - mean reward of the base) / (standard deviation of the base's rewards)
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlfusion.errors import ConfigError
 from rlfusion.evaluate.images import ImageStatistics
+from rlfusion.jsonl import read_lines
 
 IMAGES = ImageStatistics._fields
 
@@ -32,11 +33,18 @@ class Point:
 
 
 def curve(folder: Path) -> list[Point]:
-    """The evaluations of a run in order, the base's first."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {line["step"]: line for line in lines if "evaluation/reward" in line}
-    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
-    spent = {line["step"]: line for line in timing} | {0: {"queries": 0, "seconds": 0.0, "cpu_seconds": 0.0}}
+    """The evaluations of a run in order, the base's first.
+
+    Raises:
+        ConfigError: lines of its metrics or times are lost.
+    """
+    found = {step: line for step, line in _lines(folder / "metrics.jsonl").items() if "evaluation/reward" in line}
+    spent = _lines(folder / "timing.jsonl") | {0: {"queries": 0, "seconds": 0.0, "cpu_seconds": 0.0}}
+    if lost := sorted({0} - found.keys()) or sorted(found.keys() - spent.keys()):
+        raise ConfigError(
+            f"{folder}: metrics.jsonl or timing.jsonl has lost what it said of update {lost[0]}; put it back, or "
+            "remove that folder, and the comparison runs it again"
+        )
     base = found[0]
     return [
         Point(
@@ -50,6 +58,23 @@ def curve(folder: Path) -> list[Point]:
         )
         for step, e in sorted(found.items())
     ]
+
+
+def _lines(file: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a file by their step, of one step together.
+
+    Raises:
+        ConfigError: a line is damaged.
+    """
+    lines, bad = read_lines(file)
+    if bad:
+        raise ConfigError(
+            f"{file} has {bad} damaged line(s); put it back, or remove its folder, and the comparison runs it again"
+        )
+    found: dict[int, dict[str, Any]] = {}
+    for _, line in lines:
+        found[line["step"]] = found.get(line["step"], {}) | line
+    return found
 
 
 def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlfusion import checkpoint, finetune, models, origin, storage
+from rlfusion import checkpoint, finetune, identity, models, origin, storage
 from rlfusion.comparison.baselines import Measured, baselines
 from rlfusion.comparison.curves import Point, curve
 from rlfusion.comparison.report import Outcome, report
@@ -47,6 +47,8 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         StopRequested: a signal came; all work is saved.
     """
     set_numerics(config.threads, pick_device(config.device))
+    for note in identity.enter(folder, "compare", config).notes:
+        progress.say(note)
     for agent in config.unmasked():
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
@@ -82,8 +84,11 @@ def _run(
     settings = _with(settings, root=root, name=folder.name, base=str(base))
     try:
         finetune.check(settings)
-        storage.make_folder(folder)
-        storage.write(folder / "config.yaml", to_yaml(settings))
+    except ConfigError as error:
+        return [], f"refused: {error}"
+    _make_room(settings, folder, progress)
+    storage.write(folder / "config.yaml", to_yaml(settings))
+    try:
         finetune.finetune(settings, folder, signals, progress)
     except ConfigError as error:
         discard(folder)
@@ -91,6 +96,20 @@ def _run(
     except NumericalError as error:
         return _so_far(folder), f"failed: {error}"
     return curve(folder), ""
+
+
+def _make_room(settings: Finetune, folder: Path, progress: Progress) -> None:
+    """A folder for a run; one of other settings, which the comparison had before a change, is set aside.
+
+    Raises:
+        ConfigError: nothing says which run is in it.
+    """
+    try:
+        storage.make_folder(folder)
+        identity.enter(folder, "finetune", settings)
+    except identity.DiffersError as error:
+        progress.say(f"{error}: set aside as {checkpoint.set_aside(folder, 'before').name}, and run again")
+        storage.make_folder(folder)
 
 
 def _so_far(folder: Path) -> list[Point]:

@@ -40,6 +40,7 @@ from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.times import TIMES, Times
 from rlfusion.renoise import noised
 from rlfusion.schedule import level
+from rlfusion.weights import require_entries
 
 Drawing = Callable[[int], Draw]
 
@@ -171,6 +172,7 @@ class Learner:
         return state | {name: part.optimization.state_dict() for name, part in self._others().items()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         for name, part in self._others().items():
             part.optimization.load_state_dict(state[name])

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rlfusion.distill.base import Distiller
+from rlfusion.errors import StateError
 from rlfusion.learner import Optimization
+from rlfusion.weights import require_entries
 
 
 class Stage(NamedTuple):
@@ -46,6 +48,9 @@ class Staged:
         return {"stage": self.at, "done": self.done, "learner": self.learner.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the stages")
+        if not 0 <= state["stage"] < len(self.stages):
+            raise StateError(f"the stages: 'stage' is {state['stage']}, and there are {len(self.stages)}")
         self._begin(state["stage"])
         self.done = state["done"]
         self.learner.load_state_dict(state["learner"])

@@ -11,6 +11,7 @@ from rlfusion.denoiser import Denoiser
 from rlfusion.learner import Optimization
 from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.draws import Draws
+from rlfusion.weights import require_entries, restore
 
 
 class Fit:
@@ -61,11 +62,12 @@ class Fit:
         return state if self.teacher is self.denoiser else state | {"teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
         for name, module in self.kept.items():
-            module.load_state_dict(state[name])
+            restore(module, state[name], name)
         if self.teacher is not self.denoiser:
-            self.teacher.load_state_dict(state["teacher"])
+            restore(self.teacher, state["teacher"], "the teacher")
 
 
 def rate(peak: float, warmup: int, step: int, total: int) -> float:
