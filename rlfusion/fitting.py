@@ -54,6 +54,8 @@ def fit(
         with checkpoint.loading(found.path):
             learner.load_state_dict(state)
     tracker = Tracker(run.folder, start)
+    if tracker.damaged:
+        progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
 
     def save(step: int) -> None:
         run.save(step, learner.state_dict(), keep=1)

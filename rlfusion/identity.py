@@ -254,13 +254,18 @@ def done(folder: Path) -> int:
 
 def differs(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The sentence for settings that are not those of the run in ``folder``, {name: (old, new)}."""
-    said = [f"{name} = {new}, and the run was begun with {old}" for name, (old, new) in changed.items()]
-    more = f" (and {len(said) - SAID} more)" if len(said) > SAID else ""
+    said = [f"{name} = {_text(new)}, was {_text(old)}" for name, (old, new) in changed.items()]
+    more = f" and {len(said) - SAID} more" if len(said) > SAID else ""
     name, (_, new) = next(iter(changed.items()))
     return (
-        f"{folder}: its settings are no longer its own: {'; '.join(said[:SAID])}{more}; expected them as they were, or "
-        f"--change {name}={new} where that is meant"
+        f"{folder} was begun with other settings: {'; '.join(said[:SAID])}{more}; put them back, or say "
+        f"--change {name}={_text(new)} where that is meant"
     )
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def change(folder: Path, record: Record, settings: Any) -> None:

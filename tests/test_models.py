@@ -94,11 +94,21 @@ def test_a_damaged_or_mismatching_model_is_refused_by_name(apply, tmp_path):
         models.load(tmp_path)
 
 
-def test_a_hand_made_card_needs_no_digest(tmp_path):
+@pytest.mark.parametrize("form", [models.FORMAT, models.UNSEALED])
+def test_a_model_that_states_no_digest_is_refused(tmp_path, form):
     models.save(tmp_path, scrambled(CARD), CARD)
     card = json.loads((tmp_path / "model.json").read_text())
-    del card["sha256"]
-    (tmp_path / "model.json").write_text(json.dumps(card))
+    bare = {name: value for name, value in card.items() if name not in ("sha256", "seal")} | {"format": form}
+    (tmp_path / "model.json").write_bytes(models.sealed(bare))
+    with pytest.raises(ConfigError, match="states no SHA-256"):
+        models.load(tmp_path)
+
+
+def test_a_model_of_an_earlier_version_is_read(tmp_path):
+    models.save(tmp_path, scrambled(CARD), CARD)
+    card = json.loads((tmp_path / "model.json").read_text())
+    card.pop("seal")
+    (tmp_path / "model.json").write_text(json.dumps(card | {"format": models.UNSEALED}))
     assert models.load(tmp_path)[1] == CARD
 
 
@@ -113,7 +123,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         ({"net": "ResidualMPL()"}, ["network 'ResidualMPL'", "did you mean 'ResidualMLP'?"]),
         ({"net": "ResidualMLP(widht=8)"}, ["'widht'", "did you mean 'width'?"]),
         ({"net": "ResidualMLP(width=33)"}, ["width = 33"]),
-        ({"net": "ResidualMLP(width='x')"}, ["ResidualMLP", "'x'"]),
+        ({"net": "ResidualMLP(width='x')"}, ["ResidualMLP", "width = x"]),
         ({"net": "ResidualMLP(classes=3)"}, ["classes come from the data"]),
         ({"schedule": "Cosin()"}, ["schedule 'Cosin'", "did you mean 'Cosine'?"]),
         ({"kind": "epz"}, ["'epz'", "did you mean 'eps'?"]),
