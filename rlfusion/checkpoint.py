@@ -309,7 +309,8 @@ def set_aside(path: Path, why: str) -> Path:
     """Rename to the first free ``*.why``, ``*.why-2``, ..."""
     names = (f"{path.name}.{why}" + (f"-{n}" if n > 1 else "") for n in count(1))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-    return path.rename(aside)
+    with storage.stored(path):
+        return path.rename(aside)
 
 
 def _remove(path: Path) -> None:

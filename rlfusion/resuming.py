@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlfusion import identity
+from rlfusion import identity, storage
 from rlfusion.config import to_yaml
 from rlfusion.errors import ConfigError
 from rlfusion.run import locked
@@ -70,7 +70,7 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
     options = [f"--{key}={value}" for key, value in changes.items()]
     with locked(folder):
         if record is not None and not file.is_file():
-            _write(file, yaml.safe_dump(record.settings, sort_keys=False))
+            storage.write(file, yaml.safe_dump(record.settings, sort_keys=False))
         settings = read(["--config", str(file), *options])
         if record is None and changes:
             raise ConfigError(
@@ -100,7 +100,7 @@ def _compare(folder: Path, record: identity.Record, settings: Any, options: list
     if total is not None and total < done:
         raise ConfigError(identity.too_short(folder, done, total))
     if options or identity.digest(now) not in record.digests:
-        _write(folder / "config.yaml", to_yaml(settings))
+        storage.write(folder / "config.yaml", to_yaml(settings))
         identity.change(folder, record, settings)
 
 
@@ -110,9 +110,3 @@ def _read_again(record: identity.Record, options: list[str], read: Read) -> Any:
         yaml.safe_dump(record.settings, file, sort_keys=False)
         file.flush()
         return read(["--config", file.name, *options])
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text)
-    part.replace(file)

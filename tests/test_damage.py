@@ -15,7 +15,7 @@ from test_models import CARD, scrambled
 from rlfusion import checkpoint, identity, models
 from rlfusion.errors import RlfusionError
 from rlfusion.learner import Optimization
-from rlfusion.weights import pack, sha256
+from rlfusion.weights import pack, require_entries, sha256
 
 TOTAL, EVERY = 6, 2
 CASES = 240
@@ -43,8 +43,6 @@ class Counted:
         return {"optimization": self.optimization.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        from rlfusion.weights import require_entries
-
         require_entries(state, self.state_dict(), "the learner")
         self.optimization.load_state_dict(state["optimization"])
 
