@@ -9,6 +9,7 @@ of the facts, or a label of the condition is none of the facts' classes. A rewar
 each sample alone, so that one broken sample costs no other its value.
 """
 
+import json
 import logging
 import math
 import re
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rlfusion.errors import UserCodeError
 from rlfusion.rewards.base import Reward, RewardError, RewardFailure, well_formed
-from rlfusion.rewards.frames import FrameError, decode, digest_of, encode, fields_of, packed, unpacked
+from rlfusion.rewards.frames import FrameError, decode, digest_of, encode, fields_of, packed, strict_json, unpacked
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.tensors import Cond, map_cond
 from rlfusion.user_code import described, running
@@ -93,7 +94,12 @@ def _question(frame: bytes, *names: str) -> dict[str, Any]:
 
 
 def _sent(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: packed(value) if key == "prompts" else _listed(value) for key, value in facts.items()}
+    """Facts as a message holds them: texts packed, each prompt's metadata as a JSON text; none where there is none."""
+    plain = {key: packed(value) if key == "prompts" else _listed(value) for key, value in facts.items()}
+    metadata = plain.pop("metadata", ())
+    if any(metadata):
+        plain["metadata"] = packed([json.dumps(held, allow_nan=False, ensure_ascii=False) for held in metadata])
+    return plain
 
 
 def _listed(value: Any) -> Any:
@@ -105,8 +111,10 @@ def _facts(told: Any) -> dict[str, Any]:
     if told == {}:
         return {}
     try:
-        found = fields_of(told, "facts", "prompts", "shape", "classes")
+        more = ("metadata",) if isinstance(told, dict) and "metadata" in told else ()
+        found = fields_of(told, "facts", "prompts", "shape", "classes", *more)
         found["prompts"] = unpacked(found["prompts"], "the facts' prompts")
+        found["metadata"] = _metadata(found, len(found["prompts"]))
     except FrameError as error:
         raise QuestionError(str(error)) from error
     shape, classes = found["shape"], found["classes"]
@@ -114,6 +122,17 @@ def _facts(told: Any) -> dict[str, Any]:
         raise QuestionError(f"the facts' shape = {shape!r:.100}: expected (C, H, W), integers above 0")
     if type(classes) is not int or classes != len(found["prompts"]):
         raise QuestionError(f"the facts' classes = {classes!r:.100}: expected {len(found['prompts'])}, one a prompt")
+    return found
+
+
+def _metadata(told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The metadata of each of ``count`` prompts."""
+    if "metadata" not in told:
+        return [{} for _ in range(count)]
+    what = "the facts' metadata"
+    found = [strict_json(text.encode(), what) for text in unpacked(told["metadata"], what)]
+    if len(found) != count or not all(isinstance(held, dict) for held in found):
+        raise FrameError(f"{what}: expected {count} objects, one a prompt")
     return found
 
 

@@ -4,13 +4,14 @@ A name is, in this order, a row of ``REWARDS``, the address of a server, ``http:
 ``path/to/file.py:name``, ``package.module:name``, or an entry point of the group ``rlfusion.rewards``. What it names is
 one of
 
-    a reward    a module, or a callable with just two required positional parameters, (samples, cond); options set
-                the others
-    a factory   a class, or a callable with another number of them; it is called with the options by keyword
+    a reward    a module or object that is called, or a function with a parameter for images; ``adapters`` binds its
+                parameters by their names, and options set the others
+    a factory   a class, or a function without such a parameter; it is called with the options by keyword, and what it
+                makes is the reward, or has a method ``score``
 
-Either may ask what the model makes: a setting named ``prompts``, ``shape`` or ``classes`` that the options leave open
-is filled in from ``facts``. The condition of a sample is a number, the index of its prompt; a reward that reads the
-words declares ``prompts``.
+Either may ask what the model makes: a setting named ``prompts``, ``shape``, ``classes`` or ``metadata`` that the
+options leave open is filled in from ``facts``, ``prompts`` and ``metadata`` with one entry a condition. The condition
+of a sample is a number, the index of its prompt.
 """
 
 import functools
@@ -31,6 +32,7 @@ from torch import nn
 
 from rlfusion import spec
 from rlfusion.errors import ConfigError, unknown
+from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, remedy, signature_of
 from rlfusion.rewards.aesthetic import Aesthetic
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.class_logprob import ClassLogProb
@@ -75,9 +77,12 @@ Options = Mapping[str, Mapping[str, Any]]
 NO_CARE = Care()
 
 
-def facts(prompts: Sequence[str], shape: Sequence[int]) -> dict[str, Any]:
-    """What a reward may ask about the model: the text of each condition, and the shape (C, H, W) of a sample."""
-    return {"prompts": tuple(prompts), "shape": tuple(shape), "classes": len(prompts)}
+def facts(prompts: Sequence[str], shape: Sequence[int], metadata: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """What a reward may ask about the model: the text of each condition, the shape (C, H, W) of a sample, and what else
+    is known of each condition (an empty mapping each, where nothing is).
+    """
+    told = tuple(metadata) or ({},) * len(prompts)
+    return {"prompts": tuple(prompts), "shape": tuple(shape), "classes": len(prompts), "metadata": told}
 
 
 def build(
@@ -111,8 +116,20 @@ def build(
 
 
 def asks(name: str) -> set[str]:
-    """Which facts of the model the reward of that name asks for."""
-    return {"prompts", "shape", "classes"} & set(inspect.signature(find(name)).parameters)
+    """Which facts of the model the reward of that name asks for; all words, where what it makes is not known before."""
+    found = find(name)
+    wanted = {"prompts", "shape", "classes", "metadata"} & set(signature_of(name, found).parameters)
+    if name in REWARDS or is_url(name):
+        return wanted
+    if inspect.isclass(found):
+        methods = [held for held in ("forward", "__call__", "score") if (held in vars(found))]
+        names = {p for method in methods for p in inspect.signature(vars(found)[method]).parameters}
+    elif isinstance(found, nn.Module) or _takes_images(name, found, Adapter()):
+        names = set(signature_of(name, found).parameters)
+    else:
+        names = {"prompts", "metadata"}
+    roles = {NAMES.get(p.lower(), "") for p in names}
+    return wanted | {ONE.get(role, role) for role in roles & {"prompts", "prompt", "metadata"}}
 
 
 def names_of(reward: str | Mapping[str, float]) -> list[str]:
@@ -131,7 +148,7 @@ def find(name: str) -> Callable[..., Any]:
     if is_url(name):
         return functools.partial(Remote, name)
     found = _from_module(name) if ":" in name else _from_entry_point(name)
-    if not callable(found):
+    if not callable(found) and not callable(getattr(found, "score", None)):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}: expected a function, a class or a callable")
     return found
 
@@ -209,20 +226,83 @@ def _from_entry_point(name: str) -> Any:
 
 
 def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Reward:
-    found = find(name)
-    parameters = inspect.signature(found).parameters.values()
-    required = [p for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    is_reward = isinstance(found, nn.Module) or (not inspect.isclass(found) and len(required) == 2)
-    settings = [p for p in parameters if not (is_reward and p in required)]
-    options = {p.name: facts[p.name] for p in settings if p.name in facts} | dict(options)
-    _require_options(name, options, settings)
-    if is_reward:
-        return functools.partial(found, **options) if options else found
-    with running(f"reward {name!r} of {dict(options)}"):
-        made = found(**options)
-    if not callable(made):
-        raise ConfigError(f"reward {name!r} made {type(made).__name__}: expected a callable (samples, cond) -> (B,)")
-    return made
+    found, options = find(name), dict(options)
+    if name in REWARDS or is_url(name):
+        return _of_ours(name, found, options, facts)
+    adapter = Adapter.read(name, options.pop("adapter", None))
+    if inspect.isclass(found) or (inspect.isfunction(found) and not _takes_images(name, found, adapter)):
+        return _reward(name, _made(name, found, options, facts), {}, adapter, facts)
+    return _reward(name, found, options, adapter, facts)
+
+
+def _of_ours(name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any]) -> Reward:
+    """One of ``REWARDS``: a function of just (samples, cond), or what makes a reward."""
+    if inspect.isfunction(found):
+        _require_options(name, options, [])
+        return found
+    return _made(name, found, options, facts)
+
+
+def _made(name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any]) -> Any:
+    """What a class or another factory makes of its options."""
+    settings = _settings(name, found, options, facts)
+    with running(f"reward {name!r} of {options}"):
+        return found(**settings)
+
+
+def _takes_images(name: str, found: Callable[..., Any], adapter: Adapter) -> bool:
+    """Whether a function scores; else it makes what does."""
+    parameters = signature_of(name, found).parameters
+    if any(held.kind is held.VAR_POSITIONAL for held in parameters.values()):
+        return True  # which is refused, in words, as nothing says what they are
+    if adapter.told("order", ()):
+        return bool(_ordered(parameters, adapter))
+    given = {NAMES.get(parameter.lower(), "") for parameter in parameters}
+    return bool({"images", "image"} & {*given, *adapter.parameters.values()})
+
+
+def _settings(
+    name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any], kept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options, and the facts that they leave open, of those parameters that are not ``kept``."""
+    parameters = [p for p in signature_of(name, found).parameters.values() if p.name not in kept]
+    options = {p.name: facts[p.name] for p in parameters if p.name in facts} | options
+    _require_options(name, options, parameters)
+    return options
+
+
+def _reward(name: str, found: Any, options: dict[str, Any], adapter: Adapter, facts: Mapping[str, Any]) -> Reward:
+    """The reward that an object or a function is, or that its method ``score`` is."""
+    scorer, method = _scorer(name, found, adapter)
+    parameters = signature_of(name, scorer).parameters
+    words = {p: NAMES.get(p.lower(), "") for p in parameters if p not in options}
+    if "cond" in words.values():  # beside the condition, prompts are a setting: the text of each condition
+        words = {p: role for p, role in words.items() if role != "prompts" or parameters[p].kind <= 1}
+    kept = [p for p, role in words.items() if role] + list(adapter.parameters) + _ordered(parameters, adapter)
+    options = _settings(name, scorer, options, facts, kept)
+    reward = adapted(name, scorer, found, options, adapter, facts, method)
+    return reward or (functools.partial(found, **options) if options else found)
+
+
+def _ordered(parameters: Mapping[str, inspect.Parameter], adapter: Adapter) -> list[str]:
+    """The parameters that the adapter binds by their order."""
+    return [p for p, held in parameters.items() if held.kind <= 1][: len(adapter.told("order", ()))]
+
+
+def _scorer(name: str, found: Any, adapter: Adapter) -> tuple[Callable[..., Any], str]:
+    """What is called of an object, and its name if it is a method: what is told, itself, or ``score``."""
+    method = adapter.told("method")
+    idle = isinstance(found, nn.Module) and type(found).forward is nn.Module.forward
+    if inspect.isfunction(found) or (not method and callable(found) and not idle):
+        return found, method
+    method = method or "score"
+    scorer = getattr(found, method, None)
+    if not callable(scorer):
+        raise ConfigError(
+            f"reward {name!r} made {type(found).__name__}: expected a callable (samples, cond) -> (B,), or a method "
+            f"{method}"
+        )
+    return scorer, method
 
 
 def _require_options(name: str, options: Mapping[str, Any], settings: list[inspect.Parameter]) -> None:
@@ -237,6 +317,6 @@ def _require_options(name: str, options: Mapping[str, Any], settings: list[inspe
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
         raise ConfigError(
-            f"reward {name!r} needs the options {missing} (a reward itself takes two parameters, samples and cond)"
+            f"reward {name!r} needs the options {missing}, if it makes a reward{remedy(inspect.Signature(settings))}"
         )
     spec.require_fit(known, options, f"reward {name!r}")

@@ -9,7 +9,7 @@ token, too many bytes) is not tried again. Scoring is repeatable, so asking twic
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from hashlib import sha256
@@ -84,6 +84,7 @@ class Remote(MayGroup):
         prompts: Sequence[str] = (),
         shape: Sequence[int] = (),
         classes: int = 0,
+        metadata: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """
         Args:
@@ -94,7 +95,8 @@ class Remote(MayGroup):
             batch: samples of one question, several of which run at once on several replicas; 0 sends all in one.
             prompts: the model's facts (``registry.facts``), which are passed on: the text of each condition,
             shape: of a sample, and
-            classes: the number of conditions.
+            classes: the number of conditions, and
+            metadata: what else is known of each.
 
         Raises:
             ConfigError: a setting that cannot work. No server is asked before the first sample.
@@ -105,6 +107,7 @@ class Remote(MayGroup):
         require_not_negative(self, "patience_s", "batch")
         self.name = urls
         self.facts = {"prompts": list(prompts), "shape": list(shape), "classes": classes} if shape else {}
+        self.facts |= {"metadata": list(metadata)} if self.facts and any(metadata) else {}
         self.replicas = Replicas([_checked(url) for url in urls.split(",")])
         self._token = read_token(token_file)
         self._seen: dict[str, Served] = {}

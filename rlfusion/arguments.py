@@ -31,6 +31,7 @@ PIPELINE_DEFAULTS = {
     "sample": {"count": 8, "scale": 1},
     "evaluate": {"evaluation.samples": 64},
     "check-model": {},
+    "check-reward": {},
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
 
@@ -143,21 +144,22 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
         training = command in ("finetune", "compare", "check-model")
         chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
         if "rollout.item" in few and (prompts := _told(arguments, "pipeline", "prompts")):
-            few = few | _few_prompts(str(prompts))
+            how = [str(_told(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
+            few = few | _few_prompts(str(prompts), *how)
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
     return few | {f"chain.{key}": value for key, value in chain.items()}
 
 
-def _few_prompts(prompts: str) -> dict[str, Any]:
+def _few_prompts(prompts: str, column: str, encoding: str) -> dict[str, Any]:
     """The default of rollout.prompts where there are fewer prompts than that; a file of many is not read for it."""
     from rlfusion import pipelines
     from rlfusion.config import Rollout
 
     if Path(prompts).is_file() and Path(prompts).stat().st_size > 10_000:
         return {}
-    there, most = len(pipelines.read_prompts(prompts, "").texts), Rollout().prompts
+    there, most = len(pipelines.read_prompts(prompts, "", column, encoding).texts), Rollout().prompts
     return {"rollout.prompts": there} if 1 < there < most else {}
 
 

@@ -171,7 +171,8 @@ def _check_reward(arguments: list[str]) -> None:
     from rlfusion.arguments import parse
     from rlfusion.reward_check import CheckReward
 
-    commands.run_check_reward(parse(CheckReward, "check-reward", _first(arguments, "--reward")))
+    arguments = _first(arguments, "--reward")
+    commands.run_check_reward(parse(CheckReward, "check-reward", arguments, model="model"))
 
 
 def _doctor(arguments: list[str]) -> None:

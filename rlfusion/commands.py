@@ -20,7 +20,7 @@ from rlfusion.distilling import distill
 from rlfusion.errors import ConfigError
 from rlfusion.evaluate import require_independent
 from rlfusion.finetune import finetune
-from rlfusion.measure import Judged, Unjudged, draw, headlines, measure
+from rlfusion.measure import Judged, Unjudged, draw, headlines, measure, require_models_data
 from rlfusion.model_check import CheckModel, check_model
 from rlfusion.pretraining import pretrain
 from rlfusion.progress import Progress
@@ -106,7 +106,10 @@ def run_clip(settings: contrastive.TrainClip, folder: Path) -> None:
 def run_sample(settings: config.Sample) -> None:
     """Draw samples and write the picture."""
     set_numerics(settings.threads, pick_device(settings.device))
-    denoiser, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device, settings.pipeline)
+    asked = (settings.count, settings.label)
+    denoiser, card, policy, times = _sampler(
+        settings.checkpoint, settings.chain, settings.device, settings.pipeline, *asked
+    )
     if settings.label and settings.label not in card.names and not card.captioned:
         raise ConfigError(f"label = {settings.label!r}: expected one of {', '.join(card.names)}")
     if settings.label not in ("", *card.names):
@@ -126,9 +129,10 @@ def run_sample(settings: config.Sample) -> None:
 def run_evaluate(settings: config.Evaluate) -> None:
     """Measure a model, print the figures, and write them if asked."""
     set_numerics(settings.threads, pick_device(settings.device))
-    _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device, settings.pipeline)
+    most = settings.evaluation.samples
+    _, card, policy, times = _sampler(settings.checkpoint, settings.chain, settings.device, settings.pipeline, most)
     device, root = pick_device(settings.device), Path(settings.root)
-    judged = Unjudged(card.shape, card.names) if card.pipeline else _judged(settings, card, device)
+    judged = Unjudged(card.shape, card.names, card.metadata) if card.pipeline else _judged(settings, card, device)
     reward = None
     if settings.reward:
         reward = judged.reward(settings.reward, settings.reward_options, root)
@@ -149,11 +153,7 @@ def _judged(settings: config.Evaluate, card: models.Card, device: torch.device) 
         ConfigError: data that are not the model's.
     """
     data = load(settings.data, settings.size, Progress().say)
-    if (data.shape, data.names) != (card.shape, card.names):
-        raise ConfigError(
-            f"data = {settings.data!r}: its samples are {data.shape} of {data.classes} classes, "
-            f"the model's {card.shape} of {card.classes}"
-        )
+    require_models_data(settings.data, data, card)
     return Judged.of(data, settings.held_out, Path(settings.root), device)
 
 
@@ -225,6 +225,7 @@ def new_run(command: str, settings: Any, name: str) -> Iterator[tuple[Any, Path]
     if settings.name and Path(settings.name).name != settings.name:
         raise ConfigError(f"name = {settings.name!r}: expected the name of a folder, without a path")
     storage.require_local("root", settings.root)
+    settings = _recorded(settings)
     with ExitStack() as stack:
         make_root(Path(settings.root))
         with blocked():  # until it is known that it is to be removed
@@ -258,8 +259,21 @@ def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
             raise
 
 
-def _sampler(path: str, chain: Chain, device: str, pipeline: pipelines.Settings = PLAIN) -> tuple[Any, ...]:
+def _recorded(settings: Any) -> Any:
+    """The settings with the prompts of a pipeline, if any, as a run writes them down: with their digest."""
+    if not isinstance(settings, config.Finetune | comparison.Compare):
+        return settings
+    return replace(settings, pipeline=settings.pipeline.recorded())
+
+
+def _sampler(
+    path: str, chain: Chain, device: str, pipeline: pipelines.Settings = PLAIN, most: int = 0, label: str = ""
+) -> tuple[Any, ...]:
+    """A model with its chain; of a pipeline with the first ``most`` of its prompts, or with the one that is ``label``,
+    as no others are asked for.
+    """
     card = models.describe(path, pipeline, chain.negative)
+    card = card.only(label) if label in card.names else card.first(most or card.classes)
     if card.pipeline:
         denoiser = models.build(card, device=pick_device(device))
     else:

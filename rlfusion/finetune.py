@@ -153,7 +153,7 @@ def check(config: Finetune) -> None:
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)
     options = config.options_of(*names_of(config.reward))
-    known = facts(card.names, card.shape)
+    known = facts(card.names, card.shape, card.metadata)
     for name in config.monitor.held_out:
         find(name)
     with actors_of(config) as actors:
@@ -185,7 +185,7 @@ def prepare(
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     require_solvable(denoiser, config.chain)
     options = config.options_of(*names_of(config.reward))
-    made = from_actors(actors or {}, facts(card.names, card.shape), config.ray.limits.item_s)
+    made = from_actors(actors or {}, facts(card.names, card.shape, card.metadata), config.ray.limits.item_s)
     reward = judged.reward(config.reward, options, root, config.care, made)
     if judged.judge is not None:
         require_independent(judged.judge, reward)

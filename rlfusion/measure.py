@@ -75,10 +75,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class Unjudged:
-    """What is known of samples where no data is: their shape, and the prompts. No judge can be trained."""
+    """What is known of samples where no data is: their shape, the prompts, and what else is known of each prompt. No
+    judge can be trained.
+    """
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...] = ()
     judge: None = None
 
     @property
@@ -109,7 +112,19 @@ class Unjudged:
                 raise ConfigError(
                     f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
                 )
-        return build(reward, options, facts(self.names, self.shape), care, made)
+        return build(reward, options, facts(self.names, self.shape, self.metadata), care, made)
+
+
+def require_models_data(name: str, data: Dataset, card: models.Card) -> None:
+    """
+    Raises:
+        ConfigError: the data of this name are not of the model's shape and classes.
+    """
+    if (data.shape, data.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"data = {name!r}: its samples are {data.shape} of {data.classes} classes, "
+            f"the model's {card.shape} of {card.classes}"
+        )
 
 
 def require_judgeable(data: Dataset, held_out: float) -> None:

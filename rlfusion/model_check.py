@@ -97,7 +97,7 @@ def check_model(settings: CheckModel) -> Iterator[Finding]:
     """
     device = pick_device(settings.device)
     set_numerics(settings.threads, device)
-    card = models.describe(settings.model, settings.pipeline, settings.chain.negative)
+    card = models.describe(settings.model, settings.pipeline, settings.chain.negative).first(settings.count + 1)
     denoiser = models.build(card, device=device) if card.pipeline else models.load(Path(settings.model))[0]
     if not card.pipeline or settings.lora:
         models.adapt(denoiser, card, settings.lora)

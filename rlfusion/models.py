@@ -41,6 +41,9 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
 }
 """What the entries of a card are as JSON."""
 
+PER_PROMPT = ("negatives", "metadata")
+"""What a pipeline's card keeps of each prompt, beside its text."""
+
 SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
     "DDPM": schedule.DDPM,
     "ScaledLinear": schedule.ScaledLinear,
@@ -98,6 +101,30 @@ class Card:
     @property
     def classes(self) -> int:
         return len(self.names)
+
+    @property
+    def metadata(self) -> tuple[Mapping[str, Any], ...]:
+        """What else is known of each prompt of a pipeline; () for nothing."""
+        return tuple(self.pipeline.get("metadata", ()))
+
+    def first(self, count: int) -> "Card":
+        """The card with the first ``count`` of a pipeline's prompts alone, for what asks for no others."""
+        return self._of(slice(count))
+
+    def only(self, name: str) -> "Card":
+        """The card with one of a pipeline's prompts alone, the first of that text."""
+        at = self.names.index(name)
+        return self._of(slice(at, at + 1))
+
+    def _of(self, rows: slice) -> "Card":
+        if not self.pipeline:
+            return self
+        kept = {name: held[rows] for name in PER_PROMPT if (held := self.pipeline.get(name))}
+        return replace(self, names=self.names[rows], pipeline=self.pipeline | kept)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``from_json`` reads back, sharing what is held."""
+        return {**vars(self), "config": asdict(self.config)}
 
     @classmethod
     def from_json(cls, card: dict) -> "Card":
@@ -176,10 +203,10 @@ def of_pipeline(name: str, settings: pipelines.Settings, negative: str, cache: P
     Raises:
         ConfigError: no such pipeline, one that is not known, no prompts, or a size that does not fit.
     """
-    about, prompts = settings.about(name, negative, cache)
+    about, texts = settings.about(name, negative, cache)
     path = pipelines.folder(name, settings.variant)
     config = Config(pipelines.index(path)["_class_name"], pipelines.index(path)["scheduler"][1], "of the scheduler")
-    return Card(config, pipelines.shape(path, settings.size), prompts.texts, pipeline=about)
+    return Card(config, pipelines.shape(path, settings.size), texts, pipeline=about)
 
 
 def describe(name: str, settings: pipelines.Settings, negative: str = "", cache: Path | None = None) -> Card:
@@ -195,8 +222,8 @@ def describe(name: str, settings: pipelines.Settings, negative: str = "", cache:
     card = load_card(Path(name))
     if not card.pipeline or not settings.prompts:
         return card
-    prompts = pipelines.read_prompts(settings.prompts, negative)
-    return replace(card, names=prompts.texts, pipeline=card.pipeline | {"negatives": list(prompts.negatives)})
+    about, texts = settings.prompted(negative)
+    return replace(card, names=texts, pipeline=card.pipeline | about)
 
 
 def require_trainable(card: Card) -> None:
@@ -246,11 +273,11 @@ def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
 
         made = replace(card, pipeline=storage.patiently(write, folder))
         files = {name: _digest(folder / name) for name in _files(folder)}  # of diffusers
-        storage.write(folder / "model.json", sealed({"format": FORMAT, **asdict(made), "files": files}))
+        storage.write(folder / "model.json", sealed({"format": FORMAT, **made.to_json(), "files": files}))
         return
     denoiser = lora.merged(denoiser)
     blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
-    about = {"format": FORMAT, **asdict(card), "sha256": sha256(blob)}
+    about = {"format": FORMAT, **card.to_json(), "sha256": sha256(blob)}
     about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
     contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
     for name, content in (contents | {"model.json": sealed(about)}).items():

@@ -62,7 +62,7 @@ def begin(config: Finetune, root: Path, device: torch.device, signals: Signals, 
     card = pretrained(config)
     if card is not None:
         denoiser = models.build(card, device=device)
-        judged: Judged | Unjudged = Unjudged(card.shape, card.names)
+        judged: Judged | Unjudged = Unjudged(card.shape, card.names, card.metadata)
         data = None
     else:
         base = Path(config.base) if config.base else base_model(config.pretrain, root, device, signals, progress)
@@ -92,13 +92,13 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
             f"monitor.best, monitor.frechet_base = {config.monitor.best}, {config.monitor.frechet_base}: there is no "
             "judge without data, expected another best and null"
         )
-    judged = Unjudged(card.shape, card.names)
+    judged = Unjudged(card.shape, card.names, card.metadata)
     options = config.options_of(*names_of(config.reward))
     for name in config.monitor.held_out:
         find(name)
     samples = to_pixels(normal(("check",), range(TRIED), card.shape))
     with actors_of(config) as actors:
-        made = from_actors(actors, facts(card.names, card.shape), config.ray.limits.item_s)
+        made = from_actors(actors, facts(card.names, card.shape, card.metadata), config.ray.limits.item_s)
         reward = judged.reward(config.reward, options, Path(config.root), config.care, made)
         require_whole_groups(config, card.classes, reward)
         label = torch.zeros(TRIED, dtype=torch.int64)  # of one prompt, for rewards that compare

@@ -1,6 +1,7 @@
 """``rlfusion check-reward``: is this reward one that can be trained on? A row for each question, and the exit code.
 
-Samples are real ones, half of them under noise, ``EACH`` a prompt. With R the reward, x the samples, w, d drawn once:
+Samples are real ones, half of them under noise, ``EACH`` a prompt; or what a model draws for its prompts. With R the
+reward, x the samples, w, d drawn once:
 
     answers     one finite number a sample
     range       what it gives, from where to where
@@ -8,7 +9,8 @@ Samples are real ones, half of them under noise, ``EACH`` a prompt. With R the r
     repeats     R(x) again, bit for bit
     batch       R of each sample alone (of each prompt alone, where it compares) and of x in another order: the same
     condition   R(x) for the next prompt: does it change?
-    gradient    d/dh of w R(x + h d) at h = 0, by autograd and by (w R(x + h d) - w R(x - h d)) / 2h: the same, not 0
+    gradient    d/dh of w R(x + h d) at h = 0, by autograd and by (w R(x + h d) - w R(x - h d)) / 2h: the same; a reward
+                that gives none, or is flat by both, is told so
     speed       samples a second, by batch
 """
 
@@ -22,9 +24,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlfusion import models, pipelines
+from rlfusion.chain import Chain
 from rlfusion.data import Dataset, load, to_pixels
 from rlfusion.errors import ConfigError, require_positive
-from rlfusion.measure import make_reward
+from rlfusion.measure import Unjudged, draw, make_reward, require_models_data
 from rlfusion.rewards import Care, Reward, needs_groups, score
 from rlfusion.run import pick_device, set_numerics
 from rlfusion.seeding import stream
@@ -46,6 +50,10 @@ class CheckReward:
     Attributes:
         reward: its name, as of finetune.
         options: its settings.
+        model: draw the samples from this model, with its own prompts: a folder of a run, of a model or of a pipeline,
+            or a name on the hub; empty takes those of ``data``.
+        pipeline: of a pretrained pipeline: its prompts, the size of its images, its precision.
+        chain: the sampler of the model; the command line's default is the model's own.
         data: the samples to try it on, as of pretrain.
         size: images of a folder are brought to size x size.
         held_out: share of each class that a reward which learns from data does not see, as of finetune: so the two
@@ -60,6 +68,9 @@ class CheckReward:
 
     reward: str
     options: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
+    chain: Chain = field(default_factory=Chain)
     data: str = "digits"
     size: int = 32
     held_out: float = 0.25
@@ -74,6 +85,8 @@ class CheckReward:
         require_positive(self, "size", "samples", "timeout_s", "threads")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        if not self.model and self.pipeline != pipelines.Settings():
+            raise ConfigError("pipeline.* is given without a model: expected --model, a pretrained pipeline")
 
 
 Verdict = Literal["ok", "note", "FAILS"]
@@ -110,14 +123,35 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
     """
     device = pick_device(settings.device)
     set_numerics(settings.threads, device)
-    data = load(settings.data, settings.size)
     options = {settings.reward: settings.options} if settings.options else {}
-    care = Care(timeout_s=settings.timeout_s)
-    reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], Path(settings.root), care)
+    care, root = Care(timeout_s=settings.timeout_s), Path(settings.root)
+    if settings.model:
+        samples, label, card = _drawn(settings, device)
+    if settings.model and card.pipeline:
+        known = Unjudged(card.shape, card.names, card.metadata)
+        reward, classes = known.reward(settings.reward, options, root, care), card.classes
+    else:
+        data = load(settings.data, settings.size)
+        if settings.model:
+            require_models_data(settings.data, data, card)
+        else:
+            samples, label = _samples(data, settings.samples, settings.seed)
+        reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], root, care)
+        classes = data.classes
     if isinstance(reward, nn.Module):
         reward.to(device)
-    samples, label = _samples(data, settings.samples, settings.seed)
-    return examine(Trial(settings.reward, reward, samples.to(device), label.to(device), data.classes, settings.seed))
+    return examine(Trial(settings.reward, reward, samples.to(device), label.to(device), classes, settings.seed))
+
+
+def _drawn(settings: CheckReward, device: torch.device) -> tuple[Tensor, Tensor, models.Card]:
+    """What a model draws: ``EACH`` samples of each of its first prompts, and its card with those alone."""
+    prompts = max(1, settings.samples // EACH)
+    card = models.describe(settings.model, settings.pipeline, settings.chain.negative).first(max(2, prompts))
+    denoiser = models.build(card, device=device) if card.pipeline else models.load(Path(settings.model))[0]
+    denoiser = denoiser.to(device)
+    policy, times = settings.chain.policy(denoiser, card.names), settings.chain.times(denoiser)
+    label = torch.arange(min(prompts, card.classes), device=device).repeat_interleave(EACH)
+    return draw(policy, times, label, card.shape, settings.seed, "check"), label, card
 
 
 def _samples(data: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -208,6 +242,8 @@ def _gradient(trial: Trial, value: Tensor) -> Finding:
     close = abs(by_autograd - by_difference) <= tolerance * max(abs(by_autograd), abs(by_difference))
     if not bool(slope.isfinite().all()):
         return Finding("gradient", "FAILS", "not finite")
+    if not bool(slope.any()) and by_difference == 0:
+        return Finding("gradient", "note", "0, also by finite differences: flat here, not for draft and refl")
     if not bool(slope.any()):
         return Finding("gradient", "FAILS", f"0 everywhere; {by_difference:.3g} by finite differences")
     return Finding("gradient", "ok" if close else "FAILS", said)

@@ -38,7 +38,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     denoiser.precision = config["precision"]
     models.adapt(denoiser, card, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
-    known = facts(card.names, card.shape)
+    known = facts(card.names, card.shape, card.metadata)
     made = from_actors(config["actors"], known, config["actor_s"])
     reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]), made)
     if isinstance(reward, torch.nn.Module):
@@ -93,7 +93,7 @@ def recipe(
     """What every worker builds its task from. The learned parts of the reward, the decoder, and
     weights that are not trained travel as bytes."""
     described = {
-        "card": asdict(card),
+        "card": card.to_json(),
         "chain": asdict(config.chain),
         "reward": _everywhere(config.reward),
         "reward_options": {everywhere(name): held for name, held in worker_options(config, reward).items()},

@@ -306,35 +306,6 @@ def test_the_chain_of_a_pipeline_is_its_own(tiny_pipelines):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("p.txt", "a\n\n b \n", pipelines.Prompts(("a", "b"), ("no", "no"))),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "negative": ""}\n', pipelines.Prompts(("a", "b"), ("no", ""))),
-    ],
-)
-def test_prompt_files(name, text, expected, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert pipelines.read_prompts(str(tmp_path / name), "no") == expected
-    assert pipelines.read_prompts("a red cat", "no") == pipelines.Prompts(("a red cat",), ("no",))
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.txt", "\n", "no prompt"),
-        ("p.txt", "a\na\n", "twice"),
-        ("p.jsonl", "{", "line 1: no JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2"),
-        ("p.jsonl", '{"prompt": 3}', "line 1"),
-    ],
-)
-def test_prompt_files_that_cannot_be_read(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        pipelines.read_prompts(str(tmp_path / name))
-
-
 def test_negative_prompts_lead_each_prompt_away_from_its_own(tiny_pipelines):
     denoiser = pipelines.build(about(tiny_pipelines["sd"]), PROMPTS)
     alone = [

@@ -38,6 +38,8 @@ class Family:
         guided: whether guidance by a second answer is its own way.
         idle: the network -> the full names of layers that cannot change its answer, which get no adapters.
         normalises: whether its pipeline undoes a mean and std of each channel of latents (latents_mean, latents_std).
+        reads: how many tokens of a prompt, with their marks, the encoder behind each tokenizer gets; 0 for as many as
+            the tokenizer's own limit.
         call: further settings with which the pipeline itself makes an image of just the size that it is told.
     """
 
@@ -54,6 +56,7 @@ class Family:
     guided: bool = True
     idle: Callable[[nn.Module], Sequence[str]] = lambda model: ()
     normalises: bool = False
+    reads: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 0})
     call: Mapping[str, Any] = field(default_factory=dict)
 
 

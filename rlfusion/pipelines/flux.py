@@ -73,4 +73,5 @@ FAMILY = Family(
     targets=f"{ATTENTION},add_q_proj,add_k_proj,add_v_proj,to_add_out",
     multiple=2,
     guided=False,
+    reads={"tokenizer": 0, "tokenizer_2": 512},
 )

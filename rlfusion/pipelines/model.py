@@ -6,6 +6,7 @@ What a model card holds of one (``about``), all JSON:
     variant     of the weights' files ("fp16")         checkpointing  activations computed again in the backward pass
     side        pixels, 0 for the model's own          decode         samples decoded at a time
     negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
+    metadata    one mapping a prompt, or none at all, which rewards may read
     adapters    folders of trained adapters that are merged into the weights, in this order
 
 Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
@@ -23,16 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion import storage
 from rlfusion.denoiser import Denoiser
 from rlfusion.errors import ConfigError
-from rlfusion.pipelines import hub
+from rlfusion.pipelines import hub, lengths
 from rlfusion.pipelines.conditions import Conditions, Rows
+from rlfusion.pipelines.embeddings import Texts, encoded, kept
 from rlfusion.pipelines.family import Family, Net, plain_grid
 from rlfusion.pipelines.scheduler import Sampling, read
 from rlfusion.pipelines.space import Decoded
 from rlfusion.tensors import Cond
-from rlfusion.weights import pack, unpack
 
 LORA = "pytorch_lora_weights.safetensors"
 PARTS, PART = 64, 2**16
@@ -143,45 +143,36 @@ def _conditions(
     path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str], device: torch.device | str
 ) -> tuple[Any, Conditions]:
     """The pipeline without what reads prompts, and their embeddings, from the cache or computed and kept there."""
-    file = _cached(path, family, about, prompts)
-    if file is not None and file.is_file():
-        return load(path, about, without=family.texts), Conditions(*_parts(unpack(file.read_bytes())))
+    texts, folder = Texts.of(prompts, about["negatives"]), _cached(path, family, about, prompts)
+    lengths.report(path, family, list(dict.fromkeys((*texts.prompt, *filter(None, texts.negative)))))
+    if folder is not None and (held := kept(folder, texts)) is not None:
+        return load(path, about, without=family.texts), held
     pipe = load(path, about)
-    held = _encode(pipe, family, about, prompts, hub.shape(path, about["side"])[1], device)
+    held = _encode(pipe, family, texts, hub.shape(path, about["side"])[1], device, folder)
     pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
-    if file is not None:
-        storage.make_folder(file.parent)
-        storage.write(file, pack(held))
-    return pipe, Conditions(*_parts(held))
+    return pipe, held
 
 
 @torch.no_grad()
 def _encode(
-    pipe: Any, family: Family, about: dict[str, Any], prompts: Sequence[str], side: int, device: torch.device | str
-) -> dict[str, Tensor]:
-    """ "prompt.NAME" and "negative.NAME", one prompt after another, so that none depends on the others beside it."""
+    pipe: Any, family: Family, texts: Texts, side: int, device: torch.device | str, folder: Path | None
+) -> Conditions:
+    """The embeddings of texts by the pipeline's own encoders, on ``device``."""
     for name in family.texts:
         module = pipe.components.get(name)
         if isinstance(module, nn.Module):
             module.to(device)
-    pairs = [family.encode(pipe, text, no or None, side, device) for text, no in zip(prompts, about["negatives"])]
-    held = {f"prompt.{name}": torch.cat([pair[0][name] for pair in pairs]) for name in pairs[0][0]}
-    if pairs[0][1] is not None:
-        held |= {f"negative.{name}": torch.cat([pair[1][name] for pair in pairs]) for name in pairs[0][1]}
-    return {name: tensor.cpu() for name, tensor in held.items()}
 
+    def encode(part: str, text: str) -> Rows | None:
+        if part == "prompt":
+            return family.encode(pipe, text, None, side, device)[0]
+        return family.encode(pipe, texts.prompt[0], text or None, side, device)[1]
 
-def _parts(held: dict[str, Tensor]) -> tuple[Rows, Rows | None]:
-    """The rows of prompts and of negative ones of what ``_encode`` made."""
-    parts: dict[str, Rows] = {"prompt": {}, "negative": {}}
-    for name, tensor in held.items():
-        part, _, own = name.partition(".")
-        parts[part][own] = tensor
-    return parts["prompt"], parts["negative"] or None
+    return encoded(texts, encode, folder)
 
 
 def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str]) -> Path | None:
-    """The file of the embeddings, named by all that they depend on: files by ``_fingerprint``."""
+    """The folder of the embeddings, named by all that they depend on: files by ``_fingerprint``."""
     if not about["cache"]:
         return None
     found = sorted(f for name in family.texts for f in (path / name).glob("*") if f.is_file())
@@ -190,7 +181,7 @@ def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence
     same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
     same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
-    return Path(about["cache"]) / f"embeddings-{digest}.safetensors"
+    return Path(about["cache"]) / f"embeddings-{digest}"
 
 
 def _fingerprint(file: Path) -> list[str | int]:

@@ -35,4 +35,5 @@ FAMILY = Family(
     grid=plain_grid,
     embeds=lambda config: False,
     call={"use_resolution_binning": False},
+    reads={"tokenizer": 299},
 )

@@ -49,4 +49,5 @@ FAMILY = Family(
     targets=f"{ATTENTION},add_q_proj,add_k_proj,add_v_proj,to_add_out",
     multiple=2,
     idle=idle,
+    reads={"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256},
 )

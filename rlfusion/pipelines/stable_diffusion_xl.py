@@ -38,4 +38,5 @@ FAMILY = Family(
     grid=plain_grid,
     embeds=embeds,
     normalises=True,
+    reads={"tokenizer": 0, "tokenizer_2": 0},
 )
