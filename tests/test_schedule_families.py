@@ -16,12 +16,33 @@ from rlfusion.grid import TimeGrid
 from rlfusion.kernel import DDIM
 from rlfusion.models import SCHEDULES as TABLE
 from rlfusion.policy import Policy
-from rlfusion.schedule import DDPM, VP, Geometric, Karras, Rectified, ScaledLinear, Trig, ZeroSNR
+from rlfusion.schedule import (
+    DDPM,
+    VP,
+    Geometric,
+    Karras,
+    Power,
+    Rectified,
+    ScaledLinear,
+    ShiftedSNR,
+    SquaredCosine,
+    Trig,
+    ZeroSNR,
+)
 
 PRESERVING = [ScaledLinear(), VP(), ZeroSNR(), ZeroSNR("ScaledLinear()"), ZeroSNR("VP()"), Trig()]
 OTHERS = [Rectified(1e-5), Rectified(0.1), Trig(0.5), Karras(), Geometric()]
 ALL = [*PRESERVING, *OTHERS]
 ZERO = [s for s in ALL if isinstance(s, ZeroSNR)]
+OF_SAMPLERS = [
+    Power(),
+    Power(20.0, 5.0),
+    ShiftedSNR(),
+    ZeroSNR("ShiftedSNR(scale=2.0)"),
+    ZeroSNR("SquaredCosine()", 2**-12),
+]
+"""What published samplers alone are read as."""
+
 INSIDE = torch.linspace(0.01234, 0.98711, 41, dtype=torch.float64)
 
 
@@ -29,7 +50,7 @@ def at(schedule, *t: float):
     return schedule(torch.tensor(t, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=repr)
+@pytest.mark.parametrize("schedule", [*ALL, *OF_SAMPLERS], ids=repr)
 def test_derivatives_are_those_of_autodiff(schedule):
     t = INSIDE.clone().requires_grad_()
     l = schedule(t)
@@ -47,7 +68,7 @@ def test_snr_falls_and_its_text_is_read_back(schedule):
     assert spec.parse(repr(schedule), TABLE, "schedule") == schedule
 
 
-@pytest.mark.parametrize("schedule", PRESERVING, ids=repr)
+@pytest.mark.parametrize("schedule", [*PRESERVING, *OF_SAMPLERS], ids=repr)
 def test_vp_has_unit_power_and_begins_at_data(schedule):
     l = schedule(torch.linspace(0, 1, 1001, dtype=torch.float64))
     torch.testing.assert_close(l.alpha**2 + l.sigma**2, torch.ones(1001).double(), rtol=0, atol=1e-14)
@@ -117,6 +138,17 @@ def test_zero_snr_ends_in_pure_noise(schedule):
     assert near.alpha.item() == pytest.approx(-1e-7 * at(schedule, 1.0).d_alpha.item(), rel=1e-4)
 
 
+def test_shifted_snr_and_a_last_signal_are_what_they_say():
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    base, shifted = ScaledLinear()(t), ShiftedSNR("ScaledLinear()", 3.0)(t)
+    torch.testing.assert_close((shifted.alpha / shifted.sigma) ** 2, (base.alpha / base.sigma) ** 2 / 3)
+    for schedule in (ZeroSNR(), ZeroSNR("SquaredCosine()")):
+        kept = ZeroSNR(schedule.base, 2**-12)
+        assert all(torch.equal(a[:-1], b[:-1]) for a, b in zip(schedule(t), kept(t)))
+        assert kept(t[-1:]).alpha.item() == 2**-12
+    assert SquaredCosine()(t).alpha[-1] > 0
+
+
 @pytest.mark.parametrize("steps", [5, 18, 40])
 def test_karras_is_the_grid_of_edm(steps):
     reference = EDMEulerScheduler()  # sigma 0.002 .. 80, rho 7
@@ -158,6 +190,10 @@ def test_trigflow_is_edm_rotated():
         lambda: ZeroSNR("Cosine()"),  # has zero terminal SNR already
         lambda: ZeroSNR("DDPN()"),
         lambda: ZeroSNR("DDPM(resolution=1)"),
+        lambda: ZeroSNR(last=1.0),
+        lambda: ShiftedSNR(scale=0.0),
+        lambda: ShiftedSNR("VP()"),
+        lambda: Power(rho=0.0),
         lambda: Karras(sigma_min=0.0),
         lambda: Karras(rho=0.0),
         lambda: Geometric(sigma_min=2.0, sigma_max=1.0),

@@ -5,6 +5,7 @@ Of a solver of several steps the end is that of the same scheduler of diffusers 
 """
 
 import inspect
+import json
 import random
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers.schedulers.scheduling_scm import SCMScheduler
 from schedulers import made, noise, ours, theirs, told
 
 from rlfusion.errors import ConfigError
+from rlfusion.pipelines import hub
 from rlfusion.pipelines.family import plain_grid
 from rlfusion.pipelines.scheduler import READERS, REFUSED, read
 
@@ -436,3 +438,14 @@ def test_times_are_made_once_and_given_out_as_copies(monkeypatch):
     monkeypatch.setattr(schedulers.DDIMScheduler, "set_timesteps", None)
     first.zero_()
     assert torch.equal(sampling.times(5)[[0, -1]], torch.tensor([0.801, 0.0], dtype=torch.float64))
+
+
+def test_settings_that_diffusers_itself_refuses_are_one_line(tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    name = "DPMSolverMultistepScheduler"
+    (tmp_path / hub.INDEX).write_text(json.dumps({"scheduler": ["diffusers", name]}))
+    config = {"_class_name": name, "algorithm_type": "dpmsolver", "final_sigmas_type": "zero"}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"scheduler_config.json.*final_sigmas_type.*expected settings") as caught:
+        hub.scheduler(tmp_path)
+    assert "\n" not in str(caught.value)

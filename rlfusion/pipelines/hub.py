@@ -100,7 +100,7 @@ def scheduler(path: Path) -> Any:
     """The pipeline's scheduler, alone.
 
     Raises:
-        ConfigError: there is none, or of no class of the library's.
+        ConfigError: there is none, one of no class of the library's, or settings that its class refuses.
     """
     named = index(path).get("scheduler")
     if not isinstance(named, list) or len(named) != 2 or not isinstance(name := named[1], str):
@@ -108,7 +108,14 @@ def scheduler(path: Path) -> Any:
     made = getattr(diffusers(), name, None)
     if made is None:
         raise ConfigError(f"scheduler {name!r}: the library has no such class")
-    return made.from_pretrained(path / "scheduler")
+    try:
+        return made.from_pretrained(path / "scheduler")
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = str(path / "scheduler" / "scheduler_config.json")
+        raise ConfigError(
+            f"{place!r}: diffusers makes no {name} of it: {first}; expected settings that it allows"
+        ) from error
 
 
 def config(path: Path, component: str) -> dict[str, Any]:
