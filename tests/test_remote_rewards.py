@@ -135,7 +135,7 @@ def test_a_question_comes_back_whole(samples):
     question = asked(ask(samples, cond, facts(("a", "b"), (1, 8, 8))))
     assert torch.equal(question.samples, samples)
     assert torch.equal(question.cond["text"], cond["text"])
-    assert question.facts == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2}
+    assert question.facts == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2, "metadata": [{}, {}]}
 
 
 def test_one_broken_sample_costs_no_other_its_value(samples):
