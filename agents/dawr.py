@@ -21,18 +21,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion import chain_value, weighted
-from rlfusion.advantage import group_moments, normalized
-from rlfusion.agent import Plan
-from rlfusion.chain_value import ChainValue
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.weights import require_entries
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError
-from rlfusion.learner import Optimization
+from rlfusion.rl import chain_value, weighted
+from rlfusion.rl.advantage import group_moments, normalized
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.chain_value import ChainValue
+from rlfusion.rl.transitions import require_finite
+from rlfusion.rl.weighted import Places, Regression, Weigh
 from rlfusion.rollout import Needs, Task, samples, transitions
-from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import require_finite
-from rlfusion.weighted import Places, Regression, Weigh
-from rlfusion.weights import require_entries
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization
 
 
 @dataclass(frozen=True)

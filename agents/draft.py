@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlfusion import reward_gradient
-from rlfusion.agent import Plan
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.seeding import normal
+from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_positive
-from rlfusion.policy import Observation, frozen_copy
-from rlfusion.renoise import noised
-from rlfusion.reward_gradient import Learner, Part, Terms, divergence
+from rlfusion.diffusion.policy import Observation, frozen_copy
+from rlfusion.objectives.renoise import noised
+from rlfusion.rl import reward_gradient
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import Needs, Task, prefix, rollout_noise
-from rlfusion.seeding import normal
-from rlfusion.tensors import Cond, map_cond
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ from typing import Literal
 
 from torch import Tensor
 
-from rlfusion import weighted
-from rlfusion.advantage import normalized
-from rlfusion.agent import Plan
+from rlfusion.common.errors import ConfigError, require_not_negative
+from rlfusion.common.weights import require_entries
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_not_negative
-from rlfusion.learner import Optimization
-from rlfusion.replay import Replay
+from rlfusion.rl import weighted
+from rlfusion.rl.advantage import normalized
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.replay import Replay
+from rlfusion.rl.transitions import require_finite
+from rlfusion.rl.weighted import Places, Regression
 from rlfusion.rollout import Needs, Task, samples, transitions
-from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import require_finite
-from rlfusion.weighted import Places, Regression
-from rlfusion.weights import require_entries
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization
 
 
 @dataclass(frozen=True)

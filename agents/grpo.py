@@ -17,18 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion.advantage import group_moments, normalize
-from rlfusion.agent import Plan
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
+from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import Optimization
+from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import clipped_surrogate
-from rlfusion.policy import Policy
+from rlfusion.rl.advantage import group_moments, normalize
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.rollout import Needs, Task, transitions
-from rlfusion.seeding import stream
-from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import Terms, Transitions, largest_log_ratio, require_finite
-from rlfusion.weights import learned, require_entries, restore
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.advantage import group_relative
-from rlfusion.agent import Plan
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import map_cond, mean_features
+from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import Optimization, average
-from rlfusion.policy import Policy, frozen_copy
-from rlfusion.pretrain.times import TIMES
-from rlfusion.renoise import renoise
+from rlfusion.diffusion.policy import Policy, frozen_copy
+from rlfusion.objectives.renoise import renoise
+from rlfusion.objectives.times import TIMES
+from rlfusion.rl.advantage import group_relative
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import Needs, Task, samples
-from rlfusion.seeding import stream
-from rlfusion.tensors import map_cond, mean_features
-from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import require_finite
-from rlfusion.weights import learned, require_entries, restore
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization, average
 
 
 @dataclass(frozen=True)

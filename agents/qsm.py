@@ -28,25 +28,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion import qvalue, spec
-from rlfusion.advantage import group_moments
-from rlfusion.agent import Plan
-from rlfusion.critic import COPY, Mean, Regression, Soft, make_critic
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import Cond, cast, map_cond, mean_features
+from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import Optimization, average
+from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.diffusion.schedule import level
 from rlfusion.objectives import weighted_mse
-from rlfusion.policy import frozen_copy
-from rlfusion.pretrain.times import TIMES
-from rlfusion.pretrain.weighting import WEIGHTS
-from rlfusion.renoise import Noised, divergence, renoise
+from rlfusion.objectives.renoise import Noised, divergence, renoise
+from rlfusion.objectives.times import TIMES
+from rlfusion.objectives.weighting import WEIGHTS
+from rlfusion.rl import qvalue
+from rlfusion.rl.advantage import group_moments
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.critic import COPY, Mean, Regression, Soft, make_critic
+from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import Needs, Task, prefix, samples
-from rlfusion.schedule import level
-from rlfusion.seeding import stream
-from rlfusion.tensors import Cond, cast, map_cond, mean_features
-from rlfusion.trajectory import Trajectory
-from rlfusion.transitions import require_finite
-from rlfusion.weights import learned, require_entries, restore
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization, average
 
 ALPHA = {"score": 3.0, "noise": 50.0}
 

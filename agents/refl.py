@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlfusion import reward_gradient, spec
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.gaussian import Gaussian
-from rlfusion.policy import frozen_copy
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.pretrain.losses import make
-from rlfusion.pretrain.own import OwnLoss
-from rlfusion.reward_gradient import Learner, Part, Terms, divergence
+from rlfusion.pretrain.pretraining_term import OwnLoss
+from rlfusion.rl import reward_gradient
+from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import Needs, Task, prefix
 
 

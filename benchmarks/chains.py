@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rlfusion.cli import main as rlfusion
+from rlfusion.cli.main import main as rlfusion
 
 VP = ("DDIM(eta=1.0)", "DDIM(eta=0.5)", "DDPM(variance='large')", "FlowSDE(noise=0.7)", "CPS(eta=0.5)", "Renoise()")
 KINDS = {

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from rlfusion import models
-from rlfusion.chain import Chain
-from rlfusion.cli import main as rlfusion
-from rlfusion.comparison.curves import curve, first_at
-from rlfusion.measure import draw
-from rlfusion.tracking import grid, save_png
+from rlfusion.cli.main import main as rlfusion
+from rlfusion.diffusion.chain import Chain
+from rlfusion.jobs.compare.curves import curve, first_at
+from rlfusion.jobs.measure import draw
+from rlfusion.training.tracking import grid, save_png
 
 
 @dataclass(frozen=True)

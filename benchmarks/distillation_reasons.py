@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
-from rlfusion.chain import Chain
+from rlfusion.common.seeding import normal
 from rlfusion.data import load
-from rlfusion.denoiser import Denoiser
-from rlfusion.distill.mapped import OnSchedule
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.sampling import chain_noise, walk
+from rlfusion.diffusion.schedule import diffused, level, time_of
 from rlfusion.distill.ode import along
-from rlfusion.measure import Judged
-from rlfusion.policy import Policy
-from rlfusion.sampling import chain_noise, walk
-from rlfusion.schedule import diffused, level, time_of
-from rlfusion.seeding import normal
+from rlfusion.distill.on_schedule import OnSchedule
+from rlfusion.jobs.measure import Judged
 
 ANGLES = (0.05, 0.15, 0.25, 0.375, 0.5, 0.75, 1.0)
 """atan(sigma / alpha) over pi / 2, where Eq. (1) is looked at: the time of Trig, and near that of Cosine."""

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from rlfusion.agents.draft import Config, Ends
 from rlfusion.data import to_pixels
-from rlfusion.denoiser import Denoiser
-from rlfusion.grid import TimeGrid
-from rlfusion.kernel import DDIM
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.diffusion.kernel import DDIM
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.schedule import Cosine
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.unet import UNet
-from rlfusion.policy import Policy
-from rlfusion.reward_gradient import Part
 from rlfusion.rewards import ink
+from rlfusion.rl.reward_gradient import Part
 from rlfusion.rollout import Task
-from rlfusion.schedule import Cosine
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES, STEPS = 10, 50

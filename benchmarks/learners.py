@@ -16,10 +16,10 @@ from statistics import mean
 
 import torch
 
-from rlfusion.arguments import settings_of
-from rlfusion.cli import main as rlfusion
-from rlfusion.comparison import Compare
-from rlfusion.comparison.curves import Point, best_within, first_at
+from rlfusion.cli.arguments import settings_of
+from rlfusion.cli.main import main as rlfusion
+from rlfusion.jobs.compare import Compare
+from rlfusion.jobs.compare.curves import Point, best_within, first_at
 
 CONFIGS = Path(__file__).parent / "learners"
 REWARDS = ("ink", "jpeg_compressibility", "symmetry", "class_logprob")

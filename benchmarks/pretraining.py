@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rlfusion.cli import main as rlfusion
+from rlfusion.cli.main import main as rlfusion
 from rlfusion.pretrain import PRESETS
 
 MORE: dict[str, tuple[int, ...]] = {"ct": (2,), "ict": (2,), "sct": (2,)}

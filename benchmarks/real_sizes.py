@@ -33,19 +33,19 @@ from timing import compare, machine, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlfusion import lora
 from rlfusion.agents.ddpo import Config
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
-from rlfusion.pipelines import Conditions, Family, Net, stable_diffusion, stable_diffusion_3
-from rlfusion.pipelines.family import plain_grid
-from rlfusion.pipelines.model import DTYPES, Published
-from rlfusion.pipelines.scheduler import read
-from rlfusion.pipelines.space import Decoded
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.sampling import chain_noise, sample
+from rlfusion.models import lora
+from rlfusion.models.pipelines import Conditions, Family, Net, stable_diffusion, stable_diffusion_3
+from rlfusion.models.pipelines.family import plain_grid
+from rlfusion.models.pipelines.model import DTYPES, Published
+from rlfusion.models.pipelines.scheduler import read
+from rlfusion.models.pipelines.space import Decoded
 from rlfusion.rewards import ink
 from rlfusion.rollout import Task, plan, run_item
-from rlfusion.run import set_numerics
-from rlfusion.sampling import chain_noise, sample
+from rlfusion.training.loop import set_numerics
 
 RESULTS, PROMPTS, ADAPTERS = Path(__file__).parent / "results", 2, "LoRA(rank=16)"
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

@@ -20,12 +20,12 @@ from overhead import CASES, CLASSES, RESULTS, Case
 from timing import compare, machine
 from torch import nn
 
-from rlfusion import solvers
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser
-from rlfusion.sampling import sample
-from rlfusion.schedule import DDPM, Geometric, Rectified, Schedule
-from rlfusion.solvers import OneStep
+from rlfusion.diffusion import solvers
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.sampling import sample
+from rlfusion.diffusion.schedule import DDPM, Geometric, Rectified, Schedule
+from rlfusion.diffusion.solvers import OneStep
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.arguments import settings_of
-from rlfusion.comparison import Compare
+from rlfusion.cli.arguments import settings_of
+from rlfusion.common.progress import Progress
 from rlfusion.data import load, to_pixels
 from rlfusion.evaluate import features, frechet_distance
-from rlfusion.measure import Judged, draw, make_reward
-from rlfusion.pretraining import base_model
-from rlfusion.progress import Progress
+from rlfusion.jobs.compare import Compare
+from rlfusion.jobs.measure import Judged, draw, make_reward
+from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import score
-from rlfusion.run import Signals, set_numerics
+from rlfusion.training.loop import Signals, set_numerics
 
 GAINS = (0.0, 0.5, 1.0, 1.5, 2.0)
 JUDGED = 1000

@@ -19,7 +19,11 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from rlfusion.common.errors import ConfigError, NumericalError, unknown
 from rlfusion.data import to_pixels
+from rlfusion.diffusion.grid import Grid, TimeGrid
+from rlfusion.diffusion.policy import Observation, Policy
+from rlfusion.diffusion.schedule import Cosine, Schedule, prior_std
 from rlfusion.envs.interface import (
     BACKENDS,
     NOISE_BOUND,
@@ -29,11 +33,7 @@ from rlfusion.envs.interface import (
     latent_bound,
     observation_space,
 )
-from rlfusion.errors import ConfigError, NumericalError, unknown
-from rlfusion.grid import Grid, TimeGrid
-from rlfusion.policy import Observation, Policy
 from rlfusion.rewards import Reward, ink, score
-from rlfusion.schedule import Cosine, Schedule, prior_std
 
 TEN_STEPS = TimeGrid(10)
 DIGITS = tuple(range(10))

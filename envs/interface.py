@@ -21,10 +21,10 @@ from gymnasium import spaces
 from gymnasium.vector.utils import iterate
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
-from rlfusion.policy import Observation
-from rlfusion.schedule import Schedule
-from rlfusion.seeding import normal
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import normal
+from rlfusion.diffusion.policy import Observation
+from rlfusion.diffusion.schedule import Schedule
 
 NOISE_BOUND = 5.0
 FRAME_SIDE = 128

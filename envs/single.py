@@ -10,11 +10,11 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from rlfusion.data import to_pixels
+from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.schedule import Schedule
 from rlfusion.envs.denoising import DIGITS, TEN_STEPS, DenoisingVectorEnv
-from rlfusion.grid import TimeGrid
-from rlfusion.policy import Policy
 from rlfusion.rewards import Reward, ink
-from rlfusion.schedule import Schedule
 
 
 class DenoisingEnv(gymnasium.Env[Any, Any]):

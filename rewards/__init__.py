@@ -6,7 +6,7 @@ from rlfusion.rewards.grouped import GroupWise, PairWise, needs_groups
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, facts, find, labels, names_of
-from rlfusion.rewards.remote import Remote
+from rlfusion.rewards.remote.client import Remote
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
 from rlfusion.rewards.wrapped import Care, bare, caches

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, unknown
-from rlfusion.notices import say_once
+from rlfusion.common.errors import ConfigError, unknown
+from rlfusion.common.notices import say_once
+from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.rewards.answers import one_score, scores
 from rlfusion.rewards.base import require_labels
-from rlfusion.tensors import Cond, map_cond
 
 NAMES = {
     **dict.fromkeys(("images", "samples", "imgs", "pixels", "x"), "images"),

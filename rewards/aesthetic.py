@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Precision
-from rlfusion.errors import ConfigError
-from rlfusion.rewards.checkpoints import local_file, read_tensors
-from rlfusion.rewards.clip import ClipReward, Source
-from rlfusion.tensors import Cond
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Precision
+from rlfusion.rewards.clip.checkpoints import local_file, read_tensors
+from rlfusion.rewards.clip.reward import ClipReward, Source
 
 HEAD = "hf-hub:trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, NumericalError, UnavailableError
-from rlfusion.tensors import Cond
-from rlfusion.user_code import running
+from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError
+from rlfusion.common.tensors import Cond
+from rlfusion.common.user_code import running
 
 NAMED = 10
 """How many offending items an error names."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlfusion.classifier import load
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
+from rlfusion.evaluate.classifier import load
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards.base import Learned, require_labels
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rlfusion.denoiser import Precision
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Precision
 from rlfusion.rewards.base import require_labels
-from rlfusion.rewards.clip import ClipText, Source
-from rlfusion.tensors import Cond
+from rlfusion.rewards.clip.reward import ClipText, Source
 
 
 class ClipClass(ClipText):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
 from rlfusion.data import read_image
-from rlfusion.denoiser import Precision
-from rlfusion.errors import ConfigError
-from rlfusion.rewards.clip import ClipReward, Source
-from rlfusion.tensors import Cond
+from rlfusion.diffusion.denoiser import Precision
+from rlfusion.rewards.clip.reward import ClipReward, Source
 
 
 class ClipSimilarity(ClipReward):

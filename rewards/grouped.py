@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.rewards.base import RewardError
-from rlfusion.tensors import Cond, map_cond
 
 RIDGE = 1e-2
 NEWTON = 60

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rlfusion.denoiser import Precision
-from rlfusion.errors import unknown
-from rlfusion.rewards.clip import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
-from rlfusion.tensors import Cond
+from rlfusion.common.errors import unknown
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Precision
+from rlfusion.rewards.clip.reward import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
 
 PUBLISHED = {
     "2.0": "hf-hub:xswu/HPSv2/HPS_v2_compressed.pt",

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rlfusion.tensors import Cond, mean_features
+from rlfusion.common.tensors import Cond, mean_features
 
 
 def ink(samples: Tensor, cond: Cond) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlfusion.errors import ConfigError
-from rlfusion.tensors import Cond
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
 
 MODES = {1: "L", 3: "RGB"}
 SIDE = 64

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlfusion.denoiser import Precision
-from rlfusion.rewards.clip import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
-from rlfusion.tensors import Cond
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Precision
+from rlfusion.rewards.clip.reward import PREFERENCE, PREFERENCE_SHAPE, ClipText, Source, published
 
 PUBLISHED = "hf-hub:yuvalkirstain/PickScore_v1/model.safetensors"
 

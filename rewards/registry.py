@@ -30,8 +30,9 @@ from urllib.parse import urlsplit
 
 from torch import nn
 
-from rlfusion import spec
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, unknown
+from rlfusion.common.user_code import loading, running
 from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, remedy, signature_of
 from rlfusion.rewards.aesthetic import Aesthetic
 from rlfusion.rewards.base import Reward
@@ -43,11 +44,10 @@ from rlfusion.rewards.hps_v2 import HPSv2
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from rlfusion.rewards.pick_score import PickScore
-from rlfusion.rewards.remote import Remote, is_url
+from rlfusion.rewards.remote.client import Remote, is_url
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
 from rlfusion.rewards.wrapped import Care
-from rlfusion.user_code import loading, running
 
 GROUP = "rlfusion.rewards"
 REWARDS: dict[str, Callable[..., Any]] = {

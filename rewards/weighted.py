@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
 from rlfusion.rewards.base import Reward, score
-from rlfusion.tensors import Cond
 
 
 class WeightedSum(nn.Module):

@@ -18,11 +18,11 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, require_not_negative
-from rlfusion.nested import flatten
+from rlfusion.common.errors import ConfigError, require_not_negative
+from rlfusion.common.nested import flatten
+from rlfusion.common.tensors import Cond
+from rlfusion.common.weights import pack
 from rlfusion.rewards.base import Reward, RewardFailure
-from rlfusion.tensors import Cond
-from rlfusion.weights import pack
 
 HANGING = 3
 """Calls of one reward that may hang at once; a thread cannot be killed."""

@@ -1,6 +1,9 @@
 """What tests of the application share: one root whose cache holds the tiny base model and the classifiers."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: bits of a run are those of one thread
 
 import pytest
 from processes import rlfusion

@@ -31,7 +31,7 @@ def test_every_equation_and_algorithm_has_a_row():
 
 
 def functions(file: str) -> list[str]:
-    tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+    tree = ast.parse(next((ROOT / "tests").rglob(f"{file}.py")).read_text())
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
 
 
@@ -41,7 +41,7 @@ def test_every_test_that_is_named_exists():
         if not name.startswith(("test_", "::")):
             continue
         head, _, test = name.rpartition("::") if "::" in name else ("", "", name)
-        if not head and not name.startswith("::") and (ROOT / "tests" / f"{name}.py").is_file():
+        if not head and not name.startswith("::") and any((ROOT / "tests").rglob(f"{name}.py")):
             head, test = name, ""
         file, count = head or file, count + 1
         assert not test or any(fnmatch(f, test) for f in functions(file)), name

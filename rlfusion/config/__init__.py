@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from rlfusion.chain import Chain
 from rlfusion.config.distill import Distill, with_method
 from rlfusion.config.finetune import Finetune, with_agent
 from rlfusion.config.models import Evaluate, Sample
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base, Pretrain
+from rlfusion.diffusion.chain import Chain
 
 __all__ = [
     "Base",

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field, make_dataclass
 
-from rlfusion import distill, spec
-from rlfusion.chain import Chain
+from rlfusion import distill
+from rlfusion.common import spec
+from rlfusion.common.errors import require_positive
 from rlfusion.config.parts import Evaluation, Ray
 from rlfusion.config.pretrain import Base
-from rlfusion.errors import require_positive
+from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
 
 

@@ -3,17 +3,19 @@
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
-from rlfusion import lora, pipelines, pretrain, spec
-from rlfusion.agent import Agent, Plan
+from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
-from rlfusion.chain import Chain
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, unknown
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base
-from rlfusion.denoiser import Precision
-from rlfusion.errors import ConfigError, require_not_negative, require_positive, unknown
-from rlfusion.guard import Config as Guards
-from rlfusion.monitor import Config as Monitoring
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Precision
+from rlfusion.models import lora, pipelines
 from rlfusion.rewards import Care, labels, names_of
+from rlfusion.rl.agent import Agent, Plan
+from rlfusion.rl.guard import Config as Guards
+from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlfusion import pipelines
-from rlfusion.chain import Chain
+from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.config.parts import Evaluation, require_output
-from rlfusion.errors import ConfigError, require_positive
+from rlfusion.diffusion.chain import Chain
+from rlfusion.models import pipelines
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 """What a picture may end in."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlfusion.errors import ConfigError, require_not_negative, require_positive, shorten
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.rollout import Limits, Settings
 
 

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from rlfusion import models, pretrain, spec
-from rlfusion.chain import Chain
+from rlfusion import models, pretrain
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
-from rlfusion.errors import ConfigError, require_positive
+from rlfusion.diffusion.chain import Chain
 
 
 @dataclass(frozen=True)

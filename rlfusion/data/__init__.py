@@ -1,5 +1,6 @@
 """Data: samples in [-1, 1] as (N, C, H, W) float32, with a label or a caption each; read as people have them."""
 
+from rlfusion.common.tensors import to_pixels as to_pixels
 from rlfusion.data.dataset import Dataset as Dataset
 from rlfusion.data.dataset import batch_indices as batch_indices
 from rlfusion.data.dataset import captioned as captioned
@@ -13,4 +14,3 @@ from rlfusion.data.npz import npz as npz
 from rlfusion.data.sources import load as load
 from rlfusion.data.sources import name_of as name_of
 from rlfusion.data.table import Table as Table
-from rlfusion.tensors import to_pixels as to_pixels

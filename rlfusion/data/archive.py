@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.data.rows import memory
-from rlfusion.errors import ConfigError
 
 HEADER = 1 << 16
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.data.rows import caption_text, class_text, room
-from rlfusion.errors import ConfigError
 
 RANGES = {"-1..1": (-1, 1), "0..1": (0, 1), "0..255": (0, 255), "0..65535": (0, 65535)}
 AXES = {"NHW": (0, 3, 1, 2), "NHWC": (0, 3, 1, 2), "NCHW": (0, 1, 2, 3)}

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.errors import ConfigError
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.common.errors import ConfigError, unknown
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*SEPARATED, ".jsonl", ".ndjson", ".parquet")

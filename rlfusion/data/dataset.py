@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
-from rlfusion.seeding import Key, stream
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import Key, stream
 
 
 @dataclass(frozen=True)

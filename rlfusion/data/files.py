@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.data.images import suffixes
-from rlfusion.errors import ConfigError
 
 CAPTIONS = (".txt", ".caption")
 METADATA = {f"metadata{suffix}" for suffix in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")}

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.data import splits
 from rlfusion.data.columns import read_table, read_text, roles
 from rlfusion.data.dataset import Dataset
 from rlfusion.data.files import METADATA, Files, files_below
 from rlfusion.data.rows import Found, Row, Source, assemble, caption_text, plain
 from rlfusion.data.table import located, text_of
-from rlfusion.errors import ConfigError, unknown
 
 BOX = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
 """A line of a detector's label file: class and coordinates."""

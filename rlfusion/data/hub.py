@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.data import splits
 from rlfusion.data.dataset import Dataset, numbered
 from rlfusion.data.images import Reader, colour, require_size, square
@@ -25,7 +26,6 @@ from rlfusion.data.rows import (
     room,
     shown,
 )
-from rlfusion.errors import ConfigError, unknown
 
 EXTRA = "pip install 'rlfusion[datasets]'"
 

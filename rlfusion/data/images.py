@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 NO_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "FITS", "FLI", "DCX"}
 """Formats that Pillow names and that are no still images, or are drawn by another program (EPS by Ghostscript)."""

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.data import splits
 from rlfusion.data.archive import Archive
 from rlfusion.data.arrays import Layout, Pixels, Range, captions_of, labels_of, pixels
 from rlfusion.data.dataset import Dataset, captioned, numbered
 from rlfusion.data.rows import line, of_names, require_known, require_texts
-from rlfusion.errors import ConfigError, unknown
 
 IMAGES = ("images", "image", "imgs", "x", "data", "samples", "arr_0")
 LABELS = ("labels", "label", "y", "targets", "target", "classes", "arr_1")

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.data.dataset import Dataset, numbered
 from rlfusion.data.images import Reader, colour
 from rlfusion.data.splits import Parts
-from rlfusion.errors import ConfigError
 
 SHOWN = 6
 Conditions = Literal["auto", "classes", "captions", "none"]

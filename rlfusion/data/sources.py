@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlfusion import spec
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError
 from rlfusion.data.columns import SUFFIXES
 from rlfusion.data.dataset import Dataset, digits
 from rlfusion.data.folder import Folder
 from rlfusion.data.hub import HF
 from rlfusion.data.npz import Npz
 from rlfusion.data.table import Table
-from rlfusion.errors import ConfigError
 
 DIGITS = "digits"
 SOURCES = {"folder": Folder, "npz": Npz, "table": Table, "hf": HF}

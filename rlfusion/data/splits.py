@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.common.errors import ConfigError, unknown
 
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev", "eval")

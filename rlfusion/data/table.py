@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.data import splits
 from rlfusion.data.columns import Columns, read_table, roles
 from rlfusion.data.dataset import Dataset
 from rlfusion.data.rows import Found, Row, Source, assemble, caption_text, class_text, shown
-from rlfusion.errors import ConfigError
 
 SPLIT = "split"
 TEXTS = {"captions": caption_text, "classes": class_text}

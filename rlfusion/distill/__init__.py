@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from rlfusion.distill import add, cd, ct, dmd, guided_pd, lcm, pd, reflow, regression, scd, sds, vsd
 from rlfusion.distill.base import Distiller, Method, Settings, Teaching
-from rlfusion.distill.mapped import OnSchedule
+from rlfusion.distill.on_schedule import OnSchedule
 from rlfusion.distill.stages import Stage, Staged, local_steps
 from rlfusion.distill.student import Config as Student
 

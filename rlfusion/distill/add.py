@@ -14,14 +14,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers, Denoiser
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers, Denoiser
+from rlfusion.diffusion.parameterization import conditioning
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
 from rlfusion.distill.matching import Learner, Matching, Parts
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.objectives import ADVERSARIAL
-from rlfusion.parameterization import conditioning
 
 
 def require_input(judge: Denoiser) -> None:

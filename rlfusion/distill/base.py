@@ -15,18 +15,18 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlfusion import spec
-from rlfusion.chain import Chain
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Answers, Denoiser, Embedded
-from rlfusion.distill.mapped import on_its_own
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers, Denoiser, Embedded
+from rlfusion.distill.on_schedule import on_its_own
 from rlfusion.distill.pairs import Making, Pairs, make_pairs
 from rlfusion.distill.student import Config as Student
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import EMA_RULES, Learner, Optimization
 from rlfusion.models import Card
 from rlfusion.pretrain import Draws, Fit, Loss
 from rlfusion.rollout import Settings as Workers
+from rlfusion.training.optimization import EMA_RULES, Learner, Optimization
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers
+from rlfusion.common.errors import ConfigError
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, constant, metric_of
 from rlfusion.distill.ode import Solver, along
-from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw
 

@@ -17,16 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rlfusion import models, spec
-from rlfusion.consistency import LCM
-from rlfusion.denoiser import Denoiser, require_readable
-from rlfusion.distill.mapped import on_its_own
-from rlfusion.errors import ConfigError
+from rlfusion import models
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError
+from rlfusion.diffusion.consistency import LCM
+from rlfusion.diffusion.denoiser import Denoiser, require_readable
+from rlfusion.diffusion.schedule import Schedule, diffused, level
+from rlfusion.distill.on_schedule import on_its_own
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw, Loss
 from rlfusion.pretrain.consistency import Pair, check_boundary, discrepancy
 from rlfusion.pretrain.metrics import METRICS, Metric
-from rlfusion.schedule import Schedule, diffused, level
 
 Move = Callable[[Draw, Tensor, Sequence[Tensor]], Tensor]
 """Eq. (2): (draw, x_t (B, *), the falling times from t to s, each (B,) float64) -> x_s."""

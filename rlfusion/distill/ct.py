@@ -14,15 +14,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers
+from rlfusion.common.errors import ConfigError
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers
+from rlfusion.diffusion.schedule import Schedule, diffused, level
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.consistency import Consistency, Move, bounded, check_grid, metric_of
-from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.consistency import decay, points
-from rlfusion.schedule import Schedule, diffused, level
 
 
 def by_data(schedule: Schedule) -> Move:

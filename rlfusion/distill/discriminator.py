@@ -10,14 +10,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from rlfusion.learner import Optimization
+from rlfusion.common.tensors import sum_features
 from rlfusion.nets.critic import Critic
 from rlfusion.nets.parts import plain_attention
 from rlfusion.objectives import Adversarial, gradient_penalty
+from rlfusion.objectives.renoise import noised
+from rlfusion.objectives.times import Times
 from rlfusion.pretrain import Draw
-from rlfusion.pretrain.times import Times
-from rlfusion.renoise import noised
-from rlfusion.tensors import sum_features
+from rlfusion.training.optimization import Optimization
 
 
 class Discriminator:

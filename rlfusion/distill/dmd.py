@@ -12,14 +12,14 @@ The discriminator is a copy of the teacher's network with a linear head on its a
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from rlfusion import spec
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers
+from rlfusion.common import spec
+from rlfusion.common.errors import require_not_negative
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.generator import Inputs
 from rlfusion.distill.matching import Following, Learner, Parts, Regression
 from rlfusion.distill.pairs import Making, PairDraws
-from rlfusion.errors import require_not_negative
 from rlfusion.objectives import ADVERSARIAL
 from rlfusion.pretrain.metrics import METRICS, Metric
 

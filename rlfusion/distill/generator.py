@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion.policy import Observation, Policy
+from rlfusion.common.seeding import stream
+from rlfusion.diffusion.policy import Observation, Policy
+from rlfusion.objectives.renoise import noised
 from rlfusion.pretrain import Draw
-from rlfusion.renoise import noised
-from rlfusion.seeding import stream
 
 Inputs = Literal["simulated", "data"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Denoiser, Guided
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Denoiser, Guided
+from rlfusion.diffusion.parameterization import Prediction
+from rlfusion.diffusion.schedule import Schedule
 from rlfusion.distill.base import Teaching
-from rlfusion.errors import ConfigError
-from rlfusion.parameterization import Prediction
 from rlfusion.pretrain import Draw, Loss
-from rlfusion.schedule import Schedule
-from rlfusion.seeding import stream
-from rlfusion.tensors import Cond
 
 
 class AnyGuidance(nn.Module):

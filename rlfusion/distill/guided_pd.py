@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rlfusion.common.errors import require_positive
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.guidance import AnyGuidance, Weighted, check_range, check_unguided
 from rlfusion.distill.pd import Rounds, halvings
 from rlfusion.distill.stages import Stage, Staged, local_steps
 from rlfusion.distill.student import Match
-from rlfusion.errors import require_positive
 from rlfusion.models import Card
 from rlfusion.pretrain import Fit, Loss
 

@@ -15,14 +15,14 @@ mu = 0.95.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from rlfusion.chain import Chain
-from rlfusion.consistency import RESOLUTION
-from rlfusion.denoiser import Answers
+from rlfusion.common.errors import ConfigError
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.consistency import RESOLUTION
+from rlfusion.diffusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.cd import by_teacher
 from rlfusion.distill.consistency import Consistency, check_grid, constant, metric_of
 from rlfusion.distill.guidance import AnyGuidance, Weighted, check_range, check_unguided
-from rlfusion.errors import ConfigError
 from rlfusion.models import Card
 
 

@@ -23,24 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion import spec
-from rlfusion.denoiser import Denoiser
+from rlfusion.common import spec
+from rlfusion.common.errors import require_positive
+from rlfusion.common.weights import require_entries
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.schedule import level
 from rlfusion.distill.base import Settings, Teaching
 from rlfusion.distill.discriminator import Discriminator
-from rlfusion.distill.each import EachStep
 from rlfusion.distill.generator import Generator, Inputs
-from rlfusion.distill.mapped import on_its_own
-from rlfusion.errors import require_positive
-from rlfusion.learner import Optimization, average
+from rlfusion.distill.on_schedule import on_its_own
+from rlfusion.distill.per_step import EachStep
 from rlfusion.nets.critic import Critic
 from rlfusion.objectives import MATCHING, Adversarial, MatchingWeight, pull
-from rlfusion.policy import Policy
+from rlfusion.objectives.renoise import noised
+from rlfusion.objectives.times import TIMES, Times
 from rlfusion.pretrain import Draw, Loss, rate
 from rlfusion.pretrain.denoising import Denoising
-from rlfusion.pretrain.times import TIMES, Times
-from rlfusion.renoise import noised
-from rlfusion.schedule import level
-from rlfusion.weights import require_entries
+from rlfusion.training.optimization import Optimization, average
 
 Drawing = Callable[[int], Draw]
 

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rlfusion.schedule import diffused, level
-from rlfusion.tensors import Cond, cast, map_cond
+from rlfusion.common.tensors import Cond, cast, map_cond
+from rlfusion.diffusion.schedule import diffused, level
 
 Solver = Literal["ddim", "heun"]
 

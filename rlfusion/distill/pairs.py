@@ -21,20 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion import models, storage
-from rlfusion.chain import Chain
-from rlfusion.checkpoint import write_json_atomic
+from rlfusion import models
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.seeding import Key
+from rlfusion.common.stops import in_force
+from rlfusion.common.tensors import Cond
+from rlfusion.common.weights import Weights, pack, sha256, unpack
 from rlfusion.data import Dataset
-from rlfusion.denoiser import Denoiser, require_readable
-from rlfusion.errors import ConfigError, require_positive
-from rlfusion.policy import Policy
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser, require_readable
+from rlfusion.diffusion.policy import Policy
 from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
-from rlfusion.seeding import Key
-from rlfusion.stops import in_force
-from rlfusion.tensors import Cond
-from rlfusion.trajectory import concatenate
-from rlfusion.weights import Weights, pack, sha256, unpack
+from rlfusion.rollout.trajectory import concatenate
+from rlfusion.training.checkpoint import write_json_atomic
 
 ITEM = 250
 """Walks of a work item."""

@@ -19,18 +19,18 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Denoiser, require_readable
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import cast
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser, require_readable
+from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.diffusion.parameterization import Prediction
+from rlfusion.diffusion.schedule import Level, diffused, level
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.ode import along
 from rlfusion.distill.stages import Stage, Staged, local_steps
-from rlfusion.errors import ConfigError
-from rlfusion.grid import TimeGrid
-from rlfusion.parameterization import Prediction
 from rlfusion.pretrain import Draw, Fit, Loss
 from rlfusion.pretrain.denoising import Noised, NoisedLoss
-from rlfusion.schedule import Level, diffused, level
-from rlfusion.tensors import cast
 
 Wrap = Callable[[Loss], Loss]
 

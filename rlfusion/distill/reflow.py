@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from rlfusion.chain import Chain
+from rlfusion.common.errors import require_positive
+from rlfusion.diffusion.chain import Chain
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.pairs import Making, PairDraws
 from rlfusion.distill.stages import Stage, Staged, local_steps
-from rlfusion.errors import require_positive
 from rlfusion.pretrain import Fit
 from rlfusion.pretrain.denoising import Denoising
 

@@ -12,12 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers, Denoiser
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.pairs import Making, PairDraws
-from rlfusion.errors import ConfigError
 from rlfusion.pretrain import Draw, Fit, Loss
 from rlfusion.pretrain.metrics import METRICS, Metric
 

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers, Denoiser
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.student import Config as Student
 from rlfusion.pretrain import Draw, Loss

@@ -11,11 +11,11 @@ VSD adds what is missing.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.matching import Learner, Matching, Parts
-from rlfusion.errors import ConfigError, require_positive
 from rlfusion.models import Card
 
 

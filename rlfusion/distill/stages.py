@@ -7,10 +7,10 @@ was taken, also where that stage was just done, and holds the state of that stag
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from rlfusion.common.errors import StateError
+from rlfusion.common.weights import require_entries
 from rlfusion.distill.base import Distiller
-from rlfusion.errors import StateError
-from rlfusion.learner import Optimization
-from rlfusion.weights import require_entries
+from rlfusion.training.optimization import Optimization
 
 
 class Stage(NamedTuple):

@@ -14,11 +14,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError, require_positive
-from rlfusion.kinds import CM, EDM, InstaFlow
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.kinds import CM, EDM, InstaFlow
+from rlfusion.diffusion.parameterization import named
 from rlfusion.models import Card
-from rlfusion.parameterization import named
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.denoising import NoisedLoss
 

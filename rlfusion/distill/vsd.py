@@ -10,8 +10,8 @@ fake denoiser begins as the teacher, has an optimiser of its own, and no guidanc
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from rlfusion.chain import Chain
-from rlfusion.denoiser import Answers
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Answers
 from rlfusion.distill.base import Distiller, Teaching
 from rlfusion.distill.matching import Following, Learner, Parts
 

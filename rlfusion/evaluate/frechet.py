@@ -11,7 +11,7 @@ Inception features, which mean nothing for 8x8 digits; on our judge's features i
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.common.errors import ConfigError, NumericalError
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

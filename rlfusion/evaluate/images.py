@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlfusion.tensors import mean_features
+from rlfusion.common.tensors import mean_features
 
 LEVELS = 16
 EDGE = 0.25

@@ -19,16 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import Key, normal
+from rlfusion.common.tensors import Cond, cast, sum_features
 from rlfusion.data import Dataset
-from rlfusion.errors import ConfigError
-from rlfusion.gaussian import Gaussian
-from rlfusion.kernel import DDPM, Kernel, transition
-from rlfusion.parameterization import Prediction
-from rlfusion.policy import Policy
-from rlfusion.schedule import Schedule, diffused, level
-from rlfusion.seeding import Key, normal
-from rlfusion.space import Pixels
-from rlfusion.tensors import Cond, cast, sum_features
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.kernel import DDPM, Kernel, transition
+from rlfusion.diffusion.parameterization import Prediction
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.schedule import Schedule, diffused, level
+from rlfusion.diffusion.space import Pixels
 
 CHUNK = 500
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 
 class PrecisionRecall(NamedTuple):

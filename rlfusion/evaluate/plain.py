@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlfusion.errors import ConfigError, NumericalError
+from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.evaluate.images import image_statistics
 from rlfusion.evaluate.manifold import class_spread
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.data import Dataset, to_pixels
-from rlfusion.errors import ConfigError, NumericalError
 from rlfusion.evaluate.frechet import frechet_distance
 from rlfusion.evaluate.images import image_statistics
 from rlfusion.evaluate.manifold import class_spread, precision_recall

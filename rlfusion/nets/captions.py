@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 BUCKETS, LENGTH = 4096, 32
 EMPTY = BUCKETS

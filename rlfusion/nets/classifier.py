@@ -8,7 +8,7 @@ import math
 
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, unknown
+from rlfusion.common.errors import ConfigError, unknown
 
 SMALLEST = 8
 

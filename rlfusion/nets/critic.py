@@ -10,9 +10,9 @@ import math
 
 from torch import Tensor, nn
 
-from rlfusion.denoiser import Denoiser, Embedded
-from rlfusion.schedule import Schedule
-from rlfusion.tensors import Cond
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Denoiser, Embedded
+from rlfusion.diffusion.schedule import Schedule
 
 
 class Critic(nn.Module):

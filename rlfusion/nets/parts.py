@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 
 def fourier(t: Tensor, width: int, largest: float = 1000.0) -> Tensor:

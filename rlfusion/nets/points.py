@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 
 class Points(nn.Module):

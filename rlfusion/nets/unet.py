@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 from rlfusion.nets.parts import check_frequency, fourier, through, zeroed
 
 GROUPS = 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlfusion.tensors import sum_features
+from rlfusion.common.tensors import sum_features
 
 
 class Adversarial(NamedTuple):

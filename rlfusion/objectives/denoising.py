@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rlfusion.tensors import mean_features
+from rlfusion.common.tensors import mean_features
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:

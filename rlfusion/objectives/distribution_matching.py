@@ -28,8 +28,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlfusion.schedule import Level
-from rlfusion.tensors import cast, mean_features
+from rlfusion.common.tensors import cast, mean_features
+from rlfusion.diffusion.schedule import Level
 
 
 class MatchingWeight(Protocol):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.denoiser import Answers, Denoiser
-from rlfusion.seeding import Key, stream
-from rlfusion.tensors import Cond
+from rlfusion.common.seeding import Key, stream
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Answers, Denoiser
 
 
 @dataclass(frozen=True)

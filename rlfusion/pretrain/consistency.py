@@ -28,14 +28,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.denoiser import Answers, Denoiser, require_readable
-from rlfusion.errors import ConfigError, require_positive
-from rlfusion.parameterization import solve
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.tensors import Cond, cast
+from rlfusion.diffusion.denoiser import Answers, Denoiser, require_readable
+from rlfusion.diffusion.parameterization import solve
+from rlfusion.diffusion.schedule import Schedule, diffused, level
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.metrics import METRICS, Metric
-from rlfusion.schedule import Schedule, diffused, level
-from rlfusion.tensors import Cond, cast
 
 
 class Pair(NamedTuple):

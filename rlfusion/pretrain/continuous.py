@@ -28,18 +28,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.denoiser import Answers, Denoiser
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.kinds import TrigFlow
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.tensors import Cond, cast
+from rlfusion.diffusion.denoiser import Answers, Denoiser
+from rlfusion.diffusion.kinds import TrigFlow
+from rlfusion.diffusion.parameterization import named
+from rlfusion.diffusion.schedule import Trig, diffused, level
 from rlfusion.nets.parts import plain_attention
 from rlfusion.objectives import weighted_mse
-from rlfusion.parameterization import named
+from rlfusion.objectives.times import TIMES, Times
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.denoising import Noised
-from rlfusion.pretrain.times import TIMES, Times
-from rlfusion.schedule import Trig, diffused, level
-from rlfusion.tensors import Cond, cast
 
 
 def angle(t: Tensor, like: Tensor) -> Tensor:

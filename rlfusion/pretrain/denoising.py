@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.denoiser import Denoiser
-from rlfusion.kinds import Kind
+from rlfusion.common import spec
+from rlfusion.common.tensors import cast
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.kinds import Kind
+from rlfusion.diffusion.parameterization import solve, target
+from rlfusion.diffusion.schedule import Level, Schedule, diffused, level
 from rlfusion.objectives import weighted_mse
-from rlfusion.parameterization import solve, target
+from rlfusion.objectives.times import TIMES, Times
+from rlfusion.objectives.weighting import WEIGHTS, Weight
 from rlfusion.pretrain.base import Draw, Loss
-from rlfusion.pretrain.times import TIMES, Times
-from rlfusion.pretrain.weighting import WEIGHTS, Weight
-from rlfusion.schedule import Level, Schedule, diffused, level
-from rlfusion.tensors import cast
 
 
 class Noised(NamedTuple):

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
+from rlfusion.common.seeding import Key, stream
 from rlfusion.data import Dataset, batch_indices
 from rlfusion.data.augment import Augment
+from rlfusion.diffusion.space import Pixels, Space
 from rlfusion.pretrain.base import Draw
-from rlfusion.seeding import Key, stream
-from rlfusion.space import Pixels, Space
 
 
 class Draws:

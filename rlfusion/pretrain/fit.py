@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from rlfusion.denoiser import Denoiser
-from rlfusion.learner import Optimization
+from rlfusion.common.weights import require_entries, restore
+from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.draws import Draws
-from rlfusion.weights import require_entries, restore
+from rlfusion.training.optimization import Optimization
 
 
 class Fit:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlfusion import spec
-from rlfusion.autoencoder import encoded
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset, augment
-from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.learner import EMA_RULES, Optimization
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.models.autoencoder import encoded
 from rlfusion.pretrain import losses
 from rlfusion.pretrain.draws import Draws
 from rlfusion.pretrain.fit import Fit
-from rlfusion.seeding import stream
+from rlfusion.training.optimization import EMA_RULES, Optimization
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ beside it. What a preset should reach on digits is in docs/pretraining.md.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlfusion import spec
+from rlfusion.common import spec
 from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.consistency import CT, ICT
 from rlfusion.pretrain.continuous import SCT

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError, require_positive, unknown
-from rlfusion.space import Pixels, Space
-from rlfusion.tensors import mean_features, sum_features
+from rlfusion.common.errors import ConfigError, require_positive, unknown
+from rlfusion.common.tensors import mean_features, sum_features
+from rlfusion.diffusion.space import Pixels, Space
 
 BACKBONES: Mapping[str, str] = {
     "vgg": "vgg16-397923af.pth",

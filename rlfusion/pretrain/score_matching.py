@@ -21,13 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlfusion.denoiser import Denoiser
-from rlfusion.errors import ConfigError, require_not_negative
+from rlfusion.common.errors import ConfigError, require_not_negative
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import cast, mean_features, sum_features
+from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.nets.parts import plain_attention
 from rlfusion.pretrain.base import Draw
 from rlfusion.pretrain.denoising import NoisedLoss
-from rlfusion.seeding import stream
-from rlfusion.tensors import cast, mean_features, sum_features
 
 
 @dataclass(frozen=True)

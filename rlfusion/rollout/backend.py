@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from rlfusion.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.ray_address import require_address
 from rlfusion.rollout.scheduler import Limits
-from rlfusion.trajectory import Trajectory
-from rlfusion.weights import Weights, WeightsError
+from rlfusion.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

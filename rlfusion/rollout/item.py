@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
-from rlfusion.sampling import chain_noise
-from rlfusion.seeding import stream
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import stream
+from rlfusion.diffusion.sampling import chain_noise
 
 
 @dataclass(frozen=True)

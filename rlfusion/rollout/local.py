@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from rlfusion.common.weights import Weights
 from rlfusion.rollout.backend import Backend, Pending, check_versions
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.task import Task, run_item
-from rlfusion.trajectory import Trajectory
-from rlfusion.weights import Weights
+from rlfusion.rollout.trajectory import Trajectory
 
 
 class Local(Backend):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import stream
 from rlfusion.rollout.item import WorkItem
-from rlfusion.seeding import stream
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 from rlfusion.rollout.scheduler import RolloutError
 
 AUTO, CLIENT = "auto", "ray://"

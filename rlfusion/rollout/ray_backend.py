@@ -20,15 +20,15 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlfusion.numerics import differences, fingerprint
+from rlfusion.common.numerics import differences, fingerprint
+from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.ray_cluster import first_line, shared_cluster
 from rlfusion.rollout.scheduler import Assign, Command, RolloutError, Scheduler, Start
 from rlfusion.rollout.task import Recipe, run_item
+from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.rollout.wire import from_wire, to_wire
-from rlfusion.trajectory import Trajectory
-from rlfusion.weights import Weights, WeightsError
 
 POLL_S = 0.5
 NO_IMPORT = "failed to import on the worker"

@@ -20,16 +20,16 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor, nn
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
 from rlfusion.rewards import Reward, asks, build
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable
-from rlfusion.rewards.exchange import answer, answered, ask, asked, greet, greeted
 from rlfusion.rewards.grouped import MayGroup
-from rlfusion.rewards.service import Limits, Offer, require_servable
+from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, greet, greeted
+from rlfusion.rewards.remote.server import Limits, Offer, require_servable
 from rlfusion.rollout.backend import Settings
 from rlfusion.rollout.ray_cluster import shared_cluster
 from rlfusion.rollout.reward_envs import require_possible
-from rlfusion.tensors import Cond
 
 RESTARTS = 3
 

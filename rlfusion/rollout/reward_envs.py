@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from rlfusion.errors import ConfigError
+from rlfusion.common.errors import ConfigError
 
 INSTALLERS = ("pip", "uv")
 PATIENCE_S = 60.0

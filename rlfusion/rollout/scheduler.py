@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlfusion.errors import ConfigError, UnavailableError, require_positive
+from rlfusion.common.errors import ConfigError, UnavailableError, require_positive
 
 WINDOW = 200
 """Items whose durations are remembered."""

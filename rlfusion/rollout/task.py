@@ -16,16 +16,16 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from rlfusion.dropout import dropped
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.diffusion.grid import Grid
+from rlfusion.diffusion.policy import Policy
 from rlfusion.envs import DenoisingVectorEnv
-from rlfusion.errors import ConfigError
-from rlfusion.grid import Grid
-from rlfusion.policy import Policy
+from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.item import WorkItem, rollout_noise
 from rlfusion.rollout.needs import Needs
-from rlfusion.tensors import Cond, map_cond
-from rlfusion.trajectory import Trajectory
+from rlfusion.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

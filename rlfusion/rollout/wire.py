@@ -5,9 +5,9 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from rlfusion.nested import flatten, restore
-from rlfusion.trajectory import Trajectory
-from rlfusion.weights import pack, unpack
+from rlfusion.common.nested import flatten, restore
+from rlfusion.common.weights import pack, unpack
+from rlfusion.rollout.trajectory import Trajectory
 
 
 def to_wire(trajectory: Trajectory) -> tuple[str, bytes]:

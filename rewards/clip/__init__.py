@@ -1,0 +1,1 @@
+"""The towers of CLIP rewards, their names and their preprocessing."""

@@ -1,0 +1,1 @@
+"""Rewards in another process: client, server and the frames between them."""

@@ -1,0 +1,286 @@
+"""What is asked of a reward elsewhere and what it answers: the same two frames over HTTP and between Ray actors.
+
+    question   samples (B, C, H, W) in [0, 1], cond, and the facts of the model (prompts, shape, classes)
+    answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward, and
+               the digest of the question
+
+A question is refused, and not scored, where its samples are not finite or outside [0, 1], where their shape is not that
+of the facts, or a label of the condition is none of the facts' classes. A reward that raises for a batch is asked for
+each sample alone, so that one broken sample costs no other its value.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlfusion.common.errors import UserCodeError
+from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.user_code import described, running
+from rlfusion.rewards.base import Reward, RewardError, RewardFailure, well_formed
+from rlfusion.rewards.grouped import needs_groups
+from rlfusion.rewards.remote.frames import (
+    FrameError,
+    decode,
+    digest_of,
+    encode,
+    fields_of,
+    packed,
+    strict_json,
+    unpacked,
+)
+
+LONGEST = 500
+"""Characters of an error that are sent."""
+TOLERANCE = 1e-3
+"""By which a sample's value may lie outside [0, 1]: rounding, also in 16 bits."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
+_log = logging.getLogger(__name__)
+
+
+class QuestionError(FrameError):
+    """A whole frame that is no question, or one that cannot be scored: it says what was expected."""
+
+
+class Question(NamedTuple):
+    """Samples to be scored elsewhere, and the digest of the frame that they came in."""
+
+    samples: Tensor
+    cond: Cond
+    facts: dict[str, Any]
+    digest: str
+
+
+def ask(samples: Tensor, cond: Cond, facts: Mapping[str, Any]) -> bytes:
+    """The frame of a question. Tensors are sent as they are, without gradient."""
+    return encode({"samples": samples, "cond": cond, "facts": _sent(facts)})
+
+
+def greet(facts: Mapping[str, Any]) -> bytes:
+    """The frame that asks what is served for a model of these facts."""
+    return encode({"facts": _sent(facts)})
+
+
+def asked(frame: bytes) -> Question:
+    """The question of a frame.
+
+    Raises:
+        FrameError: the frame is none.
+        QuestionError: it holds no question that can be scored: samples (B, C, H, W) of floating-point numbers in
+            [0, 1], B > 0, of the shape that the facts say, and a condition of batch B, whose labels are among the
+            facts' classes.
+    """
+    samples, cond, told = _question(frame, "samples", "cond", "facts").values()
+    facts = _facts(told)
+    _require_samples(samples, facts)
+    _require_condition(cond, len(samples), facts)
+    return Question(samples, cond, facts, digest_of(frame))
+
+
+def greeted(frame: bytes) -> dict[str, Any]:
+    """The facts of a frame that asks what is served for them.
+
+    Raises:
+        FrameError: the frame is none.
+        QuestionError: it holds no facts.
+    """
+    return _facts(_question(frame, "facts")["facts"])
+
+
+def _question(frame: bytes, *names: str) -> dict[str, Any]:
+    message = decode(frame)
+    try:
+        return fields_of(message, "a message", *names)
+    except FrameError as error:
+        raise QuestionError(str(error)) from error
+
+
+def _sent(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as a message holds them: texts packed, each prompt's metadata as a JSON text; none where there is none."""
+    plain = {key: packed(value) if key == "prompts" else _listed(value) for key, value in facts.items()}
+    metadata = plain.pop("metadata", ())
+    if any(metadata):
+        plain["metadata"] = packed([json.dumps(held, allow_nan=False, ensure_ascii=False) for held in metadata])
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _facts(told: Any) -> dict[str, Any]:
+    """The facts that were ``_sent``: all of them, or none."""
+    if told == {}:
+        return {}
+    try:
+        more = ("metadata",) if isinstance(told, dict) and "metadata" in told else ()
+        found = fields_of(told, "facts", "prompts", "shape", "classes", *more)
+        found["prompts"] = unpacked(found["prompts"], "the facts' prompts")
+        found["metadata"] = _metadata(found, len(found["prompts"]))
+    except FrameError as error:
+        raise QuestionError(str(error)) from error
+    shape, classes = found["shape"], found["classes"]
+    if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        raise QuestionError(f"the facts' shape = {shape!r:.100}: expected (C, H, W), integers above 0")
+    if type(classes) is not int or classes != len(found["prompts"]):
+        raise QuestionError(f"the facts' classes = {classes!r:.100}: expected {len(found['prompts'])}, one a prompt")
+    return found
+
+
+def _metadata(told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The metadata of each of ``count`` prompts."""
+    if "metadata" not in told:
+        return [{} for _ in range(count)]
+    what = "the facts' metadata"
+    found = [strict_json(text.encode(), what) for text in unpacked(told["metadata"], what)]
+    if len(found) != count or not all(isinstance(held, dict) for held in found):
+        raise FrameError(f"{what}: expected {count} objects, one a prompt")
+    return found
+
+
+def _require_samples(samples: Any, facts: Mapping[str, Any]) -> None:
+    if not isinstance(samples, Tensor) or samples.ndim != 4 or samples.dtype not in FLOATS or not samples.numel():
+        raise QuestionError(
+            f"samples {_kind(samples)}: expected (B, C, H, W) of floating-point numbers, none of the four 0"
+        )
+    if facts and list(samples.shape[1:]) != facts["shape"]:
+        raise QuestionError(f"samples {_kind(samples)}: expected {facts['shape']} each, as the facts say")
+    least, most = (value.item() for value in samples.aminmax())
+    if not -TOLERANCE <= least <= most <= 1 + TOLERANCE:  # a NaN is in no range
+        raise QuestionError(
+            f"samples from {least:g} to {most:g}: expected values in [0, 1], up to {TOLERANCE:g} beside"
+        )
+
+
+def _require_condition(cond: Cond, count: int, facts: Mapping[str, Any]) -> None:
+    """``cond`` is of batch ``count``; numbers are finite; labels, (B,) of integers, are in 0..classes-1."""
+
+    def check(part: Tensor) -> Tensor:
+        if part.ndim < 1 or len(part) != count:
+            raise QuestionError(f"a condition {_kind(part)}: expected one of batch {count}")
+        if part.dtype in FLOATS:
+            if not bool(part.isfinite().all()):
+                raise QuestionError(f"a condition {_kind(part)} that is not finite: expected finite numbers")
+        elif part.dtype not in INTEGERS:
+            raise QuestionError(f"a condition {_kind(part)}: expected floating-point numbers or int32, int64")
+        return part
+
+    try:
+        map_cond(check, cond)
+    except TypeError as error:
+        raise QuestionError(f"cond: expected None, a tensor or a dict of tensors ({error})") from error
+    if isinstance(cond, Tensor) and cond.dtype in INTEGERS and cond.ndim == 1:
+        least, most = (int(value) for value in cond.aminmax())
+        if least < 0 or (facts and most >= facts["classes"]):
+            known = f"0..{facts['classes'] - 1}" if facts else "0 and above"
+            raise QuestionError(f"labels from {least} to {most}: expected {known}")
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"of a {type(value).__name__}"
+
+
+def answer(reward: Reward, identity: str, question: Question, device: str = "cpu") -> bytes:
+    """The frame of a reward's answer; what it could not score is an error per item, never an exception."""
+    samples = question.samples.to(device)
+    cond = map_cond(lambda c: c.to(device), question.cond)
+    values, reasons = graded(reward, samples, cond)
+    return encode(Answer(values, reasons, identity).sent(question.digest))
+
+
+@torch.no_grad()
+def graded(reward: Reward, samples: Tensor, cond: Cond, log: bool = True) -> tuple[Tensor, dict[int, str]]:
+    """The values (B,) of samples, NaN for those that failed, and why each of these did; what the user's own code
+    raises is logged with its frames.
+    """
+    try:
+        with running("it"):
+            values, reasons = well_formed(reward(samples, cond), samples, "it"), {}
+    except RewardFailure as failure:
+        values, reasons = failure.values, failure.reasons
+    except Exception as error:  # whatever a user's reward raises is told to the asker, item by item
+        if isinstance(error, UserCodeError) and log:
+            _log.warning("%s\n%s", error, error.frames)
+        if len(samples) == 1 or isinstance(error, RewardError) or needs_groups(reward):
+            failed = torch.full((len(samples),), torch.nan, device=samples.device)
+            return failed, dict.fromkeys(range(len(samples)), described(error))
+        return _one_by_one(reward, samples, cond)
+    odd = {i: f"answered {values[i].item()}" for i in (~values.isfinite()).nonzero().flatten().tolist()}
+    values = values.masked_fill(~values.isfinite(), math.nan)
+    return values, odd | reasons
+
+
+def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[int, str]]:
+    values, reasons = [], {}
+    for i in range(len(samples)):
+        value, why = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond), log=False)
+        values.append(value)
+        if why:
+            reasons[i] = why[0]
+    return torch.cat(values), reasons
+
+
+class Answer(NamedTuple):
+    """What came back: values (B,), NaN where ``errors`` says why, and the identity of the reward that answered."""
+
+    values: Tensor
+    errors: dict[int, str]
+    identity: str
+
+    def sent(self, question: str) -> dict[str, Any]:
+        """The message that ``answered`` reads, to the question of this digest."""
+        items = sorted(self.errors)
+        reasons = [self.errors[i][:LONGEST].encode(errors="replace").decode() for i in items]
+        errors = {"items": torch.tensor(items, dtype=torch.int64), "reasons": packed(reasons)}
+        return {"values": self.values, "errors": errors, "identity": self.identity, "question": question}
+
+    def checked(self, name: str, failure: type[RewardFailure] = RewardFailure) -> Tensor:
+        """The values.
+
+        Raises:
+            RewardFailure: of the kind ``failure``: some could not be scored.
+        """
+        if self.errors:
+            raise failure(name, self.values, self.errors)
+        return self.values
+
+
+def answered(frame: bytes, count: int, question: bytes) -> Answer:
+    """The answer of a frame, for the ``count`` samples of the frame ``question``.
+
+    Raises:
+        FrameError: the frame holds no such answer.
+    """
+    values, errors, identity, digest = fields_of(
+        decode(frame), "a message", "values", "errors", "identity", "question"
+    ).values()
+    if digest != digest_of(question):
+        raise FrameError("the answer is to another question")
+    if not isinstance(values, Tensor) or values.shape != (count,) or values.dtype not in FLOATS:
+        raise FrameError(f"values {_kind(values)}: expected values ({count},) of floating-point numbers")
+    if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
+        raise FrameError(f"identity {identity!r:.50}: expected 16 hexadecimal digits")
+    reasons = _reasons(errors)
+    failed = values.isnan().nonzero().flatten().tolist()
+    if failed != list(reasons) or bool(values.isinf().any()):
+        raise FrameError(f"errors for the items {list(reasons)[:10]}, no number for the items {failed[:10]}")
+    return Answer(values, reasons, identity)
+
+
+def _reasons(errors: Any) -> dict[int, str]:
+    """Why items failed, by item, in their order."""
+    items, told = fields_of(errors, "errors", "items", "reasons").values()
+    reasons = unpacked(told, "the errors' reasons")
+    if not isinstance(items, Tensor) or items.dtype != torch.int64 or items.shape != (len(reasons),):
+        raise FrameError(f"the errors' items {_kind(items)}: expected int64 ({len(reasons)},)")
+    found = dict(zip(items.tolist(), reasons))
+    if len(found) != len(reasons):
+        raise FrameError("the errors' items: one comes twice")
+    return found

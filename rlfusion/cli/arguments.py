@@ -1,0 +1,360 @@
+"""The settings of a command from its arguments and its configuration files.
+
+``words`` says which words are options, ``settings_tree`` which settings there are, ``annotations`` what each may be;
+jsonargparse makes the objects, --help and --print_config. What an agent, a method, a preset or a model's own chain
+changes of the defaults is found before.
+"""
+
+import json
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from rlfusion.cli import words
+from rlfusion.cli.settings_text import load, load_file
+from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
+from rlfusion.cli.words import RESUMABLE
+from rlfusion.common.annotations import fits, kinds, refused
+from rlfusion.common.errors import ConfigError, shorten, unknown
+
+PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
+"""The commands that take --objective, and where they keep the settings of pretraining."""
+
+PIPELINE_DEFAULTS = {
+    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8, "agent.micro_batch": 8},
+    "compare": {"evaluation.samples": 64, "rollout.item": 8, "micro_batch": 8},
+    "sample": {"count": 8, "scale": 1},
+    "evaluate": {"evaluation.samples": 64},
+    "check-model": {},
+    "check-reward": {},
+}
+"""Defaults of the commands where the model is a pretrained pipeline."""
+
+OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
+
+RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
+
+ONE_TEXT = ("templates",)
+"""Lists of texts, in which a comma is part of one."""
+
+
+def settings_of(kind: str, arguments: list[str]) -> Any:
+    """The settings of a job; those of an agent or a method are of the algorithm that ``--agent`` or ``--method`` names.
+    The chain of a fine-tuning or a comparison is that of the model of ``--base``, unless told otherwise.
+    """
+    from rlfusion import config, distill
+    from rlfusion.agents import AGENTS
+    from rlfusion.jobs.compare import Compare
+    from rlfusion.jobs.pretrain_autoencoder import Autoencode
+    from rlfusion.jobs.train_clip import TrainClip
+
+    plain = {"pretrain": config.Pretrain, "pretrain-autoencoder": Autoencode, "train-clip": TrainClip}
+    if kind in plain:
+        return parse(plain[kind], kind, arguments)
+    hints = tree(config.with_method("cd") if kind == "distill" else config.with_agent("ddpo")).names()
+    words.read(kind, arguments, hints)  # what is no option is said before anything is read
+    if kind == "distill":
+        arguments = _long(arguments, "method", distill.METHODS)
+        typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
+        return parse(typed, kind, arguments, make=config.Distill)
+    arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
+    if kind == "compare":
+        return parse(Compare, kind, arguments, model="base")
+    arguments = _long(arguments, "agent", AGENTS)
+    typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
+    return parse(typed, "finetune", arguments, make=config.Finetune, model="base")
+
+
+def _long(arguments: list[str], what: str, table: Iterable[str]) -> list[str]:
+    """``--agent NAME``, in any case, as ``--agent.name NAME``; a mapping or a file of settings after it stays."""
+    out, known = [], {name.lower(): name for name in table}
+    for argument in arguments:
+        before = out[-1] if out else ""
+        if before == f"--{what}" and _is_name(argument):
+            out[-1], argument = f"--{what}.name", known.get(argument.strip().lower(), argument)
+        elif argument.startswith(f"--{what}=") and _is_name(argument.partition("=")[2]):
+            name = argument.partition("=")[2]
+            argument = f"--{what}.name={known.get(name.strip().lower(), name)}"
+        out.append(argument)
+    return out
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"\s*[\w-]*\s*", text) is not None and not text.startswith("--")
+
+
+def _told(arguments: list[str], *key: str) -> Any:
+    """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
+    told = None
+    for option, text in words.read("", arguments):
+        place = tuple(option.split("."))
+        if place == key:
+            told = text
+        elif text is not None and (option == "config" or key[: len(place)] == place):
+            held: Any = _mapping(option, text)
+            for name in key if option == "config" else key[len(place) :]:
+                held = held.get(name) if isinstance(held, dict) else None
+            told = told if held is None else held
+    return told
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    """The settings after --config or after the name of a group: a file, or YAML between braces."""
+    if not text.lstrip().startswith("{"):
+        if option != "config" and not Path(text).suffix:
+            raise ConfigError(
+                f"{option} = {shorten(repr(text))}: expected a mapping of settings, or a YAML file of them"
+            )
+        return load_file(text)
+    held = load(text, f"--{option}")
+    if not isinstance(held, dict):
+        raise ConfigError(f"--{option} {shorten(repr(text))}: expected a mapping of settings")
+    return held
+
+
+def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
+    """The settings with which the run of ``--resume FOLDER [--change KEY=VALUE ...]`` goes on, and its folder.
+
+    Raises:
+        ConfigError: something beside them, no folder of a run, or settings that are no longer the run's.
+    """
+    from rlfusion.jobs import resuming
+
+    folder, changes = resuming.asked(arguments)
+    settings = resuming.settings_of_run(kind, folder, changes, partial(settings_of, kind))
+    return replace(settings, root=str(folder.parent)), folder
+
+
+def model_defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]:
+    """The chain that the model of an option was made with, as defaults, and of a pretrained pipeline numbers that suit
+    its size; none for no model.
+    """
+    from rlfusion import models
+    from rlfusion.models import pipelines
+
+    name = _told(arguments, option)
+    if not name:
+        return {}
+    if pipelines.is_pipeline(name):
+        variant = str(_told(arguments, "pipeline", "variant") or "")
+        training = command in ("finetune", "compare", "check-model")
+        chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
+        if "rollout.item" in few and (prompts := _told(arguments, "pipeline", "prompts")):
+            how = [str(_told(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
+            few = few | _few_prompts(str(prompts), *how)
+    else:
+        card = models.load_card(Path(name))
+        chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+    return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _few_prompts(prompts: str, column: str, encoding: str) -> dict[str, Any]:
+    """The default of rollout.prompts where there are fewer prompts than that; a file of many is not read for it."""
+    from rlfusion.config import Rollout
+    from rlfusion.models import pipelines
+
+    if Path(prompts).is_file() and Path(prompts).stat().st_size > 10_000:
+        return {}
+    there, most = len(pipelines.read_prompts(prompts, "", column, encoding).texts), Rollout().prompts
+    return {"rollout.prompts": there} if 1 < there < most else {}
+
+
+def parse(
+    settings: type,
+    command: str,
+    arguments: list[str],
+    defaults: Mapping[str, Any] | None = None,
+    make: type | None = None,
+    model: str = "",
+) -> Any:
+    """The settings dataclass of a command from its arguments and ``--config`` files; ``defaults`` by dotted key.
+    ``make`` is the class of the result where it is not ``settings``; ``model`` the option whose model has defaults.
+
+    Raises:
+        ConfigError: an unknown key or an unusable value, in one line.
+    """
+    known = tree(settings, ("objective",) if command in PRESET_PREFIX else ())
+    given = list(_given(settings, command, arguments, known))
+    flags = [f for f in arguments if f in words.FLAGS or f.startswith("--print_config=")]
+    values = dict(given)
+    if not flags:
+        _require(settings, command, values)
+    told = dict(defaults or {}) | (model_defaults(command, arguments, model) if model else {})
+    if preset := values.pop("objective", ""):
+        own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
+        found = _preset(preset, PRESET_PREFIX[command])
+        told |= {key: value for key, value in found.items() if not key.startswith(own)}
+    parser = make_parser(settings, command, told)
+    try:
+        read = parser.parse_args([f"--{key}={text}" for key, text in given if key != "objective"] + flags)
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(shorten(error, 250)) from error
+    try:
+        made = vars(parser.instantiate(read))
+        return (make or settings)(**{f.name: made[f.name] for f in fields(settings)})
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), read.items())) from error
+
+
+def make_parser(settings: type, command: str, defaults: Mapping[str, Any]) -> Any:
+    """jsonargparse's parser of a settings class."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"rlfusion {command}",
+        description=settings.__doc__.splitlines()[0],
+        epilog=RESUMING if command in RESUMABLE else None,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="a YAML file of settings, such as a run's config.yaml"
+    )
+    parser.add_class_arguments(settings, as_group=False)
+    parser.set_defaults(dict(defaults))
+    if command in PRESET_PREFIX:
+        parser.add_argument("--objective", default="", help=OBJECTIVE)
+    return parser
+
+
+def _require(settings: type, command: str, given: Mapping[str, str]) -> None:
+    """Refuse a command without what it cannot do without."""
+    for field in fields(settings):
+        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
+            raise ConfigError(f"rlfusion {command} needs --{field.name}: expected --{field.name} VALUE (see --help)")
+
+
+def _given(settings: type, command: str, arguments: list[str], known: Tree) -> Iterator[tuple[str, str]]:
+    """The settings of the arguments and of the files among them, in order, each checked, as text for jsonargparse."""
+    typed: dict[str, str] = {}
+    mappings: dict[str, dict[str, Any]] = {}
+    chosen = next((f"{n} {_default_name(settings, n)!r}" for n in ("agent", "method") if n in known.groups), "")
+    for option, text in words.read(command, arguments, known.names()):
+        if option.startswith("-"):
+            continue
+        if text is None:
+            raise _no_value(option, command, known, chosen)
+        if typed.get(option, text) != text:
+            twice = f"as {shorten(repr(typed[option]))} and as {shorten(repr(text))}"
+            print(f"rlfusion: note: --{shorten(option)} is given twice, {twice}: the last holds", file=sys.stderr)
+        if option != "config":
+            typed[option] = text
+        for key, value in _unfolded(option, text, known):
+            holder = known.holder(key)
+            if key not in known.leaves and not holder:
+                raise unknown_setting(key, command, known, chosen)
+            if holder:
+                key, value = holder, _with(mappings.get(holder, {}), key.removeprefix(f"{holder}.").split("."), value)
+            if isinstance(value, dict):
+                mappings[key] = value
+            yield key, _checked(key, value, known)
+
+
+def _with(held: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """A mapping with one value more, ``path`` below it."""
+    name, *rest = path
+    inner = held.get(name)
+    return {**held, name: _with(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
+
+
+def _no_value(option: str, command: str, known: Tree, chosen: str) -> ConfigError:
+    """The error about an option without a value, or about one that does not exist."""
+    if option != "config" and option not in known.names() and not known.holder(option):
+        return unknown_setting(option, command, known, chosen)
+    value = "true" if known.leaves.get(option) is bool else "VALUE"
+    return ConfigError(f"--{option} has no value: expected --{option} {value}")
+
+
+def _default_name(settings: type, group: str) -> str:
+    (held,) = (field.type for field in fields(settings) if field.name == group)
+    return str(getattr(held, "name", group))
+
+
+def _unfolded(option: str, text: str, known: Tree) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of each setting that an option and its text give."""
+    if option == "config":
+        yield from _leaves(_mapping(option, text), "", known)
+    elif option in known.groups:
+        yield from _leaves(_mapping(option, text), f"{option}.", known)
+    elif option in known.leaves:
+        yield option, _read(option, text, known.leaves[option])
+    else:
+        yield option, load(text, f"--{option}") if known.holder(option) else text
+
+
+def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple[str, Any]]:
+    for name, value in held.items():
+        key = f"{prefix}{name}"
+        if key in known.groups and not isinstance(value, dict):
+            raise ConfigError(
+                f"{key} = {'null' if value is None else shorten(repr(value))}: expected a mapping of settings"
+            )
+        if isinstance(value, dict) and value and key not in known.leaves and not known.holder(key):
+            yield from _leaves(value, f"{key}.", known)
+        elif key not in known.groups:
+            yield key, value
+
+
+def _read(key: str, text: str, annotation: Any) -> Any:
+    """The value that a text on the command line stands for: of texts the text itself, else YAML."""
+    allowed = kinds(annotation)
+    words_only = all(get_origin(kind) is Literal for kind in allowed)
+    if annotation is str or words_only or not text.strip():
+        return text
+    if str in allowed:
+        return load(text, f"--{key}") if text.lstrip().startswith("{") else text
+    if get_origin(annotation) not in (list, tuple) or text.lstrip().startswith("["):
+        return load(text, f"--{key}")
+    if key in ONE_TEXT:
+        return [text]
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", text)]
+    return parts if str in get_args(annotation) else [load(part, f"--{key}") for part in parts]
+
+
+def _checked(key: str, value: Any, known: Tree) -> str:
+    """A value as the text that jsonargparse reads it from.
+
+    Raises:
+        ConfigError: it is not what the setting may be.
+    """
+    annotation = known.leaves.get(key, Any)
+    if get_origin(annotation) in (list, tuple) and isinstance(value, str | int | float) and value not in ("", True):
+        value = [value]
+    if not fits(value, annotation) or (isinstance(value, list) and "" in value):
+        raise ConfigError(refused(key, value, annotation))
+    if key == "root" and not value.strip():
+        raise ConfigError(f"root = {value!r}: expected a folder, such as runs, or . for this one")
+    _require_text(key, value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _require_text(key: str, value: Any) -> None:
+    """Refuse texts that cannot be written to a file: bytes that are no UTF-8, control characters."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for one in value:
+            _require_text(key, one)
+    elif isinstance(value, str) and (bad := re.search("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value)):
+        raise ConfigError(f"{key} = {shorten(ascii(value))}: it has the character {bad[0]!a}, expected UTF-8 text")
+
+
+def _preset(objective: str, prefix: str) -> dict[str, Any]:
+    """The settings of a pretraining preset, as defaults by dotted key: a preset is shorthand, not a setting."""
+    from rlfusion.pretrain import PRESETS
+
+    if objective not in PRESETS:
+        raise unknown("objective", objective, PRESETS)
+    return {key if key.startswith("chain.") else prefix + key: value for key, value in PRESETS[objective].items()}
+
+
+def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:
+    """A dataclass's own "name = value: ..." with the whole dotted key, where one setting alone fits."""
+    said = re.match(r"(\w+) = (.*?): ", text)
+    fits = [key for key, value in given if said and [key.rpartition(".")[2], str(value)] == list(said.groups())]
+    return fits[0].removesuffix(said[1]) + text if said and len(fits) == 1 else text

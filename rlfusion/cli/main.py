@@ -1,0 +1,236 @@
+"""The command line: ``rlfusion finetune | compare | pretrain | distill | sample | evaluate | ...``.
+
+What goes wrong is one line on stderr; below it stand, of the user's own code, its frames of the traceback, and of an
+error that was not foreseen all of it. Exit codes: the table of docs/inputs.md. Nothing heavy is imported before the
+handlers of Ctrl-C and SIGTERM stand.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from rlfusion.common.stops import Entry, StopRequested
+
+DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
+
+MOST_CHARACTERS = 600
+"""Of an error's line, whatever other libraries say in it."""
+
+GUIDE = """\
+Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
+
+  rlfusion finetune                          the main job: pretrain on digits (once), improve by DDPO
+  rlfusion finetune --agent NAME             another algorithm: ddpo, ... (--agent NAME --help: its settings)
+  rlfusion finetune --reward ink             another reward; also your own, --reward package.module:name
+  rlfusion finetune --rollout.workers 2      the same result, collected by 2 Ray workers
+  rlfusion finetune --resume runs/NAME       go on where a stopped or killed run was
+  rlfusion finetune --config runs/NAME/config.yaml --seed 1
+                                             the same settings again, with changes
+  rlfusion pretrain                          a model alone; --data FOLDER or FILE for your own images (docs/inputs.md)
+  rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
+  rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
+                                             algorithms side by side: table, plots, one TensorBoard
+  rlfusion distill --method cd --teacher runs/NAME
+                                             a student of a few steps: cd, ... (docs/distillation.md)
+  rlfusion finetune --base runs/STUDENT      any model to start from, also a student, with its own chain
+  rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
+  rlfusion train-clip                        a small CLIP of images and words, for the CLIP rewards (docs/rewards.md)
+  rlfusion sample --checkpoint runs/NAME     a picture of its samples
+  rlfusion evaluate --checkpoint runs/NAME   its quality in figures
+  rlfusion check-reward NAME                 is a reward fit to be trained on? (docs/rewards.md)
+  rlfusion finetune --model HUB-ID --pipeline.prompts FILE.txt
+                                             a pretrained text-to-image pipeline (docs/models.md)
+  rlfusion check-model HUB-ID                is a model fit to be trained by reward?
+  rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
+  rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
+  tensorboard --logdir runs                  all runs, with before/after grids
+
+Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code. With ``argv`` the handlers of signals are put back at the end."""
+    entry = Entry()
+    handlers = entry.install()
+    try:
+        return _guarded(sys.argv[1:] if argv is None else argv, entry)
+    finally:
+        if argv is not None:
+            entry.restore(handlers)
+
+
+def _guarded(arguments: list[str], entry: Entry) -> int:
+    sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except StopRequested as stop:
+        return _stopped(stop)
+    except KeyboardInterrupt:
+        return _say("stopped by Ctrl-C", INTERRUPTED)
+    except Exception as error:
+        return _stopped(entry.stopping) if entry.stopping and not _ours(error) else _failed(error)
+    return DONE
+
+
+def _stopped(stop: StopRequested) -> int:
+    stop.arrived()
+    return _say(f"stopped by {stop}; {stop.left}", stop.exit_code)
+
+
+def _failed(error: Exception) -> int:
+    """Say what went wrong; the exit code."""
+    import traceback
+
+    from rlfusion.common.errors import foreseen
+
+    known = foreseen(error)
+    if known is None:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
+        return _say(f"{said}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
+    said = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
+    return _say("\n".join(filter(None, ["; ".join([said, *_notes(error)]), known.frames])), known.exit_code)
+
+
+def _ours(error: Exception) -> bool:
+    from rlfusion.common.errors import RlfusionError
+
+    return isinstance(error, RlfusionError)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"rlfusion: {text}", file=sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["help"] and len(arguments) == 2:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(GUIDE)
+        return
+    if arguments[0] == "--version":
+        from rlfusion import __version__
+
+        print(__version__)
+        return
+    if arguments[0].startswith("-"):
+        from rlfusion.common.errors import ConfigError, shorten
+
+        raise ConfigError(f"{shorten(repr(arguments[0]))} is no command: expected one first, as in rlfusion finetune")
+    if arguments[0] not in COMMANDS:
+        from rlfusion.common.errors import unknown
+
+        raise unknown("command", arguments[0], COMMANDS)
+    COMMANDS[arguments[0]](arguments[1:])
+
+
+def _job(kind: str, arguments: list[str]) -> None:
+    """A new run of what takes --resume, or an old one to resume."""
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import resumed, settings_of
+    from rlfusion.jobs import compare, distill, finetune, pretrain, pretrain_autoencoder, train_clip
+
+    check, run = {
+        "finetune": (finetune.check, tables.run_finetune),
+        "compare": (compare.check, tables.run_compare),
+        "pretrain": (pretrain.check, tables.run_pretrain),
+        "distill": (distill.check, tables.run_distill),
+        "pretrain-autoencoder": (pretrain_autoencoder.check, tables.run_autoencoder),
+        "train-clip": (train_clip.check, tables.run_clip),
+    }[kind]
+    if any(argument.partition("=")[0] == "--resume" for argument in arguments):
+        settings, folder = resumed(kind, arguments)
+        with tables.at_work(kind, folder, new=False):
+            run(settings, folder)
+        return
+    settings = settings_of(kind, arguments)
+    check(settings)
+    with tables.new_run(kind, settings, settings.default_name) as (settings, folder):
+        run(settings, folder)
+
+
+def _sample(arguments: list[str]) -> None:
+    from rlfusion import config
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+
+    tables.run_sample(parse(config.Sample, "sample", arguments, model="checkpoint"))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from rlfusion import config
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+
+    tables.run_evaluate(parse(config.Evaluate, "evaluate", arguments, model="checkpoint"))
+
+
+def _check_reward(arguments: list[str]) -> None:
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+    from rlfusion.jobs.check_reward import CheckReward
+
+    arguments = _first(arguments, "--reward")
+    tables.run_check_reward(parse(CheckReward, "check-reward", arguments, model="model"))
+
+
+def _doctor(arguments: list[str]) -> None:
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import settings_of
+    from rlfusion.jobs import finetune
+
+    settings = settings_of("finetune", arguments) if arguments else None
+    if settings is not None:
+        finetune.check(settings)
+    tables.run_doctor(settings)
+
+
+def _check_model(arguments: list[str]) -> None:
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+    from rlfusion.jobs.check_model import CheckModel
+
+    tables.run_check_model(parse(CheckModel, "check-model", _first(arguments, "--model"), model="model"))
+
+
+def _serve_reward(arguments: list[str]) -> None:
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+    from rlfusion.jobs.serve_reward import Serve
+
+    tables.run_serve_reward(parse(Serve, "serve-reward", _first(arguments, "--reward")))
+
+
+def _first(arguments: list[str], option: str) -> list[str]:
+    """``NAME ...`` as ``OPTION NAME ...``."""
+    return [option, *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "finetune": partial(_job, "finetune"),
+    "compare": partial(_job, "compare"),
+    "pretrain": partial(_job, "pretrain"),
+    "distill": partial(_job, "distill"),
+    "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
+    "train-clip": partial(_job, "train-clip"),
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "check-model": _check_model,
+    "doctor": _doctor,
+    "check-reward": _check_reward,
+    "serve-reward": _serve_reward,
+}
+
+
+def _one_line(error: Exception) -> str:
+    from rlfusion.common.errors import shorten
+
+    return shorten(error, MOST_CHARACTERS)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))

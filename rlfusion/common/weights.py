@@ -1,0 +1,146 @@
+"""Tensors as bytes: one safetensors blob and its SHA-256, never a pickle.
+
+Weights travel with the work that uses them as (version, sha256, blob), and the receiver checks all three; a name, shape
+or dtype that does not fit is refused, so that no worker acts with other weights than it reports.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import StateError
+
+ADAPTER = ".lora_"
+"""What the names of adapters' parameters have in them, and no others."""
+
+
+class WeightsError(StateError):
+    """Weights that are not the ones announced, or do not fit the module."""
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """One safetensors blob of named tensors of any device; equal tensors give equal bytes."""
+    return safetensors.torch.save({name: _own(tensor) for name, tensor in tensors.items()})
+
+
+def unpack(blob: bytes) -> dict[str, Tensor]:
+    """The named tensors of a blob, each in memory of its own, on the CPU.
+
+    Raises:
+        safetensors.SafetensorError: the bytes are no such blob.
+    """
+    return {name: _own(tensor) for name, tensor in safetensors.torch.load(blob).items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous, aligned copy on the CPU that shares memory with nothing."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def read_file(file: Path) -> bytes:
+    """The content of a file; what is none (a folder, a device, a pipe that nobody fills) raises OSError."""
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file.name} is no file")
+    return file.read_bytes()
+
+
+def sha256(blob: bytes) -> str:
+    """The hexadecimal SHA-256 of a blob."""
+    return hashlib.sha256(blob).hexdigest()
+
+
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """What training can change of a module, itself and no copy: its adapters (``lora``) where it has any, else its
+    whole state.
+    """
+    state = module.state_dict()
+    return {name: tensor for name, tensor in state.items() if ADAPTER in name} or state
+
+
+def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the state") -> None:
+    """Copy ``tensors`` into what ``learned`` gives of the module: names, shapes and dtypes must be exactly its.
+
+    Raises:
+        WeightsError: a tensor does not fit; nothing is changed.
+    """
+    ours = learned(module)
+    wrong = [_misfit(name, ours.get(name), tensors.get(name)) for name in sorted(ours.keys() | tensors.keys())]
+    wrong = [text for text in wrong if text]
+    if wrong:
+        raise WeightsError(f"{what} does not fit the module: {'; '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+
+
+def require_entries(state: Any, ours: Mapping[Any, Any], what: str) -> None:
+    """Refuse a saved ``state`` that has other entries than ``ours``, of which it shall take the place.
+
+    The names must be the same, tensors of the same shape and dtype, other values of the same type (a number is a
+    number; None stands for what is not there yet). What lies deeper is for the loader of each entry to check.
+
+    Raises:
+        StateError: names the first entry that does not fit.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"{what} is {type(state).__name__}, expected a dict of {', '.join(map(str, ours)) or 'nothing'}"
+        )
+    for name in sorted(ours.keys() | state.keys(), key=str):
+        if name not in ours:
+            raise StateError(f"{what} has {name!r}, which is not expected here")
+        if name not in state:
+            raise StateError(f"{what} has no {name!r}")
+        mine, theirs = ours[name], state[name]
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            if said := _misfit(repr(name), mine, theirs):
+                raise StateError(f"{what}: {said}")
+        elif mine is not None and theirs is not None and _sort(mine) is not _sort(theirs):
+            raise StateError(f"{what}: {name!r} is {type(theirs).__name__}, expected {type(mine).__name__}")
+
+
+def _sort(value: Any) -> type:
+    """The type of a value: all numbers are one, and all mappings."""
+    if isinstance(value, Mapping):
+        return dict
+    return float if type(value) is int else type(value)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is learned of a module after ``version`` updates: a safetensors blob and its SHA-256."""
+
+    version: int
+    sha256: str
+    blob: bytes
+
+    @classmethod
+    def of(cls, module: nn.Module, version: int) -> Self:
+        """A copy of what is ``learned`` of the module as it is now."""
+        blob = pack(learned(module))
+        return cls(version, sha256(blob), blob)
+
+    def load_into(self, module: nn.Module) -> None:
+        """Copy the weights into ``module``, as ``restore``.
+
+        Raises:
+            WeightsError: the blob's SHA-256 is not the announced one, or a tensor does not fit; nothing is changed.
+        """
+        found = sha256(self.blob)
+        if found != self.sha256:
+            raise WeightsError(f"weights of version {self.version}: SHA-256 {found}, expected {self.sha256}")
+        restore(module, unpack(self.blob), f"the blob of weights of version {self.version}")
+
+
+def _misfit(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:
+    if ours is None or theirs is None:
+        return f"{name} is {'not in the module' if ours is None else 'missing'}"
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return f"{name} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} {tuple(ours.shape)}"
+    return ""

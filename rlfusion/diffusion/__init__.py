@@ -1,0 +1,1 @@
+"""The mathematics: schedules, kinds, kernels, denoisers, policies and their chains."""

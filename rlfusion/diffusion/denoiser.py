@@ -1,0 +1,222 @@
+"""A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond, cast, cat_cond, map_cond
+from rlfusion.diffusion.kinds import Kind
+from rlfusion.diffusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
+from rlfusion.diffusion.schedule import Schedule, level
+from rlfusion.diffusion.space import Pixels, Space
+
+Precision = Literal["float32", "bfloat16"]
+
+Answers = Literal["mean", "end"]
+"""What x0_hat of a model is: the mean of what x_t was made of, as of a denoiser; or the end of a walk from x_t, as of a
+consistency function, and of a generator that was taught by its samples."""
+
+
+class Own(Protocol):
+    """What a pretrained model brings along for its chains: the sampler that it was published with."""
+
+    def times(self, steps: int) -> Tensor:
+        """Its time grid, (K+1,) float64."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance by a second answer, that to a negative prompt, is its way."""
+
+    def null(self, cond: Cond) -> Cond:
+        """The conditions (B,) that guidance leads away from, for those of B samples."""
+
+    def around(self, denoiser: nn.Module) -> nn.Module:
+        """What its sampler puts around the guided denoiser, such as a consistency model's boundary."""
+
+
+class Denoiser(nn.Module):
+    """``(x_t, t, cond) -> Prediction(x0, eps)``.
+
+    ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
+    like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
+    ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
+    log-probabilities keep the precision of x. ``space`` is what x is a latent of; ``own`` is the sampler that a
+    pretrained model brings along, if any; ``weights`` is the range of guidance weights w that the network reads, its
+    condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
+    """
+
+    def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
+        super().__init__()
+        named(kind)
+        self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
+        self.space: Space = Pixels()
+        self.own: Own | None = None
+        self.weights: tuple[float, float] | None = None
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
+        y = self.answer(x, t, cond).to(x)
+        if t.ndim == 0:
+            return predict(_solution(self.kind, self.schedule, t.item()), y, x)
+        return predict(solve(self.kind, level(self.schedule, t, x)), y, x)
+
+    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
+        l = level(self.schedule, t, x)
+        at = conditioning(self.kind, t, l).reshape(-1)
+        at = cast(at, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
+        scaled = cast(named(self.kind).scale(l), x) * x
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.net(scaled, at.expand(len(x)), cond)
+
+
+def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    """What a denoiser, or a wrapper with its call and ``kind``, says of x_t in the kind of its network, y (B, ...)."""
+    if isinstance(model, Denoiser):
+        return model.answer(x, t, cond).to(x)
+    prediction = model(x, t, cond)
+    return target(model.kind, prediction.x0, prediction.eps, level(model.schedule, t, x))
+
+
+def require_readable(model: nn.Module, times: Tensor) -> None:
+    """Refuse times (K,) at which what the network of a denoiser, or of a wrapper with its ``kind``, reads or answers is
+    not defined: eps at pure noise, say, or the logarithm of no noise.
+
+    Raises:
+        ConfigError: names the kind and the level.
+    """
+    for t in times:
+        l = model.schedule(t)
+        try:
+            solve(model.kind, l)
+            conditioning(model.kind, t, l)
+        except ValueError as error:
+            raise ConfigError(f"kind = {model.kind}, schedule = {model.schedule}: {error}") from error
+
+
+@lru_cache(maxsize=4096)
+def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
+    """The solution at a time that a whole batch shares: the same few in every rollout."""
+    at = torch.tensor(t, dtype=torch.float64)
+    return solve(kind, level(schedule, at, at))
+
+
+class Wrapper(nn.Module):
+    """What calls a denoiser otherwise, and is in all else as the one within."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule: Schedule = denoiser.schedule
+
+    @property
+    def kind(self) -> str | Kind:
+        return self.denoiser.kind
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
+
+    @property
+    def own(self) -> Own | None:
+        return self.denoiser.own
+
+
+class Embedded(Wrapper):
+    """A denoiser that reads the guidance weight (``nets.guidance``), at one ``weight`` and with the plain condition."""
+
+    def __init__(self, denoiser: nn.Module, weight: float) -> None:
+        super().__init__(denoiser)
+        self.weight = weight
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        return self.denoiser(x, t, self._read(x, cond))
+
+    def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """As ``Denoiser.answer``, where that is what is within."""
+        return self.denoiser.answer(x, t, self._read(x, cond))
+
+    def _read(self, x: Tensor, cond: Cond) -> Cond:
+        return {"label": cond, "w": torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)}
+
+
+class Guided(Wrapper):
+    """Classifier-free guidance as a wrapper with a denoiser's call (Ho & Salimans 2022; handbook 2.3, corrected).
+
+        (1)  y = (1 + w) y_c - w y_0,     w = ``weight``     (diffusers' guidance_scale is 1 + w)
+        (2)  y <- f y,  f = rescale std(y_c) / std(y) + 1 - rescale                    (Lin et al. 2023, Eq. 15, 16)
+
+    y is the network's answer; Eq. (1) is affine, so it is the same in x0 and eps. y_0 is the answer to ``null``, the
+    condition of one sample, batch 1, that means "no condition", or a negative one; or a function that gives each
+    sample's for its condition. Guidance acts where
+    ``low`` <= t <= ``high`` (Kynkaanniemi et al. 2024); elsewhere y = y_c. All is one network call: B rows, and one
+    more for every row that is guided.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        weight: float,
+        null: Cond | Callable[[Cond], Cond],
+        rescale: float = 0.0,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> None:
+        """
+        Raises:
+            ConfigError: ``rescale`` or the interval outside [0, 1].
+        """
+        super().__init__(denoiser)
+        if not 0 <= rescale <= 1:
+            raise ConfigError(f"guidance_rescale = {rescale}: expected a number in [0, 1]")
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"guidance_low, guidance_high = {low}, {high}: expected 0 <= low <= high <= 1")
+        self.weight, self.null = weight, null
+        self.rescale, self.low, self.high = rescale, low, high
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
+        inside = (t >= self.low) & (t <= self.high)
+        if not bool(inside.any()):
+            return self.denoiser(x, t, cond)
+        if bool(inside.all()):
+            return self._guided(x, t, cond, slice(None))
+        return self._guided(x, t, cond, inside.nonzero().flatten().to(x.device))
+
+    def _guided(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor | slice) -> Prediction:
+        """Eq. (1) and (2) in ``rows`` of the batch."""
+        mine = x[rows]
+        null = self._null(map_cond(lambda c: c[rows], cond), mine)
+        at = t if t.ndim == 0 else torch.cat([t, t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]])
+        both = self.denoiser(torch.cat([x, mine]), at, cat_cond([cond, null]))
+        conditional = Prediction(*(half[: len(x)] for half in both))
+        unconditional = Prediction(*(half[len(x) :] for half in both))
+        part = Prediction(*(half[rows] for half in conditional))
+        guided = Prediction(*map(self.combine, part, unconditional))
+        if self.rescale:
+            guided = self._rescaled(guided, part, mine, at[len(x) :] if t.ndim else t)
+        if isinstance(rows, slice):
+            return guided
+        return Prediction(*(whole.index_copy(0, rows, new) for whole, new in zip(conditional, guided)))
+
+    def _null(self, cond: Cond, x: Tensor) -> Cond:
+        """The condition of y_0 for the rows ``x`` of condition ``cond``."""
+        if callable(self.null):
+            return self.null(cond)
+        self.null = map_cond(lambda c: c.to(x.device), self.null)  # moves once; a copy a step would stall a GPU
+        return map_cond(lambda c: c.expand(len(x), *c.shape[1:]), self.null)
+
+    def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """Eq. (1): (1 + w) conditional - w unconditional."""
+        return (1 + self.weight) * conditional - self.weight * unconditional
+
+    def _rescaled(self, guided: Prediction, conditional: Prediction, x: Tensor, t: Tensor) -> Prediction:
+        """Eq. (2), in what the network answers, as diffusers' pipelines do."""
+        l, kind = level(self.schedule, t, x), self.denoiser.kind
+        y, y_c = (target(kind, p.x0, p.eps, l) for p in (guided, conditional))
+        ratio = y_c.flatten(1).std(1) / y.flatten(1).std(1)
+        f = (self.rescale * ratio + 1 - self.rescale).reshape(-1, *[1] * (x.ndim - 1))
+        return predict(solve(kind, l), f * y, x)

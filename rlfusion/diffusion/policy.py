@@ -1,0 +1,85 @@
+"""A diffusion model as a policy: an observation in, a Gaussian over the next latent out."""
+
+import copy
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.kernel import Coefficients, Kernel, apply, transition
+from rlfusion.diffusion.schedule import Schedule, level, prior_std
+from rlfusion.diffusion.space import Space
+
+
+class Observation(NamedTuple):
+    """The state: x = x_t (B, ...), its time t, the next time s < t (() or (B,), float64), the condition."""
+
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    cond: Cond = None
+
+
+class Policy(nn.Module):
+    """Denoiser + kernel. ``denoiser`` is a ``Denoiser`` or a wrapper with its call, ``schedule`` and ``space``."""
+
+    def __init__(self, denoiser: nn.Module, kernel: Kernel) -> None:
+        super().__init__()
+        self.denoiser, self.kernel = denoiser, kernel
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    @property
+    def space(self) -> Space:
+        return self.denoiser.space
+
+    def forward(self, obs: Observation) -> Gaussian:
+        x, t, s, cond = obs
+        prediction = self.denoiser(x, t, cond)
+        if t.ndim == 0:
+            return apply(_step_coefficients(self.kernel, self.schedule, t.item(), s.item()), prediction)
+        dt = (s - t).reshape(-1, *[1] * (x.ndim - 1))
+        return transition(self.kernel, prediction, level(self.schedule, t, x), level(self.schedule, s, x), dt)
+
+    def stds(self, times: Tensor) -> Tensor:
+        """S of each of the K steps of ``times`` (K+1,), float64 (K,): 0 marks a step without a log-probability."""
+        t, s = times[:-1], times[1:]
+        return self.kernel.coefficients(self.schedule(t), self.schedule(s), s - t).std.expand(len(t))
+
+    def prior_std(self, times: Tensor) -> float:
+        """The standard deviation of the noise where the chain begins."""
+        return prior_std(self.schedule, times)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, without gradients; it shares the parameters that are not trained."""
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
+
+
+@lru_cache(maxsize=4096)
+def _step_coefficients(kernel: Kernel, schedule: Schedule, t: float, s: float) -> Coefficients:
+    """The coefficients of a step that a whole batch takes: the same few in every rollout."""
+    at, to = torch.tensor([t, s], dtype=torch.float64)
+    return kernel.coefficients(schedule(at), schedule(to), to - at)
+
+
+def require_stochastic(policy: Policy, times: Tensor) -> Tensor:
+    """The steps that have a log-probability, bool (K,).
+
+    Raises:
+        ConfigError: none has: a policy gradient cannot train such a chain.
+    """
+    mask = policy.stds(times) > 0
+    if not bool(torch.any(mask)):
+        raise ConfigError(
+            f"{policy.kernel} has no noise at any of the {len(mask)} steps, so no log-probability: "
+            "a policy gradient needs eta > 0 (or noise > 0), or chain.last_noise > 0"
+        )
+    return mask

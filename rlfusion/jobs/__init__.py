@@ -1,0 +1,1 @@
+"""One file a command, and the parts that commands share."""

@@ -1,0 +1,98 @@
+"""What a finished run says of itself: its evaluations beside the queries and seconds that they had cost.
+
+gain = (mean reward - mean reward of the base) / (standard deviation of the base's rewards)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.jsonl import read_lines
+from rlfusion.evaluate.images import ImageStatistics
+
+IMAGES = ImageStatistics._fields
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation of a run. ``diversity`` is a share of real data's, or of the base's where there are none; then
+    there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
+    """
+
+    updates: int
+    queries: int
+    seconds: float
+    cpu_seconds: float
+    gain: float
+    reward: float
+    agreement: float | None
+    frechet: float | None
+    diversity: float
+    images: dict[str, float]
+
+
+def curve(folder: Path) -> list[Point]:
+    """The evaluations of a run in order, the base's first.
+
+    Raises:
+        ConfigError: lines of its metrics or times are lost.
+    """
+    found = {step: line for step, line in _lines(folder / "metrics.jsonl").items() if "evaluation/reward" in line}
+    spent = _lines(folder / "timing.jsonl") | {0: {"queries": 0, "seconds": 0.0, "cpu_seconds": 0.0}}
+    if lost := sorted({0} - found.keys()) or sorted(found.keys() - spent.keys()):
+        raise ConfigError(
+            f"{folder}: metrics.jsonl or timing.jsonl has lost what it said of update {lost[0]}; put it back, or "
+            "remove that folder, and the comparison runs it again"
+        )
+    base = found[0]
+    return [
+        Point(
+            updates=step,
+            queries=spent[step]["queries"],
+            seconds=spent[step]["seconds"],
+            cpu_seconds=spent[step]["cpu_seconds"],
+            gain=(e["evaluation/reward"] - base["evaluation/reward"]) / max(base["evaluation/reward_std"], 1e-12),
+            reward=e["evaluation/reward"],
+            **_quality(e, base),
+        )
+        for step, e in sorted(found.items())
+    ]
+
+
+def _lines(file: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a file by their step, of one step together.
+
+    Raises:
+        ConfigError: a line is damaged.
+    """
+    lines, bad = read_lines(file)
+    if bad:
+        raise ConfigError(
+            f"{file} has {bad} damaged line(s); put it back, or remove its folder, and the comparison runs it again"
+        )
+    found: dict[int, dict[str, Any]] = {}
+    for _, line in lines:
+        found[line["step"]] = found.get(line["step"], {}) | line
+    return found
+
+
+def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
+    """What ``Point`` holds of the quality of samples."""
+    if "evaluation/frechet" in found:
+        judged = {name: found[f"evaluation/{name}"] for name in ("agreement", "frechet")}
+        return judged | {"diversity": found["evaluation/diversity_relative"], "images": {}}
+    images = {name: found[f"evaluation/{name}"] for name in IMAGES}
+    relative = found["evaluation/diversity"] / max(base["evaluation/diversity"], 1e-12)
+    return {"agreement": None, "frechet": None, "diversity": relative, "images": images}
+
+
+def first_at(points: list[Point], gain: float) -> Point | None:
+    """The first evaluation with that gain."""
+    return next((p for p in points if p.gain >= gain), None)
+
+
+def best_within(points: list[Point], frechet: float) -> Point | None:
+    """The evaluation of the largest gain among those after training at a Frechet distance up to ``frechet``."""
+    within = [p for p in points[1:] if p.frechet is not None and p.frechet <= frechet]
+    return max(within, key=lambda p: p.gain, default=None)

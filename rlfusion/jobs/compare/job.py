@@ -1,0 +1,167 @@
+"""The job of ``rlfusion compare``: the runs one after another, each resumable, then the report."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlfusion import models
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError, NumericalError
+from rlfusion.common.progress import Progress
+from rlfusion.config import Finetune, to_yaml
+from rlfusion.jobs import base_model as origin
+from rlfusion.jobs import finetune
+from rlfusion.jobs.compare.baselines import Measured, baselines
+from rlfusion.jobs.compare.curves import Point, curve
+from rlfusion.jobs.compare.report import Outcome, report
+from rlfusion.jobs.compare.settings import Compare
+from rlfusion.jobs.pretrain import base_model
+from rlfusion.rewards import Care
+from rlfusion.training import checkpoint, identity
+from rlfusion.training.loop import Signals, discard, pick_device, set_numerics
+from rlfusion.training.tracking import overlay
+
+
+def check(config: Compare) -> list[str]:
+    """Refuse what cannot work; an agent that cannot serve a reward is no error but a cell of the table that says so.
+
+    Returns:
+        Those cells.
+
+    Raises:
+        ConfigError: nothing of the comparison can run, or a setting is wrong for every run.
+    """
+    errors, runs = [], list(config.runs())
+    for agent, reward, seed, settings in runs:
+        try:
+            finetune.check(settings)
+        except ConfigError as error:
+            errors.append((f"{agent} on {reward}, seed {seed}: {error}", error))
+    if len(errors) == len(runs):
+        raise errors[0][1]
+    return [said for said, _ in errors]
+
+
+def compare(config: Compare, folder: Path, signals: Signals, progress: Progress) -> str:
+    """The whole job in ``folder``; what is there already is not done again. Returns the table.
+
+    Raises:
+        ConfigError: no base model can be made.
+        StopRequested: a signal came; all work is saved.
+    """
+    set_numerics(config.threads, pick_device(config.device))
+    for note in identity.enter(folder, "compare", config).notes:
+        progress.say(note)
+    for agent in config.unmasked():
+        progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
+    base = _base(config, signals, progress)
+    outcomes = []
+    for agent, reward, seed, settings in config.runs():
+        place = folder / slug(f"{agent}-{reward}-seed{seed}")
+        progress.say(f"{agent} on {reward}, seed {seed}")
+        outcomes.append(Outcome(agent, reward, seed, *_run(settings, base, place, config.root, signals, progress)))
+    measured = _baselines(config, base, signals, progress)
+    for outcome in outcomes:
+        _overlay(folder / slug(f"{outcome.agent}-{outcome.reward}-seed{outcome.seed}"), outcome)
+    checkpoint.write_json_atomic(folder / "baselines.json", measured)
+    return report(config, folder, outcomes, measured)
+
+
+def slug(text: str) -> str:
+    """A text as the name of a folder."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-")
+
+
+def _base(config: Compare, signals: Signals, progress: Progress) -> Path | str:
+    """The base model of all runs: a model's folder, or what names a pretrained pipeline."""
+    if config.base:
+        one = next(config.runs())[3]
+        return config.base if origin.pretrained(_with(one, root=config.root)) else models.find(Path(config.base))
+    return base_model(config.pretrain, Path(config.root), pick_device(config.device), signals, progress)
+
+
+def _run(
+    settings: Finetune, base: Path | str, folder: Path, root: str, signals: Signals, progress: Progress
+) -> tuple[list[Point], str]:
+    """The curve of one run, and why it has none or ends before its time."""
+    settings = _with(settings, root=root, name=folder.name, base=str(base))
+    try:
+        finetune.check(settings)
+    except ConfigError as error:
+        return [], f"refused: {error}"
+    _make_room(settings, folder, progress)
+    storage.write(folder / "config.yaml", to_yaml(settings))
+    try:
+        finetune.finetune(settings, folder, signals, progress)
+    except ConfigError as error:
+        discard(folder)
+        return [], f"refused: {error}"
+    except NumericalError as error:
+        return _so_far(folder), f"failed: {error}"
+    return curve(folder), ""
+
+
+def _make_room(settings: Finetune, folder: Path, progress: Progress) -> None:
+    """A folder for a run; one of other settings, which the comparison had before a change, is set aside.
+
+    Raises:
+        ConfigError: nothing says which run is in it.
+    """
+    try:
+        storage.make_folder(folder)
+        identity.enter(folder, "finetune", settings)
+    except identity.DiffersError as error:
+        progress.say(f"{error}: set aside as {checkpoint.set_aside(folder, 'before').name}, and run again")
+        storage.make_folder(folder)
+
+
+def _so_far(folder: Path) -> list[Point]:
+    """The evaluations of a run that failed, none where it failed before the first."""
+    return curve(folder) if (folder / "before.json").is_file() and (folder / "timing.jsonl").is_file() else []
+
+
+def _with(settings: Finetune, **changes: Any) -> Finetune:
+    return Finetune(**vars(settings) | changes)
+
+
+def _baselines(
+    config: Compare, base: Path | str, signals: Signals, progress: Progress
+) -> dict[str, dict[str, Measured | str]]:
+    """What each reward says of the baselines, by reward and name."""
+    device, root = pick_device(config.device), Path(config.root)
+    one = _with(next(config.runs())[3], root=config.root, base=str(base))
+    denoiser, _, judged, _ = origin.begin(one, root, device, signals, progress)
+    found, care = {}, Care(config.reward_timeout_s, config.reward_cache)
+    may_fail = config.max_failed if config.reward_failures == "mask" else None
+    for name in config.rewards:
+        reward = judged.reward(name, _options(config, name), root, care)
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+        settings = (config.evaluation.samples, config.best_of, config.guidance)
+        found[name] = dict(baselines(denoiser, config.chain, judged, reward, *settings, may_fail))
+    return found
+
+
+def _options(config: Compare, name: str) -> dict[str, dict[str, Any]]:
+    return {name: config.reward_options[name]} if name in config.reward_options else {}
+
+
+def _overlay(folder: Path, outcome: Outcome) -> None:
+    """The run's curves for TensorBoard, whose horizontal axes are whole numbers."""
+    if not outcome.points or (folder / ".overlaid").exists():
+        return
+    group = f"compare_{slug(outcome.reward)}"
+    axes = {
+        "gain_by_queries": [(p.queries, p.gain) for p in outcome.points],
+        "gain_by_cpu_milliseconds": [(round(1000 * p.cpu_seconds), p.gain) for p in outcome.points],
+        "diversity_by_queries": [(p.queries, p.diversity) for p in outcome.points],
+    }
+    if outcome.points[0].frechet is not None:
+        axes |= {
+            "gain_by_frechet_x100": [(round(100 * p.frechet), p.gain) for p in outcome.points],
+            "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
+            "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
+        }
+    overlay(folder, {f"{group}/{name}": points for name, points in axes.items()})
+    storage.write(folder / ".overlaid", b"")

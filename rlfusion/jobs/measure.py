@@ -1,0 +1,275 @@
+"""Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion import evaluate, models
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.progress import Progress
+from rlfusion.common.seeding import Key
+from rlfusion.config import Evaluation
+from rlfusion.data import Dataset
+from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.sampling import chain_noise, sample, walk
+from rlfusion.evaluate import classifier
+from rlfusion.evaluate.report import SMALLEST
+from rlfusion.jobs import train_clip
+from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
+from rlfusion.rewards.registry import FROM_DATA
+
+NO_CARE = Care()
+GRID_ROWS, GRID_COLUMNS = 8, 20
+HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
+PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
+PIPELINE_ROWS, PIPELINE_COLUMNS = 2, 8
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The data that samples are compared with, and the judge that compares them."""
+
+    train: Dataset
+    held_out: Dataset
+    judge: classifier.Classifier
+
+    @classmethod
+    def of(cls, data: Dataset, held_out: float, root: Path, device: torch.device) -> "Judged":
+        """Split ``data`` and train the judge on the training part, or find it in the cache below ``root``."""
+        train, rest = data.split(held_out)
+        judge = classifier.load(classifier.cached(train, classifier.JUDGE, root))
+        return cls(train, rest, judge.to(device))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of a sample."""
+        return self.train.shape
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the conditions."""
+        return self.train.names
+
+    @property
+    def classes(self) -> int:
+        """How many conditions there are."""
+        return self.train.classes
+
+    def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """All of ``evaluate.Report``, by name."""
+        return evaluate.report(samples, label, self.judge, self.held_out, self.train).as_dict()
+
+    def reward(
+        self,
+        reward: str | dict[str, float],
+        options: dict[str, dict[str, Any]],
+        root: Path,
+        care: Care = NO_CARE,
+        made: Mapping[str, Reward] | None = None,
+    ) -> Reward:
+        """The reward that settings name, as ``make_reward``."""
+        return make_reward(reward, options, self.train, root, care, made)
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """What is known of samples where no data is: their shape, the prompts, and what else is known of each prompt. No
+    judge can be trained.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...] = ()
+    judge: None = None
+
+    @property
+    def classes(self) -> int:
+        """How many prompts there are."""
+        return len(self.names)
+
+    def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """``evaluate.plain_report``."""
+        return evaluate.plain_report(samples, label)
+
+    def reward(
+        self,
+        reward: str | dict[str, float],
+        options: dict[str, dict[str, Any]],
+        root: Path,
+        care: Care = NO_CARE,
+        made: Mapping[str, Reward] | None = None,
+    ) -> Reward:
+        """The reward that settings name.
+
+        Raises:
+            ConfigError: as ``build``, or one of ``TRAINED`` that would need data to learn from.
+        """
+        for name in names_of(reward):
+            key, _ = TRAINED.get(name, ("", None))
+            if key and not (options.get(name) or {}).get(key):
+                raise ConfigError(
+                    f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
+                )
+        return build(reward, options, facts(self.names, self.shape, self.metadata), care, made)
+
+
+def require_models_data(name: str, data: Dataset, card: models.Card) -> None:
+    """
+    Raises:
+        ConfigError: the data of this name are not of the model's shape and classes.
+    """
+    if (data.shape, data.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"data = {name!r}: its samples are {data.shape} of {data.classes} classes, "
+            f"the model's {card.shape} of {card.classes}"
+        )
+
+
+def require_judgeable(data: Dataset, held_out: float) -> None:
+    """Refuse data on which no judge can be trained or no report made.
+
+    Raises:
+        ConfigError: fewer than two classes, images below 8x8, or a part of the split that is too small.
+    """
+    classifier.Classifier(classifier.JUDGE.kind, data.shape, data.classes)
+    train, rest = data.split(held_out)
+    if min(len(train), len(rest)) < SMALLEST or int(rest.label.bincount().max()) < 2:
+        raise ConfigError(
+            f"held_out = {held_out} splits the data into {len(train)} for training and {len(rest)} to compare with: "
+            f"expected {SMALLEST} of each at least, and two of one class"
+        )
+    data.require_trained(held_out)
+
+
+def make_reward(
+    reward: str | dict[str, float],
+    options: dict[str, dict[str, Any]],
+    train: Dataset,
+    root: Path,
+    care: Care = NO_CARE,
+    made: Mapping[str, Reward] | None = None,
+) -> Reward:
+    """The reward that settings name. One of ``TRAINED`` without weights gets those of ``train``, from the cache.
+    ``made`` are those that exist already, by name.
+
+    Raises:
+        ConfigError: an unknown reward or option.
+    """
+    full = {}
+    for name in names_of(reward):
+        given = options.get(name) or {}
+        key, make = TRAINED.get(name, ("", None))
+        if make and not given.get(key):
+            full[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
+    return build(reward, options | full, facts(train.names, train.shape), care, made)
+
+
+def _trained_classifier(train: Dataset, root: Path) -> dict[str, Any]:
+    return {"weights": str(classifier.cached(train, classifier.REWARD, root))}
+
+
+def _trained_clip(train: Dataset, root: Path) -> dict[str, Any]:
+    return {"model": str(train_clip.cached(train, root, Progress()))}
+
+
+def _trained_texts(train: Dataset, root: Path) -> dict[str, Any]:
+    return {**_trained_clip(train, root), "template": train_clip.templates_of((), train)[0]}
+
+
+_MAKERS = {
+    "class_logprob": _trained_classifier,
+    "clip_score": _trained_texts,
+    "clip_class": _trained_texts,
+    "clip_similarity": _trained_clip,
+}
+TRAINED = {name: (key, _MAKERS[name]) for name, (key, _) in FROM_DATA.items()}
+"""Rewards that are trained here where the option does not name their weights, and what gives them their options."""
+
+
+def reward_parts(reward: Reward) -> dict[str, Tensor]:
+    """The tensors that a reward holds, by name: what a worker needs beside the settings to build it again."""
+    return dict(reward.state_dict()) if isinstance(reward, nn.Module) else {}
+
+
+def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
+    """Samples (N, *shape) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
+    parts = _noise(policy, times, label, shape, key)
+    return torch.cat([policy.space.decode(sample(policy, noise, times, some)) for noise, some in parts])
+
+
+@torch.no_grad()
+def divergence(policy: Policy, base: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
+    """sum_t KL(policy || base) (N,), in nats, at the states of the walks of ``draw``; steps without noise have none."""
+    parts = []
+    for noise, some in _noise(policy, times, label, shape, key):
+        steps = [step for step in walk(policy, noise, times, some) if bool((step.transition.std > 0).all())]
+        parts.append(torch.stack([step.transition.kl(base(step.obs)) for step in steps]).sum(0))
+    return torch.cat(parts)
+
+
+def _noise(
+    policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], key: tuple[Key, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The noise of walks and their labels, as many at a time as the model's space says."""
+    latent = policy.space.latent(shape)
+    for rows in torch.arange(len(label)).split(policy.space.chunk):
+        noise = chain_noise(key, rows.tolist(), len(times) - 1, latent)
+        yield noise.to(label.device), label[rows.to(label.device)]
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy,
+    times: Tensor,
+    judged: Judged | Unjudged,
+    reward: Reward | None,
+    reward_name: str,
+    settings: Evaluation,
+    seed: int,
+    max_failed: float | None = None,
+) -> dict[str, float]:
+    """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
+
+    With ``max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are averaged.
+
+    Raises:
+        ConfigError: bits per dimension are asked for and not defined.
+        NumericalError: a sample or a reward is not finite, or too many failed.
+    """
+    bits = evaluate.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
+    device = next(policy.parameters()).device
+    label = torch.arange(settings.samples, device=device) % judged.classes
+    samples = draw(policy, times, label, judged.shape, seed, "evaluation")
+    result = judged.report(samples, label) | bits
+    if reward is None:
+        return result
+    value = score(reward, samples, label, reward_name, masked=max_failed is not None)
+    if max_failed is not None:
+        fine, result["reward_failed"] = valid(value, reward_name, max_failed)
+        value = value[fine]
+    return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
+
+
+def headlines(result: dict[str, float]) -> list[str]:
+    """The names of what to show of an evaluation."""
+    return [name for name in (HEADLINES if "frechet" in result else PLAIN) if name in result]
+
+
+def look_of(card: models.Card) -> tuple[int, int, int]:
+    """Columns and rows of a model's grid, and pixels of the picture for one of a sample."""
+    if card.pipeline:
+        return min(card.classes, PIPELINE_COLUMNS), PIPELINE_ROWS, 1
+    return min(card.classes, GRID_COLUMNS), GRID_ROWS, 4
+
+
+def grid_samples(
+    policy: Policy, times: Tensor, classes: int, shape: tuple[int, ...], seed: int, rows: int = GRID_ROWS
+) -> Tensor:
+    """Samples on the fixed seeds of the grid, ``rows`` a class, class by class along the columns."""
+    device = next(policy.parameters()).device
+    label = torch.arange(rows * classes, device=device) % classes
+    return draw(policy, times, label, shape, seed, "grid").cpu()

@@ -1,0 +1,130 @@
+"""How much memory a fine-tuning takes, before it begins: what is held by count, activations from a first small sample.
+
+With n bytes of trained and f of frozen weights, and A(b) what one call of the network on b samples keeps for the
+backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:
+
+    (1)  weights n + f,   gradients n,   AdamW's moments 2 n (n / 2 in 8 bits),   their average n
+    (2)  copies of what is trained: the rollouts' in this process, the reference, the monitor's base, n each; and the
+         guard's, to undo an update: weights, moments and average (and the reference's), once, or 1 + 3 for rollback
+    (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
+         part that is made again at once
+    (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
+
+Scratch space of single operations is not counted, and nothing that the reward itself takes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.config import Finetune
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.policy import Policy
+from rlfusion.rl.guard import DEPTH
+
+FUNCTION = "_gradient_checkpointing_func"
+"""By which diffusers' modules make activations again."""
+
+Estimate = dict[str, int]
+"""Bytes by what they are for."""
+
+
+def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
+    """Bytes that ``call`` keeps for its backward pass beside the module's own weights, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = call()  # alive until the storages are counted, so that none is given to another tensor
+        total = sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in own)
+    del result
+    return total
+
+
+def line(measured: Callable[[int], int], count: int) -> int:
+    """What ``measured`` gives at ``count``, by a straight line through 1 and 2."""
+    one, two = measured(1), measured(2)
+    return max(0, one + (count - 1) * (two - one))
+
+
+def activations(policy: Policy, times: Tensor, shape: tuple[int, ...], count: int) -> int:
+    """Eq. (3): bytes that one step of ``count`` samples of latents (*shape) keeps."""
+    device, t = next(policy.parameters()).device, times[len(times) // 2]
+
+    def measured(rows: int) -> int:
+        x, label = torch.zeros(rows, *shape, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        part = _largest_part(policy, lambda: policy.denoiser(x, t, label))
+        return part + kept(lambda: policy.denoiser(x, t, label).x0, policy)
+
+    return line(measured, count)
+
+
+def _largest_part(module: nn.Module, call: Callable[[], Any]) -> int:
+    """The most bytes that one checkpointed part of ``module`` keeps when it is made again; 0 where there is none."""
+    parts = [m for m in module.modules() if FUNCTION in vars(m)]
+    held, most = [vars(m)[FUNCTION] for m in parts], [0]
+
+    def measured(function: Callable[..., Any], *inputs: Any) -> Any:
+        most.append(kept(lambda: function(*inputs), module))
+        return function(*inputs)
+
+    try:
+        for part in parts:
+            vars(part)[FUNCTION] = measured
+        call()
+    finally:
+        for part, own in zip(parts, held):
+            vars(part)[FUNCTION] = own
+    return max(most)
+
+
+def decoding(policy: Policy, shape: tuple[int, ...], count: int) -> int:
+    """Eq. (4): bytes that decoding ``count`` latents (*shape) with a gradient holds, of one chunk at most."""
+    device = next(policy.parameters()).device
+    held = getattr(policy.space, "vae", nn.Module())
+
+    def measured(rows: int) -> int:
+        z = torch.zeros(rows, *shape, device=device, requires_grad=True)
+        return kept(lambda: policy.space.decode(z), held)
+
+    return line(measured, min(count, policy.space.chunk))
+
+
+def estimate(config: Finetune, denoiser: Denoiser, policy: Policy, times: Tensor, shape: tuple[int, ...]) -> Estimate:
+    """Eq. (1) to (4) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
+    sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in denoiser.parameters()]
+    trained = sum(size for wanted, size in sizes if wanted)
+    frozen = sum(size for wanted, size in sizes if not wanted)
+    agent: Any = config.agent
+    reference = getattr(agent, "kl_loss", 0.0) > 0
+    noisy = bool((policy.stds(times) > 0).any())
+    copies = (config.rollout.workers == 0) + reference + bool(config.monitor.every and noisy)
+    undo = {"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1)
+    moments = trained // 2 if config.optimizer == "adamw8bit" else 2 * trained
+    rows = getattr(agent, "micro_batch", config.rollout.item)
+    vae = getattr(policy.space, "vae", None)
+    found = {
+        "network, frozen": frozen,
+        "network, trained": trained,
+        "gradients and AdamW": trained + moments,
+        "average": trained,
+        "copies of what is trained": copies * trained,
+        "to undo an update": undo * ((2 + reference) * trained + moments),
+        "autoencoder": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0,
+        f"activations of {rows} samples": activations(policy, times, shape, rows),
+    }
+    if not config.agent.needs(config.chain.moves).end:  # it takes the reward's own gradient
+        found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
+    return found
+
+
+def said(found: Estimate) -> str:
+    """An estimate in a line."""
+    parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in found.items() if size)
+    return f"{sum(found.values()) / 1e9:.3g} GB: {parts}"

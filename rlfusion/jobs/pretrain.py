@@ -1,0 +1,222 @@
+"""The job of ``rlfusion pretrain``, and the base model that a fine-tuning without one makes and keeps."""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rlfusion import models
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.progress import Progress
+from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
+from rlfusion.data import Dataset, load
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser, require_readable
+from rlfusion.diffusion.policy import Policy
+from rlfusion.evaluate import bits_per_dim, require_bound
+from rlfusion.jobs import pretrain_autoencoder
+from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
+from rlfusion.pretrain import Learner, losses, noisy_labels
+from rlfusion.training import checkpoint, identity
+from rlfusion.training import fit as fitting
+from rlfusion.training.loop import Signals, locked, pick_device, set_numerics
+from rlfusion.training.tracking import Tracker, grid, save_png
+
+CACHE_FORMAT = 1
+"""Rises when pretraining changes, so that base models cached before are not taken for new ones."""
+
+
+def fit(
+    config: Base,
+    card: models.Card,
+    data: Dataset,
+    folder: Path,
+    device: torch.device,
+    signals: Signals,
+    progress: Progress,
+) -> None:
+    """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
+
+    Raises:
+        NumericalError: a gradient is not finite; the last checkpoint stands.
+        StopRequested: a signal came; all work is saved.
+    """
+    run = identity.enter(folder, "pretrain", config)
+    denoiser = models.build(card, config.seed).to(device)
+    if config.autoencoder:
+        denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
+    learner = Learner(denoiser, data, config.train, config.seed)
+    every = config.checkpoint_every
+    fitting.fit(learner, run, config.train.steps, every, signals, progress, "pretraining", "pretrain")
+    with learner.optimization.ema.averaged():
+        models.save(folder / "model", denoiser, card)
+
+
+def card_of(config: Base, data: Dataset) -> models.Card:
+    """The card of the model that ``config`` makes of ``data``.
+
+    Raises:
+        ConfigError: no autoencoder where one is named, or one for samples of another shape.
+    """
+    about = {}
+    if config.autoencoder:
+        space = pretrain_autoencoder.load(Path(config.autoencoder))
+        made_for = tuple(space.about.get("shape", data.shape))
+        if made_for != data.shape or not space.returns(data.shape):
+            raise ConfigError(
+                f"autoencoder = {config.autoencoder!r} does not bring samples {data.shape} back in their shape: "
+                f"expected one for such samples, and this is for {made_for if made_for != data.shape else 'others'}"
+            )
+        about = space.about
+    answers = losses.make(config.train.loss).answers
+    return models.Card(
+        config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about, answers=answers
+    )
+
+
+def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:
+    """The folder of the model that ``config`` describes: from ``root/cache``, or pretrained there now."""
+    data = load(config.data, config.size)
+    folder = root / "cache" / f"base-{_digest(config, data)}"
+    storage.make_folder(folder)
+    with locked(folder, signals, progress.say):
+        if not (folder / "model" / "model.json").is_file():
+            storage.write(folder / "config.yaml", to_yaml(config))
+            card = card_of(config, data)
+            fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
+    return folder / "model"
+
+
+def _digest(config: Base, data: Dataset) -> str:
+    """16 hex digits over all that the weights depend on."""
+    same = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, same], sort_keys=True).encode())
+    if config.autoencoder:
+        space = pretrain_autoencoder.load(Path(config.autoencoder))
+        digest.update(models.space_blob(space)["space"] + json.dumps(space.about, sort_keys=True).encode())
+    digest.update(data.x.numpy().tobytes() + data.label.numpy().tobytes())
+    if data.held is not None:
+        digest.update(data.held.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check(config: Pretrain) -> models.Card:
+    """Refuse what cannot work, before any work: data, device, network, schedule, kernel. Returns the model's card.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    data = load(config.data, config.size)
+    if data.grouped:
+        require_judgeable(data, config.held_out)
+    elif not len(data.split(config.held_out)[0]):
+        raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
+    data.require_trained(config.held_out)
+    card = card_of(config, data)
+    denoiser = models.build(card)
+    losses.make(config.train.loss).check(denoiser)
+    require_solvable(denoiser, config.chain)
+    require_no_class(config, config.chain)
+    policy = config.chain.policy(denoiser, card.names)
+    if config.evaluation.bits_per_dim:
+        require_bound(policy, config.chain.times(denoiser), data.split(config.held_out)[1])
+    return card
+
+
+def require_no_class(config: Base, chain: Chain) -> None:
+    """Refuse guidance away from "no class" for a network that ``config`` never shows it.
+
+    Raises:
+        ConfigError: no label is dropped.
+    """
+    if chain.weight and not chain.negative and not config.train.label_dropout:
+        raise ConfigError(
+            f"guidance = {chain.weight} with train.label_dropout = 0.0: the network never learns its answer to "
+            '"no class"; expected a label_dropout above 0, or chain.negative'
+        )
+
+
+def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
+    """Refuse a chain on which the network's kind cannot be read at every step (eps at pure noise, say), or whose kernel
+    has no such step (an eta beyond eta_max, say).
+
+    Raises:
+        ConfigError: names the kind and the level, or the kernel's setting.
+    """
+    kernel, times = chain.make_kernel(), chain.times(denoiser)
+    require_readable(denoiser, times[:-1])
+    Policy(denoiser, kernel).stds(times)
+
+
+def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
+    """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation."""
+    set_numerics(config.threads, pick_device(config.device))
+    data = load(config.data, config.size, progress.say)
+    config.chain.make_kernel()
+    device = pick_device(config.device)
+    card = replace(card_of(config, data), chain=asdict(config.chain))
+    fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
+    return show(config, folder, data, config.train.steps)
+
+
+class Shown(Protocol):
+    """Settings of a job that ends with a model to look at: of ``pretrain`` and ``distill``."""
+
+    root: str
+    seed: int
+    device: str
+    held_out: float
+    chain: Chain
+    evaluation: Evaluation
+
+
+def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
+    """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation.
+
+    Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
+    grid is drawn (and bits_per_dim, if asked).
+    """
+    device = pick_device(config.device)
+    denoiser, card = models.load(folder)
+    policy = config.chain.policy(denoiser.to(device), card.names)
+    times = config.chain.times(denoiser)
+    columns = min(card.classes, GRID_COLUMNS)
+    picture = grid(grid_samples(policy, times, columns, card.shape, config.seed), columns)
+    save_png(folder / "samples" / "grid.png", picture)
+    tracker = Tracker(folder, step)
+    tracker.image(step, "samples", picture)
+    result: dict[str, float] = {}
+    if data.grouped:
+        judged = Judged.of(data, config.held_out, Path(config.root), device)
+        result = measure(policy, times, judged, None, "", config.evaluation, config.seed)
+    elif config.evaluation.bits_per_dim:
+        result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)
+    if result:
+        tracker.scalars(step, "evaluation", result)
+        checkpoint.write_json_atomic(folder / "evaluation.json", result)
+    return result
+
+
+def seen(path: str, made: Base, train: Dataset) -> Dataset:
+    """The training samples as the model in ``path`` saw them: with its noisy labels, where it is made here ("")."""
+    if path:
+        return train
+    return replace(train, label=noisy_labels(train, made.train.label_noise, made.seed))
+
+
+def require_same_data(what: str, card: models.Card, made: models.Card, data: str) -> None:
+    """Refuse a model of samples or classes other than the data's, whose card is ``made``.
+
+    Raises:
+        ConfigError: says of ``what`` it makes, and what ``data`` has.
+    """
+    if (made.shape, made.names) != (card.shape, card.names):
+        raise ConfigError(
+            f"{what} makes {card.shape} of {card.classes} classes: "
+            f"pretrain.data = {data!r} has {made.shape}, {made.classes}"
+        )

@@ -1,0 +1,113 @@
+"""``--resume FOLDER [--change KEY=VALUE ...]``: the settings with which a run goes on.
+
+They are those of the run (``identity``) and the changes that are meant; ``config.yaml`` must say the same, and says it
+again afterwards. What does not decide bits may be edited there without a word.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError
+from rlfusion.config import to_yaml
+from rlfusion.training import identity
+from rlfusion.training.loop import locked
+
+USAGE = "--resume takes the run's folder, --change KEY=VALUE for each change that is meant, and nothing else"
+FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume", "change")
+"""What is no setting of a run that could be changed; the first two are where its folder is."""
+
+Read = Callable[[list[str]], Any]
+"""The settings of a command from its arguments."""
+
+
+def asked(arguments: list[str]) -> tuple[Path, dict[str, str]]:
+    """The folder of ``--resume``, and the {key: value} of each ``--change``.
+
+    Raises:
+        ConfigError: something beside them.
+    """
+    folders, changes = [], {}
+    words = [word for argument in arguments for word in _parted(argument)]
+    if len(words) % 2:
+        raise ConfigError(f"{USAGE}: got {' '.join(arguments)!r}; its settings are those of its config.yaml")
+    for option, value in zip(words[::2], words[1::2]):
+        key, equals, new = value.partition("=")
+        if option == "--resume":
+            folders.append(Path(value))
+        elif option != "--change" or not equals or not key:
+            raise ConfigError(f"{USAGE}: got {option} {value!r}; its settings are those of its config.yaml")
+        elif key in FIXED:
+            raise ConfigError(f"--change {key}: no setting of the run, whose folder may be moved and renamed as it is")
+        else:
+            changes[key] = new
+    if len(folders) != 1:
+        raise ConfigError(f"{USAGE}: got {len(folders)} folders")
+    return folders[0], changes
+
+
+def _parted(argument: str) -> list[str]:
+    """``--resume=X`` and ``--change=X`` as two words."""
+    option, equals, value = argument.partition("=")
+    return [option, value] if equals and option in ("--resume", "--change") else [argument]
+
+
+def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read) -> Any:
+    """The settings with which the run of command ``kind`` in ``folder`` goes on, its changes recorded.
+
+    Raises:
+        DiffersError: config.yaml differs from the run in a setting that decides bits, and no change says so.
+        ConfigError: no folder of a run, another command's, or a change that cannot be made.
+    """
+    file, record = folder / "config.yaml", _record(folder)
+    if not file.is_file() and record is None:
+        raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
+    if record is not None:
+        identity.require_command(folder, record, kind)
+    options = [f"--{key}={value}" for key, value in changes.items()]
+    with locked(folder):
+        if record is not None and not file.is_file():
+            storage.write(file, yaml.safe_dump(record.settings, sort_keys=False))
+        settings = read(["--config", str(file), *options])
+        if record is None and changes:
+            raise ConfigError(
+                f"--change {next(iter(changes))}: {folder / identity.FILE} is lost: from what is not known"
+            )
+        if record is not None:
+            _compare(folder, record, settings, options, read)
+    return settings
+
+
+def _record(folder: Path) -> identity.Record | None:
+    """What the run says of itself; None where that is lost, of which ``identity.enter`` makes what can be made."""
+    try:
+        return identity.Record.read(folder)
+    except (ConfigError, FileNotFoundError):
+        return None
+
+
+def _compare(folder: Path, record: identity.Record, settings: Any, options: list[str], read: Read) -> None:
+    """Refuse what nobody meant, and record what is meant."""
+    now, then = identity.flat(settings), record.settings
+    if identity.differences(identity.decisive(then), identity.decisive(now)):
+        then = identity.flat(_read_again(record, options, read))
+    if edited := identity.differences(identity.decisive(then), identity.decisive(now)):
+        raise identity.DiffersError(identity.differs(folder, edited))
+    total, done = now.get(identity.LENGTH.get(record.command, "")), identity.done(folder)
+    if total is not None and total < done:
+        raise ConfigError(identity.too_short(folder, done, total))
+    if options or identity.digest(now) not in record.digests:
+        storage.write(folder / "config.yaml", to_yaml(settings))
+        identity.change(folder, record, settings)
+
+
+def _read_again(record: identity.Record, options: list[str], read: Read) -> Any:
+    """The settings of the record with these changes; a version of rlfusion that has more of them adds its defaults."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(record.settings, file, sort_keys=False)
+        file.flush()
+        return read(["--config", file.name, *options])

@@ -1,0 +1,223 @@
+"""``rlfusion serve-reward``: a reward for other processes, environments and machines, over HTTP.
+
+It listens on this machine's loopback unless told otherwise, and elsewhere only with a token. The protocol is that of
+``rlfusion.rewards.service``; its client is any reward's name of the form ``http://host:port``.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from torch import nn
+
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.rewards import Care, Reward, asks, build
+from rlfusion.rewards.remote.secret import VARIABLE, read_token
+from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application, require_servable
+from rlfusion.training.loop import Signals, StopRequested, pick_device, set_numerics
+
+MIB = 2**20
+CONNECTIONS = 2 * ASKING
+"""Open at once; a further one takes the place of the one that has been sending its request for longest."""
+GRACE_S = 5
+MOST_PORT = 65535
+HEAD_S = 10.0
+"""Within which a connection must have sent the headers of its next request."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a reward over HTTP, for rewards named http://host:port.
+
+    Attributes:
+        reward: its name, as of finetune.
+        options: its settings.
+        host: the address to listen on; others than this machine's loopback need a token.
+        port: 0 for any free one; the line that is printed says which.
+        token_file: holds the token that clients must show, mode 600; empty takes it from the environment variable
+            RLFUSION_REWARD_TOKEN, and if there is none, whoever reaches the port may ask.
+        max_mb: MiB of one question.
+        max_held_mb: MiB of all questions that are held at once; others wait for their turn, and are not read before.
+        deadline_s: to receive a question, and to score it.
+        cache: samples whose rewards are remembered, should a batch be asked again; 0 for none.
+        idle_s: stop when nobody asked for so long; 0 never does.
+        device: "cpu", "cuda", or "auto".
+        threads: CPU threads of torch.
+    """
+
+    reward: str
+    options: dict[str, Any] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8500
+    token_file: str = ""
+    max_mb: int = 256
+    max_held_mb: int = 1024
+    deadline_s: float = 120.0
+    cache: int = 0
+    idle_s: float = 0.0
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_mb", "deadline_s", "threads")
+        require_not_negative(self, "cache", "idle_s")
+        if not 0 <= self.port <= MOST_PORT:
+            raise ConfigError(f"port = {self.port}: expected 0..{MOST_PORT}, 0 for any free one")
+        if self.max_held_mb < self.max_mb:
+            raise ConfigError(
+                f"max_held_mb = {self.max_held_mb}: expected max_mb = {self.max_mb} at least, one question"
+            )
+        if not (_is_loopback(self.host) or read_token(self.token_file)):
+            raise ConfigError(
+                f"host = {self.host!r}: others than this machine's loopback need a token, expected token_file or "
+                f"the environment variable {VARIABLE}"
+            )
+
+
+def serve(settings: Serve, say: Callable[[str], None] = print) -> None:
+    """Serve until a signal, or until nobody asks any more.
+
+    Raises:
+        ConfigError: no such reward, or an address that cannot be listened on.
+    """
+    set_numerics(settings.threads, pick_device(settings.device))
+    service = make_service(settings)
+    serving = server(service, settings.idle_s)
+    with listening(settings.host, settings.port) as listener:
+        try:
+            with Signals():
+                say(
+                    f"serving {settings.reward} at {address(listener)}"
+                    + ("" if service.guarded else ", without a token")
+                )
+                serving.run(sockets=[listener])
+        except StopRequested as stop:
+            if not serving.started:
+                raise
+            stop.arrived()  # uvicorn has ended as it should, and raises the signal again
+    if service.hanging:
+        os._exit(1)  # its thread cannot be ended in any other way
+
+
+def make_service(settings: Serve) -> Service:
+    """The service of these settings. A reward that asks nothing of the model is made at once.
+
+    Raises:
+        ConfigError: no such reward.
+    """
+    name, device = settings.reward, pick_device(settings.device)
+    require_servable(name, settings.options)
+
+    def make(facts: dict[str, Any]) -> Reward:
+        options = {name: settings.options} if settings.options else {}
+        reward = build(name, options, facts, Care(cache=settings.cache))
+        return reward.to(device) if isinstance(reward, nn.Module) else reward
+
+    offer = Offer(name, settings.options, asks(name), make)
+    if not offer.wants:
+        offer.reward({})
+    limits = Limits(settings.max_mb * MIB, settings.deadline_s, settings.max_held_mb * MIB)
+    return Service(offer, read_token(settings.token_file), limits, str(device))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConfigError: the address is not to be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"host, port = {host}, {port}: cannot be listened on ({error})") from error
+
+
+def address(listener: socket.socket) -> str:
+    """The ``http://host:port`` of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def server(service: Service, idle_s: float = 0.0) -> Any:
+    """The HTTP server of a service; its ``run(sockets=[listener])`` serves until ``should_exit`` is set.
+
+    Raises:
+        ConfigError: the libraries of the extra ``serve`` are not installed.
+    """
+    try:
+        import uvicorn
+
+        app, connection = application(service), _protocol(min(HEAD_S, service.limits.deadline_s))
+    except ImportError as error:
+        raise ConfigError(f"serve-reward needs the extra `serve`: pip install 'rlfusion[serve]' ({error})") from error
+
+    async def look() -> None:
+        if idle_s and time.monotonic() - service.last > idle_s:
+            made.should_exit = True
+
+    made = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=connection,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=GRACE_S,
+            callback_notify=look,
+            timeout_notify=1,
+            server_header=False,
+        )
+    )
+    return made
+
+
+def _protocol(head_s: float) -> Any:
+    """uvicorn's connection, closed where the headers of a request are not whole within ``head_s``, or where there are
+    ``CONNECTIONS`` others and none has been sending for longer: uvicorn itself waits for ever, and a few who drip would
+    take all that there are.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Bounded(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._await_head()
+            if len(self.connections) > CONNECTIONS:
+                min((c for c in self.connections if c.sending), key=lambda c: c.since).transport.abort()
+
+        @property
+        def sending(self) -> bool:
+            """Whether its next request is not whole yet."""
+            return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+        def on_response_complete(self) -> None:
+            self._head.cancel()
+            self._await_head()
+            super().on_response_complete()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._head.cancel()
+            super().connection_lost(error)
+
+        def _await_head(self) -> None:
+            self.since = self.loop.time()
+            self._head = self.loop.call_later(head_s, self._late)
+
+        def _late(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.abort()
+
+    return Bounded
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

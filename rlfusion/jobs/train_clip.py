@@ -1,0 +1,228 @@
+"""The job of ``rlfusion train-clip``: a small CLIP of images and their labels' words or captions.
+
+    (1)  s_ij = exp(l) cos(f(x_i), g(y_j)),   x_i the images of a batch, y_j a text for each label among them, l learned
+    (2)  loss = 1/2 mean_i [-log softmax_j s_ij]_{j = label of i} + 1/2 mean_j mean_{i of label j} [-log softmax_i s_ij]
+
+With one image a text Eq. (2) is the loss of Radford et al. (2021); images that share a label are no negatives of each
+other's text. The text is drawn among the templates at each step. A run leaves ``clip/``, a folder of open_clip's kind,
+for the CLIP rewards (``--reward_options '{clip_score: {model: runs/NAME}}'``) and for open_clip itself (local-dir:).
+Draws are keyed by (seed, step).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.progress import Progress
+from rlfusion.common.seeding import integer, stream
+from rlfusion.common.stops import in_force
+from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
+from rlfusion.data import load as load_data
+from rlfusion.evaluate.classifier import augment, one_thread
+from rlfusion.rewards.clip import towers
+from rlfusion.rewards.clip.preprocessing import Preprocess
+from rlfusion.rewards.clip.small import SmallClip
+from rlfusion.rewards.clip.texts import SPELLED, fill_all
+from rlfusion.training import checkpoint, identity
+from rlfusion.training import fit as fitting
+from rlfusion.training.loop import Signals, locked, pick_device, set_numerics
+from rlfusion.training.optimization import Optimization
+
+FORMAT, WARM_UP = 1, 0.1
+HANDWRITTEN = ("a handwritten {word}", "a picture of a {word}", "the digit {word}", "{word}", "{}")
+ANY = ("a picture of {}", "{}")
+COLDEST = math.log(100)
+"""The largest l: exp(l) is at most 100, as in Radford et al."""
+
+
+@dataclass(frozen=True)
+class TrainClip:
+    """Train a small CLIP on images and the words of their labels.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
+            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, to measure the zero-shot accuracy.
+        model: the architecture.
+        templates: texts with {} for the label, or {word} for the label with numerals spelled out; none takes "a
+            handwritten {word}" and others like it for numerals, "a picture of {}" and "{}" for other labels, and "{}"
+            for captions.
+        steps: optimiser steps.
+        batch: images in a step.
+        lr: peak learning rate of AdamW, after a tenth of the steps; it falls to 0 along a cosine.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are saved.
+        shift: images are shifted by up to this many pixels each way, edges repeated.
+        noise: standard deviation of the Gaussian noise added to the pixels.
+        checkpoint_every: optimiser steps between checkpoints.
+        root: folder of all runs.
+        name: of the run's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+    """
+
+    seed: int = 0
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    model: SmallClip = field(default_factory=SmallClip)
+    templates: list[str] = field(default_factory=list)
+    steps: int = 1000
+    batch: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    ema_decay: float = 0.99
+    shift: int = 1
+    noise: float = 0.1
+    checkpoint_every: int = 500
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
+        require_not_negative(self, "weight_decay", "shift", "noise")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+
+    @property
+    def default_name(self) -> str:
+        return f"clip-{name_of(self.data)}-seed{self.seed}"
+
+
+def templates_of(given: Sequence[str], data: Dataset) -> tuple[str, ...]:
+    """The templates, by default those that suit the names of the data; the first is what the CLIP is asked with."""
+    if given or data.captioned:
+        return tuple(given) or ("{}",)
+    return HANDWRITTEN if all(name in SPELLED for name in data.names) else ANY
+
+
+def loss(images: Tensor, texts: Tensor, place: Tensor, scale: Tensor) -> Tensor:
+    """Eq. (2) of unit vectors images (B, D), texts (T, D), place (B,) the text of each image, scale () = exp(l)."""
+    s = scale * images @ texts.T
+    of = F.one_hot(place, len(texts)).to(s)
+    to_text = F.cross_entropy(s, place)
+    to_image = -(of * s.log_softmax(0)).sum(0) / of.sum(0)
+    return (to_text + to_image.mean()) / 2
+
+
+def rate(done: float) -> float:
+    """The learning rate's course over a share in [0, 1) of the training: up along a line, then down along a cosine."""
+    return min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Learner:
+    """Minimises Eq. (2). ``update`` takes the number of the step."""
+
+    def __init__(self, clip: nn.Module, preprocess: Preprocess, data: Dataset, config: TrainClip) -> None:
+        self.clip, self.preprocess, self.config = clip, preprocess, config
+        device = next(clip.parameters()).device
+        self.x, self.label = to_pixels(data.x).to(device), data.label.to(device)
+        tokens = towers.tokenizer(config.model.context)
+        texts = fill_all(templates_of(config.templates, data), data.names)
+        self.tokens = torch.stack([tokens(of_one) for of_one in texts]).to(device)  # (templates, P, length)
+        self.optimization = Optimization(clip, config.lr, config.weight_decay, ema=config.ema_decay)
+
+    def update(self, batch: int) -> dict[str, float]:
+        """One optimiser step: step number ``batch`` of the run.
+
+        Raises:
+            NumericalError: the gradient is not finite; the weights are as before.
+        """
+        c, at = self.config, batch_indices(len(self.x), self.config.batch, batch, self.config.seed, "clip")
+        at = torch.from_numpy(at).to(self.x.device)
+        x = augment(self.x[at].cpu(), c.shift, c.noise, stream(c.seed, "clip", batch, "augment")).to(self.x)
+        present, place = self.label[at].unique(return_inverse=True)
+        drawn = stream(c.seed, "clip", batch, "template").integers(len(self.tokens), size=len(present))
+        images = self.clip.encode_image(self.preprocess(x), normalize=True)
+        texts = self.clip.encode_text(self.tokens[torch.from_numpy(drawn).to(present), present], normalize=True)
+        value = loss(images, texts, place, self.clip.logit_scale.clamp(max=COLDEST).exp())
+        value.backward()
+        self.optimization.optimizer.lr = c.lr * rate(batch / c.steps)
+        return {"loss": value.item(), "grad_norm": self.optimization.step()}
+
+    def state_dict(self) -> dict:
+        return self.optimization.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimization.load_state_dict(state)
+
+
+def check(config: TrainClip) -> None:
+    """Refuse what cannot work, before any work.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    pick_device(config.device)
+    data = load_data(config.data, config.size)
+    fill_all(templates_of(config.templates, data), data.names)
+    config.model.described(data.shape)
+    data.require_parts(config.held_out)
+    if data.classes < 2:
+        raise ConfigError(f"data = {config.data!r} has one label: expected two, or captions, to tell apart")
+
+
+def run(config: TrainClip, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
+    """The whole job in ``folder``, from its newest checkpoint on if it has one; leaves ``folder/clip``.
+
+    Returns:
+        zero_shot: the share of held-out images whose own label's text is the nearest of all.
+    """
+    set_numerics(config.threads, pick_device(config.device))
+    data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
+    fit(config, data, folder, signals, progress)
+    result = {"zero_shot": zero_shot(folder, templates_of(config.templates, data)[0], held_out)}
+    checkpoint.write_json_atomic(folder / "evaluation.json", result)
+    return result
+
+
+def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progress: Progress) -> None:
+    """Train on ``data`` into ``folder``, from its newest checkpoint on; leaves ``folder/clip``."""
+    run = identity.enter(folder, "train-clip", config)
+    model, described = config.model.described(data.shape)
+    clip = towers.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))
+    learner = Learner(clip, Preprocess.of(described), data, config)
+    every = config.checkpoint_every
+    fitting.fit(learner, run, config.steps, every, signals, progress, "CLIP", "clip")
+    with learner.optimization.ema.averaged():
+        towers.save(folder / "clip", clip, model, described)
+
+
+@torch.no_grad()
+def zero_shot(folder: Path, template: str, data: Dataset) -> float:
+    """The share of ``data`` that the CLIP in ``folder`` gets right, asked with ``template``."""
+    clip = towers.load(str(folder))
+    images = F.normalize(clip.visual(clip.preprocess(to_pixels(data.x))), dim=-1)
+    return ((images @ clip.table(template, data.names).T).argmax(1) == data.label).double().mean().item()
+
+
+def cached(data: Dataset, root: Path, progress: Progress) -> Path:
+    """The folder of the small CLIP of ``data`` under ``root/cache``; trained there, by the defaults, if it is not yet.
+
+    The name holds a hash of the settings and of the data themselves.
+    """
+    config = TrainClip(device="cpu")
+    named = json.dumps([FORMAT, asdict(config), data.names, data.shape])
+    digest = hashlib.sha256(named.encode() + data.x.numpy().tobytes() + data.label.numpy().tobytes())
+    folder = root / "cache" / f"clip-{digest.hexdigest()[:16]}"
+    storage.make_folder(folder)
+    signals = in_force()
+    with locked(folder, signals), one_thread():
+        if not (folder / "clip" / towers.DESCRIPTION).is_file():
+            fit(config, data, folder, signals, progress)
+    return folder

@@ -1,0 +1,146 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021), by the library peft: few trained weights beside frozen ones.
+
+    W x  ->  W x + (alpha / rank) B A x,     A (rank, in) random, B (out, rank) = 0 at the start
+
+A model that is saved has its adapters merged into its weights, so that it needs nothing of this; they are kept beside
+it in peft's own format.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialized
+from torch import nn
+
+from rlfusion.common import spec, storage
+from rlfusion.common.errors import ConfigError, require_positive, shorten, unknown
+from rlfusion.common.seeding import integer
+from rlfusion.common.weights import ADAPTER
+from rlfusion.models.lora_dropout import Acting, Dropout
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of the layers (linear or convolution) whose name ends in one of ``targets``; all of them by default.
+
+    Attributes:
+        rank: of B A.
+        alpha: their strength is alpha / rank; 0 for alpha = rank.
+        targets: ends of names ("to_q,to_v"), by commas.
+        dropout: the share of a layer's input features that the adapter does not see in an iteration (``dropout``).
+    """
+
+    rank: int = 8
+    alpha: float = 0.0
+    targets: str = ""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank")
+        if not self.alpha >= 0:
+            raise ConfigError(f"alpha = {self.alpha}: expected a number >= 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
+
+
+def parse(text: str) -> LoRA | None:
+    """The adapters that a text like ``LoRA(rank=8)`` writes; none for "".
+
+    Raises:
+        ConfigError: another name or setting, or a value that cannot work.
+    """
+    if not text:
+        return None
+    name = spec.split(text)[0]
+    if name.lower() != "lora":
+        rank = text.strip() if text.strip().isdigit() else "8"
+        raise ConfigError(f"lora = {shorten(repr(text))}: expected LoRA(rank={shorten(rank, 10)}), or nothing for none")
+    return spec.parse(text, {"LoRA": LoRA}, "adapter")
+
+
+def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Sequence[str] = ()) -> None:
+    """Give ``net`` the adapters of ``text`` (none for ""), in float32, in place; everything else is frozen. ``targets``
+    are its layers where the text names none; ``idle`` layers, which cannot change its answer, get none.
+
+    Raises:
+        ConfigError: no package peft, a target that no layer has, or targets that are idle all.
+    """
+    settings = parse(text)
+    if settings is None:
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(f"lora = {text!r} needs the package peft: pip install 'rlfusion[lora]'") from error
+    layers = [name for name in _layers(net, settings.targets or targets) if name not in idle]
+    if not layers:
+        raise ConfigError(f"targets = {settings.targets!r} of LoRA: none of them can change what the network answers")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,
+        target_modules="|".join(map(re.escape, layers)),  # a list would mean ends of names
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer(seed, "adapters"))
+        inject_adapter_in_model(config, net)
+    if settings.dropout:
+        _drop(net, settings.dropout)
+    for name, parameter in net.named_parameters():
+        if ADAPTER in name:
+            parameter.data = parameter.data.float()
+
+
+def _drop(net: nn.Module, p: float) -> None:
+    """Give the adapters of ``net`` our dropout; in the settings that peft saves there is none."""
+    acting = Acting()
+    for name, layer in _adapted(net):
+        spatial = 2 if isinstance(layer.get_base_layer(), nn.Conv2d) else 0
+        layer.lora_dropout["default"] = Dropout(p, layer.in_features, name, spatial, acting)
+
+
+def _layers(net: nn.Module, targets: str) -> list[str]:
+    """The full names of the layers that get adapters."""
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not targets:
+        return layers
+    chosen: list[str] = []
+    for target in targets.split(","):
+        found = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise unknown("target of LoRA", target, {name.rpartition(".")[2] for name in layers} | set(layers))
+        chosen += found
+    return sorted(set(chosen))
+
+
+def merged(denoiser: nn.Module) -> nn.Module:
+    """A copy with the adapters merged into the weights; the denoiser itself where it has none."""
+    if not _adapted(denoiser):
+        return denoiser
+    whole = copy.deepcopy(denoiser)
+    for name, layer in _adapted(whole):
+        layer.merge()
+        whole.set_submodule(name, layer.get_base_layer())
+    return whole
+
+
+def _adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with adapters, and their names."""
+    if not any(ADAPTER in name for name in module.state_dict()):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def save(folder: Path, net: nn.Module) -> None:
+    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    from peft import get_peft_model_state_dict
+
+    storage.make_folder(folder)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(net).items()}
+    storage.write(folder / "adapter_model.safetensors", serialized(held))
+    storage.patiently(lambda: net.peft_config["default"].save_pretrained(str(folder)), folder)

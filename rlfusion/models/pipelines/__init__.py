@@ -1,0 +1,35 @@
+"""Pretrained text-to-image pipelines of diffusers as denoisers: one small file a family, all else common."""
+
+from rlfusion.models.pipelines.conditions import Conditions
+from rlfusion.models.pipelines.export import save
+from rlfusion.models.pipelines.family import Family, Net
+from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
+from rlfusion.models.pipelines.model import LORA, build, placed
+from rlfusion.models.pipelines.parity import Whole, published
+from rlfusion.models.pipelines.prompts import Prompts
+from rlfusion.models.pipelines.prompts import read as read_prompts
+from rlfusion.models.pipelines.scheduler import READERS, Sampling
+from rlfusion.models.pipelines.settings import Settings, defaults
+
+__all__ = [
+    "FAMILIES",
+    "LORA",
+    "READERS",
+    "Conditions",
+    "Family",
+    "Net",
+    "Prompts",
+    "Sampling",
+    "Settings",
+    "Whole",
+    "build",
+    "defaults",
+    "folder",
+    "index",
+    "is_pipeline",
+    "placed",
+    "published",
+    "read_prompts",
+    "save",
+    "shape",
+]

@@ -1,0 +1,113 @@
+"""A trained pipeline in diffusers' own format, read back by diffusers' own loader before the save counts.
+
+Adapters are written as ``pytorch_lora_weights.safetensors``; a network that was trained whole as a pipeline folder.
+What was written is loaded again, and both networks answer the same questions: another answer is an error.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common import storage
+from rlfusion.common.errors import NumericalError
+from rlfusion.common.seeding import normal
+from rlfusion.common.weights import ADAPTER
+from rlfusion.diffusion.space import Space
+from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines.family import Family, Net
+from rlfusion.models.pipelines.model import DTYPES, LORA, adapted, load
+
+ALIKE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
+"""How far a reloaded network's answers may be from the trained one's, as a share of the largest."""
+
+
+def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[str, Any]:
+    """Write what was trained of ``net`` into ``folder``; ``about`` as it is of what lies there.
+
+    Raises:
+        NumericalError: what was written, loaded by diffusers, answers otherwise than the trained network.
+    """
+    storage.make_folder(folder)
+    path = hub.folder(about["name"], about["variant"])
+    if any(ADAPTER in name for name in net.model.state_dict()):
+        _save_adapters(folder, path, net)
+        saved = about | {"adapters": [*about["adapters"], "."]}
+    else:
+        _save_pipeline(folder, path, net, about)
+        saved = about | {"name": ".", "variant": "", "adapters": []}
+    verify(net, reloaded(folder, saved, net.family), space, about)
+    return saved
+
+
+def _save_adapters(folder: Path, path: Path, net: Net) -> None:
+    from peft import get_peft_model_state_dict
+
+    pipeline, part = getattr(hub.diffusers(), hub.index(path)["_class_name"]), net.family.network
+    held = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(net.model).items()}
+    settings = net.model.peft_config["default"].to_dict()  # without it the strength is taken for that of alpha = rank
+    layers = {f"{part}_lora_layers": held, f"{part}_lora_adapter_metadata": settings}
+    pipeline.save_lora_weights(str(folder), safe_serialization=True, **layers)
+
+
+def _save_pipeline(folder: Path, path: Path, net: Net, about: dict[str, Any]) -> None:
+    pipe = load(path, about)
+    getattr(pipe, net.family.network).load_state_dict(net.model.state_dict())
+    pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def reloaded(folder: Path, about: dict[str, Any], family: Family) -> nn.Module:
+    """The network of what lies in ``folder``, by diffusers' own loader; the last adapters unmerged, as trained."""
+    path = folder if about["name"] == "." else hub.folder(about["name"], about["variant"])
+    pipe = load(path, about, without=family.texts)
+    if about["adapters"]:
+        adapted(pipe, about["adapters"][:-1])
+        pipe.load_lora_weights(str(folder), weight_name=LORA)
+    return getattr(pipe, family.network)
+
+
+@torch.no_grad()
+def verify(net: Net, model: nn.Module, space: Space, about: dict[str, Any]) -> float:
+    """The largest difference between the answers of ``net`` and of the reloaded ``model``, as a share of the largest.
+
+    Raises:
+        NumericalError: it is above ``ALIKE``, or a weight is another.
+    """
+    device = next(net.parameters()).device
+    shape = space.latent(hub.shape(hub.folder(about["name"], about["variant"]), about["side"]))
+    again = Net(model.to(device), net.family, net.conditions, DTYPES[about["dtype"]])
+    _require_weights(_named(net.model), _named(model))
+    a, b = (_answers(one, shape, device) for one in (net, again))
+    gap = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+    if not gap <= ALIKE[about["dtype"]]:
+        raise NumericalError(
+            f"the saved model, loaded by diffusers, answers otherwise than the trained one: by {gap:.3g} of the "
+            f"largest answer, expected at most {ALIKE[about['dtype']]}"
+        )
+    return gap
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Weights by name, adapters' under one name whoever attached them."""
+    return {re.sub(r"(\.lora_\w+)\.\w+", r"\1", name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _require_weights(trained: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    """Raise NumericalError unless the weights that were read are the trained ones, in the precision that they have."""
+    wrong = sorted(trained.keys() ^ read.keys())
+    wrong += [n for n in trained.keys() & read.keys() if not torch.equal(trained[n].to(read[n].dtype), read[n])]
+    if wrong:
+        raise NumericalError(
+            f"the saved model, loaded by diffusers, has other weights than the trained one: {', '.join(wrong[:3])}"
+        )
+
+
+def _answers(net: Net, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Answers at three times to noise of one key."""
+    x = normal(("export",), range(3), shape).to(device)
+    t = torch.tensor([900.0, 500.0, 100.0], device=device)
+    label = torch.arange(3, device=device) % net.conditions.count
+    weight = {"label": label, "w": torch.full((3,), 2.0, device=device)}
+    return net(x, t, weight if net.family.embeds(net.model.config) else label).float()

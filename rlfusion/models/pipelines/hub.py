@@ -1,0 +1,142 @@
+"""Where a pipeline is: a diffusers folder, or a name on the hub, of which the library has a copy or fetches one.
+
+Weights are read from safetensors alone: never a pickle, never code from a repository.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.models.pipelines import flux, sana, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from rlfusion.models.pipelines.family import Family
+
+INDEX = "model_index.json"
+EXTRA = "pip install 'rlfusion[models]'"
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": stable_diffusion.FAMILY,
+    "LatentConsistencyModelPipeline": stable_diffusion.FAMILY,
+    "StableDiffusionXLPipeline": stable_diffusion_xl.FAMILY,
+    "StableDiffusion3Pipeline": stable_diffusion_3.FAMILY,
+    "FluxPipeline": flux.FAMILY,
+    "SanaPipeline": sana.FAMILY,
+}
+"""The families by their pipeline's class."""
+
+
+def diffusers() -> Any:
+    """The library, quiet.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import diffusers as library
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"a pretrained pipeline needs diffusers, transformers and peft: {EXTRA}") from error
+    for logging in (library.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return library
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a text names a pipeline: its folder, or something that can only be a name on the hub."""
+    if Path(name).exists():
+        return (Path(name) / INDEX).is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "runs/"))
+
+
+def folder(name: str, variant: str = "") -> Path:
+    """The folder of the pipeline that ``name`` names, fetched from the hub if need be.
+
+    Raises:
+        ConfigError: there is none, and what to provide.
+    """
+    if (Path(name) / INDEX).is_file():
+        return Path(name)
+    if Path(name).exists():
+        raise ConfigError(f"{name!r} is no pipeline: expected a diffusers folder with {INDEX}")
+    library = diffusers()
+    try:
+        held = library.DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
+    except Exception as error:  # the hub's client has dozens of errors of its own, and requests' beside them
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ConfigError(
+            f"model {shorten(repr(name))} is no folder here and cannot be fetched from the hub "
+            f"({type(error).__name__}: {shorten(first, 60)}): expected a diffusers folder with {INDEX} and "
+            ".safetensors weights, or a hub cache (HF_HOME) that holds it"
+        ) from error
+    return Path(held)
+
+
+def index(path: Path) -> dict[str, Any]:
+    """What ``model_index.json`` says.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return dict(json.loads((path / INDEX).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}") from error
+
+
+def family(path: Path) -> Family:
+    """The family of the pipeline in ``path``.
+
+    Raises:
+        ConfigError: it is of no family that is known.
+    """
+    name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
+    if name not in FAMILIES:
+        raise unknown("pipeline", name, FAMILIES)
+    return FAMILIES[name]
+
+
+def scheduler(path: Path) -> Any:
+    """The pipeline's scheduler, alone.
+
+    Raises:
+        ConfigError: there is none, one of no class of the library's, or settings that its class refuses.
+    """
+    named = index(path).get("scheduler")
+    if not isinstance(named, list) or len(named) != 2 or not isinstance(name := named[1], str):
+        raise ConfigError(f"{str(path / INDEX)!r} names the scheduler {named!r}: expected [library, class]")
+    made = getattr(diffusers(), name, None)
+    if made is None:
+        raise ConfigError(f"scheduler {name!r}: the library has no such class")
+    try:
+        return made.from_pretrained(path / "scheduler")
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        place = str(path / "scheduler" / "scheduler_config.json")
+        raise ConfigError(
+            f"{place!r}: diffusers makes no {name} of it: {first}; expected settings that it allows"
+        ) from error
+
+
+def config(path: Path, component: str) -> dict[str, Any]:
+    """The configuration of a component that is a model."""
+    return json.loads((path / component / "config.json").read_text())
+
+
+def factor(path: Path) -> int:
+    """By how much the autoencoder reduces each side: it halves it between two blocks."""
+    held = config(path, "vae")
+    return 2 ** (len(held.get("block_out_channels") or held["encoder_block_out_channels"]) - 1)
+
+
+def shape(path: Path, side: int) -> tuple[int, int, int]:
+    """(3, H, W) of images of ``side`` pixels, 0 for the pipeline's own.
+
+    Raises:
+        ConfigError: a side that the latents do not divide.
+    """
+    known = family(path)
+    found, unit = side or known.side(config(path, known.network)) * factor(path), factor(path) * known.multiple
+    if found % unit:
+        raise ConfigError(f"size = {found}: expected a multiple of {unit} for this pipeline")
+    return 3, found, found

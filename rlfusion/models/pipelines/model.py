@@ -1,0 +1,196 @@
+"""A diffusers pipeline as a ``Denoiser``: its network, its autoencoder as the space, its scheduler as the own sampler.
+
+What a model card holds of one (``about``), all JSON:
+
+    name        folder or hub id                       dtype          of the network's frozen weights
+    variant     of the weights' files ("fp16")         checkpointing  activations computed again in the backward pass
+    side        pixels, 0 for the model's own          decode         samples decoded at a time
+    negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
+    metadata    one mapping a prompt, or none at all, which rewards may read
+    adapters    folders of trained adapters that are merged into the weights, in this order
+
+Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.models.pipelines import hub, lengths
+from rlfusion.models.pipelines.conditions import Conditions, Rows
+from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
+from rlfusion.models.pipelines.family import Family, Net, plain_grid
+from rlfusion.models.pipelines.scheduler import Sampling, read
+from rlfusion.models.pipelines.space import Decoded
+
+LORA = "pytorch_lora_weights.safetensors"
+PARTS, PART = 64, 2**16
+"""How many parts of a file of weights its fingerprint reads, and their bytes."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The sampler that a pipeline was published with, as ``denoiser.Own``."""
+
+    sampling: Sampling
+    conditions: Conditions
+
+    def times(self, steps: int) -> Tensor:
+        return self.sampling.times(steps)
+
+    @property
+    def guided(self) -> bool:
+        return self.conditions.negated
+
+    def null(self, cond: Cond) -> Cond:
+        return self.conditions.null(cond)
+
+    def around(self, denoiser: nn.Module) -> nn.Module:
+        return self.sampling.around(denoiser)
+
+
+def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | str = "cpu") -> Denoiser:
+    """The denoiser of ``about`` for ``prompts``, with its weights, on the CPU; prompts are encoded on ``device``.
+
+    Raises:
+        ConfigError: no such pipeline, one of another family, or a setting that it cannot follow.
+    """
+    path = hub.folder(about["name"], about["variant"])
+    family = hub.family(path)
+    read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
+    _require_no_negatives(path, family, about)
+    pipe, conditions = _conditions(path, family, about, prompts, device)
+    model = getattr(adapted(pipe, about["adapters"]), family.network)
+    if about["checkpointing"]:
+        model.enable_gradient_checkpointing()
+    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"], family.normalises)
+    sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"]))))
+    denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
+    denoiser.space, denoiser.own = space, Published(sampling, conditions)
+    if family.embeds(model.config):
+        denoiser.weights = (-math.inf, math.inf)
+    return denoiser
+
+
+def _require_no_negatives(path: Path, family: Family, about: dict[str, Any]) -> None:
+    """Raise ConfigError for negative prompts of a model that gives no second answer (its guidance is an input)."""
+    found = [text for text in about["negatives"] if text]
+    if found and (not family.guided or family.embeds(hub.config(path, family.network))):
+        raise ConfigError(
+            f"negative = {found[0]!r}: the network of {about['name']!r} is given its guidance and no negative prompt "
+            "(true CFG is not supported), expected none"
+        )
+
+
+def placed(about: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``about`` as it was saved in ``folder``, with the paths in it that mean that folder."""
+    here = str(folder.resolve())
+    adapters = [here if place == "." else place for place in about["adapters"]]
+    return about | {"name": here if about["name"] == "." else about["name"], "adapters": adapters}
+
+
+def adapted(pipe: Any, adapters: Sequence[str]) -> Any:
+    """The pipeline with the adapters of these folders merged into its weights.
+
+    Raises:
+        ConfigError: there are none, or none that fit.
+    """
+    for place in adapters:
+        try:
+            pipe.load_lora_weights(place, weight_name=LORA)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"adapters {str(Path(place) / LORA)!r} cannot be loaded: {error}") from error
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
+    """The pipeline, all of it or without some components, on the CPU.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
+    absent = {name: None for name in without if name in hub.index(path)}
+    try:
+        return hub.diffusers().DiffusionPipeline.from_pretrained(
+            path,
+            use_safetensors=True,
+            variant=about["variant"] or None,
+            dtype=DTYPES[about["dtype"]],
+            local_files_only=True,
+            **absent,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"pipeline {about['name']!r} cannot be loaded: {first}") from error
+
+
+def _conditions(
+    path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str], device: torch.device | str
+) -> tuple[Any, Conditions]:
+    """The pipeline without what reads prompts, and their embeddings, from the cache or computed and kept there."""
+    texts, folder = Texts.of(prompts, about["negatives"]), _cached(path, family, about, prompts)
+    lengths.report(path, family, list(dict.fromkeys((*texts.prompt, *filter(None, texts.negative)))))
+    if folder is not None and (held := kept(folder, texts)) is not None:
+        return load(path, about, without=family.texts), held
+    pipe = load(path, about)
+    held = _encode(pipe, family, texts, hub.shape(path, about["side"])[1], device, folder)
+    pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
+    return pipe, held
+
+
+@torch.no_grad()
+def _encode(
+    pipe: Any, family: Family, texts: Texts, side: int, device: torch.device | str, folder: Path | None
+) -> Conditions:
+    """The embeddings of texts by the pipeline's own encoders, on ``device``."""
+    for name in family.texts:
+        module = pipe.components.get(name)
+        if isinstance(module, nn.Module):
+            module.to(device)
+
+    def encode(part: str, text: str) -> Rows | None:
+        if part == "prompt":
+            return family.encode(pipe, text, None, side, device)[0]
+        return family.encode(pipe, texts.prompt[0], text or None, side, device)[1]
+
+    return encoded(texts, encode, folder)
+
+
+def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str]) -> Path | None:
+    """The folder of the embeddings, named by all that they depend on: files by ``_fingerprint``."""
+    if not about["cache"]:
+        return None
+    found = sorted(f for name in family.texts for f in (path / name).glob("*") if f.is_file())
+    files = [path / hub.INDEX, *found]
+    libraries = [version(name) for name in ("diffusers", "transformers")]
+    same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
+    same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
+    digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
+    return Path(about["cache"]) / f"embeddings-{digest}"
+
+
+def _fingerprint(file: Path) -> list[str | int]:
+    """What changes with a file: its place, size and time, and the digest of ``PARTS`` parts of ``PART`` bytes all along
+    it (all of it where it is no larger), which tells weights that were exchanged under the old size and time.
+    """
+    stat, digest = file.stat(), hashlib.sha256()
+    with file.open("rb") as held:
+        for at in range(0, stat.st_size, max(PART, stat.st_size // PARTS)):
+            held.seek(at)
+            digest.update(held.read(PART))
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]

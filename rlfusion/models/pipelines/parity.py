@@ -1,0 +1,73 @@
+"""What a pipeline itself makes of given noise, by its own code: what our sampler is held against.
+
+Noise that its scheduler draws on the way is ours too: the module of the scheduler gets it in the place of its own.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlfusion.models.pipelines import flux, hub
+from rlfusion.models.pipelines.drawn import drawn
+from rlfusion.models.pipelines.model import adapted, load
+
+
+class Whole:
+    """The whole pipeline of ``about`` (see ``model``), as diffusers itself runs it."""
+
+    def __init__(self, about: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Raises ConfigError for files that cannot be read."""
+        self.about, self.path = about, hub.folder(about["name"], about["variant"])
+        self.family = hub.family(self.path)
+        self.pipe = adapted(load(self.path, about), about["adapters"]).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.known = inspect.signature(type(self.pipe).__call__).parameters
+        """The parameters of its call."""
+
+    @torch.no_grad()
+    def latents(
+        self, prompts: Sequence[str], label: Sequence[int], z: Tensor, scheduler: Any = None, **guidance: float
+    ) -> Tensor:
+        """The latents (B, C, h, w) that it ends with, for the prompts of these numbers and noise z (B, K+1, C, h, w) as
+        ``walk`` takes it. ``scheduler`` takes the place of its own; ``guidance`` are parameters of its call.
+        """
+        negatives = [self.about["negatives"][i] for i in label]
+        told = torch.tensor([bool(text) for text in negatives])
+        if bool(told.any()) and not bool(told.all()):  # to a pipeline no negative prompt is not an empty one
+            made = torch.empty_like(z[:, 0])
+            for rows in (told.nonzero().flatten(), (~told).nonzero().flatten()):
+                part = self.latents(prompts, [label[i] for i in rows.tolist()], z[rows], scheduler, **guidance)
+                made[rows] = part.to(made)
+            return made
+        settings = dict(self.family.call) | guidance
+        if "negative_prompt" in self.known and self.family.guided and bool(told.any()):
+            settings["negative_prompt"] = negatives
+        return self._made([prompts[i] for i in label], z, scheduler, settings)
+
+    def _made(self, texts: list[str], z: Tensor, scheduler: Any, settings: dict[str, Any]) -> Tensor:
+        """The latents of a call with ``settings``."""
+        _, height, width = hub.shape(self.path, self.about["side"])
+        packed, own = self.family is flux.FAMILY, self.pipe.scheduler
+        self.pipe.scheduler = scheduler or own
+        try:
+            with drawn(self.pipe.scheduler, list(z.transpose(0, 1)[1:])):
+                made = self.pipe(
+                    texts,
+                    height=height,
+                    width=width,
+                    num_inference_steps=z.shape[1] - 1,
+                    latents=flux.pack(z[:, 0]) if packed else z[:, 0].clone(),
+                    output_type="latent",
+                    **settings,
+                ).images
+        finally:
+            self.pipe.scheduler = own
+        return flux.unpack(made, z[:, 0]) if packed else made
+
+
+def published(about: dict[str, Any], prompts: Sequence[str], label: Sequence[int], z: Tensor, scale: float) -> Tensor:
+    """``Whole.latents`` of the pipeline of ``about`` once, at diffusers' guidance scale."""
+    return Whole(about, z.device).latents(prompts, label, z, guidance_scale=scale)

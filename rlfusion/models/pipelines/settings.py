@@ -1,0 +1,115 @@
+"""What a user says of a pretrained pipeline, beside its name; and what a model card keeps of it."""
+
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines.family import plain_grid
+from rlfusion.models.pipelines.prompt_files import READERS
+from rlfusion.models.pipelines.prompts import Prompts, read
+from rlfusion.models.pipelines.scheduler import read as read_scheduler
+
+MOST_STEPS = 20
+"""Steps of a chain that is trained, unless told otherwise or the pipeline's own are fewer."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a pretrained text-to-image pipeline; other models take none of them.
+
+    Attributes:
+        prompts: one prompt, or a file of them: .txt, .csv, .tsv, .json, .jsonl, .parquet (docs/inputs.md).
+        prompt_column: of a table, the column of the prompts; empty finds it by its usual names.
+        encoding: of the file; empty for UTF-8, or UTF-16 or UTF-32 where its first bytes say so.
+        prompts_sha256: digest of the prompts that are expected, which a run writes down; empty expects none.
+        size: side of the images in pixels; 0 for the pipeline's own.
+        dtype: of the network's frozen weights and arithmetic; latents, transitions, log-probabilities, adapters and the
+            autoencoder stay in float32. All but float32 needs adapters (lora).
+        variant: of the weights' files, such as fp16.
+        checkpointing: compute activations again in the backward pass, for less memory.
+        decode: samples that the autoencoder decodes at a time.
+    """
+
+    prompts: str = ""
+    prompt_column: str = ""
+    encoding: str = ""
+    prompts_sha256: str = ""
+    size: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    variant: str = ""
+    checkpointing: bool = False
+    decode: int = 8
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "size")
+        require_positive(self, "decode")
+
+    def read(self, negative: str = "") -> Prompts:
+        """The prompts, which must be those that are expected.
+
+        Raises:
+            ConfigError: a file that cannot be read, or was edited.
+        """
+        prompts = read(self.prompts, negative, self.prompt_column, self.encoding)
+        if self.prompts_sha256 and self.prompts_sha256 != (found := self.digest):
+            raise ConfigError(
+                f"prompts = {self.prompts!r} are others than the run began with (SHA-256 {found[:12]}, "
+                f"expected {self.prompts_sha256[:12]}): expected the old file, or another run (prompts_sha256 empty "
+                "takes it as it is)"
+            )
+        return prompts
+
+    @property
+    def digest(self) -> str:
+        """Of what the prompts hold by themselves, whatever the negative prompt of those that have none."""
+        return read(self.prompts, "", self.prompt_column, self.encoding).sha256
+
+    def recorded(self) -> "Settings":
+        """The same settings as a run writes them down: the file's whole path, and the digest of its prompts."""
+        if not self.prompts:
+            return self
+        digest, path = self.digest, Path(self.prompts.strip()).expanduser()
+        place = str(path.resolve()) if path.suffix.lower() in READERS else self.prompts
+        return replace(self, prompts=place, prompts_sha256=digest)
+
+    def prompted(self, negative: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What a card keeps of the prompts beside their texts, and the texts."""
+        prompts = self.read(negative)
+        return {"negatives": list(prompts.negatives), "metadata": list(prompts.metadata)}, prompts.texts
+
+    def about(self, name: str, negative: str, cache: Path | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What a card keeps of the pipeline ``name`` (see ``model``), and the prompts' texts.
+
+        Raises:
+            ConfigError: no prompts, or a file of them that cannot be read.
+        """
+        if not self.prompts:
+            raise ConfigError(f"model {name!r} reads texts: expected pipeline.prompts, a prompt or a file of them")
+        held, texts = self.prompted(negative)
+        place = str(Path(name).resolve()) if Path(name).exists() else name  # a worker, or a later run, has another cwd
+        held |= {"name": place, "variant": self.variant, "dtype": self.dtype, "checkpointing": self.checkpointing}
+        held |= {"side": self.size, "decode": self.decode}
+        return held | {"cache": str(cache.resolve()) if cache else "", "adapters": []}, texts
+
+
+def defaults(name: str, training: bool, variant: str = "") -> dict[str, Any]:
+    """The chain that a pipeline was published with, as defaults of ``Chain`` by name; for ``training``, with noise at
+    every step and no more than ``MOST_STEPS`` of them.
+
+    Raises:
+        ConfigError: no such pipeline, or one with a scheduler that is not followed.
+    """
+    path = hub.folder(name, variant)
+    family = hub.family(path)
+    sampling = read_scheduler(hub.scheduler(path), plain_grid({}, ()))
+    own = inspect.signature(getattr(hub.diffusers(), hub.index(path)["_class_name"]).__call__).parameters
+    steps, scale = own["num_inference_steps"].default, own["guidance_scale"].default
+    if family.guided or family.embeds(hub.config(path, family.network)):
+        guidance = {"guidance_scale": scale}
+    else:
+        guidance = {}
+    kernel = sampling.explore if training else sampling.kernel
+    return {"spacing": "model", "steps": min(steps, MOST_STEPS) if training else steps, "kernel": kernel, **guidance}

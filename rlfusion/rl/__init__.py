@@ -1,0 +1,1 @@
+"""What the agents share: advantages, transitions, value functions, guards."""

@@ -1,0 +1,104 @@
+"""What an algorithm is to the rest of the house: its settings, what it needs of the chain, and its learner."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.data import Dataset
+from rlfusion.diffusion.policy import Policy
+from rlfusion.rollout import Needs, Task
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Learner, Optimization
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rollouts are collected, in global units.
+
+    Attributes:
+        prompts: distinct prompts of a rollout.
+        samples_per_prompt: walks of each.
+        lag: rollouts that may be collected ahead of the weights.
+        steps: K, denoising steps of a walk.
+    """
+
+    prompts: int
+    samples_per_prompt: int
+    lag: int
+    steps: int
+
+    @property
+    def walks(self) -> int:
+        """Walks of a rollout."""
+        return self.prompts * self.samples_per_prompt
+
+    def require_groups(self, advice: str = "") -> None:
+        """Refuse one walk a prompt where walks of a prompt are compared; ``advice`` names the way out.
+
+        Raises:
+            ConfigError: says so.
+        """
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"samples_per_prompt = {self.samples_per_prompt}: expected at least 2, to compare in a prompt{advice}"
+            )
+
+    def require_walks(self, updates_per_epoch: int) -> None:
+        """Refuse more optimiser steps a pass than there are walks to share among them.
+
+        Raises:
+            ConfigError: says so.
+        """
+        if updates_per_epoch > self.walks:
+            raise ConfigError(
+                f"updates_per_epoch = {updates_per_epoch}: expected at most the {self.walks} walks of a rollout"
+            )
+
+
+class AgentLearner(Learner[Trajectory], Protocol):
+    """A learner of the policy: ``update`` takes the trajectory of a rollout, and its metrics hold ``reward``.
+
+    Attributes:
+        policy: acts in the next rollouts; its weights go to the workers.
+        optimization: the trained weights and their average.
+        iteration: rollouts learned from.
+        seed: of the run.
+        queries: rewards asked for so far, in rollouts and by the learner itself.
+    """
+
+    policy: Policy
+    optimization: Optimization
+    iteration: int
+    seed: int
+    queries: int
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """Check a first batch, of the present weights, without changing anything.
+
+        Raises:
+            NumericalError, ConfigError: what would fail quietly later.
+        """
+
+
+class Agent(Protocol):
+    """The settings of an algorithm: a frozen dataclass, ``Config`` of its file in ``rlfusion.agents``."""
+
+    @property
+    def name(self) -> str:
+        """The algorithm, as of the command line."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise ConfigError where rollouts of this plan cannot serve the algorithm."""
+
+    def needs(self, steps: int) -> Needs:
+        """What workers run of a chain of ``steps`` steps, and keep."""
+
+    def plan(self) -> str:
+        """What happens to each rollout, in a line."""
+
+    def learner(self, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
+        """The learner of ``task.policy``; ``data`` are the training samples of the base model, None where not known.
+
+        Raises:
+            ConfigError: the chain or the reward cannot be learned from in this way.
+        """

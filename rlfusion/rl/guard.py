@@ -1,0 +1,170 @@
+"""Guards of the updates: a learner that notices when an update went wrong, and undoes it.
+
+An update is bad when
+
+    (1)  a gradient or a reward is not finite (nothing has been changed then)
+    (2)  the gradient norm is above ``grad_norm`` times the median of the last ``WINDOW`` good updates
+    (3)  the largest |log ratio| is above ``log_ratio``
+    (4)  the reward has fallen below the best good rollout by ``reward_fall`` standard deviations of the first rollout
+
+and then, by ``action``, the run goes on from the weights before it ("skip"), from those of ``DEPTH`` good updates ago
+("rollback"), as if nothing had been ("warn"), or ends ("halt"). After ``patience`` bad updates in a row it ends in any
+case. The next rollout is another one, drawn anew. What was seen is written to ``diagnosis.md``.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from rlfusion.common import storage
+from rlfusion.common.errors import NumericalError, require_positive
+from rlfusion.common.weights import require_entries
+from rlfusion.models.lora_dropout import dropped
+from rlfusion.rl.agent import AgentLearner
+from rlfusion.rollout.trajectory import Trajectory
+
+WINDOW, FEWEST, DEPTH = 20, 4, 3
+
+ADVICE = {
+    "finite": "look at the reward and at the precision; a smaller learning rate; a kernel without tiny noise",
+    "grad_norm": "a smaller learning rate or max_grad_norm; more walks; a KL to the base (agent.kl_loss)",
+    "log_ratio": "fewer updates a rollout (epochs, updates_per_epoch); a smaller learning rate; agent.dual_clip",
+    "reward": "the policy is collapsing: a smaller learning rate, a KL to the base, fewer updates a rollout",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the guards of the updates.
+
+    Attributes:
+        action: what a bad update leads to: "skip", "rollback", "halt" or "warn".
+        grad_norm: limit of the gradient norm, in medians of the last good updates.
+        log_ratio: limit of |log p_theta - log p_old|, in nats.
+        reward_fall: limit of the fall of a rollout's mean reward, in standard deviations of the first one's rewards.
+        patience: bad updates in a row after which the run ends.
+    """
+
+    action: Literal["skip", "rollback", "halt", "warn"] = "skip"
+    grad_norm: float = 30.0
+    log_ratio: float = 1000.0
+    reward_fall: float = 4.0
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "grad_norm", "log_ratio", "reward_fall", "patience")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Why an update is bad: which guard, and the sentence for people."""
+
+    guard: str
+    said: str
+
+
+class Guarded:
+    """A learner behind the guards; its ``update`` metrics have ``skipped``, the bad updates so far, in addition."""
+
+    def __init__(self, learner: AgentLearner, config: Config, folder: Path) -> None:
+        self.learner, self.config, self.folder = learner, config, folder
+        self.norms: list[float] = []
+        self.first_std = self.best = math.nan
+        self.bad = self.bad_in_a_row = 0
+        self.good: list[dict[str, Any]] = []
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """The learner's update, or its undoing.
+
+        Raises:
+            NumericalError: the run ends here; the weights are the last good ones.
+        """
+        before = None if self.config.action == "warn" else copy.deepcopy(self.learner.state_dict())
+        iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
+        try:
+            with dropped(self.learner.policy, self.learner.seed, iteration):
+                metrics = self.learner.update(batch)
+            alarm = self._judge(metrics)
+        except NumericalError as error:
+            metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
+        queries = max(queries, self.learner.queries)  # what was asked for stays asked for
+        if alarm is None:
+            self._accept(metrics)
+            return metrics | {"skipped": float(self.bad)}
+        self._refuse(alarm, before, iteration)
+        self.learner.iteration = iteration + 1
+        self.learner.queries = queries
+        return metrics | {"skipped": float(self.bad)}
+
+    def _judge(self, metrics: dict[str, float]) -> Alarm | None:
+        """Eq. (2) to (4)."""
+        c, norm = self.config, metrics["grad_norm"]
+        if len(self.norms) >= FEWEST and 0 < c.grad_norm * median(self.norms) < norm:
+            return Alarm("grad_norm", f"gradient norm {norm:.3g}, {norm / median(self.norms):.0f} times the median")
+        if metrics.get("log_ratio_max", 0.0) > c.log_ratio:
+            return Alarm("log_ratio", f"max |log ratio| = {metrics['log_ratio_max']:.3g} nats")
+        fall = self.best - metrics["reward"]
+        if fall > c.reward_fall * self.first_std:
+            return Alarm("reward", f"reward {metrics['reward']:.4g}, {fall / self.first_std:.1f} sd below its best")
+        return None
+
+    def _accept(self, metrics: dict[str, float]) -> None:
+        self.bad_in_a_row = 0
+        self.norms = [*self.norms, metrics["grad_norm"]][-WINDOW:]
+        if math.isnan(self.first_std):
+            self.first_std, self.best = metrics.get("reward_std", math.nan) or math.nan, metrics["reward"]
+        self.best = max(self.best, metrics["reward"])
+        if self.config.action == "rollback":
+            self.good = [*self.good, copy.deepcopy(self.learner.state_dict())][-DEPTH:]
+
+    def _refuse(self, alarm: Alarm, before: dict[str, Any] | None, iteration: int) -> None:
+        """Undo the update as ``action`` says, write it down, and end the run where it has to end."""
+        self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
+        action = self.config.action
+        ends = action == "halt" or self.bad_in_a_row >= self.config.patience
+        if before is not None:
+            self.learner.load_state_dict(copy.deepcopy(self.good[0]) if action == "rollback" and self.good else before)
+        done = {"skip": "its update was undone", "rollback": f"the weights of up to {DEPTH} good updates ago are back"}
+        what = "the run ends here" if ends else done.get(action, "nothing was done about it")
+        self._write(alarm, iteration, what)
+        if ends:
+            file = self.folder / "diagnosis.md"
+            raise NumericalError(f"rollout {iteration + 1}: {alarm.said}; {what}. {file} says what was seen")
+
+    def _write(self, alarm: Alarm, iteration: int, what: str) -> None:
+        norms = ", ".join(f"{n:.3g}" for n in self.norms[-8:])
+        lines = [
+            f"## Rollout {iteration + 1}: {alarm.guard}",
+            "",
+            f"- seen: {alarm.said}",
+            f"- done: {what} ({self.bad_in_a_row} bad update(s) in a row, {self.bad} in all)",
+            f"- gradient norms of the last good updates: {norms or 'none yet'}",
+            f"- best reward of a good rollout: {self.best:.4g}",
+            f"- what helps: {ADVICE[alarm.guard]}",
+            "",
+            "",
+        ]
+        storage.append(self.folder / "diagnosis.md", "\n".join(lines))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learner": self.learner.state_dict(), "guard": self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        own = {"norms": self.norms, "first_std": self.first_std, "best": self.best}
+        return own | {"bad": self.bad, "bad_in_a_row": self.bad_in_a_row, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        require_entries(state, self.state_dict(), "the guarded learner")
+        require_entries(state["guard"], self._own(), "the guard")
+        self.learner.load_state_dict(state["learner"])
+        for name, value in state["guard"].items():
+            setattr(self, name, value)
+
+
+def _mean_reward(batch: Trajectory) -> float:
+    """The mean of the rewards of a rollout that are finite; NaN where there is none."""
+    held = batch.reward[batch.reward.isfinite()] if batch.reward is not None else None
+    return held.mean().item() if held is not None and len(held) else math.nan

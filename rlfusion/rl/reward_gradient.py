@@ -1,0 +1,218 @@
+"""What the learners through a reward's own gradient share (handbook 3.3.1; Xu et al. 2023; Clark et al. 2023).
+
+    (1)  loss = -E l(R(decode(x0_theta), c)) + kl_loss D:  theta enters through x0_theta alone, the end of a walk that
+         an algorithm makes differentiable (its ``Paths``), or a prediction of it
+    (2)  D of a step = KL(N(m, s^2) || N(m_ref, s^2)) = |m - m_ref|^2 / (2 s^2), s the step's own noise S; a step
+         without noise has no density, and is measured as if it had s = ``kl_std``
+
+R must be differentiable. ``to_pixels`` limits samples to [0, 1]: a pixel beyond black or white has no gradient, as it
+has no effect on the image; it comes back only through the pixels that it shares weights with.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.weights import learned, require_entries, restore
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.policy import Policy
+from rlfusion.rl.agent import Plan
+from rlfusion.rollout import Task
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization
+
+PREFLIGHT = -1
+"""The iteration of the walks on which a job checks its learner."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of every learner through a reward's gradient.
+
+    Attributes:
+        lr: learning rate of AdamW.
+        epochs: passes over each rollout.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks.
+        kl_loss: coefficient of D, the KL to the base model, in units of the reward a nat. A learned reward needs it:
+            its gradient leads to samples that fool it long before they are good.
+        kl_std: the noise that D takes steps without noise to have, in units of the latent.
+        micro_batch: walks in one graph; gradients accumulate over graphs.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    lr: float = 1e-4
+    epochs: int = 1
+    updates_per_epoch: int = 4
+    kl_loss: float = 0.0
+    kl_std: float = 0.1
+    micro_batch: int = 64
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "epochs", "updates_per_epoch", "kl_std", "micro_batch", "max_grad_norm")
+        require_not_negative(self, "kl_loss", "weight_decay")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for fewer walks than updates."""
+        plan.require_walks(self.updates_per_epoch)
+
+
+class Part(NamedTuple):
+    """Walks ``rows`` (n,) of the rollout ``iteration``, in its pass ``epoch``; x (n, *) is where their kept part begins
+    and ``begin`` (n,) the step, both with condition ``cond``.
+    """
+
+    rows: Tensor
+    x: Tensor
+    begin: Tensor
+    cond: Cond
+    iteration: int
+    epoch: int
+
+
+class Terms(NamedTuple):
+    """The scored samples' rewards (m,), and of each walk the loss -l(R) (n,) and D (n,), None without a reference."""
+
+    reward: Tensor
+    loss: Tensor
+    kl: Tensor | None
+
+
+class Paths(Protocol):
+    """How an algorithm goes on, with gradients, from where the workers stopped."""
+
+    reference: Policy | None
+
+    def __call__(self, part: Part) -> Terms: ...
+
+
+def divergence(distribution: Gaussian, mean: Tensor, kl_std: float) -> Tensor:
+    """Eq. (2), (B,), of a step with the reference's ``mean``; gradients pass through both means."""
+    std = distribution.std.masked_fill(distribution.std == 0, kl_std)
+    return Gaussian(distribution.mean, std).kl(Gaussian(mean, std))
+
+
+class Learner:
+    """Eq. (1) over one policy. ``update`` takes a ``Trajectory`` of unscored walks that begin as ``paths`` needs."""
+
+    def __init__(
+        self, task: Task, config: Settings, paths: Paths, seed: int, more: Callable[[int], Tensor] | None = None
+    ) -> None:
+        """``seed`` keys the order of the walks; ``more`` is a further loss, a function of the optimiser step.
+
+        Raises:
+            ConfigError: the reward has no gradient.
+        """
+        task.require_differentiable_reward()
+        self.task, self.config, self.paths, self.seed, self.more = task, config, paths, seed, more
+        self.policy = task.policy
+        self.optimization = Optimization(
+            task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+        )
+        self.iteration = self.queries = 0
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """Make the updates of one rollout.
+
+        Returns:
+            reward, reward_std (of the samples scored), loss, grad_norm; with a reference also kl (nats a walk), and
+            with a further loss also more.
+
+        Raises:
+            NumericalError: a reward or a gradient is not finite; the update that it belongs to has not been made.
+        """
+        terms, norms, more = [], [], []
+        updates = self.config.epochs * self.config.updates_per_epoch
+        for number, (epoch, rows) in enumerate(self._shares(len(batch))):
+            self.optimization.optimizer.zero_grad()  # of an update that was broken off
+            terms += [self._accumulate(part, len(rows)) for part in self._parts(batch, rows, self.iteration, epoch)]
+            if self.more:
+                more.append(self.more(self.iteration * updates + number))
+                more[-1].backward()
+            norms.append(self.optimization.step())
+        self.iteration += 1
+        extra = {"more": torch.stack(more).mean().item()} if more else {}
+        return self._summary(terms) | extra | {"grad_norm": sum(norms) / len(norms)}
+
+    def _shares(self, count: int) -> Iterator[tuple[int, Tensor]]:
+        """The epoch and the walks of each optimiser step."""
+        for epoch in range(self.config.epochs):
+            order = stream(self.seed, "reward gradient", self.iteration, epoch).permutation(count)
+            for rows in torch.from_numpy(order).tensor_split(self.config.updates_per_epoch):
+                yield epoch, rows
+
+    def _parts(self, batch: Trajectory, rows: Tensor, iteration: int, epoch: int) -> Iterator[Part]:
+        for some in rows.split(self.config.micro_batch):
+            at = some.to(batch.x.device)
+            cond = map_cond(lambda c, some=some: c[some.to(c.device)], batch.cond)
+            yield Part(some, batch.x[at, 0], batch.begin[at].cpu(), cond, iteration, epoch)
+
+    def _accumulate(self, part: Part, walks: int) -> Terms:
+        """Accumulate the gradient of a part's share of the mean over ``walks``."""
+        terms = self.paths(part)
+        self.queries += len(terms.reward)
+        loss = terms.loss if terms.kl is None else terms.loss + self.config.kl_loss * terms.kl
+        (loss.sum() / walks).backward()
+        return Terms(terms.reward.detach(), loss.detach(), None if terms.kl is None else terms.kl.detach())
+
+    def _summary(self, terms: list[Terms]) -> dict[str, float]:
+        reward = torch.cat([t.reward for t in terms])
+        found = {"reward": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
+        found["loss"] = torch.cat([t.loss for t in terms]).mean().item()
+        if terms[0].kl is not None:
+            found["kl"] = torch.cat([t.kl for t in terms]).mean().item()
+        return found
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """reward, reward_std and grad_norm (of the loss without D) of a first micro-batch.
+
+        Raises:
+            ConfigError: the gradient of the reward, or of the loss, is 0 in every weight.
+            NumericalError: it is not finite.
+        """
+        part = next(self._parts(batch, torch.arange(len(batch)), PREFLIGHT, 0))
+        terms = self.paths(part)
+        seen = f"reward {self.task.reward_name!r} of {len(terms.reward)} samples of the base model"
+        if not _norm(terms.reward.mean(), self.policy, keep=True) > 0:
+            raise ConfigError(f"{seen}: its gradient is 0 in every weight, expected a differentiable reward")
+        norm = _norm(terms.loss.mean(), self.policy)
+        if not norm > 0:
+            low, high = terms.reward.min().item(), terms.reward.max().item()
+            raise ConfigError(f"{seen}: {low:.4g} to {high:.4g}, where the loss is flat: expected another link")
+        return self._summary([terms]) | {"grad_norm": norm}
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict(), "iteration": self.iteration, "queries": self.queries}
+        reference = self.paths.reference
+        return state if reference is None else state | {"reference": learned(reference)}
+
+    def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the learner")
+        self.optimization.load_state_dict(state["optimization"])
+        self.iteration, self.queries = state["iteration"], state["queries"]
+        if self.paths.reference is not None:
+            restore(self.paths.reference, state["reference"])
+
+
+def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:
+    """The norm of the gradient of ``value`` in the module's parameters.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
+    norm = torch.stack([g.norm() for g in found if g is not None] or [torch.zeros(())]).norm().item()
+    if norm != norm or norm == float("inf"):
+        raise NumericalError(f"the gradient of the reward is not finite (norm {norm}): look at the reward")
+    return norm

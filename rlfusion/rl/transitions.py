@@ -1,0 +1,166 @@
+"""The stochastic transitions of a rollout under one policy, in micro-batches: what policy gradients share.
+
+    (1)  log r_t = log p_theta(x_s | x_t, c) - log p_old(x_s | x_t, c), the log-probabilities summed over features
+    (2)  KL(p_theta(. | x_t) || p_ref(. | x_t)) of a step, analytic: both are Gaussians of one std
+    (3)  sum_t [ log p_old - log p_ref ](x_s | x_t): the KL of the walks, sampled
+
+States and actions are constants. A step without noise (to clean data) has no density: it is left out of all three.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlfusion.common.errors import NumericalError
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import average
+
+
+class Terms(NamedTuple):
+    """Eq. (1) of N transitions, which walk and step each is, (N,) each, and the policy's distributions."""
+
+    log_prob: Tensor
+    log_ratio: Tensor
+    walk: Tensor
+    step: Tensor
+    distribution: Gaussian
+
+
+Objective = Callable[[Terms], Tensor]
+"""The loss of each transition, (N,)."""
+
+
+class Reference(NamedTuple):
+    """The reference policy on a batch: its mean at every transition (B, K, *), and Eq. (3) of every walk (B,)."""
+
+    mean: Tensor
+    log_ratio: Tensor
+
+
+class Transitions:
+    """The transitions of walks of one policy and time grid, network calls of ``micro_batch`` rows."""
+
+    def __init__(self, policy: Policy, times: Tensor, micro_batch: int, reference: bool) -> None:
+        """``reference`` keeps a frozen copy of the policy as it is now.
+
+        Raises:
+            ConfigError: no step of the chain is stochastic.
+        """
+        self.policy, self.micro_batch = policy, micro_batch
+        self.steps = require_stochastic(policy, times).nonzero().flatten()
+        self.reference = frozen_copy(policy) if reference else None
+
+    def all(self, walks: Tensor) -> tuple[Tensor, Tensor]:
+        """(walk, step) of every stochastic transition of ``walks``, walk by walk."""
+        return walks.repeat_interleave(len(self.steps)), self.steps.repeat(len(walks))
+
+    def some(self, walks: Tensor, count: int, draw) -> tuple[Tensor, Tensor]:
+        """(walk, step) of ``count`` stochastic steps of each walk, drawn for each by ``draw``."""
+        chosen = draw.permuted(self.steps.numpy()[None].repeat(len(walks), 0), axis=1)[:, :count]
+        return walks.repeat_interleave(count), torch.from_numpy(chosen.copy()).flatten()
+
+    def accumulate(
+        self,
+        batch: Trajectory,
+        walk: Tensor,
+        step: Tensor,
+        objective: Objective,
+        reference: Reference | None = None,
+        kl: float = 0.0,
+        summed: int | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Accumulate the gradient of ``objective`` + ``kl`` * Eq. (2) over the transitions (walk[i], step[i]).
+
+        The loss is the mean over walks of the sum over ``summed`` steps: all stochastic ones by default, for which any
+        random subset of them then stands.
+
+        Returns:
+            Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
+        """
+        scale = (summed or len(self.steps)) / max(1, len(walk))  # none where walks whose rewards failed are left out
+        records = []
+        for rows in torch.arange(len(walk)).split(self.micro_batch):
+            distribution, terms = self._terms(batch, walk[rows], step[rows])
+            record = {"loss": objective(terms), "log_ratio": terms.log_ratio}
+            if reference is not None:
+                mean = reference.mean[walk[rows].to(reference.mean.device), step[rows].to(reference.mean.device)]
+                record["kl"] = distribution.kl(Gaussian(mean, distribution.std))
+                record["loss"] = record["loss"] + kl * record["kl"]
+            (record["loss"].sum() * scale).backward()
+            records.append({name: value.detach() for name, value in record.items()})
+        return records
+
+    def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
+        """Eq. (1) of the transitions, (N,)."""
+        parts = torch.arange(len(walk)).split(self.micro_batch)
+        return torch.cat([self._terms(batch, walk[rows], step[rows])[1].log_ratio for rows in parts])
+
+    def _terms(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Terms]:
+        obs, action = batch.transitions(walk, step)
+        distribution = self.policy(obs)
+        log_prob = distribution.log_prob(action)
+        at, k = walk.to(action.device), step.to(action.device)
+        return distribution, Terms(log_prob, log_prob - batch.log_prob[at, k], at, k, distribution)
+
+    @torch.no_grad()
+    def refer(self, batch: Trajectory, policy: Policy | None = None) -> Reference:
+        """The reference, or another policy, on a batch."""
+        policy = self.reference if policy is None else policy
+        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(batch.log_prob)
+        walk, step = self.all(torch.arange(len(batch)))
+        for rows in torch.arange(len(walk)).split(self.micro_batch):
+            at, k = walk[rows].to(means.device), step[rows].to(means.device)
+            obs, action = batch.transitions(walk[rows], step[rows])
+            distribution = policy(obs)
+            means[at, k] = distribution.mean
+            ratio[at, k] = (batch.log_prob[at, k] - distribution.log_prob(action)).to(ratio)
+        return Reference(means, ratio.sum(1).to(batch.reward))
+
+    @torch.no_grad()
+    def require_on_policy(self, batch: Trajectory, clip: float, features: int = 1) -> dict[str, float]:
+        """{"log_ratio_max": the largest |Eq. (1)| / features} of a batch of the present weights.
+
+        Raises:
+            NumericalError: it is not below a tenth of the clip range: rollout and learner disagree about the policy.
+        """
+        gap = self.log_ratio(batch, *self.all(torch.arange(len(batch)))).abs().max().item() / features
+        if not gap < clip / 10:
+            raise NumericalError(
+                f"the importance ratio is not 1 before the first update: max |log ratio| = {gap:.3g}, expected below a "
+                f"tenth of the clip range, {clip / 10:.3g}. Rollout and learner must run one network in one precision "
+                "and guidance (no dropout or batch norm in training mode); or the smallest noise of the chain is too "
+                "small"
+            )
+        return {"log_ratio_max": gap}
+
+    def summary(self, records: list[dict[str, Tensor]], clip: float, features: int = 1) -> dict[str, float]:
+        """Means over transitions, of kl over walks, and the tail of the ratio r:
+
+        clip_fraction, the share with |r^(1/features) - 1| > clip; log_ratio_max, the largest |log r|; approx_kl, the
+        mean of r - 1 - log r; ess, the effective share (sum r)^2 / (N sum r^2) under importance weights.
+        """
+        joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
+        log_ratio = joined.pop("log_ratio")
+        if "kl" in joined:
+            joined["kl"] = len(self.steps) * joined["kl"]
+        joined["clip_fraction"] = (((log_ratio / features).exp() - 1).abs() > clip).float()
+        joined["approx_kl"] = log_ratio.expm1() - log_ratio
+        weight = (log_ratio - log_ratio.max()).exp()
+        means = {name: value.mean() for name, value in joined.items()}
+        means["ess"] = weight.mean().square() / weight.square().mean()
+        return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
+
+
+def largest_log_ratio(records: list[dict[str, Tensor]]) -> float:
+    """The largest |Eq. (1)| of some records of ``accumulate``."""
+    return max(record["log_ratio"].abs().max().item() for record in records)
+
+
+def require_finite(reward: Tensor) -> None:
+    """Raise NumericalError, naming the walks, unless every reward (B,) is finite."""
+    if not bool(reward.isfinite().all()):
+        raise NumericalError(f"rewards {(~reward.isfinite()).nonzero().flatten().tolist()[:10]} are not finite")

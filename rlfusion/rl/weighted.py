@@ -1,0 +1,322 @@
+"""Regression of a policy on weighted walks: what DRWR and DAWR share (handbook 3.3.2, errata 83, 84; Ren et al. 2024).
+
+Every walk, or every transition of it, has a weight w >= 0, a constant (``advantage``, Eq. 5).
+
+    (1)  on = "noised":  E w w(t) | y_theta(x_t, t, c) - (a x_0 + b eps) |^2,     x_t = alpha x_0 + sigma eps, fresh
+         the loss of the model's own training (``pretrain.denoising``) in what its network predicts, on scored samples
+    (2)  on = "chain":   - E sum_t w log p_theta(x_s | x_t, c) over the stochastic steps of the stored walk
+         on = "centred": the same for walks of the present weights, acting, in expectation:
+         E sum_t [ - (w - 1) log p_theta(x_s | x_t, c) + KL(p_theta(. | x_t, c) || p_acting(. | x_t, c)) ]
+    (3)  plus kl times   | y_theta - y_base |^2  (noised),  or  sum_t KL(p_theta || p_base)  (chain)
+    (4)  plus pretrain_weight times the loss of the base model's own training, on its own data
+
+Fixed points, for samples of a density q(x_0 | c) and a network that can be anything:
+(1) is minimised by the denoiser of q w / E_q w, whatever w(t). Scale does not matter: neither a constant factor (the
+mean of all, exp(-max)) nor one that depends on (x_t, t, c) alone changes the minimiser at any x_t.
+With (3) and q the base's own law the weights are w + kl: the mixture (q w + kl q) / (E_q w + kl), a floor under all
+that the base can draw. With (4) it is the mixture (q w + pretrain_weight p_data) / (E_q w + pretrain_weight).
+(2) moves the mean of each step to E_w[x_s | x_t], that of the walk reweighted by w, which is exact as steps become
+small (their std is the kernel's and stays); the last, noise-free step needs no change. The prior at pure noise cannot
+move: there the weights act in so far as they differ between walks that begin alike.
+"centred" takes the part of the weights that is 1 out of the sampled noise: given x_t, E log p_theta(x_s) is -KL up to
+a constant. The expected loss, its gradient at any theta and the fixed point are those of "chain", to a fraction of the
+variance: with z-scored A and a moderate beta most of a mean weight of 1 says nothing of the reward.
+For a few-step consistency policy choose (2): (1) makes a denoiser of it, whose single step is a blur.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import map_cond
+from rlfusion.common.weights import learned, require_entries, restore
+from rlfusion.data import Dataset
+from rlfusion.diffusion.denoiser import answer
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.parameterization import target
+from rlfusion.diffusion.policy import Policy, frozen_copy
+from rlfusion.diffusion.schedule import level
+from rlfusion.objectives.renoise import renoise
+from rlfusion.objectives.times import TIMES
+from rlfusion.pretrain.denoising import Denoising
+from rlfusion.pretrain.losses import make
+from rlfusion.pretrain.pretraining_term import OwnLoss
+from rlfusion.rl.advantage import exponential_weights
+from rlfusion.rl.agent import Plan
+from rlfusion.rl.transitions import Terms, Transitions
+from rlfusion.rollout import Task
+from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization, average
+
+ON_POLICY = 1.0
+"""Nats, a tenth of which a first batch's log-probabilities may be off (numerics alone)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of every weighted regression.
+
+    Attributes:
+        lr: learning rate of AdamW; on noised samples a smaller one, of some 1e-4.
+        beta: inverse temperature of the weights exp(beta A).
+        w_max: limit of exp(beta A), before it is scaled; null for none. It moves the fixed point to q min(exp(beta A),
+            w_max), and the zero of A then matters.
+        mean_one: divide the weights by their mean over what is regressed on; the fixed point does not change, nor the
+            size of the loss with beta.
+        normalize: of rewards or advantages, before beta: mean 0 and std 1 over the rollout ("batch") or each prompt
+            ("group"), or as they are ("none"). The tilt of a rollout is then exp(beta A / std) with its own std, and
+            does not fade as the policy narrows.
+        on: what is regressed on: "noised" samples, Eq. (1), or the transitions of the "chain", Eq. (2), "centred" where
+            the walks are those of the present weights.
+        noisings: times that each sample is noised in a pass.
+        times: how t is drawn: Uniform(margin=...), LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
+        time_weight: w(t) of Eq. (1), as of pretrain.train.loss: Own(), SNR(), MinSNR(gamma=...), ...
+        epochs: passes over each rollout.
+        updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks.
+        kl: coefficient of the hold to the base model, Eq. (3).
+        pretrain_weight: weight of the loss of the base model's own training, Eq. (4); 0 is none.
+        pretrain_loss: that loss, as of pretrain.train.loss.
+        pretrain_batch: samples of the base model's data in an update.
+        label_dropout: probability that such a sample's label is replaced by "no class".
+        micro_batch: noised samples or transitions in one network call; gradients accumulate over calls.
+        max_grad_norm: gradient clipping.
+        weight_decay: of AdamW.
+        ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
+    """
+
+    lr: float = 1e-3
+    beta: float = 1.0
+    w_max: float | None = 20.0
+    mean_one: bool = True
+    normalize: Literal["none", "batch", "group"] = "group"
+    on: Literal["noised", "chain", "centred"] = "centred"
+    noisings: int = 4
+    times: str = "Uniform()"
+    time_weight: str = "Own()"
+    epochs: int = 2
+    updates_per_epoch: int = 1
+    kl: float = 0.0
+    pretrain_weight: float = 0.0
+    pretrain_loss: str = "Denoising()"
+    pretrain_batch: int = 64
+    label_dropout: float = 0.1
+    micro_batch: int = 2048
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "pretrain_batch")
+        require_positive(self, "micro_batch", "max_grad_norm")
+        require_not_negative(self, "kl", "pretrain_weight", "weight_decay")
+        if self.w_max is not None and not 0 < self.w_max < float("inf"):
+            raise ConfigError(f"w_max = {self.w_max}: expected a finite number > 0, or null")
+        if not 0 <= self.label_dropout <= 1:
+            raise ConfigError(f"label_dropout = {self.label_dropout}: expected a probability in [0, 1]")
+        _ = self.loss, make(self.pretrain_loss)  # refuses what no table holds
+
+    @cached_property
+    def loss(self) -> Denoising:
+        """Eq. (1) of one sample."""
+        return Denoising(self.time_weight, self.times)
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for fewer walks than updates, nothing to compare in a prompt, or "centred" stale walks."""
+        if self.on == "centred" and plan.lag:
+            raise ConfigError(f"lag = {plan.lag}: on 'centred' is of the present weights, expected 0 (or on = chain)")
+        plan.require_walks(self.updates_per_epoch)
+        if self.normalize == "group":
+            plan.require_groups(" (or agent.normalize = batch)")
+
+    def weights(self, advantage: Tensor) -> Tensor:
+        """w of normalised advantages of any shape; ``advantage``, Eq. (5)."""
+        return exponential_weights(advantage, self.beta, self.w_max, self.mean_one)
+
+    def spread(self, advantage: Tensor) -> dict[str, float]:
+        """weight_ess, the effective share (sum w)^2 / (N sum w^2) of the N weights, and clipped, the share of them that
+        are at the limit.
+        """
+        weight = exponential_weights(advantage, self.beta, self.w_max, True).double()
+        over = 0.0 if self.w_max is None else (self.beta * advantage >= math.log(self.w_max)).double().mean().item()
+        return {"weight_ess": 1 / weight.square().mean().item(), "clipped": over}
+
+    @property
+    def told(self) -> str:
+        """What happens to each rollout, in a line."""
+        where = f"its samples, noised {self.noisings} time(s) each" if self.on == "noised" else "the steps of its walks"
+        clip = "unclipped" if self.w_max is None else f"clipped at {self.w_max:g}"
+        updates = self.epochs * self.updates_per_epoch
+        return f"each rollout gives {updates} update(s) on {where}, with weights exp({self.beta:g} A) {clip}"
+
+
+class Places(NamedTuple):
+    """Where N weights are asked for: ``walk`` (N,) of the batch, and the ``step`` (N,) of its chain, or the noised
+    state ``x`` (N, *) at time ``t`` (N,).
+    """
+
+    walk: Tensor
+    step: Tensor | None = None
+    x: Tensor | None = None
+    t: Tensor | None = None
+
+
+Weigh = Callable[[Places], Tensor]
+"""The weight of each place, (N,)."""
+
+
+class Form(Protocol):
+    """Eq. (1) or (2), with (3)."""
+
+    base: Policy | None
+
+    def begin(self, batch: Trajectory) -> None:
+        """Take in what the policy says of a batch before it is updated."""
+
+    def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
+        """Accumulate the gradient of the mean over ``walks`` of the batch; records of loss and, with a base, kl."""
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        """What could be off between a first rollout and the learner."""
+
+
+class OnNoised:
+    """Eq. (1)."""
+
+    def __init__(self, policy: Policy, config: Settings) -> None:
+        self.policy, self.config = policy, config
+        self.base = frozen_copy(policy) if config.kl else None
+        self.times = spec.parse(config.times, TIMES, "distribution of times")
+
+    def begin(self, batch: Trajectory) -> None:
+        pass
+
+    def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
+        rows = walks.repeat(self.config.noisings).to(batch.x.device)
+        noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
+        weight, records = weigh(Places(rows, x=noise.x, t=noise.t)), []
+        for part in torch.arange(len(rows)).split(self.config.micro_batch):
+            at = part.to(rows.device)
+            record = self._record(batch, rows[at], noise.x[at], noise.t[part], noise.eps[at], weight[at])
+            (record["loss"].sum() / len(rows)).backward()
+            records.append({name: value.detach() for name, value in record.items()})
+        return records
+
+    def _record(
+        self, batch: Trajectory, rows: Tensor, x: Tensor, t: Tensor, eps: Tensor, weight: Tensor
+    ) -> dict[str, Tensor]:
+        cond = map_cond(lambda c: c[rows.to(c.device)], batch.cond)
+        l, model, loss = level(self.policy.schedule, t, x), self.policy.denoiser, self.config.loss
+        y = answer(model, x, t, cond)
+        error = weight * loss.distance(y, target(model.kind, batch.x[rows, -1], eps, l), model.kind, l)
+        if self.base is None:
+            return {"loss": error}
+        with torch.no_grad():
+            base = answer(self.base.denoiser, x, t, cond)
+        kl = loss.distance(y, base, model.kind, l)
+        return {"loss": error + self.config.kl * kl, "kl": kl}
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        return {}
+
+
+class OnChain:
+    """Eq. (2)."""
+
+    def __init__(self, policy: Policy, times: Tensor, config: Settings) -> None:
+        """
+        Raises:
+            ConfigError: no step of the chain is stochastic.
+        """
+        self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl))
+        self.base, self.kl, self.centred = self.transitions.reference, config.kl, config.on == "centred"
+        self.acting: Tensor | None = None
+
+    def begin(self, batch: Trajectory) -> None:
+        """The means of the acting policy's steps, (B, K, *)."""
+        self.acting = self.transitions.refer(batch, self.transitions.policy).mean if self.centred else None
+
+    def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
+        some, of = batch.take(walks), walks.to(batch.x.device)
+
+        def objective(terms: Terms) -> Tensor:
+            weight, own = weigh(Places(of[terms.walk], terms.step)), terms.distribution
+            if self.acting is None:
+                return -weight * terms.log_prob
+            acting = Gaussian(self.acting[of[terms.walk], terms.step], own.std)
+            return (1 - weight) * terms.log_prob + own.kl(acting)
+
+        reference = None if self.base is None else self.transitions.refer(some)
+        places = self.transitions.all(torch.arange(len(walks)))
+        records = self.transitions.accumulate(some, *places, objective, reference, self.kl)
+        steps = len(self.transitions.steps)
+        return [{name: steps * record[name] for name in ("loss", "kl") if name in record} for record in records]
+
+    def preflight(self, batch: Trajectory) -> dict[str, float]:
+        return self.transitions.require_on_policy(batch, ON_POLICY)
+
+
+class Regression:
+    """Eq. (1) to (4) over one policy and time grid: the passes over a rollout, and the optimiser."""
+
+    def __init__(self, task: Task, config: Settings, data: Dataset, seed: int) -> None:
+        """``seed`` keys the order of the walks and the noise.
+
+        Raises:
+            ConfigError: a chain without noise with ``on`` "chain", or a pretraining loss that the model cannot have.
+        """
+        self.policy, self.config, self.seed = task.policy, config, seed
+        noised = config.on == "noised"
+        self.form: Form = OnNoised(task.policy, config) if noised else OnChain(task.policy, task.times, config)
+        own = OwnLoss(config.pretrain_weight, config.pretrain_loss, config.pretrain_batch, config.label_dropout)
+        self.more = own.of(task.policy.denoiser, data, seed, "weighted")
+        self.optimization = Optimization(
+            task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+        )
+
+    def fit(self, batch: Trajectory, count: int, weigh: Weigh, iteration: int) -> dict[str, float]:
+        """The updates of rollout ``iteration``, each pass over ``count`` walks of ``batch`` drawn without replacement.
+
+        Returns:
+            loss (a walk's sum over its steps on the chain), grad_norm, with a base kl (so, too), and with the own loss
+            more.
+
+        Raises:
+            NumericalError: a weight or a gradient is not finite; the update that it belongs to has not been made.
+        """
+        self.form.begin(batch)
+        records, norms, more = [], [], []
+        updates = self.config.epochs * self.config.updates_per_epoch
+        for number, walks in enumerate(self._parts(len(batch), count, iteration)):
+            self.optimization.optimizer.zero_grad()  # of an update that was broken off
+            records += self.form.accumulate(batch, walks, weigh, self.seed, "weighted noise", iteration, number)
+            if self.more:
+                more.append(self.more(iteration * updates + number))
+                more[-1].backward()
+            norms.append(self.optimization.step())
+        joined = {name: torch.cat([record[name] for record in records]).mean() for name in records[0]}
+        extra = {"more": torch.stack(more).mean().item()} if more else {}
+        return average([joined]) | extra | {"grad_norm": sum(norms) / len(norms)}
+
+    def _parts(self, held: int, count: int, iteration: int) -> Iterator[Tensor]:
+        """The walks of each optimiser step."""
+        for epoch in range(self.config.epochs):
+            order = stream(self.seed, "weighted", iteration, epoch).permutation(held)[:count]
+            yield from torch.from_numpy(order).tensor_split(self.config.updates_per_epoch)
+
+    def state_dict(self) -> dict:
+        state = {"optimization": self.optimization.state_dict()}
+        return state if self.form.base is None else state | {"base": learned(self.form.base)}
+
+    def load_state_dict(self, state: dict) -> None:
+        require_entries(state, self.state_dict(), "the regression")
+        self.optimization.load_state_dict(state["optimization"])
+        if self.form.base is not None:
+            restore(self.form.base, state["base"])

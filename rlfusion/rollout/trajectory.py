@@ -1,0 +1,91 @@
+"""The record of a batch of walks."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from rlfusion.common.tensors import Cond, cat_cond, map_cond
+from rlfusion.diffusion.policy import Observation
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """B walks of K steps, or the part of them that was asked for. B is the batch; ``*`` the shape of a latent.
+
+    Attributes:
+        x: (B, K+1, *): x[:, 0] is the noise, x[:, -1] the sample; or (B, 1, *), the one state that was kept.
+        times: (K+1,) float64 on the CPU, falling from noise to data.
+        log_prob: (B, K) under the weights that acted, summed over features; NaN where a step has no density (S = 0);
+            None where the path was not kept.
+        reward: (B,), of the end of the walk; None where it was not walked to its end.
+        group: (B,) int64; rewards are compared within a group (a prompt).
+        cond: the condition, batch B.
+        version: the version of the weights that acted.
+        begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
+        terms: (B, R), what each of several named rewards said, before its weight, in their order; None for one reward.
+        cached: (B,), the share of its rewards that a cache remembered; None without one.
+        failed: walks that are not here because their reward failed; they were asked for all the same.
+    """
+
+    x: Tensor
+    times: Tensor
+    log_prob: Tensor | None
+    reward: Tensor | None
+    group: Tensor
+    cond: Cond
+    version: int
+    begin: Tensor | None = None
+    terms: Tensor | None = None
+    cached: Tensor | None = None
+    failed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def asked(self) -> int:
+        """Rewards that were asked for."""
+        return len(self) + self.failed
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.times) - 1
+
+    def transitions(self, walk: Tensor, step: Tensor) -> tuple[Observation, Tensor]:
+        """The transitions (walk[i], step[i]), i = 1..N, as one batch: the observation and the action x_s (N, *)."""
+        cond = map_cond(lambda c: c[walk.to(c.device)], self.cond)
+        at, k = walk.to(self.x.device), step.to(self.x.device)
+        t, s = self.times[step.cpu()], self.times[step.cpu() + 1]
+        return Observation(self.x[at, k], t, s, cond), self.x[at, k + 1]
+
+    def take(self, walks: Tensor) -> Self:
+        """The walks of a mask (B,) or of indices alone."""
+        kept = {name: value[walks.to(value.device)] for name, value in _kept(self).items()}
+        return replace(self, **kept, cond=map_cond(lambda c: c[walks.to(c.device)], self.cond))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record with its tensors on ``device``; times stay on the CPU."""
+        move = {name: value.to(device) for name, value in _kept(self).items()}
+        return replace(self, **move, cond=map_cond(lambda c: c.to(device), self.cond))
+
+
+def _kept(t: Trajectory) -> dict[str, Tensor]:
+    """The tensors of batch B that a record has, by name."""
+    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms", "cached")}
+    return {name: value for name, value in held.items() if value is not None}
+
+
+def concatenate(parts: list[Trajectory]) -> Trajectory:
+    """One trajectory from several of the same chain, weights and kept parts.
+
+    Raises:
+        ValueError: the parts differ in their times or in the version of their weights.
+    """
+    first = parts[0]
+    if any(p.version != first.version or not torch.equal(p.times, first.times) for p in parts):
+        raise ValueError(f"cannot join walks of weights {sorted({p.version for p in parts})} or of different times")
+    join = {name: torch.cat([getattr(p, name) for p in parts]) for name in _kept(first)}
+    return replace(first, **join, cond=cat_cond([p.cond for p in parts]))

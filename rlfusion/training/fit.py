@@ -1,0 +1,72 @@
+"""The training of one network on data, in a folder: from the newest checkpoint on, with a bar and logged figures.
+
+The learners of ``pretrain``, ``pretrain-autoencoder`` and ``train-clip`` take the number of the step for a batch, and
+draw what it stands for by seed; those of ``distill`` what ``batches`` gives. So a run that goes on makes the same
+weights as one that was never stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlfusion.common.progress import Progress
+from rlfusion.training import checkpoint
+from rlfusion.training.identity import Run
+from rlfusion.training.loop import Signals, train
+from rlfusion.training.optimization import Learner
+from rlfusion.training.timing import Stopwatch
+from rlfusion.training.tracking import Tracker
+
+LOG_EVERY = 20
+
+
+def fit(
+    learner: Learner[Any],
+    run: Run,
+    total: int,
+    every: int,
+    signals: Signals,
+    progress: Progress,
+    bar: str,
+    tag: str,
+    shown: str = "loss",
+    batches: Callable[[int], Iterator[Any]] | None = None,
+) -> Tracker:
+    """Train ``learner`` in the folder of ``run`` up to step ``total``, from its newest checkpoint on, and save one each
+    ``every`` steps; its tracker.
+
+    Args:
+        bar: what the bar is called, and
+        shown: the metric beside it.
+        tag: of the logged metrics.
+        batches: what the updates from a step on get; the numbers of their steps by default.
+
+    Raises:
+        CheckpointError: no checkpoint is left of those that were saved, or the newest does not fit ``learner``.
+        NumericalError: a gradient is not finite; the last checkpoint stands.
+        StopRequested: a signal came; all work is saved.
+    """
+    for note in run.notes:
+        progress.say(note)
+    found = run.newest(total)
+    start = found.step if found else 0
+    if found:
+        state = checkpoint.load(found.path)
+        with checkpoint.loading(found.path):
+            learner.load_state_dict(state)
+    tracker = Tracker(run.folder, start)
+    if tracker.damaged:
+        progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
+
+    def save(step: int) -> None:
+        run.save(step, learner.state_dict(), keep=1)
+
+    given = batches(start) if batches else iter(range(start, total))
+    steps = train(learner, given, start, total, every, save, signals)
+    stopwatch = Stopwatch(run.folder, start)
+    with progress.bar(bar, total, start) as drawn:
+        for step, metrics in steps:
+            drawn.advance(**{shown: metrics[shown]})
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
+                tracker.scalars(step + 1, tag, metrics)
+                stopwatch.lap(step + 1, 0)
+    return tracker

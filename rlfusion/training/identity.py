@@ -1,0 +1,282 @@
+"""Which run a folder is: ``run.json``, written when it begins and compared whenever it goes on.
+
+    run        drawn once; each checkpoint's manifest has it, so that no other run's is taken for one of this
+    settings   all of them, as they were when work was last done
+    digests    SHA-256 of those that decide the bits of the result, the present ones last; manifests have one of them
+    changes    what ``--change`` has changed since: {"after": updates done, "settings": {name: [old, new]}}
+    saved      whether a checkpoint was ever written, so that their loss is noticed
+    sealed     SHA-256 of the result, by file, once the run is finished
+    sha256     of all this
+
+A setting decides bits unless ``FREE`` has it. Where ``run.json`` is lost it is made again from the newest checkpoint,
+if that was saved under the settings of ``config.yaml``.
+"""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.weights import read_file, sha256
+from rlfusion.training import checkpoint
+from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Owner, write_json_atomic
+
+FORMAT = 1
+FILE = "run.json"
+FREE = re.compile(
+    r"(root|name|device|threads|updates|workers|rollout\.workers|ray(\..*)?|(pretrain\.)?checkpoint_every)"
+)
+"""Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how
+far it goes. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is told."""
+
+CACHED = re.compile(r".*cache/(base-[0-9a-f]{16})/model")
+"""A model of the cache: its name says what it is, and where the cache lies says nothing."""
+
+KINDS = {"command": str, "run": str, "settings": dict, "digests": list, "changes": list, "saved": bool}
+"""What the entries of ``run.json`` are."""
+
+LENGTH = {"finetune": "updates", "pretrain": "train.steps", "pretrain-autoencoder": "steps", "train-clip": "steps"}
+"""The setting that says how many updates a run of a command has, where one does."""
+
+PLACE = ("root", "name")
+ABSENT = "absent"
+SAID = 3
+
+
+class DiffersError(ConfigError):
+    """The settings are not those of the run."""
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass, or their mapping, by dotted name, as JSON has them."""
+    held = settings if isinstance(settings, Mapping) else asdict(settings)
+    return dict(_leaves(json.loads(json.dumps(held)), ""))
+
+
+def _leaves(held: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in held.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of flat settings that decide bits. With rollouts ahead of the learner (rollout.lag) checkpoints do, too."""
+    kept = {name: value for name, value in settings.items() if not FREE.fullmatch(name)}
+    if settings.get("rollout.lag") and "checkpoint_every" in settings:
+        kept["checkpoint_every"] = settings["checkpoint_every"]
+    for name in ("base", "teacher"):
+        if isinstance(kept.get(name), str) and (cached := CACHED.fullmatch(kept[name])):
+            kept[name] = cached[1]
+    return kept
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides bits."""
+    return _sha256(decisive(settings))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (old value, new value)} of flat settings that differ."""
+    names = [*new, *(name for name in old if name not in new)]
+    pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
+    return {name: pair for name, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``run.json`` holds."""
+
+    command: str
+    run: str
+    settings: dict[str, Any]
+    digests: tuple[str, ...]
+    changes: tuple[dict[str, Any], ...] = ()
+    saved: bool = False
+    sealed: tuple[str, str] | None = None
+
+    def write(self, folder: Path) -> None:
+        """Put it into ``folder``."""
+        held = {"format": FORMAT, **asdict(self)}
+        write_json_atomic(folder / FILE, {**held, "sha256": _sha256(held)})
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """That of ``folder``.
+
+        Raises:
+            ConfigError: it is damaged.
+            FileNotFoundError: it is not there.
+        """
+        file = folder / FILE
+        try:
+            held = json.loads(read_file(file))
+            stated = held.pop("sha256")
+            if held.pop("format") != FORMAT or _sha256({"format": FORMAT, **held}) != stated:
+                raise ValueError("it does not match its own SHA-256")
+            for name, kind in KINDS.items():
+                if not isinstance(held[name], kind):
+                    raise ValueError(f"{name!r} is {type(held[name]).__name__}")
+            tuples = {name: tuple(held[name]) for name in ("digests", "changes")}
+            return cls(**held | tuples | {"sealed": held["sealed"] and tuple(held["sealed"])})
+        except FileNotFoundError:
+            raise
+        except MALFORMED as error:
+            raise ConfigError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+class Run:
+    """A run at work in its folder, which this process holds; ``notes`` are to be told."""
+
+    def __init__(self, folder: Path, record: Record, notes: tuple[str, ...] = ()) -> None:
+        self.folder, self.record, self.notes = folder, record, notes
+
+    @property
+    def owner(self) -> Owner:
+        """Whose its checkpoints are."""
+        return Owner(self.record.run, self.record.digests)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def newest(self, total: int) -> Found | None:
+        """The newest checkpoint that is whole and its own, up to step ``total``; None where none was ever saved.
+
+        Raises:
+            CheckpointError: there were checkpoints, and none is left.
+            ConfigError: it has done more than ``total``.
+        """
+        found = checkpoint.latest(self.checkpoints, self.owner)
+        if found is None and self.record.saved:
+            held = sorted(path.name for path in self.checkpoints.glob("*")) if self.checkpoints.is_dir() else []
+            raise CheckpointError(
+                f"{self.folder} has lost its checkpoints: {self.checkpoints} holds {', '.join(held[:5]) or 'nothing'}; "
+                "put one back, or keep config.yaml, remove the folder, and begin again with --config"
+            )
+        if found is not None:
+            self._mark()
+            if found.step > total:
+                raise ConfigError(too_short(self.folder, found.step, total))
+        return found
+
+    def save(self, step: int, state: dict[str, Any], keep: int = 3) -> None:
+        """Save ``state`` as its checkpoint of ``step``, as ``checkpoint.save`` does."""
+        checkpoint.save(self.checkpoints, step, state, keep, self.owner)
+        self._mark()
+
+    def _mark(self) -> None:
+        if not self.record.saved:
+            self._write(saved=True)
+
+    def seal(self, name: str, result: dict[str, Any]) -> None:
+        """Write the result into the file of that name: the run is finished."""
+        write_json_atomic(self.folder / name, result)
+        self._write(sealed=(name, sha256((self.folder / name).read_bytes())))
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """The result of a finished run; None where it is not finished, or its file not what was written."""
+        file = self.folder / name
+        if not file.is_file() or self.record.sealed != (name, sha256(file.read_bytes())):
+            return None
+        return json.loads(file.read_text())
+
+    def _write(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        self.record.write(self.folder)
+
+
+def enter(folder: Path, command: str, settings: Any) -> Run:
+    """The run of ``command`` in ``folder``, new or to go on with ``settings``.
+
+    Raises:
+        DiffersError: a setting that decides bits is not what it was; it is named with both values.
+        ConfigError: it is another command's, or nothing says which run it is.
+    """
+    now, notes = flat(settings), []
+    try:
+        record = Record.read(folder)
+    except (ConfigError, FileNotFoundError) as error:
+        record = _again(folder, command, now, error)
+        if isinstance(error, ConfigError):
+            notes.append(f"{error}; set aside as {checkpoint.set_aside(folder / FILE, 'corrupt').name}")
+        if record.saved:
+            notes.append(f"{folder / FILE} is made again from the newest checkpoint")
+        record.write(folder)
+    require_command(folder, record, command)
+    if changed := differences(decisive(record.settings), decisive(now)):
+        raise DiffersError(differs(folder, changed))
+    if moved := differences(record.settings, now):
+        told = {name: pair for name, pair in moved.items() if name not in PLACE}
+        notes += [f"{name} was {old}, is {new}" for name, (old, new) in told.items()]
+        record = replace(record, settings=now, sealed=None if "updates" in moved else record.sealed)
+        record.write(folder)
+    return Run(folder, record, tuple(notes))
+
+
+def require_command(folder: Path, record: Record, command: str) -> None:
+    """Raise ConfigError unless the run is one of ``command``."""
+    if record.command != command:
+        raise ConfigError(f"{folder} is a run of {record.command!r}: expected rlfusion {record.command} --resume")
+
+
+def _again(folder: Path, command: str, now: dict[str, Any], error: Exception) -> Record:
+    """The record of a run that has none: a new one, or what its newest checkpoint says."""
+    new = Record(command, secrets.token_hex(16), now, (digest(now),))
+    checkpoints = folder / "checkpoints"
+    if not os.path.lexists(checkpoints):
+        return new
+    manifest = checkpoint.newest_manifest(checkpoints)
+    if manifest is None or manifest["settings"] not in new.digests:
+        why = str(error) if isinstance(error, ConfigError) else f"{str(folder / FILE)!r} is missing"
+        raise ConfigError(
+            f"{why}, and no checkpoint was saved under the settings of config.yaml: put {FILE} or the settings back, "
+            "or keep config.yaml, remove the folder, and begin again with --config"
+        )
+    return replace(new, run=manifest["run"], saved=True)
+
+
+def too_short(folder: Path, done: int, total: int) -> str:
+    """The sentence for a run that shall end before where it is."""
+    return f"{folder} has done {done} updates already, and its settings say {total}: expected {done} at least"
+
+
+def done(folder: Path) -> int:
+    """The updates that the newest checkpoint of the run in ``folder`` has, by its name; 0 for none."""
+    return max((step for step, _ in checkpoint.candidates(folder / "checkpoints")), default=0)
+
+
+def differs(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The sentence for settings that are not those of the run in ``folder``, {name: (old, new)}."""
+    said = [f"{name} = {_text(new)}, was {_text(old)}" for name, (old, new) in changed.items()]
+    more = f" and {len(said) - SAID} more" if len(said) > SAID else ""
+    name, (_, new) = next(iter(changed.items()))
+    return (
+        f"{folder} was begun with other settings: {'; '.join(said[:SAID])}{more}; put them back, or say "
+        f"--change {name}={_text(new)} where that is meant"
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def change(folder: Path, record: Record, settings: Any) -> None:
+    """Record that the run goes on with ``settings`` from here on, on purpose."""
+    now = flat(settings)
+    moved = differences(record.settings, now)
+    changed = {name: list(pair) for name, pair in moved.items() if name not in PLACE}
+    digests = (*(d for d in record.digests if d != digest(now)), digest(now))
+    changes = (*record.changes, {"after": done(folder), "settings": changed})
+    replace(record, settings=now, digests=digests, changes=changes, sealed=None).write(folder)
+
+
+def _sha256(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode())

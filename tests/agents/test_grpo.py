@@ -1,0 +1,174 @@
+"""GRPO: its gradient over a window against the closed form, its advantages by hand, where it is DDPO, and resuming."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from chains import Capture, affine, class_walks, collect, mlp
+from test_ddpo_gradient import STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward
+
+from rlfusion.agents import ddpo, grpo
+from rlfusion.agents.grpo import Config, Learner
+from rlfusion.common.errors import ConfigError, NumericalError
+from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.diffusion.kernel import DDIM
+from rlfusion.diffusion.schedule import Cosine
+from rlfusion.objectives import clipped_surrogate
+from rlfusion.rl.agent import Plan
+
+TIMES = TimeGrid(4).times(Cosine())
+ONE = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0}
+CHAINS = {"ddim": ddim_chain, "flow": flow_chain}
+
+
+def gradient(batch, config: Config, policy, iteration: int = 0) -> torch.Tensor:
+    learner = Learner(policy, batch.times, config)
+    learner.optimization, learner.iteration = Capture(policy), iteration
+    learner.update(batch)
+    return learner.optimization.gradients[0]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_expected_gradient_is_that_of_the_steps_in_the_window(chain, first):
+    """With the mean of all walks as the baseline, which for n walks takes 1 / n off the gradient."""
+    chain, made = CHAINS[chain]()
+    policy, g = affine(THETA, **made), torch.Generator().manual_seed(1)
+    times, n, batches = TimeGrid(STEPS).times(made["schedule"]), 4000, 60
+    learner = Learner(policy, times, Config(std="none", advantage_clip=1e9, window=2, micro_batch=10**6, **ONE))
+    learner.optimization = Capture(policy)
+    for _ in range(batches):
+        learner.iteration = first
+        noise = torch.randn(n, STEPS + 1, 2, generator=g, dtype=torch.float64)
+        learner.update(collect(policy, times, noise, reward))
+    ascent = -torch.stack(learner.optimization.gradients).numpy() / (1 - 1 / n)
+    truth = chain.gradient(np.array(THETA), (np.arange(STEPS) >= first) & (np.arange(STEPS) < first + 2))
+    assert_equal_in_expectation((ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)), truth)
+
+
+def test_over_all_steps_it_is_ddpo_with_group_advantages():
+    policy = mlp().double()
+    batch = class_walks(policy)
+    mine = gradient(batch, Config(**ONE), policy)
+    learner = ddpo.Learner(policy, TIMES, ddpo.Config(epochs=1, updates_per_epoch=1, kl_loss=0.0))
+    learner.optimization = Capture(policy)
+    learner.update(batch)
+    torch.testing.assert_close(mine, learner.optimization.gradients[0])
+
+
+def test_micro_batches_do_not_change_the_gradient():
+    policy = mlp().double()
+    batch = class_walks(policy)
+    whole, parts = (gradient(batch, Config(window=2, micro_batch=size, **ONE), policy) for size in (10**6, 7))
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("std", "expected"),
+    [
+        ("group", [-1, 1, -1, 1]),
+        ("batch", [-1 / math.sqrt(5), 1 / math.sqrt(5), -1 / math.sqrt(5), 1 / math.sqrt(5)]),
+        ("none", [-1, 1, -1, 1]),
+    ],
+)
+def test_advantages_by_hand(std, expected):
+    """Rewards 0, 2 of one prompt and 4, 6 of another: std 1 in each, sqrt(5) in all."""
+    learner = Learner(mlp(), TIMES, Config(std=std))
+    got = learner.advantages(torch.tensor([0.0, 2.0, 4.0, 6.0]), torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_the_window_slides_from_noise_to_data_and_begins_anew():
+    learner = Learner(mlp(), TimeGrid(8).times(Cosine()), Config(window=3, window_stride=2, window_every=2))
+    assert learner.transitions.steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    windows = [learner.trained(i).tolist() for i in range(8)]
+    assert windows[::2] == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [0, 1, 2]]
+    assert windows[1::2] == windows[::2]
+    uneven = Learner(mlp(), TimeGrid(8).times(Cosine()), Config(window=4, window_stride=2))
+    assert [uneven.trained(i).tolist()[0] for i in range(4)] == [0, 2, 3, 0]
+
+
+def test_a_lopsided_clip_by_hand():
+    log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
+    loss = clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), (0.1, 0.3))
+    torch.testing.assert_close(loss, torch.tensor([-1.3, 1.5, -0.5, 0.9]))
+
+
+@pytest.mark.parametrize(("low", "high", "clipped"), [(0.1, 0.3, False), (0.3, 0.1, True)])
+def test_each_side_of_the_clip_is_its_own(low, high, clipped):
+    """Ratios of 1.25 are held by c_high alone."""
+    policy = mlp().double()
+    batch = class_walks(policy)
+    batch = replace(batch, log_prob=batch.log_prob - math.log(1.25))
+    free = gradient(batch, Config(clip_low=9.0, clip_high=9.0, dual_clip=None, **ONE), policy)
+    held = gradient(batch, Config(clip_low=low, clip_high=high, dual_clip=None, **ONE), policy)
+    assert torch.allclose(held, free) != clipped
+
+
+@pytest.mark.parametrize("module", [grpo, ddpo])
+def test_the_gap_before_the_first_step_is_told(module):
+    policy, more = mlp(), {"lr": 1e-2, "epochs": 2, "updates_per_epoch": 2}
+    batch = class_walks(policy)
+    metrics = module.Learner(policy, TIMES, module.Config(**more)).update(batch)
+    assert metrics["log_ratio_first"] < 1e-5 < 0.1 < metrics["log_ratio_max"]
+    policy = mlp()
+    off = replace(batch, log_prob=batch.log_prob + 0.01)
+    metrics = module.Learner(policy, TIMES, module.Config(**more)).update(off)
+    assert metrics["log_ratio_first"] == pytest.approx(0.01, rel=1e-2)
+
+
+def test_a_saved_learner_continues_bit_for_bit():
+    settings = Config(window=2, micro_batch=11)
+    batches = [class_walks(mlp(), seed=i) for i in range(4)]
+    straight, resumed = Learner(mlp(), TIMES, settings, 5), Learner(mlp(seed=9), TIMES, settings, 5)
+    for batch in batches[:2]:
+        straight.update(batch)
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    for batch in batches[2:]:
+        assert straight.update(batch) == resumed.update(batch)
+    for mine, theirs in zip(straight.policy.parameters(), resumed.policy.parameters()):
+        assert torch.equal(mine, theirs)
+    assert straight.queries == resumed.queries == 4 * 24
+
+
+def test_it_learns():
+    policy = mlp()
+    learner = Learner(policy, TIMES, Config(lr=3e-3, ema_decay=0.0))
+    rewards = [learner.update(class_walks(policy, n=200, seed=i))["reward"] for i in range(12)]
+    assert rewards[-1] > rewards[0] + 0.2
+
+
+def test_bad_rewards_are_refused_before_anything_changes():
+    policy = mlp()
+    batch = class_walks(policy)
+    batch.reward[3] = torch.nan
+    with pytest.raises(NumericalError, match=r"\[3\]"):
+        Learner(policy, TIMES, Config()).update(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"window": -1}, "window = -1"),
+        ({"clip_high": 0}, "clip_high = 0"),
+        ({"dual_clip": 1.1}, "dual_clip = 1.1"),
+        ({"window_every": 0}, "window_every = 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Config(**settings)
+
+
+def test_chains_and_plans_that_cannot_serve_are_refused():
+    with pytest.raises(ConfigError, match="window = 9: expected at most the 3 stochastic steps"):
+        Learner(mlp(), TIMES, Config(window=9))
+    with pytest.raises(ConfigError, match="no noise"):
+        Learner(mlp(kernel=DDIM(0.0)), TIMES, Config())
+    with pytest.raises(ConfigError, match="samples_per_prompt = 1"):
+        Config().check(Plan(10, 1, 0, 20))
+    with pytest.raises(ConfigError, match="updates_per_epoch = 4"):
+        Config().check(Plan(1, 3, 0, 20))

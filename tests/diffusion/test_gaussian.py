@@ -1,0 +1,54 @@
+"""The transition's Gaussian against torch.distributions, summed over features."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+
+from rlfusion.diffusion.gaussian import Gaussian
+
+MEAN, OTHER, X = torch.randn(3, 5, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+STDS = {"scalar": torch.tensor(0.3).double(), "per row": torch.linspace(0.1, 2, 5).double()[:, None, None]}
+
+
+def reference(mean: torch.Tensor, std: torch.Tensor) -> Independent:
+    return Independent(Normal(mean, std.expand_as(mean)), 2)
+
+
+@pytest.mark.parametrize("std", STDS.values(), ids=STDS)
+def test_log_prob_and_entropy_are_sums_over_features(std):
+    torch.testing.assert_close(Gaussian(MEAN, std).log_prob(X), reference(MEAN, std).log_prob(X))
+    torch.testing.assert_close(Gaussian(MEAN, std).entropy(), reference(MEAN, std).entropy())
+
+
+@pytest.mark.parametrize("std", STDS.values(), ids=STDS)
+@pytest.mark.parametrize("factor", [1.0, 1.7])
+def test_kl(std, factor):
+    truth = kl_divergence(reference(MEAN, std), reference(OTHER, std * factor))
+    torch.testing.assert_close(Gaussian(MEAN, std).kl(Gaussian(OTHER, std * factor)), truth)
+
+
+def test_score_is_the_gradient_of_log_prob_in_the_mean():
+    mean = MEAN.clone().requires_grad_()
+    Gaussian(mean, STDS["per row"]).log_prob(X).sum().backward()
+    torch.testing.assert_close(mean.grad, (X - MEAN) / STDS["per row"] ** 2)  # erratum 79: the sign
+
+
+def test_a_point_mass_has_no_density():
+    assert Gaussian(MEAN, torch.tensor(0.0)).log_prob(MEAN).isnan().all()
+    std = torch.tensor([0.0, 1, 0, 1, 1]).double()[:, None, None]
+    assert Gaussian(MEAN, std).log_prob(X).isnan().tolist() == [True, False, True, False, False]
+    assert torch.equal(Gaussian(MEAN, torch.tensor(0.0)).sample(X), MEAN)
+
+
+def test_sample_is_reparameterised():
+    torch.testing.assert_close(Gaussian(MEAN, STDS["per row"]).sample(X), MEAN + STDS["per row"] * X)
+
+
+def test_half_precision_is_lifted_to_float32():
+    low = Gaussian(MEAN.bfloat16(), torch.tensor(0.3).bfloat16()).log_prob(X.bfloat16())
+    assert low.dtype == torch.float32
+    exact = Gaussian(MEAN.bfloat16().double(), torch.tensor(0.3).bfloat16().double()).log_prob(X.bfloat16().double())
+    torch.testing.assert_close(low.double(), exact, rtol=1e-5, atol=1e-5)
+    assert math.isfinite(low.sum())

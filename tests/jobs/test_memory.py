@@ -1,0 +1,74 @@
+"""The memory estimate against what a learner's update is seen to take, and ``rlfusion doctor``."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from test_pipeline_runs import LORA, STEPS, settings
+from torch.profiler import ProfilerActivity, profile
+
+from rlfusion.cli.main import main
+from rlfusion.common.progress import Progress
+from rlfusion.config import Finetune
+from rlfusion.jobs import base_model, memory
+from rlfusion.jobs.tasks import make_task
+from rlfusion.rollout import plan, run_item
+from rlfusion.training.loop import Signals
+
+
+def peak(call) -> int:
+    """The most bytes of tensors that a call holds at once, beside those that were there."""
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def begun(config: Finetune, root):
+    denoiser, card, _, _ = base_model.begin(config, root, torch.device("cpu"), Signals(), Progress())
+    policy = config.chain.policy(denoiser, card.names)
+    shape = policy.space.latent(card.shape)
+    return memory.estimate(config, denoiser, policy, config.chain.times(denoiser), shape), card, policy
+
+
+@pytest.mark.parametrize(("agent", "lora"), [("ddpo", LORA), ("ddpo", ""), ("draft", "")])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_an_update_is_near_its_measured_peak(agent, lora, checkpointing, tiny_pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\n")
+    config = settings(tiny_pipelines["sd"], agent, tmp_path, lora=lora)
+    pipeline = config.pipeline.__class__(**vars(config.pipeline) | {"checkpointing": checkpointing, "decode": 4})
+    small = config.agent.__class__(**vars(config.agent) | {"micro_batch": 12, "updates_per_epoch": 1, "epochs": 1})
+    config = Finetune(**vars(config) | {"pipeline": pipeline, "agent": small})
+    found, card, policy = begun(config, tmp_path)
+    task = make_task(config, card, policy, lambda samples, cond: samples.mean((1, 2, 3)))
+    walks = run_item(task, plan(0, 0, 2, 6, 12, 2, 0)[0])
+    learner = config.agent.learner(task, None, 0)
+    seen = peak(lambda: learner.update(walks))
+    held = ("gradients", "activations", "decoding")  # what an update itself adds
+    expected = sum(size for name, size in found.items() if name.startswith(held))
+    assert 0.6 < expected / seen < 1.5, (expected, seen, found)
+
+
+def test_copies_are_counted(tiny_pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    config = settings(tiny_pipelines["sd"], "ddpo", tmp_path, lora=LORA)
+    found, _, policy = begun(config, tmp_path)
+    trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * 4 for p in policy.parameters() if not p.requires_grad)
+    assert (found["network, trained"], found["network, frozen"]) == (trained, frozen)
+    assert found["gradients and AdamW"] == 3 * trained
+    assert found["to undo an update"] == 4 * trained
+    assert found["copies of what is trained"] == trained  # the rollouts'; no reference, no monitor here
+    assert found["autoencoder"] == sum(p.numel() * 4 for p in policy.space.vae.parameters())
+    assert f"{sum(found.values()) / 1e9:.3g} GB" in memory.said(found)
+
+
+def test_the_command(tiny_pipelines, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("python", "torch", "diffusers", "GPU", "main memory"))
+    model = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "a cat", "--pipeline.size", "16"]
+    assert main(["doctor", *model, "--reward", "ink", "--chain.steps", str(STEPS), "--lora", LORA]) == 0
+    assert "together" in capsys.readouterr().out
+    assert main(["doctor", *model, "--reward", "no such"]) == 2

@@ -1,0 +1,75 @@
+"""Prompts with metadata on their way through the commands, on a tiny Stable Diffusion."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from rlfusion.cli import main, tables
+from rlfusion.cli.arguments import settings_of
+from rlfusion.common import notices
+from rlfusion.jobs.base_model import check_pretrained
+from rlfusion.jobs.check_reward import CheckReward, check_reward
+from rlfusion.models import describe
+from rlfusion.models.pipelines import Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+ROWS = [{"prompt": "a red cat", "tag": "x", "count": 3}, {"prompt": "two dogs", "tag": "y", "count": 50}]
+REWARD = """
+def brightness(images, prompts, metadata):
+    assert all(held == {"a red cat": {"tag": "x", "count": 3}, "two dogs": {"tag": "y", "count": 50}}[words]
+               for words, held in zip(prompts, metadata))
+    return images.mean((1, 2, 3)) * images.new_tensor([held["count"] for held in metadata]), {}
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notices, "_said", set())
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "mine.py").write_text(REWARD)
+    return tmp_path
+
+
+def test_a_run_writes_down_its_prompts_and_their_metadata_reach_the_reward(tiny_pipelines, here):
+    model = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "p.jsonl", "--pipeline.size", "16"]
+    settings = settings_of("finetune", [*model, "--reward", "mine.py:brightness", "--lora", "LoRA(rank=2)"])
+    card = describe(settings.base, settings.pipeline)
+    assert [held["count"] for held in card.metadata] == [3, 50]
+    assert json.loads(json.dumps(card.to_json()))["pipeline"]["metadata"] == list(card.metadata)
+    check_pretrained(settings, card)
+    with tables.new_run("finetune", settings, "run") as (_, folder):
+        held = yaml.safe_load((folder / "config.yaml").read_text())["pipeline"]
+    assert held["prompts"] == str(here / "p.jsonl")
+    assert held["prompts_sha256"] == Settings(prompts="p.jsonl").digest
+    assert card.first(1).metadata == (card.metadata[0],)
+    assert card.only("two dogs").names == ("two dogs",)
+    assert card.only("two dogs").metadata == (card.metadata[1],)
+
+
+def test_check_reward_draws_from_a_model(tiny_pipelines):
+    settings = CheckReward(
+        "mine.py:brightness",
+        model=str(tiny_pipelines["sd"]),
+        pipeline=Settings(prompts="p.jsonl", size=16),
+        chain=settings_of("finetune", ["--model", str(tiny_pipelines["sd"]), "--chain.steps", "2"]).chain,
+        samples=8,
+    )
+    found = {finding.check: finding for finding in check_reward(settings)}
+    assert {check: finding.verdict for check, finding in found.items()} == {
+        "answers": "ok", "range": "ok", "input": "ok", "repeats": "ok", "batch": "ok", "condition": "note",
+        "gradient": "ok", "speed": "ok",
+    }  # fmt: skip
+    assert found["condition"].said == "another prompt changes 8 of 8"
+
+
+def test_a_missing_gradient_is_a_note(here, capsys):
+    (here / "mine.py").write_text("def grey(images):\n    return images.detach().mean((1, 2, 3))\n")
+    assert main.main(["check-reward", "mine.py:grey", "--samples", "4"]) == 0
+    assert "none: not for agents that learn through it" in " ".join(capsys.readouterr().out.split())
+    assert main.main(["check-reward", "mine.py:grey", "--pipeline.prompts", "p.jsonl"]) == 2
+    assert "without a model" in capsys.readouterr().err
+    assert torch.is_grad_enabled()

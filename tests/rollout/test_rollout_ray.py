@@ -1,0 +1,278 @@
+"""The Ray backend against the in-process one: equal bits, real kills, real hangs. One private cluster for all."""
+
+import os
+import re
+import secrets
+import signal
+import stat
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from rollout_tasks import CLASSES, make_policy, make_recipe
+from test_rollout import assert_identical
+
+from rlfusion.common.weights import Weights, WeightsError
+from rlfusion.rewards import RewardError
+from rlfusion.rollout import Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
+
+ray = pytest.importorskip("ray")
+ray_backend = pytest.importorskip("rlfusion.rollout.ray_backend")
+ray_cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
+
+LIMITS = Limits(item_s=30, item_floor_s=30, start_s=90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_cluster():
+    with ray_cluster.cluster(Settings(), cpus=4):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def items(version: int = 1, size: int = 2, iteration: int = 0):
+    return plan(7, iteration, 3, 4, size, CLASSES, version)
+
+
+def ray_settings(workers: int, limits: Limits = LIMITS) -> Settings:
+    return Settings(workers=workers, limits=limits)
+
+
+def assert_equals_local(trajectories, work, weights) -> None:
+    with make_backend(make_recipe(), Settings()) as local:
+        expected = local.collect(work, weights)
+    assert len(trajectories) == len(expected)
+    for a, b in zip(trajectories, expected):
+        assert_identical(a, b)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two workers that tests share, because starting one takes seconds."""
+    with make_backend(make_recipe(), ray_settings(2)) as backend:
+        yield backend
+
+
+def test_one_worker_gives_the_bits_of_none():
+    with make_backend(make_recipe(), ray_settings(1)) as backend:
+        assert_bits_of_local(backend)
+
+
+def test_two_workers_give_the_bits_of_none(pair):
+    assert_bits_of_local(pair)
+
+
+def assert_bits_of_local(backend) -> None:
+    for version in (1, 2):
+        weights = Weights.of(make_policy(seed=version), version)
+        assert_equals_local(backend.collect(items(version), weights), items(version), weights)
+
+
+def test_submissions_overlap_with_the_caller_and_keep_their_own_weights(tmp_path):
+    old, new = Weights.of(make_policy(seed=1), 1), Weights.of(make_policy(seed=2), 2)
+    with make_backend(make_recipe("slow", tmp_path / "ran"), ray_settings(2)) as backend:
+        first, second = backend.submit(items(1), old), backend.submit(items(2), new)
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline, "nothing ran before the result was asked for"
+            time.sleep(0.05)
+        later = second()
+        assert_equals_local(first(), items(1), old)
+        assert_equals_local(later, items(2), new)
+        assert len(list(tmp_path.iterdir())) == 2  # both workers took part
+
+
+def test_a_worker_that_hangs_is_killed_and_its_item_done_by_another(tmp_path):
+    weights, marker = Weights.of(make_policy(), 1), tmp_path / "stopped"
+    with make_backend(
+        make_recipe("stop", marker), ray_settings(2, Limits(item_s=4, item_floor_s=4, start_s=90))
+    ) as backend:
+        assert_equals_local(backend.collect(items(), weights), items(), weights)
+        assert_gone(int(marker.read_text()))
+        assert_equals_local(backend.collect(items(iteration=1), weights), items(iteration=1), weights)
+
+
+def assert_gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, f"the stopped worker {pid} is still there"
+        time.sleep(0.1)
+
+
+def test_workers_killed_from_outside_at_random_times_change_no_bit(tmp_path):
+    weights, work, killed = Weights.of(make_policy(), 1), items(size=1), []
+
+    def kill_two() -> None:
+        deadline = time.monotonic() + 60
+        while len(killed) < 2 and time.monotonic() < deadline:
+            pids = [int(path.suffix[1:]) for path in tmp_path.iterdir()]
+            for pid in [pid for pid in pids if pid not in killed][:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.3)
+
+    killer = threading.Thread(target=kill_two)
+    killer.start()
+    with make_backend(make_recipe("slow", tmp_path / "ran"), ray_settings(2)) as backend:
+        trajectories = backend.collect(work, weights)
+    killer.join()
+    assert len(killed) == 2
+    assert_equals_local(trajectories, work, weights)
+
+
+def test_an_item_that_always_kills_its_worker_ends_the_run_by_name():
+    limits = Limits(item_s=30, item_floor_s=30, start_s=90, attempts=2)
+    with (
+        make_backend(make_recipe("die"), ray_settings(1, limits)) as backend,
+        pytest.raises(RolloutError, match=r"item 0 of iteration 0 .* lost its worker 2 times"),
+    ):
+        backend.collect(items(), Weights.of(make_policy(), 1))
+
+
+def test_an_error_of_the_reward_arrives_with_its_names():
+    with make_backend(make_recipe("nan"), ray_settings(1)) as backend, pytest.raises(RewardError) as caught:
+        backend.collect(items(), Weights.of(make_policy(), 1))
+    assert "brightness" in str(caught.value)
+    assert any("item 0 of iteration 0" in note for note in caught.value.__notes__)
+    assert any("Ray worker" in note for note in caught.value.__notes__)
+
+
+def test_a_task_that_cannot_be_built_ends_the_run_with_its_own_error():
+    with (
+        make_backend(make_recipe("build"), ray_settings(1)) as backend,
+        pytest.raises(FileNotFoundError, match=r"no such model: base\.safetensors"),
+    ):
+        backend.collect(items(), Weights.of(make_policy(), 1))
+
+
+def test_wrong_weights_are_refused_on_either_side_and_the_pool_goes_on(pair):
+    good = Weights.of(make_policy(), 1)
+    damaged = Weights(1, secrets.token_hex(32), good.blob)
+    with pytest.raises(WeightsError, match="got weights of version 1"):
+        pair.submit(items(version=2), good)
+    with pytest.raises(WeightsError, match=f"expected {damaged.sha256}"):
+        pair.collect(items(), damaged)
+    assert_equals_local(pair.collect(items(), good), items(), good)
+
+
+def test_a_worker_checks_the_version_of_its_item_itself():
+    worker = ray_backend.Worker()
+    recipe = make_recipe()
+    worker.build((recipe.builder, recipe.text), {}, [], 1)
+    with pytest.raises(WeightsError, match="got weights of version 3"):
+        worker.run(items(version=2)[0].to_json(), 3, "", [])
+
+
+def test_a_pool_that_cannot_be_placed_says_what_it_waited_for():
+    settings = Settings(workers=1, cpus_per_worker=1000, limits=Limits(start_s=1, replacements=1))
+    with (
+        make_backend(make_recipe(), settings) as backend,
+        pytest.raises(RolloutError, match=r"not ready within .* = 1 s"),
+    ):
+        backend.collect(items(), Weights.of(make_policy(), 1))
+
+
+def test_a_closed_backend_takes_no_work_and_closes_again():
+    backend = make_backend(make_recipe(), ray_settings(1))
+    backend.close()
+    backend.close()
+    with pytest.raises(RolloutError, match="closed"):
+        backend.submit(items(), Weights.of(make_policy(), 1))
+
+
+def test_closing_stops_what_runs(tmp_path):
+    backend = make_backend(make_recipe("stop", tmp_path / "stopped"), ray_settings(1))
+    pending = backend.submit(items(), Weights.of(make_policy(), 1))
+    while not (tmp_path / "stopped").exists():
+        time.sleep(0.05)
+    backend.close()
+    with pytest.raises(RolloutError, match="closed"):
+        pending()
+
+
+def descendants() -> set[int]:
+    """This process and all below it, from /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= grown
+    return found
+
+
+def listening() -> list[str]:
+    """The addresses, in the kernel's hexadecimal, at which this process and those below it listen by TCP."""
+    inodes = set()
+    for pid in descendants():
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+            except (FileNotFoundError, PermissionError):
+                continue
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
+def test_a_private_cluster_listens_on_the_loopback_alone(pair):
+    pair.collect(items(), Weights.of(make_policy(), 1))
+    addresses = listening()
+    assert len(addresses) >= 5  # the control store, the raylet, the agent, the workers, the driver
+    assert set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_a_private_cluster_asks_for_a_token_that_only_its_owner_can_read():
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert len(token.read_text()) == 64
+
+
+def test_connecting_leaves_the_callers_signal_handler_alone():
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_worker_that_cannot_import_its_class_is_named_at_once_by_its_own_error():
+    """As on a node without rlfusion: the class is found by name, in a module that is nowhere but here."""
+    here = types.ModuleType("only_in_the_driver")
+    here.Worker = type("Worker", (), {"build": lambda self, *given: {}, "run": lambda self, *given: None})
+    here.Worker.__module__, sys.modules[here.__name__] = here.__name__, here
+    try:
+        with make_backend(make_recipe(), ray_settings(2)) as backend:
+            backend._actor = ray.remote(max_restarts=0)(here.Worker)
+            said = (
+                r"Ray worker 0 cannot start: ModuleNotFoundError: No module named 'only_in_the_driver'; .* every node"
+            )
+            with pytest.raises(RolloutError, match=said) as caught:
+                backend.collect(items(), Weights.of(make_policy(), 1))
+        assert caught.value.exit_code == 69
+    finally:
+        del sys.modules[here.__name__]
+
+
+def test_an_address_where_a_cluster_answers_is_found_good():
+    address = ray.get_runtime_context().gcs_address
+    ray_address.require_cluster(address, 90.0)
+    assert address in ray_address._answered
+
+
+def test_the_folder_of_a_private_cluster_says_whose_it_is():
+    folder = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
+    assert (folder / "owner").read_text() == f"{os.getpid()}\n"
+    assert folder not in ray_folders.sweep()
+    assert (folder / "token").exists()
