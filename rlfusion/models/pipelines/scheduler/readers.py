@@ -1,7 +1,7 @@
 """What a diffusers scheduler's configuration says of a model: its schedule, the kind that it predicts, its time grid.
 
 The grid is the scheduler's own: it is asked for its times, so that spacing, offset, shift, dynamic shift and Karras,
-exponential or beta sigmas are as it has them, and each step on it is held against the scheduler's (``scheduler_grid``).
+exponential or beta sigmas are as it has them, and each step on it is held against the scheduler's (``grid``).
 One step of each scheduler is a kernel: DDIM(0) is the step of DDIM, Euler, TCD without noise and flow matching,
 DDIM(1) that of ancestral Euler, Renoise that of LCM and SCM. Of a solver of several steps (PNDM, DPM-Solver, UniPC,
 DEIS), which has no transition density, the first-order form walks the same grid.
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.diffusion.kinds import Kind, TrigFlow
 from rlfusion.diffusion.schedule import Schedule, Trig
-from rlfusion.models.pipelines import scheduler_levels as levels
-from rlfusion.models.pipelines import scheduler_tables as tables
-from rlfusion.models.pipelines.scheduler_grid import Form, GridArguments, checked
-from rlfusion.models.pipelines.scheduler_settings import BETAS, FLOW, SIGMAS, SOLVER, SPACED, names, require_followed
+from rlfusion.models.pipelines.scheduler import levels, tables
+from rlfusion.models.pipelines.scheduler.grid import Form, GridArguments, checked
+from rlfusion.models.pipelines.scheduler.settings import BETAS, FLOW, SIGMAS, SOLVER, SPACED, names, require_followed
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Sampling:
     """A scheduler, read.
 
     Attributes:
-        schedule: what its times mean (``scheduler_tables``, ``scheduler_levels``).
+        schedule: what its times mean (``tables``, ``levels``).
         kind: what the network predicts, with its own count of time.
         times: steps -> the K + 1 times of the grid; raises ConfigError for steps of which there is none.
         kernel: the scheduler's own step, as ``Chain.kernel`` writes it.

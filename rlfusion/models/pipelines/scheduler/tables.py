@@ -18,7 +18,7 @@ from rlfusion.diffusion.kinds import Timed
 from rlfusion.diffusion.parameterization import named
 from rlfusion.diffusion.schedule import DDPM, ScaledLinear, Schedule, ShiftedSNR, SquaredCosine, UnitPrior, ZeroSNR
 from rlfusion.models.pipelines import hub
-from rlfusion.models.pipelines.scheduler_grid import Form, Unfollowed
+from rlfusion.models.pipelines.scheduler.grid import Form, Unfollowed
 
 KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 

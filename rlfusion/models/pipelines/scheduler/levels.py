@@ -21,8 +21,8 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.kinds import EDM, Timed
 from rlfusion.diffusion.parameterization import named
 from rlfusion.diffusion.schedule import Between, Power, Rectified, Schedule, UnitPrior
-from rlfusion.models.pipelines.scheduler_grid import Form, Unfollowed
-from rlfusion.models.pipelines.scheduler_tables import code_times, kind_of, table
+from rlfusion.models.pipelines.scheduler.grid import Form, Unfollowed
+from rlfusion.models.pipelines.scheduler.tables import code_times, kind_of, table
 
 SMALLEST = 2**-12
 """alpha at t = 1 of tables that are rescaled to zero terminal SNR, here."""

@@ -25,7 +25,7 @@ from rlfusion.diffusion.parameterization import solve
 from rlfusion.diffusion.policy import Observation, Policy
 from rlfusion.diffusion.schedule import Schedule
 from rlfusion.models.pipelines.drawn import drawn
-from rlfusion.models.pipelines.scheduler_settings import told
+from rlfusion.models.pipelines.scheduler.settings import told
 
 GridArguments = Callable[[Any, int], dict[str, Any]]
 """(scheduler, steps) -> the keywords with which a pipeline calls its scheduler's ``set_timesteps``."""

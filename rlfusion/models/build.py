@@ -1,0 +1,107 @@
+"""A denoiser from its card: the network with its initial weights, its schedule, its space, and its adapters."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from rlfusion.common import spec
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import integer
+from rlfusion.diffusion import schedule
+from rlfusion.diffusion.consistency import LCM
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.space import Pixels
+from rlfusion.models import autoencoder, lora, pipelines
+from rlfusion.models.card import Card
+from rlfusion.nets.captions import Captions
+from rlfusion.nets.dit import DiT
+from rlfusion.nets.guidance import Guidance
+from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.nets.points import Points
+from rlfusion.nets.unet import UNet
+
+SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
+    "DDPM": schedule.DDPM,
+    "ScaledLinear": schedule.ScaledLinear,
+    "VP": schedule.VP,
+    "Cosine": schedule.Cosine,
+    "ZeroSNR": schedule.ZeroSNR,
+    "Rectified": schedule.Rectified,
+    "Trig": schedule.Trig,
+    "Karras": schedule.Karras,
+    "Geometric": schedule.Geometric,
+}
+NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT, "Points": Points}
+
+
+def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Denoiser:
+    """A denoiser with initial weights keyed by ``seed``; of a pretrained pipeline, with its own, and with prompts that
+    are encoded on ``device``.
+
+    Raises:
+        ConfigError: an unknown network, schedule, kind or setting of one.
+    """
+    if card.pipeline:
+        return pipelines.build(card.pipeline, card.names, device)
+    config = card.config
+    space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
+    with initial(seed):
+        net = make_net(config.net, space.latent(card.shape), card.classes)
+        width = net.label.embedding_dim
+        if card.captioned:
+            net.label = Captions(card.names, width)
+        if card.weights:
+            net.label = Guidance(net.label, width)
+    denoiser = Denoiser(net, spec.parse(config.schedule, SCHEDULES, "schedule"), config.kind)
+    denoiser.space, denoiser.weights = space, card.weights or None
+    if card.boundary:
+        return spec.parse(card.boundary, {"LCM": partial(LCM, denoiser)}, "boundary")
+    return denoiser
+
+
+@contextmanager
+def initial(seed: int) -> Iterator[None]:
+    """Within the context torch's global generator gives the initial weights of ``seed``; it is then as before."""
+    state = torch.get_rng_state()
+    torch.manual_seed(integer(seed, "initial weights"))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def make_net(text: str, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The network that a text like ``ResidualMLP(width=128, depth=3)`` writes, for x (B, *shape).
+
+    Raises:
+        ConfigError: an unknown network or setting of one.
+    """
+    name, settings = spec.split(text)
+    given = {"shape": shape, "classes": classes}
+    if settings.keys() & given:
+        raise ConfigError(f"net = {text!r}: shape and classes come from the data, expected other settings")
+    return spec.call(spec.lookup(NETS, name, "network"), {**settings, **given}, f"network {name!r}")
+
+
+def require_trainable(card: Card) -> None:
+    """Raise ConfigError where all weights of a pipeline cannot be trained: in low precision."""
+    if (dtype := card.pipeline["dtype"]) != "float32":
+        raise ConfigError(f"dtype = {dtype}: whole weights are trained in float32, expected that or adapters (lora)")
+
+
+def adapt(denoiser: Denoiser, card: Card, text: str, seed: int = 0) -> None:
+    """Give a model the adapters of ``text`` (none for ""); a pretrained one, unless told otherwise, in its attention.
+
+    Raises:
+        ConfigError: as ``lora.attach``; or frozen weights of low precision, with nothing else to train.
+    """
+    if not card.pipeline:
+        lora.attach(denoiser.net, text, seed)
+        return
+    if not text:
+        require_trainable(card)
+    net = denoiser.net
+    lora.attach(net.model, text, seed, net.family.targets, net.family.idle(net.model))

@@ -1,0 +1,136 @@
+"""Reading a model's folder, a run's, or a pretrained pipeline."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.weights import read_file, sha256, unpack
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.models import pipelines
+from rlfusion.models.build import build
+from rlfusion.models.card import Card, Config
+from rlfusion.models.save import FORMAT, UNSEALED
+from rlfusion.models.seal import require_files, require_seal
+
+
+def of_pipeline(name: str, settings: pipelines.Settings, negative: str, cache: Path | None) -> Card:
+    """The card of a pretrained pipeline by its folder or hub id.
+
+    Raises:
+        ConfigError: no such pipeline, one that is not known, no prompts, or a size that does not fit.
+    """
+    about, texts = settings.about(name, negative, cache)
+    path = pipelines.folder(name, settings.variant)
+    config = Config(pipelines.index(path)["_class_name"], pipelines.index(path)["scheduler"][1], "of the scheduler")
+    return Card(config, pipelines.shape(path, settings.size), texts, pipeline=about)
+
+
+def describe(name: str, settings: pipelines.Settings, negative: str = "", cache: Path | None = None) -> Card:
+    """The card of a model folder, of a run's, or of a pretrained pipeline by its folder or hub id.
+
+    ``settings`` give a pipeline its prompts; of a saved one they replace those that it was trained on.
+
+    Raises:
+        ConfigError: there is no such model, or the settings do not fit it.
+    """
+    if pipelines.is_pipeline(name):
+        return of_pipeline(name, settings, negative, cache)
+    card = load_card(Path(name))
+    if not card.pipeline or not settings.prompts:
+        return card
+    about, texts = settings.prompted(negative)
+    return replace(card, names=texts, pipeline=card.pipeline | about)
+
+
+def load_space(denoiser: Denoiser, blob: bytes | None) -> None:
+    """Give a built denoiser the weights of its autoencoder; None for pixels."""
+    if blob is not None:
+        denoiser.space.module.load_state_dict(unpack(blob))
+
+
+def find(path: Path) -> Path:
+    """The model folder that ``path`` names: itself, or the ``model`` folder of a run.
+
+    Raises:
+        ConfigError: neither holds a ``model.json``.
+    """
+    for candidate in (path, path / "model"):
+        if (candidate / "model.json").is_file():
+            return candidate
+    raise ConfigError(f"{str(path)!r} is no model: expected a folder with model.json, or a finished run's folder")
+
+
+def load_card(path: Path) -> Card:
+    """The card of the model that ``path`` names.
+
+    Raises:
+        ConfigError: no model there, one of another format, or a file that cannot be understood.
+    """
+    held, file = _read_about(path)
+    try:
+        card = Card.from_json(held)
+        if not card.pipeline:
+            return card
+        require_files(held.get("files"), file.parent)
+        return replace(card, pipeline=pipelines.placed(card.pipeline, file.parent))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{str(file)!r} is no model's description: {type(error).__name__}: {error}") from error
+
+
+def _read_about(path: Path) -> tuple[dict, Path]:
+    """The content and the path of ``model.json``."""
+    file = find(path) / "model.json"
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(held, dict) or held.get("format") not in (FORMAT, UNSEALED):
+        raise ConfigError(f"{str(file)!r} is of another format: expected {FORMAT!r}")
+    if held["format"] == FORMAT:
+        require_seal(held, file)
+    return held, file
+
+
+def load(path: Path) -> tuple[Denoiser, Card]:
+    """The denoiser and card of the model that ``path`` names.
+
+    Raises:
+        ConfigError: no model there, weights that are not the saved ones, or weights of another architecture.
+    """
+    card, folder, about = load_card(path), find(path), _read_about(path)[0]
+    if card.pipeline:
+        return build(card), card
+    try:
+        denoiser = build(card)
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"{str(folder / 'model.json')!r} describes no model: {error}") from error
+    modules = {"weights": (denoiser, about.get("sha256"))}
+    if card.autoencoder:
+        modules["space"] = (denoiser.space.module, about.get("space_sha256"))
+    for name, (module, stated) in modules.items():
+        load_into(module, folder / f"{name}.safetensors", stated)
+    return denoiser, card
+
+
+def load_into(module: nn.Module, file: Path, stated: Any) -> None:
+    """Load the weights in ``file``.
+
+    Raises:
+        ConfigError: no file, weights of another architecture, or not of the stated SHA-256; or none is stated.
+    """
+    if not isinstance(stated, str):
+        raise ConfigError(
+            f"weights {str(file)!r}: their description states no SHA-256, expected a model as it was saved"
+        )
+    try:
+        blob = read_file(file)
+        if sha256(blob) != stated:
+            raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {file.parent.name}")
+        module.load_state_dict(unpack(blob))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"weights {str(file)!r} cannot be loaded: {error}") from error
