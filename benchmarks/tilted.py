@@ -21,7 +21,7 @@ from rlfusion import models
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common.progress import Progress
 from rlfusion.data import load, to_pixels
-from rlfusion.evaluate import features, frechet_distance
+from rlfusion.evaluation import features, frechet_distance
 from rlfusion.jobs.compare import Compare
 from rlfusion.jobs.measure import Judged, draw, make_reward
 from rlfusion.jobs.pretrain import base_model

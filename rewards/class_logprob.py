@@ -1,6 +1,6 @@
 """class_logprob(x, c) = log softmax(f(x))_c, f a small classifier: does the sample show what was asked? Differentiable.
 
-A network can be fooled by the samples that it scores, so quality is judged by another one (``rlfusion.evaluate``).
+A network can be fooled by the samples that it scores, so quality is judged by another one (``rlfusion.evaluation``).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.evaluate.classifier import load
+from rlfusion.evaluation.classifier import load
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards.base import Learned, require_labels
 

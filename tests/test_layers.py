@@ -20,7 +20,7 @@ FLOORS = [
     "common",
     "data diffusion training",
     "nets objectives",
-    "models evaluate",
+    "models evaluation",
     "rewards pretrain",
     "envs",
     "rollout",

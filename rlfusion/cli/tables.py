@@ -20,7 +20,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import NOTHING, blocked, leaving
 from rlfusion.data import load
 from rlfusion.diffusion.chain import Chain
-from rlfusion.evaluate import require_independent
+from rlfusion.evaluation import require_independent
 from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
 from rlfusion.jobs.check_model import CheckModel, check_model
 from rlfusion.jobs.check_reward import CheckReward, Finding, check_reward

@@ -106,7 +106,7 @@ class Evaluation:
         samples: how many; the classes take turns.
         every: also evaluate each time that many updates are done; 0 evaluates before and after only.
         deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
-        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluate.likelihood``), which
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
             needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
     """
 

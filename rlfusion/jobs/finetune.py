@@ -23,7 +23,7 @@ from rlfusion.data import load, to_pixels
 from rlfusion.diffusion.chain import Chain, narrow
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.evaluate import require_bound, require_independent
+from rlfusion.evaluation import require_bound, require_independent
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.measure import Judged, Unjudged, grid_samples, headlines, look_of, measure, require_judgeable

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion import evaluate, models
+from rlfusion import evaluation, models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import Key
@@ -16,8 +16,8 @@ from rlfusion.config import Evaluation
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
-from rlfusion.evaluate import classifier
-from rlfusion.evaluate.report import SMALLEST
+from rlfusion.evaluation import classifier
+from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
 from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
 from rlfusion.rewards.registry import FROM_DATA
@@ -60,8 +60,8 @@ class Judged:
         return self.train.classes
 
     def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
-        """All of ``evaluate.Report``, by name."""
-        return evaluate.report(samples, label, self.judge, self.held_out, self.train).as_dict()
+        """All of ``evaluation.Report``, by name."""
+        return evaluation.report(samples, label, self.judge, self.held_out, self.train).as_dict()
 
     def reward(
         self,
@@ -92,8 +92,8 @@ class Unjudged:
         return len(self.names)
 
     def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
-        """``evaluate.plain_report``."""
-        return evaluate.plain_report(samples, label)
+        """``evaluation.plain_report``."""
+        return evaluation.plain_report(samples, label)
 
     def reward(
         self,
@@ -240,7 +240,7 @@ def measure(
         ConfigError: bits per dimension are asked for and not defined.
         NumericalError: a sample or a reward is not finite, or too many failed.
     """
-    bits = evaluate.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
+    bits = evaluation.bits_per_dim(policy, times, judged.held_out, seed) if settings.bits_per_dim else {}
     device = next(policy.parameters()).device
     label = torch.arange(settings.samples, device=device) % judged.classes
     samples = draw(policy, times, label, judged.shape, seed, "evaluation")

@@ -17,7 +17,7 @@ from rlfusion.data import Dataset, load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
 from rlfusion.diffusion.policy import Policy
-from rlfusion.evaluate import bits_per_dim, require_bound
+from rlfusion.evaluation import bits_per_dim, require_bound
 from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
 from rlfusion.pretrain import Learner, losses, noisy_labels

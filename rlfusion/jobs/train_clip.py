@@ -27,7 +27,7 @@ from rlfusion.common.seeding import integer, stream
 from rlfusion.common.stops import in_force
 from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
-from rlfusion.evaluate.classifier import augment, one_thread
+from rlfusion.evaluation.classifier import augment, one_thread
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.preprocessing import Preprocess
 from rlfusion.rewards.clip.small import SmallClip

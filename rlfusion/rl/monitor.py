@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.evaluate import agreement, class_spread, features, frechet_distance, image_statistics, thumbnails
-from rlfusion.evaluate.report import Judge
+from rlfusion.evaluation import agreement, class_spread, features, frechet_distance, image_statistics, thumbnails
+from rlfusion.evaluation.report import Judge
 from rlfusion.rewards import Reward, score, valid
 
 

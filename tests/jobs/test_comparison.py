@@ -18,7 +18,7 @@ from rlfusion.data import digits
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
-from rlfusion.evaluate.classifier import JUDGE, Classifier
+from rlfusion.evaluation.classifier import JUDGE, Classifier
 from rlfusion.jobs.compare import Compare
 from rlfusion.jobs.compare.baselines import baselines
 from rlfusion.jobs.compare.curves import best_within, curve, first_at

@@ -19,7 +19,7 @@ from rlfusion.config import Base
 from rlfusion.data import Dataset, digits, to_pixels
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
-from rlfusion.evaluate import require_bound
+from rlfusion.evaluation import require_bound
 from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.pretrain import _digest, card_of
 from rlfusion.models import autoencoder

@@ -13,8 +13,8 @@ from rounding import ROUNDING
 from torch import nn
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.evaluate import require_independent
-from rlfusion.evaluate.classifier import JUDGE
+from rlfusion.evaluation import require_independent
+from rlfusion.evaluation.classifier import JUDGE
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import build, facts, score
 from rlfusion.rewards.clip import towers

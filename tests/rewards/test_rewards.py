@@ -13,7 +13,7 @@ from torch import nn
 
 from rlfusion.common.errors import ConfigError, NumericalError, UserCodeError
 from rlfusion.data import digits, to_pixels
-from rlfusion.evaluate.classifier import save
+from rlfusion.evaluation.classifier import save
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import (
     REWARDS,

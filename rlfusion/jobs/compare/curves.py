@@ -9,7 +9,7 @@ from typing import Any
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.jsonl import read_lines
-from rlfusion.evaluate.images import ImageStatistics
+from rlfusion.evaluation.images import ImageStatistics
 
 IMAGES = ImageStatistics._fields
 

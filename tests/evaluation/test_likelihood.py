@@ -21,7 +21,7 @@ from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import DDPM as Table
 from rlfusion.diffusion.schedule import VP, Cosine, Geometric, Karras, Rectified, level
-from rlfusion.evaluate.likelihood import _decoder, bits_per_dim, bound, require_bound
+from rlfusion.evaluation.likelihood import _decoder, bits_per_dim, bound, require_bound
 
 
 class Exact(Denoiser):

@@ -1,11 +1,11 @@
 """Evaluation: Frechet distance, precision and recall, diversity, image statistics, likelihood, and a report of all."""
 
-from rlfusion.evaluate.frechet import frechet_distance, frechet_gaussian
-from rlfusion.evaluate.images import ImageStatistics, image_statistics
-from rlfusion.evaluate.likelihood import Bound, bits_per_dim, bound, require_bound
-from rlfusion.evaluate.manifold import PrecisionRecall, class_spread, precision_recall
-from rlfusion.evaluate.plain import plain_report, thumbnails
-from rlfusion.evaluate.report import Judge, Report, agreement, features, report, require_independent
+from rlfusion.evaluation.frechet import frechet_distance, frechet_gaussian
+from rlfusion.evaluation.images import ImageStatistics, image_statistics
+from rlfusion.evaluation.likelihood import Bound, bits_per_dim, bound, require_bound
+from rlfusion.evaluation.manifold import PrecisionRecall, class_spread, precision_recall
+from rlfusion.evaluation.plain import plain_report, thumbnails
+from rlfusion.evaluation.report import Judge, Report, agreement, features, report, require_independent
 
 __all__ = [
     "Bound",

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.data import Dataset
-from rlfusion.evaluate import (
+from rlfusion.evaluation import (
     class_spread,
     frechet_distance,
     frechet_gaussian,
@@ -19,7 +19,7 @@ from rlfusion.evaluate import (
     report,
     require_independent,
 )
-from rlfusion.evaluate.frechet import symmetric_root
+from rlfusion.evaluation.frechet import symmetric_root
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import WeightedSum, ink
 

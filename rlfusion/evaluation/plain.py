@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlfusion.common.errors import ConfigError, NumericalError
-from rlfusion.evaluate.images import image_statistics
-from rlfusion.evaluate.manifold import class_spread
+from rlfusion.evaluation.images import image_statistics
+from rlfusion.evaluation.manifold import class_spread
 
 SIDE = 16
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.data import Dataset, to_pixels
-from rlfusion.evaluate.frechet import frechet_distance
-from rlfusion.evaluate.images import image_statistics
-from rlfusion.evaluate.manifold import class_spread, precision_recall
+from rlfusion.evaluation.frechet import frechet_distance
+from rlfusion.evaluation.images import image_statistics
+from rlfusion.evaluation.manifold import class_spread, precision_recall
 
 CHUNK = 1024
 SMALLEST = 4

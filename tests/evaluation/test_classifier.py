@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset, digits, to_pixels
-from rlfusion.evaluate import classifier
-from rlfusion.evaluate.classifier import JUDGE, REWARD, accuracy, augment, cached, load, save, train
+from rlfusion.evaluation import classifier
+from rlfusion.evaluation.classifier import JUDGE, REWARD, accuracy, augment, cached, load, save, train
 from rlfusion.nets.classifier import Classifier
 
 SHORT = {"mlp": replace(REWARD, steps=12), "conv": replace(JUDGE, steps=12)}
