@@ -25,6 +25,7 @@ from tiny_pipelines import MAKERS  # noqa: E402
 from rlfusion import models  # noqa: E402
 from rlfusion.common.errors import ConfigError, NumericalError  # noqa: E402
 from rlfusion.common.progress import Progress  # noqa: E402
+from rlfusion.common.stops import Signals  # noqa: E402
 from rlfusion.config import Evaluation, Rollout  # noqa: E402
 from rlfusion.diffusion.chain import Chain  # noqa: E402
 from rlfusion.diffusion.sampling import chain_noise, sample  # noqa: E402
@@ -32,7 +33,6 @@ from rlfusion.jobs.compare import Compare, compare  # noqa: E402
 from rlfusion.jobs.compare.curves import curve  # noqa: E402
 from rlfusion.jobs.compare.job import slug  # noqa: E402
 from rlfusion.models import pipelines  # noqa: E402
-from rlfusion.training.loop import Signals  # noqa: E402
 
 DOC, BEGIN, END = ROOT / "docs" / "models.md", "<!-- table of benchmarks/pipelines.py -->", "<!-- end of the table -->"
 WALKED = "epochs=4, updates_per_epoch=1, kl_loss=0.0"

@@ -45,7 +45,7 @@ from rlfusion.models.pipelines.scheduler import read
 from rlfusion.models.pipelines.space import Decoded
 from rlfusion.rewards import ink
 from rlfusion.rollout import Task, plan, run_item
-from rlfusion.training.loop import set_numerics
+from rlfusion.training.devices import set_numerics
 
 RESULTS, PROMPTS, ADAPTERS = Path(__file__).parent / "results", 2, "LoRA(rank=16)"
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

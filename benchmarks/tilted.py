@@ -20,13 +20,14 @@ from torch import Tensor
 from rlfusion import models
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.data import load, to_pixels
 from rlfusion.evaluation import features, frechet_distance
 from rlfusion.jobs.compare import Compare
 from rlfusion.jobs.measure import Judged, draw, make_reward
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import score
-from rlfusion.training.loop import Signals, set_numerics
+from rlfusion.training.devices import set_numerics
 
 GAINS = (0.0, 0.5, 1.0, 1.5, 2.0)
 JUDGED = 1000

@@ -17,7 +17,7 @@ from rlfusion import config, models
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
-from rlfusion.common.stops import NOTHING, blocked, leaving
+from rlfusion.common.stops import NOTHING, Signals, StopRequested, blocked, leaving
 from rlfusion.data import load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.evaluation import require_independent
@@ -31,16 +31,8 @@ from rlfusion.jobs.pretrain import pretrain
 from rlfusion.jobs.serve_reward import Serve, serve
 from rlfusion.models import pipelines
 from rlfusion.training import checkpoint
-from rlfusion.training.loop import (
-    Signals,
-    StopRequested,
-    discard,
-    locked,
-    make_root,
-    new_folder,
-    pick_device,
-    set_numerics,
-)
+from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.folders import discard, locked, make_root, new_folder
 from rlfusion.training.tracking import grid, save_png
 
 COLUMNS = 10

@@ -13,6 +13,7 @@ from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import normal
+from rlfusion.common.stops import Signals
 from rlfusion.common.tensors import to_pixels
 from rlfusion.config import Finetune
 from rlfusion.data import Dataset, load
@@ -23,7 +24,6 @@ from rlfusion.jobs.tasks import actors_of, from_actors, require_whole_groups
 from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import facts, find, names_of, score
-from rlfusion.training.loop import Signals
 
 TRIED = 2
 JUDGED = ("agreement", "frechet_base")

@@ -33,7 +33,7 @@ from rlfusion.diffusion.schedule import level
 from rlfusion.jobs import sampler_check
 from rlfusion.jobs.check_reward import Finding
 from rlfusion.models import pipelines
-from rlfusion.training.loop import pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
 
 ALIKE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far two computations of one thing may be apart, as a share of the largest number, by precision."""

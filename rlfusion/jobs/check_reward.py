@@ -33,7 +33,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.measure import Unjudged, draw, make_reward, require_models_data
 from rlfusion.models import pipelines
 from rlfusion.rewards import Care, Reward, needs_groups, score
-from rlfusion.training.loop import pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
 
 EACH = 4
 MARGIN = 0.05

@@ -7,7 +7,7 @@ from rlfusion.config import Finetune
 from rlfusion.jobs.scoring import scored
 from rlfusion.rollout import Backend, Pending, plan, version_for
 from rlfusion.rollout.trajectory import Trajectory, concatenate
-from rlfusion.training.loop import pick_device
+from rlfusion.training.devices import pick_device
 
 
 class Collector:

@@ -16,6 +16,7 @@ from torch import nn
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Distill
 from rlfusion.data import Dataset, load
 from rlfusion.diffusion.chain import Chain
@@ -29,7 +30,7 @@ from rlfusion.jobs.pretrain import base_model, card_of, require_same_data, requi
 from rlfusion.models.autoencoder import encoded
 from rlfusion.training import fit as fitting
 from rlfusion.training import identity
-from rlfusion.training.loop import Signals, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
 
 
 class Plan(NamedTuple):

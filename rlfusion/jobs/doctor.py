@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.pretrain import require_solvable
-from rlfusion.training.loop import Signals, pick_device
+from rlfusion.training.devices import pick_device
 
 PACKAGES = {
     "torch": "",

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlfusion import models
 from rlfusion.common.errors import StateError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, pack, require_entries, sha256, unpack
 from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import load, to_pixels
@@ -43,8 +44,9 @@ from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training import adamw8bit, checkpoint
 from rlfusion.training.checkpoint import Found
+from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.identity import Run, enter
-from rlfusion.training.loop import Signals, pick_device, set_numerics, train
+from rlfusion.training.loop import train
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker, flatten, grid, save_png
 

@@ -12,6 +12,7 @@ from rlfusion import models
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
 from rlfusion.diffusion.chain import Chain
@@ -23,7 +24,8 @@ from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, r
 from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
-from rlfusion.training.loop import Signals, locked, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.folders import locked
 from rlfusion.training.tracking import Tracker, grid, save_png
 
 CACHE_FORMAT = 1

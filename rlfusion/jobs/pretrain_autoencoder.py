@@ -18,6 +18,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
+from rlfusion.common.stops import Signals
 from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
@@ -25,7 +26,7 @@ from rlfusion.models import autoencoder
 from rlfusion.models.autoencoder import FORMAT, KLVAE, UNSEALED, Latents, fitted, from_diffusers, negative_elbo
 from rlfusion.training import checkpoint, fit, identity
 from rlfusion.training.checkpoint import MALFORMED
-from rlfusion.training.loop import Signals, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.tracking import grid, save_png
 

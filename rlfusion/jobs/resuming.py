@@ -15,7 +15,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import to_yaml
 from rlfusion.training import identity
-from rlfusion.training.loop import locked
+from rlfusion.training.folders import locked
 
 USAGE = "--resume takes the run's folder, --change KEY=VALUE for each change that is meant, and nothing else"
 FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume", "change")

@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.rewards import Care, Reward, asks, build
 from rlfusion.rewards.remote.secret import VARIABLE, read_token
 from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application, require_servable
-from rlfusion.training.loop import Signals, StopRequested, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
 
 MIB = 2**20
 CONNECTIONS = 2 * ASKING

@@ -24,7 +24,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
-from rlfusion.common.stops import in_force
+from rlfusion.common.stops import Signals, in_force
 from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.evaluation.classifier import augment, one_thread
@@ -34,7 +34,8 @@ from rlfusion.rewards.clip.small import SmallClip
 from rlfusion.rewards.clip.texts import SPELLED, fill_all
 from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
-from rlfusion.training.loop import Signals, locked, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.folders import locked
 from rlfusion.training.optimization import Optimization
 
 FORMAT, WARM_UP = 1, 0.1

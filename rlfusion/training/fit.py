@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.training import checkpoint
 from rlfusion.training.identity import Run
-from rlfusion.training.loop import Signals, train
+from rlfusion.training.loop import train
 from rlfusion.training.optimization import Learner
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlfusion.common.stops import Entry, Signals, in_force
-from rlfusion.training.loop import StopRequested, train
+from rlfusion.common.stops import Entry, Signals, StopRequested, in_force
+from rlfusion.training.loop import train
 
 SWALLOWS = """
 import os, time

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, StorageError
-from rlfusion.common.stops import Signals
+from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.training import checkpoint
-from rlfusion.training.loop import StopRequested, discard, locked, new_folder
+from rlfusion.training.folders import discard, locked, new_folder
 from rlfusion.training.tracking import Tracker, save_png
 
 WRITERS = {

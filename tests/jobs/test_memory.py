@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlfusion.cli.main import main
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.tasks import make_task
 from rlfusion.rollout import plan, run_item
-from rlfusion.training.loop import Signals
 
 
 def peak(call) -> int:

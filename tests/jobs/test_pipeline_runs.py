@@ -16,6 +16,7 @@ from rlfusion import models
 from rlfusion.agents import AGENTS
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Evaluation, Finetune, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import frozen_copy
@@ -28,7 +29,6 @@ from rlfusion.models import pipelines
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import plan, run_item
 from rlfusion.training import checkpoint
-from rlfusion.training.loop import Signals
 
 LORA = "LoRA(rank=4, alpha=8.0)"
 DROPPED = "LoRA(rank=4, alpha=8.0, dropout=0.5)"

@@ -17,6 +17,7 @@ from rounding import ROUNDING
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.data import Dataset, digits
 from rlfusion.jobs import train_clip
@@ -26,7 +27,6 @@ from rlfusion.jobs.train_clip import ANY, HANDWRITTEN, TrainClip, loss, rate, te
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.small import SmallClip
 from rlfusion.rollout import Recipe
-from rlfusion.training.loop import Signals
 
 QUICK = ("--steps", 40, "--batch", 16, "--model.width", 16, "--model.layers", 1, "--checkpoint_every", 10)
 

@@ -19,6 +19,7 @@ from rlfusion.agents import ddpo, nft
 from rlfusion.common.errors import NumericalError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import stream
+from rlfusion.common.stops import Signals
 from rlfusion.common.weights import ADAPTER, Weights, learned
 from rlfusion.data import to_pixels
 from rlfusion.diffusion.grid import TimeGrid
@@ -30,7 +31,6 @@ from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.guard import Config, Guarded
 from rlfusion.rollout import Local, Task, plan
 from rlfusion.rollout.trajectory import Trajectory, concatenate
-from rlfusion.training.loop import Signals
 
 GRID, SHAPE, CLASSES, TEXT = TimeGrid(4), (1, 8, 8), 10, "LoRA(rank=2, dropout=0.5)"
 INPUT = (torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, 3]))

@@ -188,7 +188,9 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_living_ones_are_not(
 
 def test_another_fingerprint_is_reported_and_not_refused(tmp_path, monkeypatch, caplog):
     path = checkpoint.save(tmp_path, 1, small(1))
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda: {**here, "torch": "0.1", "gpu": "none"})
+    monkeypatch.setattr(
+        "rlfusion.training.checkpoint.manifest.fingerprint", lambda: {**here, "torch": "0.1", "gpu": "none"}
+    )
     here = json.loads((path / "manifest.json").read_text())["fingerprint"]
     warnings = checkpoint.latest(tmp_path).warnings
     assert len(warnings) == 1
@@ -200,7 +202,7 @@ def test_another_fingerprint_is_reported_and_not_refused(tmp_path, monkeypatch, 
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from rlfusion import checkpoint
+from rlfusion.training import checkpoint
 folder = Path(sys.argv[1])
 checkpoint.save(folder, 1, {"model": torch.zeros(10)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
@@ -241,7 +243,7 @@ def test_a_full_disk_at_any_sync_leaves_the_previous_checkpoint(tmp_path, monkey
 WRITER = """
 import sys, torch
 from pathlib import Path
-from rlfusion import checkpoint
+from rlfusion.training import checkpoint
 torch.set_num_threads(1)
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 while True:

@@ -9,6 +9,7 @@ from rlfusion import models
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune, to_yaml
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
@@ -19,7 +20,8 @@ from rlfusion.jobs.compare.settings import Compare
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import Care
 from rlfusion.training import checkpoint, identity
-from rlfusion.training.loop import Signals, discard, pick_device, set_numerics
+from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.folders import discard
 from rlfusion.training.tracking import overlay
 
 

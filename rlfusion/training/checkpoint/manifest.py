@@ -1,0 +1,105 @@
+"""The manifest of a checkpoint: what it states of the files, and whether they are so."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rlfusion.common.errors import StateError
+from rlfusion.common.nested import flatten
+from rlfusion.common.numerics import differences, fingerprint
+from rlfusion.common.weights import pack, read_file, sha256
+
+FORMAT = 2
+NAME = re.compile(r"step-([0-9]{8,})")
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file of another form raises."""
+
+
+class CheckpointError(StateError):
+    """A checkpoint that is damaged, that does not fit the run, or that cannot hold the state."""
+
+
+class Owner(NamedTuple):
+    """Whose checkpoints are: a run, and the digests of the settings that it has had, the present ones last."""
+
+    run: str = ""
+    digests: tuple[str, ...] = ("",)
+
+
+NOBODY = Owner()
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint against its manifest, and return the manifest.
+
+    Raises:
+        CheckpointError: names the checkpoint, the file and what is wrong with it.
+    """
+    try:
+        manifest = json.loads(read_file(path / "manifest.json"))
+        stated = manifest.pop("sha256")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {path} has format {manifest['format']!r}: expected {FORMAT}")
+        if sha256(_canonical(manifest)) != stated:
+            raise CheckpointError(f"checkpoint {path} is damaged: manifest.json does not match its own SHA-256")
+        for name, entry in manifest["files"].items():
+            if not KEY.fullmatch(name):
+                raise ValueError(f"manifest.json lists the file {name!r}")
+            _verify_file(path / name, entry["size"], entry["sha256"])
+        _verify_identity(path, manifest)
+        differences(manifest["fingerprint"], {})
+    except MALFORMED as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _verify_identity(path: Path, manifest: dict[str, Any]) -> None:
+    """The step of the manifest is that of the name; and the state was saved with it, for the same run."""
+    if NAME.fullmatch(path.name) and path.name != name_of(step := manifest["step"]):
+        raise CheckpointError(f"checkpoint {path} is damaged: it is of step {step}, which is not its name's")
+    state = json.loads((path / "state.json").read_text()) if "state.json" in manifest["files"] else {}
+    for name in ("step", "run", "settings"):
+        if state[name] != manifest[name]:
+            raise CheckpointError(f"checkpoint {path} is damaged: manifest.json and state.json differ in {name!r}")
+
+
+def _verify_file(file: Path, size: int, digest: str) -> None:
+    blob = read_file(file)
+    if len(blob) != size or sha256(blob) != digest:
+        what = f"has {len(blob)} bytes, expected {size}" if len(blob) != size else "does not match its SHA-256"
+        raise CheckpointError(f"checkpoint {file.parent} is damaged: {file.name} {what}")
+
+
+def fingerprint_warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
+    """A sentence for each entry of the numerics fingerprint that is not this process's."""
+    changed = differences(manifest["fingerprint"], fingerprint())
+    return tuple(f"checkpoint {path}: a resumed run may differ in its last bits ({text})" for text in changed)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def files_of(state: dict[str, Any], step: int, owner: Owner) -> dict[str, bytes]:
+    """The content of every file of a checkpoint, by name."""
+    for key in state:
+        if not isinstance(key, str) or not KEY.fullmatch(key):
+            raise CheckpointError(f"state[{key!r}]: expected a top-level name of letters, digits, '_', '.' and '-'")
+    shards: dict[str, dict[str, Tensor]] = {key: {} for key in state}
+    record = {"dict": [[key, flatten(value, key, shards[key])] for key, value in state.items()]}
+    files = {f"{key}.safetensors": pack(shard) for key, shard in shards.items() if shard}
+    about = {"step": step, "run": owner.run, "settings": owner.digests[-1]}
+    files["state.json"] = json.dumps({**about, "state": record}, allow_nan=False).encode()
+    entries = {name: {"size": len(blob), "sha256": sha256(blob)} for name, blob in files.items()}
+    manifest = {"format": FORMAT, **about, "files": entries, "fingerprint": fingerprint()}
+    return files | {
+        "manifest.json": json.dumps({**manifest, "sha256": sha256(_canonical(manifest))}, indent=2).encode()
+    }

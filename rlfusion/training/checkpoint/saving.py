@@ -1,0 +1,149 @@
+"""Writing a checkpoint, finding the newest that verifies, and reading its state."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from rlfusion.common import storage
+from rlfusion.common.errors import RlfusionError, StateError
+from rlfusion.common.nested import restore
+from rlfusion.common.weights import unpack
+from rlfusion.training.checkpoint.disk import attempt, candidates, remove, set_aside, tidy
+from rlfusion.training.checkpoint.manifest import (
+    MALFORMED,
+    NOBODY,
+    CheckpointError,
+    Owner,
+    files_of,
+    fingerprint_warnings,
+    name_of,
+    verify,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """The newest checkpoint that verifies, what was set aside (or differs) on the way to it, and the digest of the
+    settings under which it was saved.
+    """
+
+    step: int
+    path: Path
+    warnings: tuple[str, ...]
+    settings: str = ""
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int = 3, owner: Owner = NOBODY) -> Path:
+    """Write ``state`` as ``owner``'s checkpoint of ``step``, keep the newest ``keep`` up to it, and return its path.
+
+    ``state`` is a dict by name of nested dicts (str or int keys), lists, tuples, tensors, str, int, float, bool, None.
+    Saving a step again replaces it.
+
+    Raises:
+        TypeError: the state holds something else; its place is named.
+        CheckpointError: a top-level name is no file name, or what was written does not verify.
+        StorageError: the disk is full or fails; the checkpoints that were there still are.
+    """
+    if keep < 1 or step < 0:
+        raise CheckpointError(f"keep = {keep}, step = {step}: expected keep >= 1 and step >= 0")
+    path = folder / name_of(step)
+    files = files_of(state, step, owner)
+    storage.patiently(lambda: attempt(path, files), path, "; the checkpoint was not saved")
+    verify(path)
+    for old in [old for at, old in candidates(folder) if at <= step][keep:]:
+        remove(old)
+    tidy(folder)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, its tensors on the CPU. Another numerics fingerprint is logged, not refused.
+
+    Raises:
+        CheckpointError: it does not verify.
+    """
+    manifest = verify(path)
+    for text in fingerprint_warnings(path, manifest):
+        _log.warning(text)
+    tensors: dict[str, Tensor] = {}
+    try:
+        for name in manifest["files"]:
+            if name.endswith(".safetensors"):
+                tensors |= unpack((path / name).read_bytes())
+        return restore(json.loads((path / "state.json").read_text())["state"], tensors)
+    except (*MALFORMED, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Within the context the state of the checkpoint ``path`` is loaded into what it is for.
+
+    Raises:
+        CheckpointError: it does not fit; the first entry that does not is named.
+    """
+    try:
+        yield
+    except StateError as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from error
+    except RlfusionError:
+        raise
+    except (*MALFORMED, RuntimeError, IndexError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"checkpoint {path} does not fit this run: {said}") from error
+
+
+def latest(folder: Path, owner: Owner = NOBODY) -> Found | None:
+    """The newest checkpoint in ``folder`` that verifies and is ``owner``'s, or None.
+
+    Damaged ones are renamed ``*.corrupt``, those of others ``*.foreign``; this and another numerics fingerprint are
+    logged and returned as warnings. Leftovers of writers that died are removed.
+
+    Raises:
+        CheckpointError: ``folder`` is there, and is no folder.
+    """
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise CheckpointError(f"{folder} is no folder: expected that of the checkpoints")
+        return None
+    tidy(folder)
+    warnings: list[str] = []
+    for step, path in candidates(folder):
+        try:
+            manifest = verify(path)
+            said, why = _stranger(path, manifest, owner), "foreign"
+        except CheckpointError as error:
+            said, why = str(error), "corrupt"
+        if not said:
+            told = (*warnings, *fingerprint_warnings(path, manifest))
+            return Found(step, path, told, manifest["settings"])
+        warnings.append(f"{said}; set aside as {set_aside(path, why).name}")
+        _log.warning(warnings[-1])
+    return None
+
+
+def newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint in ``folder`` that verifies, whose ever it is; nothing is set aside."""
+    for _, path in candidates(folder):
+        try:
+            return verify(path)
+        except CheckpointError:
+            continue
+    return None
+
+
+def _stranger(path: Path, manifest: dict[str, Any], owner: Owner) -> str:
+    """Why a checkpoint is not ``owner``'s, or ""."""
+    if manifest["run"] != owner.run:
+        return f"checkpoint {path} belongs to another run ({manifest['run'] or 'none'}, not {owner.run or 'none'})"
+    if manifest["settings"] not in owner.digests:
+        return f"checkpoint {path} was saved under settings that this run never had"
+    return ""

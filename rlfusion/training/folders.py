@@ -1,0 +1,107 @@
+"""The folder of a run: made, locked against other processes, and removed where it holds no work."""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rlfusion.common import storage
+from rlfusion.common.errors import ConfigError, StorageError
+from rlfusion.common.stops import Signals
+
+LOCK_PATIENCE = 3600.0
+_made: set[Path] = set()
+"""The roots that this process made."""
+
+
+def make_root(root: Path) -> None:
+    """The folder of all runs, made where it is not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with storage.stored(root):
+        made = not root.exists()
+    storage.make_folder(root)
+    if made:
+        _made.add(root)
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """A new folder ``root/name``, or ``name-2``, ``name-3``, ... where that exists.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    make_root(root)
+    for number in count(1):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            with storage.stored(folder, refuse=(FileExistsError,)):
+                folder.mkdir()
+        except FileExistsError:
+            continue
+        except StorageError:
+            discard(folder)
+            raise
+        return folder
+    raise AssertionError("there is always a free number")
+
+
+def discard(folder: Path) -> bool:
+    """Remove the folder of a run, and an empty one around it, if it holds no work: nothing but settings, the lock,
+    empty files and TensorBoard's. Whether it did.
+    """
+    with suppress(OSError):  # a name that cannot even be asked for
+        if any(_is_work(file) for file in folder.rglob("*") if not file.is_dir()):
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent in _made:
+        with suppress(OSError):  # other runs are in it
+            folder.parent.rmdir()
+    return not os.path.exists(folder)
+
+
+def _is_work(file: Path) -> bool:
+    beside = file.name in ("config.yaml", "run.json", ".lock", ".config.yaml.part") or file.name.startswith(
+        "events.out."
+    )
+    return not beside and file.stat().st_size > 0
+
+
+@contextmanager
+def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold ``folder`` against other processes; the lock goes with the process, however it ends.
+
+    With ``signals``, which may end the wait, it waits while another process holds it; without, it does not.
+
+    Raises:
+        ConfigError: another process holds it, and the wait, if any, outlasted an hour.
+        StopRequested: a signal came while it waited.
+    """
+    with storage.stored(folder / ".lock"):
+        file = (folder / ".lock").open("w")
+    with file:
+        deadline, told = time.monotonic() + LOCK_PATIENCE, False
+        while not _try_lock(file):
+            if signals is None or time.monotonic() > deadline:
+                raise ConfigError(f"{str(folder)!r} is in use by another process")
+            if not told:
+                say(f"waiting for another process that works in {folder}")
+            told = True
+            signals.check()
+            time.sleep(0.5)
+        yield
+
+
+def _try_lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
