@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlfusion.common.errors import ConfigError, RlfusionError, UserCodeError
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _OURS = tuple(f"{folder}/" for folder in (_PACKAGE, *(_PACKAGE.parent / n for n in ("rewards", "agents", "envs"))))
 _LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("purelib", "platlib"))
 _PYTHON = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("stdlib", "platstdlib"))

@@ -74,7 +74,7 @@ def joint_kl(x0: float, steps: list, q_steps: list, model_steps: list) -> float:
         (DDPM("large"), lambda t, s: (oracles.ddpm(t, s), oracles.ddpm(t, s, large=True))),
         (DDIM(0.6), lambda t, s: (oracles.ddim(t, s, 0.6),) * 2),
     ],
-    ids=repr,
+    ids=["DDPM(small)", "DDPM(large)", "DDIM(0.6)"],
 )
 def test_the_telescoped_sum_is_the_kl_of_the_whole_path(kernel, coefficients, x0):
     """prior + steps = KL(q(x_1..x_K | x0) || p(x_1..x_K)), here a KL of two Gaussians of 6 variables."""
