@@ -18,7 +18,7 @@ import torch
 
 from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.main import main as rlfusion
-from rlfusion.jobs.compare import Compare
+from rlfusion.config import Compare
 from rlfusion.jobs.compare.curves import Point, best_within, first_at
 
 CONFIGS = Path(__file__).parent / "learners"

@@ -26,10 +26,14 @@ from rlfusion import models  # noqa: E402
 from rlfusion.common.errors import ConfigError, NumericalError  # noqa: E402
 from rlfusion.common.progress import Progress  # noqa: E402
 from rlfusion.common.stops import Signals  # noqa: E402
-from rlfusion.config import Evaluation, Rollout  # noqa: E402
+from rlfusion.config import (  # noqa: E402
+    Compare,
+    Evaluation,
+    Rollout,
+)
 from rlfusion.diffusion.chain import Chain  # noqa: E402
 from rlfusion.diffusion.sampling import chain_noise, sample  # noqa: E402
-from rlfusion.jobs.compare import Compare, compare  # noqa: E402
+from rlfusion.jobs.compare import compare  # noqa: E402
 from rlfusion.jobs.compare.curves import curve  # noqa: E402
 from rlfusion.jobs.compare.job import slug  # noqa: E402
 from rlfusion.models import pipelines  # noqa: E402

@@ -21,9 +21,9 @@ from rlfusion import models
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
+from rlfusion.config import Compare
 from rlfusion.data import load, to_pixels
 from rlfusion.evaluation import features, frechet_distance
-from rlfusion.jobs.compare import Compare
 from rlfusion.jobs.measure import Judged, draw, make_reward
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import score

@@ -49,9 +49,7 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     """
     from rlfusion import config, distill
     from rlfusion.agents import AGENTS
-    from rlfusion.jobs.compare import Compare
-    from rlfusion.jobs.pretrain_autoencoder import Autoencode
-    from rlfusion.jobs.train_clip import TrainClip
+    from rlfusion.config import Autoencode, Compare, TrainClip
 
     plain = {"pretrain": config.Pretrain, "pretrain-autoencoder": Autoencode, "train-clip": TrainClip}
     if kind in plain:

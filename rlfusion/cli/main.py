@@ -172,7 +172,7 @@ def _evaluate(arguments: list[str]) -> None:
 def _check_reward(arguments: list[str]) -> None:
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import parse
-    from rlfusion.jobs.check_reward import CheckReward
+    from rlfusion.config import CheckReward
 
     arguments = _first(arguments, "--reward")
     tables.run_check_reward(parse(CheckReward, "check-reward", arguments, model="model"))
@@ -192,7 +192,7 @@ def _doctor(arguments: list[str]) -> None:
 def _check_model(arguments: list[str]) -> None:
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import parse
-    from rlfusion.jobs.check_model import CheckModel
+    from rlfusion.config import CheckModel
 
     tables.run_check_model(parse(CheckModel, "check-model", _first(arguments, "--model"), model="model"))
 
@@ -200,7 +200,7 @@ def _check_model(arguments: list[str]) -> None:
 def _serve_reward(arguments: list[str]) -> None:
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import parse
-    from rlfusion.jobs.serve_reward import Serve
+    from rlfusion.config import Serve
 
     tables.run_serve_reward(parse(Serve, "serve-reward", _first(arguments, "--reward")))
 

@@ -257,12 +257,7 @@ def _choices() -> dict[str, dict[str, type]]:
 def command_trees() -> dict[str, Tree]:
     """The tree of every command."""
     from rlfusion import config
-    from rlfusion.jobs.check_model import CheckModel
-    from rlfusion.jobs.check_reward import CheckReward
-    from rlfusion.jobs.compare import Compare
-    from rlfusion.jobs.pretrain_autoencoder import Autoencode
-    from rlfusion.jobs.serve_reward import Serve
-    from rlfusion.jobs.train_clip import TrainClip
+    from rlfusion.config import Autoencode, CheckModel, CheckReward, Compare, Serve, TrainClip
 
     classes = {
         "finetune": config.with_agent("ddpo"),

@@ -18,17 +18,18 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import NOTHING, Signals, StopRequested, blocked, leaving
+from rlfusion.config import CheckModel, CheckReward, Serve
 from rlfusion.data import load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.evaluation import require_independent
 from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
-from rlfusion.jobs.check_model import CheckModel, check_model
-from rlfusion.jobs.check_reward import CheckReward, Finding, check_reward
+from rlfusion.jobs.check_model import check_model
+from rlfusion.jobs.check_reward import Finding, check_reward
 from rlfusion.jobs.distill import distill
 from rlfusion.jobs.finetune import finetune
 from rlfusion.jobs.measure import Judged, Unjudged, draw, headlines, measure, require_models_data
 from rlfusion.jobs.pretrain import pretrain
-from rlfusion.jobs.serve_reward import Serve, serve
+from rlfusion.jobs.serve_reward import serve
 from rlfusion.models import pipelines
 from rlfusion.training import checkpoint
 from rlfusion.training.devices import pick_device, set_numerics
@@ -59,7 +60,7 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
     _where(console, folder, "samples/before.png, samples/after.png, model/, summary.json, metrics.jsonl, config.yaml")
 
 
-def run_compare(settings: compare.Compare, folder: Path) -> None:
+def run_compare(settings: config.Compare, folder: Path) -> None:
     """Compare in ``folder``, and print the table."""
     page, _ = _timed(compare.compare, settings, folder)
     console = Console()
@@ -92,7 +93,7 @@ def run_distill(settings: config.Distill, folder: Path) -> None:
     _where(console, folder, "samples/grid.png, model/, metrics.jsonl, config.yaml")
 
 
-def run_autoencoder(settings: pretrain_autoencoder.Autoencode, folder: Path) -> None:
+def run_autoencoder(settings: config.Autoencode, folder: Path) -> None:
     """Train an autoencoder in ``folder``, and print how well it does."""
     result, seconds = _timed(pretrain_autoencoder.run, settings, folder)
     console = Console()
@@ -100,7 +101,7 @@ def run_autoencoder(settings: pretrain_autoencoder.Autoencode, folder: Path) -> 
     _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")
 
 
-def run_clip(settings: train_clip.TrainClip, folder: Path) -> None:
+def run_clip(settings: config.TrainClip, folder: Path) -> None:
     """Train a CLIP in ``folder``, and print how well it does."""
     result, seconds = _timed(train_clip.run, settings, folder)
     console = Console()
@@ -266,7 +267,7 @@ def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
 
 def _recorded(settings: Any) -> Any:
     """The settings with the prompts of a pipeline, if any, as a run writes them down: with their digest."""
-    if not isinstance(settings, config.Finetune | compare.Compare):
+    if not isinstance(settings, config.Finetune | config.Compare):
         return settings
     return replace(settings, pipeline=settings.pipeline.recorded())
 

@@ -8,16 +8,25 @@ from typing import Any
 
 import yaml
 
+from rlfusion.config.autoencoder import Autoencode
+from rlfusion.config.checks import CheckModel, CheckReward
+from rlfusion.config.clip import TrainClip
+from rlfusion.config.compare import Compare
 from rlfusion.config.distill import Distill, with_method
 from rlfusion.config.finetune import Finetune, with_agent
 from rlfusion.config.models import Evaluate, Sample
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base, Pretrain
+from rlfusion.config.serve import Serve
 from rlfusion.diffusion.chain import Chain
 
 __all__ = [
+    "Autoencode",
     "Base",
     "Chain",
+    "CheckModel",
+    "CheckReward",
+    "Compare",
     "Distill",
     "Evaluate",
     "Evaluation",
@@ -26,6 +35,8 @@ __all__ = [
     "Ray",
     "Rollout",
     "Sample",
+    "Serve",
+    "TrainClip",
     "to_yaml",
     "with_agent",
     "with_method",

@@ -15,7 +15,6 @@ sampler     a pipeline's own sampler ends at the same latents from the same nois
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError
+from rlfusion.config import CheckModel
 from rlfusion.diffusion.chain import Chain, narrow
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.parameterization import PLAIN, predict, solve, target
@@ -32,41 +32,10 @@ from rlfusion.diffusion.sampling import chain_noise, sample, walk
 from rlfusion.diffusion.schedule import level
 from rlfusion.jobs import sampler_check
 from rlfusion.jobs.check_reward import Finding
-from rlfusion.models import pipelines
 from rlfusion.training.devices import pick_device, set_numerics
 
 ALIKE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """How far two computations of one thing may be apart, as a share of the largest number, by precision."""
-
-
-@dataclass(frozen=True)
-class CheckModel:
-    """Check a model: shapes, condition, batches, kind, decoding, likelihood ratio, gradient, its own sampler.
-
-    Attributes:
-        model: folder of a run, of a model or of a diffusers pipeline, or a name on the hub.
-        pipeline: of a pretrained pipeline: its prompts, the size of its images, its precision.
-        chain: the sampler; the command line's default is the model's own.
-        lora: adapters, as of finetune; the gradient is then that of them.
-        count: samples to try.
-        steps: of the walks, at most; fewer than the chain's own are quicker.
-        seed: keys the noise.
-        device: "cpu", "cuda", or "auto".
-        threads: CPU threads of torch.
-    """
-
-    model: str
-    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
-    chain: Chain = field(default_factory=Chain)
-    lora: str = ""
-    count: int = 4
-    steps: int = 4
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "count", "steps", "threads")
 
 
 class Trial(NamedTuple):

@@ -17,21 +17,19 @@ reward, x the samples, w, d drawn once:
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlfusion import models
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import stream
 from rlfusion.common.user_code import described
+from rlfusion.config import CheckReward
 from rlfusion.data import Dataset, load, to_pixels
-from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.measure import Unjudged, draw, make_reward, require_models_data
-from rlfusion.models import pipelines
 from rlfusion.rewards import Care, Reward, needs_groups, score
 from rlfusion.training.devices import pick_device, set_numerics
 
@@ -42,52 +40,6 @@ BATCHES = (4, 16, 64)
 SPEED_S = 0.3
 STEPS = {torch.float64: (1e-6, 1e-4), torch.float32: (1e-2, 5e-2)}
 """The h of a finite difference and its relative tolerance, by the precision in which the reward works."""
-
-
-@dataclass(frozen=True)
-class CheckReward:
-    """Check a reward: shape, range, repeatability, batches, condition, gradient, speed.
-
-    Attributes:
-        reward: its name, as of finetune.
-        options: its settings.
-        model: draw the samples from this model, with its own prompts: a folder of a run, of a model or of a pipeline,
-            or a name on the hub; empty takes those of ``data``.
-        pipeline: of a pretrained pipeline: its prompts, the size of its images, its precision.
-        chain: the sampler of the model; the command line's default is the model's own.
-        data: the samples to try it on, as of pretrain.
-        size: images of a folder are brought to size x size.
-        held_out: share of each class that a reward which learns from data does not see, as of finetune: so the two
-            share what is learned, in the cache.
-        samples: how many.
-        seed: keys the noise.
-        timeout_s: for one batch.
-        root: folder whose cache holds what such rewards have learned.
-        device: "cpu", "cuda", or "auto".
-        threads: CPU threads of torch.
-    """
-
-    reward: str
-    options: dict[str, Any] = field(default_factory=dict)
-    model: str = ""
-    pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
-    chain: Chain = field(default_factory=Chain)
-    data: str = "digits"
-    size: int = 32
-    held_out: float = 0.25
-    samples: int = 16
-    seed: int = 0
-    timeout_s: float = 60.0
-    root: str = "runs"
-    device: str = "auto"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "size", "samples", "timeout_s", "threads")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-        if not self.model and self.pipeline != pipelines.Settings():
-            raise ConfigError("pipeline.* is given without a model: expected --model, a pretrained pipeline")
 
 
 Verdict = Literal["ok", "note", "FAILS"]

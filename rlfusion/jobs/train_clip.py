@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlfusion.common import storage
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
 from rlfusion.common.stops import Signals, in_force
-from rlfusion.data import Dataset, batch_indices, name_of, to_pixels
+from rlfusion.config import TrainClip
+from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.evaluation.classifier import augment, one_thread
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.preprocessing import Preprocess
-from rlfusion.rewards.clip.small import SmallClip
 from rlfusion.rewards.clip.texts import SPELLED, fill_all
 from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
@@ -43,66 +43,6 @@ HANDWRITTEN = ("a handwritten {word}", "a picture of a {word}", "the digit {word
 ANY = ("a picture of {}", "{}")
 COLDEST = math.log(100)
 """The largest l: exp(l) is at most 100, as in Radford et al."""
-
-
-@dataclass(frozen=True)
-class TrainClip:
-    """Train a small CLIP on images and the words of their labels.
-
-    Attributes:
-        seed: keys every random draw.
-        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
-            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
-        size: images of a folder are brought to size x size.
-        held_out: share of each class kept from training, to measure the zero-shot accuracy.
-        model: the architecture.
-        templates: texts with {} for the label, or {word} for the label with numerals spelled out; none takes "a
-            handwritten {word}" and others like it for numerals, "a picture of {}" and "{}" for other labels, and "{}"
-            for captions.
-        steps: optimiser steps.
-        batch: images in a step.
-        lr: peak learning rate of AdamW, after a tenth of the steps; it falls to 0 along a cosine.
-        weight_decay: of AdamW.
-        ema_decay: decay of the averaged weights that are saved.
-        shift: images are shifted by up to this many pixels each way, edges repeated.
-        noise: standard deviation of the Gaussian noise added to the pixels.
-        checkpoint_every: optimiser steps between checkpoints.
-        root: folder of all runs.
-        name: of the run's folder below root; empty makes one from the settings.
-        device: "cpu", "cuda", or "auto" (cuda where there is one).
-        threads: CPU threads of torch.
-    """
-
-    seed: int = 0
-    data: str = "digits"
-    size: int = 32
-    held_out: float = 0.25
-    model: SmallClip = field(default_factory=SmallClip)
-    templates: list[str] = field(default_factory=list)
-    steps: int = 1000
-    batch: int = 64
-    lr: float = 2e-3
-    weight_decay: float = 0.01
-    ema_decay: float = 0.99
-    shift: int = 1
-    noise: float = 0.1
-    checkpoint_every: int = 500
-    root: str = "runs"
-    name: str = ""
-    device: str = "auto"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
-        require_not_negative(self, "weight_decay", "shift", "noise")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
-
-    @property
-    def default_name(self) -> str:
-        return f"clip-{name_of(self.data)}-seed{self.seed}"
 
 
 def templates_of(given: Sequence[str], data: Dataset) -> tuple[str, ...]:

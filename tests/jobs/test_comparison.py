@@ -14,12 +14,12 @@ from rlfusion.agents import ddpo, grpo
 from rlfusion.cli import main
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common.errors import ConfigError
+from rlfusion.config import Compare
 from rlfusion.data import digits
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
-from rlfusion.jobs.compare import Compare
 from rlfusion.jobs.compare.baselines import baselines
 from rlfusion.jobs.compare.curves import best_within, curve, first_at
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row

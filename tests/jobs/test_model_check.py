@@ -14,13 +14,14 @@ from torch import nn
 
 from rlfusion import models
 from rlfusion.cli.main import main
+from rlfusion.config import CheckModel
 from rlfusion.diffusion.chain import NARROW, Chain, narrow
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise
 from rlfusion.diffusion.schedule import DDPM
-from rlfusion.jobs.check_model import CHECKS, CheckModel, Trial
+from rlfusion.jobs.check_model import CHECKS, Trial
 from rlfusion.models import pipelines
 
 SHAPE, MEANS = (1, 8, 8), (-0.5, 0.5)

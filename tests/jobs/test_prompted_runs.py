@@ -9,8 +9,9 @@ import yaml
 from rlfusion.cli import main, tables
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common import notices
+from rlfusion.config import CheckReward
 from rlfusion.jobs.base_model import check_pretrained
-from rlfusion.jobs.check_reward import CheckReward, check_reward
+from rlfusion.jobs.check_reward import check_reward
 from rlfusion.models import describe
 from rlfusion.models.pipelines import Settings
 

@@ -20,8 +20,9 @@ from processes import Process, rlfusion
 from reward_servers import client, serving
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.config import CheckReward, Serve
 from rlfusion.jobs import check_reward
-from rlfusion.jobs.serve_reward import Serve, make_service
+from rlfusion.jobs.serve_reward import make_service
 from rlfusion.rewards import build, facts
 
 TOKEN = "a-secret-of-24-characters"
@@ -299,7 +300,5 @@ def test_the_template_passes_the_check(tmp_path, monkeypatch):
 
     file = example("my_rewards.py", tmp_path)
     for name in ("left_heavy", "Contrast", "tidier", "unlike_the_others", "worded"):
-        found = {
-            f.check: (f.verdict, f.said) for f in check_reward.check_reward(check_reward.CheckReward(f"{file}:{name}"))
-        }
+        found = {f.check: (f.verdict, f.said) for f in check_reward.check_reward(CheckReward(f"{file}:{name}"))}
         assert not [row for row in found.items() if row[1][0] == "FAILS"], name

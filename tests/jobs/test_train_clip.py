@@ -18,12 +18,12 @@ from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.config import Finetune
+from rlfusion.config import Finetune, TrainClip
 from rlfusion.data import Dataset, digits
 from rlfusion.jobs import train_clip
 from rlfusion.jobs.measure import Unjudged, make_reward
 from rlfusion.jobs.tasks import recipe
-from rlfusion.jobs.train_clip import ANY, HANDWRITTEN, TrainClip, loss, rate, templates_of
+from rlfusion.jobs.train_clip import ANY, HANDWRITTEN, loss, rate, templates_of
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.small import SmallClip
 from rlfusion.rollout import Recipe

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlfusion import models, pretrain
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import Base
+from rlfusion.config import Autoencode, Base
 from rlfusion.data import Dataset, digits, to_pixels
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
@@ -232,9 +232,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(folder, tmp_path):
     half = tmp_path / "runs" / "ae"
     half.mkdir()
     (half / "config.yaml").write_text(config)
-    run = pretrain_autoencoder.Autoencode(
-        steps=120, batch=32, lr=0.01, checkpoint_every=20, model=autoencoder.Config(width=8)
-    )
+    run = Autoencode(steps=120, batch=32, lr=0.01, checkpoint_every=20, model=autoencoder.Config(width=8))
     data, _ = digits().split(0.25)
     learner = pretrain_autoencoder.Learner(pretrain_autoencoder._build(run, (1, 8, 8)), data, run)
     for step in range(20):

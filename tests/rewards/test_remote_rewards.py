@@ -16,7 +16,7 @@ from reward_servers import FAULTS, IDENTITY, Faulty, client, serving
 from torch import nn
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.jobs.serve_reward import Serve
+from rlfusion.config import Serve
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
 from rlfusion.rewards.remote.budget import Budget

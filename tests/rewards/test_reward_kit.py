@@ -14,10 +14,10 @@ from scipy.optimize import minimize
 
 from rlfusion.agents import ddpo, draft
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import Finetune, Rollout
+from rlfusion.config import CheckReward, Finetune, Rollout
 from rlfusion.data import digits
 from rlfusion.jobs import check_reward as reward_check
-from rlfusion.jobs.check_reward import CheckReward, Trial, check_reward, examine
+from rlfusion.jobs.check_reward import Trial, check_reward, examine
 from rlfusion.jobs.tasks import require_whole_groups
 from rlfusion.rewards import (
     Care,

@@ -11,12 +11,12 @@ from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune, to_yaml
+from rlfusion.config.compare import Compare
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
 from rlfusion.jobs.compare.baselines import Measured, baselines
 from rlfusion.jobs.compare.curves import Point, curve
 from rlfusion.jobs.compare.report import Outcome, report
-from rlfusion.jobs.compare.settings import Compare
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import Care
 from rlfusion.training import checkpoint, identity

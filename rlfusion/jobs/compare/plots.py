@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common import storage
+from rlfusion.config.compare import Compare
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
 from rlfusion.jobs.compare.curves import Point
-from rlfusion.jobs.compare.settings import Compare
 
 SHOWN = 2.5
 """Gains are drawn up to so many times the target."""

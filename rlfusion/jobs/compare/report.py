@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlfusion.common import storage
+from rlfusion.config.compare import Compare, shown
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
 from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at
 from rlfusion.jobs.compare.plots import plot
-from rlfusion.jobs.compare.settings import Compare, shown
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a comparison is."""
+"""The settings of ``rlfusion compare``."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -7,7 +7,9 @@ from typing import Any, Literal
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_positive
-from rlfusion.config import Base, Evaluation, Finetune, Rollout
+from rlfusion.config.finetune import Finetune
+from rlfusion.config.parts import Evaluation, Rollout
+from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
 from rlfusion.rl.agent import Agent

@@ -1,0 +1,56 @@
+"""The settings of ``rlfusion pretrain-autoencoder``."""
+
+from dataclasses import dataclass, field
+
+from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.data import name_of
+from rlfusion.models import autoencoder
+
+
+@dataclass(frozen=True)
+class Autoencode:
+    """Train an autoencoder, for models that work in its latents.
+
+    Attributes:
+        seed: keys every random draw.
+        data: "digits", a folder of images, an .npz, a table (.csv, .tsv, .jsonl, .parquet), or one with settings:
+            folder(path='...', split='...'), npz(...), table(...), hf(path='...', caption='...') (docs/inputs.md).
+        size: images of a folder are brought to size x size.
+        held_out: share of each class kept from training, to measure the reconstruction.
+        model: the architecture.
+        steps: optimiser steps.
+        batch: samples in a step.
+        lr: peak learning rate of AdamW; it falls to 0 along a cosine.
+        ema_decay: decay of the averaged weights that are saved.
+        checkpoint_every: optimiser steps between checkpoints.
+        root: folder of all runs.
+        name: of the run's folder below root; empty makes one from the settings.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        threads: CPU threads of torch.
+    """
+
+    seed: int = 0
+    data: str = "digits"
+    size: int = 32
+    held_out: float = 0.25
+    model: autoencoder.Config = field(default_factory=autoencoder.Config)
+    steps: int = 1500
+    batch: int = 128
+    lr: float = 2e-3
+    ema_decay: float = 0.99
+    checkpoint_every: int = 500
+    root: str = "runs"
+    name: str = ""
+    device: str = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+
+    @property
+    def default_name(self) -> str:
+        return f"autoencoder-{name_of(self.data)}-seed{self.seed}"
