@@ -1,18 +1,18 @@
 """Algorithms: one file each, with its settings (``Config``) and its learner."""
 
-from collections.abc import Mapping
+from functools import partial
 
-from rlfusion.agents import dawr, ddpo, dpo, draft, drwr, grpo, nft, qsm, refl
+from rlfusion.common.named import named_settings
+from rlfusion.common.registry import Registry
+from rlfusion.rl.agent import Agent, Defaults
 
-AGENTS: Mapping[str, type] = {
-    "ddpo": ddpo.Config,
-    "grpo": grpo.Config,
-    "nft": nft.Config,
-    "dpo": dpo.Config,
-    "draft": draft.Config,
-    "refl": refl.Config,
-    "drwr": drwr.Config,
-    "qsm": qsm.Config,
-    "dawr": dawr.Config,
-}
+NAMES = ("ddpo", "grpo", "nft", "dpo", "draft", "refl", "drwr", "qsm", "dawr")
+
+AGENTS = Registry(
+    "agent",
+    "rlfusion.agents",
+    {name: f"rlfusion.agents.{name}:Config" for name in NAMES},
+    Agent,
+    partial(named_settings, "agent", Agent, (Defaults,)),
+)
 """The settings of each algorithm by name."""

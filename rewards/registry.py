@@ -15,16 +15,9 @@ of a sample is a number, the index of its prompt.
 """
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,37 +25,33 @@ from torch import nn
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, unknown
-from rlfusion.common.user_code import loading, running
+from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.user_code import running
 from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, remedy, signature_of
-from rlfusion.rewards.aesthetic import Aesthetic
 from rlfusion.rewards.base import Reward
-from rlfusion.rewards.class_logprob import ClassLogProb
-from rlfusion.rewards.clip_class import ClipClass
-from rlfusion.rewards.clip_score import ClipScore
-from rlfusion.rewards.clip_similarity import ClipSimilarity
-from rlfusion.rewards.hps_v2 import HPSv2
-from rlfusion.rewards.ink import ink
-from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from rlfusion.rewards.pick_score import PickScore
 from rlfusion.rewards.remote.client import Remote, is_url
-from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
 from rlfusion.rewards.wrapped import Care
 
-GROUP = "rlfusion.rewards"
-REWARDS: dict[str, Callable[..., Any]] = {
-    "ink": ink,
-    "symmetry": symmetry,
-    "jpeg_compressibility": JpegCompressibility,
-    "jpeg_incompressibility": JpegIncompressibility,
-    "class_logprob": ClassLogProb,
-    "clip_score": ClipScore,
-    "clip_class": ClipClass,
-    "clip_similarity": ClipSimilarity,
-    "aesthetic": Aesthetic,
-    "hps_v2": HPSv2,
-    "pick_score": PickScore,
+_MODULES = {
+    "ink": "ink:ink",
+    "symmetry": "symmetry:symmetry",
+    "jpeg_compressibility": "jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "jpeg:JpegIncompressibility",
+    "class_logprob": "class_logprob:ClassLogProb",
+    "clip_score": "clip_score:ClipScore",
+    "clip_class": "clip_class:ClipClass",
+    "clip_similarity": "clip_similarity:ClipSimilarity",
+    "aesthetic": "aesthetic:Aesthetic",
+    "hps_v2": "hps_v2:HPSv2",
+    "pick_score": "pick_score:PickScore",
 }
+REWARDS = Registry(
+    "reward",
+    "rlfusion.rewards",
+    {name: f"rlfusion.rewards.{place}" for name, place in _MODULES.items()},
+    also="http://host:port",
+)
 
 _CLIP = ("model", "a run of train-clip (or runs/cache/clip-...), or a model of open_clip")
 FROM_DATA: dict[str, tuple[str, str]] = {
@@ -143,62 +132,20 @@ def find(name: str) -> Callable[..., Any]:
     Raises:
         ConfigError: nothing has that name, or what has it cannot be called.
     """
-    if name in REWARDS:
-        return REWARDS[name]
     if is_url(name):
         return functools.partial(Remote, name)
-    found = _from_module(name) if ":" in name else _from_entry_point(name)
+    held = REWARDS.find(name)
+    if held.ours and held.name != name:  # options and logs go by the name as it is written
+        raise unknown("reward", name, REWARDS.names())
+    found = held.object
     if not callable(found) and not callable(getattr(found, "score", None)):
         raise ConfigError(f"reward {name!r} is {type(found).__name__}: expected a function, a class or a callable")
     return found
 
 
-def _from_module(name: str) -> Any:
-    module_name, _, attribute = name.rpartition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f"reward {name!r}: expected package.module:name or path/to/file.py:name")
-    module = _load_file(name, Path(module_name)) if module_name.endswith(".py") else _import(name, module_name)
-    if attribute not in vars(module):
-        raise unknown(f"name in module {module_name!r}", attribute, [n for n in vars(module) if n[0] != "_"])
-    return vars(module)[attribute]
-
-
-def _import(name: str, module_name: str) -> ModuleType:
-    with loading(f"reward {name!r}"):
-        try:
-            return importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if not error.name or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the module was found, something that it needs was not
-            raise ConfigError(f"reward {name!r}: no module {error.name!r} (is its folder on PYTHONPATH?)") from error
-
-
-def _load_file(name: str, path: Path) -> ModuleType:
-    """The module that a file holds, once a process; a file that changed is another module."""
-    if not path.is_file():
-        raise ConfigError(f"reward {name!r}: no file {str(path)!r} (from the folder {str(Path.cwd())!r})")
-    path = path.resolve()
-    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]
-    module_name = f"rlfusion_reward_{path.stem}_{digest}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-    try:
-        with loading(f"reward {name!r}"):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
-
-
 def everywhere(name: str) -> str:
     """The name by which a process with another working directory, too, finds the reward."""
-    file, colon, attribute = name.rpartition(":")
-    if name in REWARDS or is_url(name) or not file.endswith(".py"):
-        return name
-    return f"{Path(file).resolve()}{colon}{attribute}"
+    return absolute(name)
 
 
 def labels(names: Sequence[str]) -> dict[str, str]:
@@ -213,16 +160,6 @@ def _label(name: str) -> str:
         first, *others = [urlsplit(url).netloc.replace(":", "-") for url in name.split(",")]
         return f"{first}+{len(others)}" if others else first
     return name.partition("(")[0].rpartition(":")[2]
-
-
-def _from_entry_point(name: str) -> Any:
-    points = entry_points(group=GROUP)
-    if name not in points.names:
-        raise ConfigError(
-            f"{unknown('reward', name, {*REWARDS, *points.names})} (or package.module:name, path/to/file.py:name, http://host:port)"
-        )
-    with loading(f"reward {name!r}"):
-        return points[name].load()
 
 
 def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Reward:

@@ -11,6 +11,8 @@ from typing import Any
 
 from rlfusion.common.annotations import fits, refused
 from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.registry import Found, Registry
+from rlfusion.common.user_code import running
 
 LONGEST = 2000
 """Characters of a text that can be one of these; Python's parser takes gigabytes for a text of megabytes."""
@@ -50,11 +52,13 @@ def _quoted(rest: str) -> str:
 
 
 def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str) -> Callable[..., Any]:
-    """The entry of ``table`` under ``name``, in any case.
+    """The entry of ``table`` under ``name``, in any case; of a registry also what strangers have.
 
     Raises:
         ConfigError: no such entry; the nearest one is named.
     """
+    if isinstance(table, Registry):
+        return table.find(name).object
     known = {key.lower(): key for key in table}
     if name.lower() not in known:
         raise unknown(what, name, table)
@@ -68,7 +72,27 @@ def parse(text: str, table: Mapping[str, Callable[..., Any]], what: str) -> Any:
         ConfigError: unknown name or setting (with the nearest one), or a value that the entry refuses.
     """
     name, settings = split(text)
+    if isinstance(table, Registry):
+        return make(table, table.find(name), settings)
     return call(lookup(table, name, what), settings, f"{what} {name!r}")
+
+
+def make(registry: Registry, found: Found, settings: Mapping[str, Any]) -> Any:
+    """What a thing of a registry makes of its settings; one that makes nothing, being no class or function, is itself.
+
+    Raises:
+        ConfigError: as ``call``; or it is not what a thing of its kind must be.
+        UserCodeError: a stranger's raises.
+    """
+    what = f"{registry.what} {found.name!r}"
+    if found.ours:
+        return call(found.object, settings, what)
+    if not inspect.isclass(found.object) and not inspect.isroutine(found.object):
+        if settings:
+            raise ConfigError(f"{what} has no settings: got {next(iter(settings))!r}")
+        return registry.require(found.object, found.name)
+    with running(what):
+        return registry.require(call(found.object, settings, what), found.name)
 
 
 def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) -> Any:

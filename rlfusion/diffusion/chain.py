@@ -1,7 +1,7 @@
 """The sampling chain as settings: steps, spacing, kernel, guidance. The chain is the MDP."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_at_most, require_not_negative, unknown
+from rlfusion.common.registry import Registry, absolute
 from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.diffusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
-from rlfusion.diffusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Kernel, Langevin, Renoise, ReverseSDE
+from rlfusion.diffusion.kernel import Ended, Kernel
 from rlfusion.diffusion.policy import Policy
 
-KERNELS: Mapping[str, Callable[..., Kernel]] = {
-    kernel.__name__: kernel for kernel in (DDIM, DDPM, FlowSDE, CPS, Renoise, ReverseSDE, Langevin)
-}
+NAMES = ("DDIM", "DDPM", "FlowSDE", "CPS", "Renoise", "ReverseSDE", "Langevin")
+
+KERNELS = Registry("kernel", "rlfusion.kernels", {name: f"rlfusion.diffusion.kernel:{name}" for name in NAMES}, Kernel)
 
 MOST_STEPS = 100_000
 """The largest ``steps`` and ``repeats`` of a chain: the noise of all moves of a walk is drawn at once."""
@@ -64,6 +65,7 @@ class Chain:
     repeats: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kernel", absolute(self.kernel))
         if self.steps < 1:
             raise ConfigError(f"steps = {self.steps}: expected at least 1")
         require_not_negative(self, "last_noise", "repeats")

@@ -10,7 +10,7 @@ det says where a kind breaks: it is alpha for eps (pure noise), -sigma for x0 (c
 Handbook 2.6; Salimans & Ho 2022 for v. A kind is named by text: "eps", or "EDM(sigma_data=0.5)" with settings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rlfusion.common import spec
+from rlfusion.common.registry import Registry
 from rlfusion.common.tensors import cast
-from rlfusion.diffusion.kinds import CM, EDM, InstaFlow, Kind, Plain, Solution, TrigFlow
+from rlfusion.diffusion.kinds import Kind, Plain, Solution
 from rlfusion.diffusion.schedule import Level
 
 PLAIN: Mapping[str, Plain] = {
@@ -31,13 +32,15 @@ PLAIN: Mapping[str, Plain] = {
     "flow": Plain(lambda l: (l.d_alpha, l.d_sigma)),  # dx_t / dt along a fixed (x0, eps)
 }
 
-KINDS: Mapping[str, Callable[..., Kind]] = {
-    **{name: lambda kind=kind: kind for name, kind in PLAIN.items()},
-    "InstaFlow": InstaFlow,
-    "TrigFlow": TrigFlow,
-    "EDM": EDM,
-    "CM": CM,
-}
+SCALED = ("InstaFlow", "TrigFlow", "EDM", "CM")
+
+KINDS = Registry(
+    "prediction kind",
+    "rlfusion.kinds",
+    {name: lambda kind=kind: kind for name, kind in PLAIN.items()}
+    | {name: f"rlfusion.diffusion.kinds:{name}" for name in SCALED},
+    Kind,
+)
 
 
 class Prediction(NamedTuple):
@@ -47,14 +50,20 @@ class Prediction(NamedTuple):
     eps: Tensor
 
 
-@lru_cache(maxsize=256)
 def named(kind: str | Kind) -> Kind:
     """The kind that a text names; a ``Kind`` is itself.
 
     Raises:
         ConfigError: no such kind or setting, or a value that cannot work.
     """
-    return spec.parse(kind, KINDS, "prediction kind") if isinstance(kind, str) else kind
+    if not isinstance(kind, str):
+        return kind
+    return spec.parse(kind, KINDS, KINDS.what) if ":" in kind else _built_in(kind)  # a file may change
+
+
+@lru_cache(maxsize=256)
+def _built_in(kind: str) -> Kind:
+    return spec.parse(kind, KINDS, KINDS.what)
 
 
 def target(kind: str | Kind, x0: Tensor, eps: Tensor, l: Level) -> Tensor:

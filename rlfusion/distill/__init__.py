@@ -1,27 +1,23 @@
 """Distillation: a model of few steps from one of many, one file a method."""
 
-from collections.abc import Mapping
+from functools import partial
 
-from rlfusion.distill import add, cd, ct, dmd, guided_pd, lcm, pd, reflow, regression, scd, sds, vsd
+from rlfusion.common.named import named_settings
+from rlfusion.common.registry import Registry
 from rlfusion.distill.base import Distiller, Method, Settings, Teaching
 from rlfusion.distill.on_schedule import OnSchedule
 from rlfusion.distill.stages import Stage, Staged, local_steps
 from rlfusion.distill.student import Config as Student
 
-METHODS: Mapping[str, type] = {
-    "cd": cd.Config,
-    "lcm": lcm.Config,
-    "ct": ct.Config,
-    "scd": scd.Config,
-    "pd": pd.Config,
-    "guided_pd": guided_pd.Config,
-    "sds": sds.Config,
-    "vsd": vsd.Config,
-    "dmd": dmd.Config,
-    "add": add.Config,
-    "reflow": reflow.Config,
-    "regression": regression.Config,
-}
+NAMES = ("cd", "lcm", "ct", "scd", "pd", "guided_pd", "sds", "vsd", "dmd", "add", "reflow", "regression")
+
+METHODS = Registry(
+    "method",
+    "rlfusion.methods",
+    {name: f"rlfusion.distill.{name}:Config" for name in NAMES},
+    Method,
+    partial(named_settings, "method", Method, ()),
+)
 """The settings of each method by name."""
 
 __all__ = [

@@ -1,6 +1,6 @@
 """A denoiser from its card: the network with its initial weights, its schedule, its space, and its adapters."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import Registry, absolute
 from rlfusion.common.seeding import integer
 from rlfusion.diffusion import schedule
 from rlfusion.diffusion.consistency import LCM
@@ -17,24 +18,23 @@ from rlfusion.diffusion.space import Pixels
 from rlfusion.models import autoencoder, lora, pipelines
 from rlfusion.models.card import Card
 from rlfusion.nets.captions import Captions
-from rlfusion.nets.dit import DiT
 from rlfusion.nets.guidance import Guidance
-from rlfusion.nets.mlp import ResidualMLP
-from rlfusion.nets.points import Points
-from rlfusion.nets.unet import UNet
 
-SCHEDULES: Mapping[str, Callable[..., schedule.Schedule]] = {
-    "DDPM": schedule.DDPM,
-    "ScaledLinear": schedule.ScaledLinear,
-    "VP": schedule.VP,
-    "Cosine": schedule.Cosine,
-    "ZeroSNR": schedule.ZeroSNR,
-    "Rectified": schedule.Rectified,
-    "Trig": schedule.Trig,
-    "Karras": schedule.Karras,
-    "Geometric": schedule.Geometric,
-}
-NETS: Mapping[str, Callable[..., nn.Module]] = {"ResidualMLP": ResidualMLP, "UNet": UNet, "DiT": DiT, "Points": Points}
+_SCHEDULES = "DDPM ScaledLinear VP Cosine ZeroSNR Rectified Trig Karras Geometric"
+_NETS = {"ResidualMLP": "mlp", "UNet": "unet", "DiT": "dit", "Points": "points"}
+
+SCHEDULES = Registry(
+    "schedule",
+    "rlfusion.schedules",
+    {name: f"rlfusion.diffusion.schedule:{name}" for name in _SCHEDULES.split()},
+    schedule.Schedule,
+)
+NETS = Registry(
+    "network",
+    "rlfusion.networks",
+    {name: f"rlfusion.nets.{module}:{name}" for name, module in _NETS.items()},
+    nn.Module,
+)
 
 
 def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Denoiser:
@@ -50,7 +50,7 @@ def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Deno
     space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
     with initial(seed):
         net = make_net(config.net, space.latent(card.shape), card.classes)
-        width = net.label.embedding_dim
+        width = _width(net, config.net) if card.captioned or card.weights else 0
         if card.captioned:
             net.label = Captions(card.names, width)
         if card.weights:
@@ -79,11 +79,26 @@ def make_net(text: str, shape: tuple[int, ...], classes: int) -> nn.Module:
     Raises:
         ConfigError: an unknown network or setting of one.
     """
-    name, settings = spec.split(text)
+    name, settings = spec.split(absolute(text))
     given = {"shape": shape, "classes": classes}
     if settings.keys() & given:
         raise ConfigError(f"net = {text!r}: shape and classes come from the data, expected other settings")
-    return spec.call(spec.lookup(NETS, name, "network"), {**settings, **given}, f"network {name!r}")
+    return spec.make(NETS, NETS.find(name), {**settings, **given})
+
+
+def _width(net: nn.Module, text: str) -> int:
+    """The length of the vector that a network's ``label`` gives it of its condition.
+
+    Raises:
+        ConfigError: it has none, and captions or a guidance weight could not be brought in.
+    """
+    held = getattr(net, "label", None)
+    if not isinstance(held, nn.Embedding):
+        raise ConfigError(
+            f"net = {text!r} reads its condition by nothing that is called label: for captions, or guidance weights as "
+            "an input, expected label = nn.Embedding(classes + 1, width)"
+        )
+    return held.embedding_dim
 
 
 def require_trainable(card: Card) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rlfusion.common.registry import absolute
 from rlfusion.diffusion.denoiser import Answers
 
 KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -31,6 +32,10 @@ class Config:
     net: str = "ResidualMLP(width=128, depth=3)"
     schedule: str = "Cosine()"
     kind: str = "x0"
+
+    def __post_init__(self) -> None:
+        for name in ("net", "schedule", "kind"):
+            object.__setattr__(self, name, absolute(getattr(self, name)))
 
 
 @dataclass(frozen=True)

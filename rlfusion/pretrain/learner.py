@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.registry import absolute
 from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset, augment
 from rlfusion.diffusion.denoiser import Denoiser
@@ -54,6 +55,7 @@ class Config:
     ema: str = "Constant(decay=0.999)"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", absolute(self.loss))
         if augment.make(self.augment) and losses.make(self.loss).compares_data:
             raise ConfigError(f"augment = {self.augment}: {self.loss} compares with the training data, expected none")
         require_positive(self, "steps", "batch", "lr", "max_grad_norm")

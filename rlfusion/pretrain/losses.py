@@ -4,17 +4,26 @@ A preset is settings: of the model (kind, schedule), of the loss, and of the cha
 beside it. What a preset should reach on digits is in docs/pretraining.md.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rlfusion.common import spec
+from rlfusion.common.registry import Registry
 from rlfusion.pretrain.base import Loss
-from rlfusion.pretrain.consistency import CT, ICT
-from rlfusion.pretrain.continuous import SCT
-from rlfusion.pretrain.denoising import Denoising
-from rlfusion.pretrain.score_matching import ESM, ISM, SSM
 
-LOSSES: Mapping[str, Callable[..., Loss]] = {cls.__name__: cls for cls in (Denoising, ESM, ISM, SSM, CT, ICT, SCT)}
+_MODULES = {
+    "denoising": ("Denoising",),
+    "score_matching": ("ESM", "ISM", "SSM"),
+    "consistency": ("CT", "ICT"),
+    "continuous": ("SCT",),
+}
+
+LOSSES = Registry(
+    "pretraining loss",
+    "rlfusion.objectives",
+    {name: f"rlfusion.pretrain.{module}:{name}" for module, names in _MODULES.items() for name in names},
+    Loss,
+)
 
 
 def make(loss: str) -> Loss:

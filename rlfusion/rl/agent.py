@@ -80,6 +80,16 @@ class AgentLearner(Learner[Trajectory], Protocol):
         """
 
 
+class Defaults:
+    """What an agent that says nothing else is: any plan will do, and its docstring says what it does."""
+
+    def check(self, plan: Plan) -> None:
+        return
+
+    def plan(self) -> str:
+        return (type(self).__doc__ or self.name).partition("\n")[0]
+
+
 class Agent(Protocol):
     """The settings of an algorithm: a frozen dataclass, ``Config`` of its file in ``rlfusion.agents``."""
 
