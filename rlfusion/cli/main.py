@@ -132,7 +132,7 @@ def _job(kind: str, arguments: list[str]) -> None:
     """A new run of what takes --resume, or an old one to resume."""
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import resumed, settings_of
-    from rlfusion.jobs import compare, distill, finetune, pretrain, pretrain_autoencoder, train_clip
+    from rlfusion.jobs import compare, distill, finetune, pretrain, pretrain_autoencoder, runs, train_clip
 
     check, run = {
         "finetune": (finetune.check, tables.run_finetune),
@@ -144,12 +144,12 @@ def _job(kind: str, arguments: list[str]) -> None:
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         settings, folder = resumed(kind, arguments)
-        with tables.at_work(kind, folder, new=False):
+        with runs.at_work(kind, folder, new=False):
             run(settings, folder)
         return
     settings = settings_of(kind, arguments)
     check(settings)
-    with tables.new_run(kind, settings, settings.default_name) as (settings, folder):
+    with runs.new_run(kind, settings, settings.default_name) as (settings, folder):
         run(settings, folder)
 
 

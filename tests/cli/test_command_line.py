@@ -22,7 +22,7 @@ from rlfusion.agents import AGENTS
 from rlfusion.cli import arguments, main, tables
 from rlfusion.cli.settings_tree import command_trees, tree
 from rlfusion.common.annotations import kinds
-from rlfusion.jobs import compare, finetune, pretrain, pretrain_autoencoder, train_clip
+from rlfusion.jobs import compare, finetune, pretrain, pretrain_autoencoder, runs, train_clip
 from rlfusion.jobs import distill as distilling
 
 NEEDED = {
@@ -52,7 +52,7 @@ def typed() -> Iterator[Callable[..., Said]]:
         begun: list[Any] = []
         for module in (finetune, compare, pretrain, distilling, pretrain_autoencoder, train_clip):
             patch.setattr(module, "check", lambda settings: None)
-        patch.setattr(tables, "new_run", lambda kind, settings, name: contextlib.nullcontext((settings, None)))
+        patch.setattr(runs, "new_run", lambda kind, settings, name: contextlib.nullcontext((settings, None)))
         for name in [name for name in vars(tables) if name.startswith("run_")]:
             patch.setattr(tables, name, lambda settings, folder=None: begun.append(settings))
         patch.setattr(config, "with_agent", functools.cache(config.with_agent))

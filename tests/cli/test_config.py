@@ -218,7 +218,7 @@ def test_every_setting_is_explained():
 
 
 def test_run_folders_are_never_shared(tmp_path):
-    from rlfusion.cli.tables import new_run
+    from rlfusion.jobs.runs import new_run
 
     settings = config.Pretrain(root=str(tmp_path))
     made = []

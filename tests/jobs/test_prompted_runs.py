@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from rlfusion.cli import main, tables
+from rlfusion.cli import main
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common import notices
 from rlfusion.config import CheckReward
+from rlfusion.jobs import runs
 from rlfusion.jobs.base_model import check_pretrained
 from rlfusion.jobs.check_reward import check_reward
 from rlfusion.models import describe
@@ -42,7 +43,7 @@ def test_a_run_writes_down_its_prompts_and_their_metadata_reach_the_reward(tiny_
     assert [held["count"] for held in card.metadata] == [3, 50]
     assert json.loads(json.dumps(card.to_json()))["pipeline"]["metadata"] == list(card.metadata)
     check_pretrained(settings, card)
-    with tables.new_run("finetune", settings, "run") as (_, folder):
+    with runs.new_run("finetune", settings, "run") as (_, folder):
         held = yaml.safe_load((folder / "config.yaml").read_text())["pipeline"]
     assert held["prompts"] == str(here / "p.jsonl")
     assert held["prompts_sha256"] == Settings(prompts="p.jsonl").digest

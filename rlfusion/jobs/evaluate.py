@@ -1,0 +1,46 @@
+"""The job of ``rlfusion evaluate``: a model in figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rlfusion import config, models
+from rlfusion.common.progress import Progress
+from rlfusion.data import load
+from rlfusion.evaluation import require_independent
+from rlfusion.jobs.measure import Judged, Unjudged, measure, require_models_data
+from rlfusion.jobs.sample import sampler
+from rlfusion.training import checkpoint
+from rlfusion.training.devices import pick_device, set_numerics
+
+
+def evaluate(settings: config.Evaluate, show: Callable[[dict[str, float]], None]) -> None:
+    """Measure a model; its figures are shown, and then written to ``out``, if asked."""
+    set_numerics(settings.threads, pick_device(settings.device))
+    most = settings.evaluation.samples
+    _, card, policy, times = sampler(settings, most)
+    device, root = pick_device(settings.device), Path(settings.root)
+    judged = Unjudged(card.shape, card.names, card.metadata) if card.pipeline else _judged(settings, card, device)
+    reward = None
+    if settings.reward:
+        reward = judged.reward(settings.reward, settings.reward_options, root)
+        if judged.judge is not None:
+            require_independent(judged.judge, reward)
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+    result = measure(policy, times, judged, reward, str(settings.reward), settings.evaluation, settings.seed)
+    show(result)
+    if settings.out:
+        checkpoint.write_json_atomic(Path(settings.out), result)
+
+
+def _judged(settings: config.Evaluate, card: models.Card, device: torch.device) -> Judged:
+    """The data of an evaluation and their judge.
+
+    Raises:
+        ConfigError: data that are not the model's.
+    """
+    data = load(settings.data, settings.size, Progress().say)
+    require_models_data(settings.data, data, card)
+    return Judged.of(data, settings.held_out, Path(settings.root), device)
