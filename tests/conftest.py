@@ -7,14 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: bits 
 
 import pytest
 from processes import rlfusion
-
-TINY = (
-    *("--pretrain.train.steps", 60, "--pretrain.train.batch", 32, "--pretrain.checkpoint_every", 20),
-    *("--pretrain.model.net", "ResidualMLP(width=32, depth=1)", "--chain.steps", 4),
-    *("--updates", 6, "--checkpoint_every", 3, "--evaluation.samples", 60),
-    *("--rollout.prompts", 4, "--rollout.samples_per_prompt", 6, "--rollout.item", 10, "--agent.micro_batch", 64),
-)
-"""Settings of a finetune that takes a second."""
+from tiny_runs import TINY
 
 
 @pytest.fixture(scope="session")

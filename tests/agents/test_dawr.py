@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from chains import affine, class_walks, mlp
+from chains import Capture, affine, class_walks, collect, mlp
 from plane import plane_data
-from test_ddpo_gradient import STEPS, THETA, assert_equal_in_expectation, collect, ddim_chain, task_of
-from test_ddpo_gradient import reward as quadratic
-from test_drwr import Emptied, ends_of, learned_by, plain_task, same, soft
+from quadratic import STEPS, THETA, assert_equal_in_expectation, ddim_chain, task_of
+from quadratic import reward as quadratic
+from weighted import ONE, RAW, ends_of, learned_by, plain_task, same, soft
 
 from rlfusion.agents import drwr
 from rlfusion.agents.dawr import Config, Learner
@@ -21,9 +21,6 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.chain_value import ChainValue, Settings
 from rlfusion.rl.weighted import Places
 from rlfusion.training import checkpoint
-
-ONE = {"epochs": 1, "updates_per_epoch": 1, "noisings": 1, "micro_batch": 10**6}
-RAW = {"mean_one": False, "normalize": "none", "w_max": None}
 
 
 def tensor(*values) -> torch.Tensor:
@@ -100,7 +97,7 @@ def test_the_expected_gradient_with_a_constant_baseline_is_that_of_the_soft_valu
     chain, made = ddim_chain()
     policy, h = affine(THETA, **made), 1e-5
     learner = chain_learner(policy, on="chain", beta=0.8, advantage="critic", value_epochs=1)
-    capture = learner.regression.optimization = Emptied(policy)
+    capture = learner.regression.optimization = Capture(policy)
     learner.critic.value.mean.fill_(-0.4)
     learner.critic.see = learner.critic.fit = lambda *_: {}
     g = torch.Generator().manual_seed(0)

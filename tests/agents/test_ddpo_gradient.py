@@ -1,61 +1,22 @@
 """DDPO's gradient against closed forms of the linear-Gaussian chain, finite differences and arithmetic by hand."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from chains import Capture, affine, all_transitions, class_walks, collect, flat_gradient, mlp
+from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward, task_of
 
 from rlfusion.agents.ddpo import Config, Learner, PathwiseStep
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.grid import TimeGrid
-from rlfusion.diffusion.kernel import DDIM, FlowSDE, Renoise
-from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.kernel import Renoise
 from rlfusion.diffusion.sampling import walk
 from rlfusion.diffusion.schedule import DDPM as Table
-from rlfusion.diffusion.schedule import Geometric, Rectified
-from rlfusion.rollout import Task
+from rlfusion.diffusion.schedule import Geometric
 
-GOAL, KAPPA, THETA, STEPS = np.array([0.6, -0.1]), 0.5, (-0.3, 0.25), 4
 PLAIN = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0, "advantage": "none", "micro_batch": 10**6}
-
-
-def reward(x: torch.Tensor) -> torch.Tensor:
-    return -KAPPA / 2 * (x - torch.from_numpy(GOAL)).square().sum(1)
-
-
-def ddim_chain() -> tuple[oracles.LinearGaussianChain, dict]:
-    """DDIM(1) on the 1000-step table, a v network (v = a eps - b x0): mean = (A a + B b) x + (B a - A b) y."""
-    ab = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[[999, 749, 499, 249]], 1.0)
-    a, b = np.sqrt(ab[:-1]), np.sqrt(1 - ab[:-1])
-    A, B, S = np.array([oracles.ddim(t, s, 1.0) for t, s in pairwise(ab)]).T
-    return (
-        oracles.LinearGaussianChain(A * a + B * b, B * a - A * b, S, b[0], KAPPA, GOAL),
-        {"schedule": Table(), "kernel": DDIM(1.0), "kind": "v"},
-    )
-
-
-def flow_chain() -> tuple[oracles.LinearGaussianChain, dict]:
-    """Flow-GRPO's step on rectified flow, a flow network; the last step is x - t y."""
-    p, q, std = [], [], []
-    for t, s in zip((1, 0.75, 0.5), (0.75, 0.5, 0.25)):
-        dt, g2 = s - t, 0.7**2 * t / (1 - (t if t < 1 else s))
-        p.append(1 + g2 / (2 * t) * dt)
-        q.append((1 + g2 * (1 - t) / (2 * t)) * dt)
-        std.append(math.sqrt(g2 * -dt))
-    p, q, std = (np.array(v) for v in ([*p, 1.0], [*q, -0.25], [*std, 0.0]))
-    chain = oracles.LinearGaussianChain(p, q, std, 1.0, KAPPA, GOAL)
-    return chain, {"schedule": Rectified(), "kernel": FlowSDE(0.7), "kind": "flow"}
-
-
-def task_of(policy: Policy, score=reward) -> Task:
-    return Task(policy, TimeGrid(STEPS), (2,), None, lambda x: x, lambda x, _: score(x), "quadratic")
-
-
-CHAINS = {"ddim": ddim_chain, "flow": flow_chain}
 
 
 def estimate(made: dict, config: Config, acting=THETA, at=THETA, batches: int = 40, n: int = 4000, last: bool = False):
@@ -71,12 +32,6 @@ def estimate(made: dict, config: Config, acting=THETA, at=THETA, batches: int = 
         learner.update(collect(actor, times, noise, reward))
     ascent = -torch.stack(learner.optimization.gradients).numpy()
     return ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)
-
-
-def assert_equal_in_expectation(estimated, truth) -> None:
-    mean, error = estimated
-    assert (error < 0.05 * np.abs(truth)).all(), f"no power: {mean} +- {error}, expected {truth}"
-    assert (np.abs(mean - truth) < 4 * error).all(), f"{mean} +- {error}, expected {truth}"
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -7,34 +7,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from chains import Capture, affine, all_transitions, class_walks, mlp
-from conftest import TINY
+from chains import Capture, affine, all_transitions, class_walks, collect, mlp
 from plane import plane_data
 from processes import rlfusion
-from test_ddpo_gradient import CHAINS, GOAL, KAPPA, STEPS, THETA, assert_equal_in_expectation, collect, reward, task_of
+from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, reward, task_of
+from tiny_runs import TINY
+from weighted import BETA, FAMILIES, ONE, RAW, ends_of, family, learned_by, plain_task, same, soft
 
 from rlfusion.agents.drwr import Config, Learner
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, NumericalError
-from rlfusion.diffusion.denoiser import Denoiser, Guided, answer
+from rlfusion.diffusion.denoiser import Guided, answer
 from rlfusion.diffusion.grid import TimeGrid
-from rlfusion.diffusion.kernel import DDIM, FlowSDE, Renoise
+from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy
-from rlfusion.diffusion.schedule import DDPM, Cosine, Karras, Rectified, Trig, level
-from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.diffusion.schedule import DDPM, Cosine, Rectified, Trig, level
 from rlfusion.objectives.renoise import renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import exponential_weights
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.replay import Replay
-from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import checkpoint
-
-ONE = {"epochs": 1, "updates_per_epoch": 1, "noisings": 1, "micro_batch": 10**6}
-RAW = {"mean_one": False, "normalize": "none", "w_max": None}
-BETA, MIDDLE = 0.8, "Uniform(margin=0.4999)"
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -48,11 +43,6 @@ def scored(n: int = 400, seed: int = 0, mean: float = 0.3, std: float = 0.5) -> 
     return Trajectory(x, times, None, x[:, 0, 0].clone(), torch.arange(n) % 4, None, 0, torch.ones(n, dtype=int))
 
 
-def plain_task(policy: Policy, shape: tuple[int, ...] = (2,), classes: int | None = None) -> Task:
-    conditions = None if classes is None else torch.arange(classes)
-    return Task(policy, TimeGrid(STEPS), shape, conditions, lambda x: x, lambda x, c: x.flatten(1).mean(1), "mean")
-
-
 def learner_of(policy: Policy, **settings) -> Learner:
     return Config(**settings).learner(plain_task(policy), None, 3)
 
@@ -62,10 +52,6 @@ def small(seed: int = 0, **settings) -> Learner:
     points = plane_data(40)
     data = replace(points, x=points.x.repeat(1, 1, 3, 1))
     return Config(**settings).learner(plain_task(mlp(seed), (1, 3, 2), 4), data, 5)
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 def test_weights_by_hand():
@@ -145,8 +131,8 @@ def test_the_expected_gradient_on_noised_samples_is_that_of_the_tilted_density()
     x = (x_0 + eps) / 2, and y = theta_0 x + theta_1 of eps."""
     m, s, theta = 0.3, 0.5, np.array([0.2, -0.1])
     policy = affine(tuple(theta), Rectified(), DDIM(1.0), "eps")
-    learner = learner_of(policy, on="noised", beta=BETA, times=MIDDLE, **RAW, **ONE)
-    capture = learner.regression.optimization = Emptied(policy)
+    learner = learner_of(policy, on="noised", beta=BETA, times="Uniform(margin=0.4999)", **RAW, **ONE)
+    capture = learner.regression.optimization = Capture(policy)
     for i in range(40):
         learner.update(scored(4000, i, m, s))
     total, z = np.zeros(2), math.exp(BETA * m + BETA**2 * s**2 / 2)
@@ -157,28 +143,13 @@ def test_the_expected_gradient_on_noised_samples_is_that_of_the_tilted_density()
     assert_equal_in_expectation((found.mean(0), found.std(0, ddof=1) / math.sqrt(len(found))), total)
 
 
-class Emptied(Capture):
-    """Its optimiser clears gradients as one does."""
-
-    @property
-    def optimizer(self):
-        return self.module
-
-
-def soft(chain, acting) -> float:
-    """E exp(beta R) of the quadratic reward at the end of the chain."""
-    m, v = chain.law(acting)
-    k = BETA * KAPPA
-    return float(np.prod((1 + k * v) ** -0.5 * np.exp(-k * (m - GOAL) ** 2 / (2 * (1 + k * v)))))
-
-
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_expected_gradient_on_the_chain_is_that_of_the_soft_value(name):
     """At the acting weights E[w grad log p] = grad E[exp(beta R)] through the noisy steps."""
     chain, made = CHAINS[name]()
     policy, h = affine(THETA, **made), 1e-5
     learner = Config(on="chain", beta=BETA, **RAW, **ONE).learner(task_of(policy), None, 0)
-    capture = learner.regression.optimization = Emptied(policy)
+    capture = learner.regression.optimization = Capture(policy)
     times, g = TimeGrid(STEPS).times(made["schedule"]), torch.Generator().manual_seed(0)
     for _ in range(40):
         learner.update(collect(policy, times, torch.randn(4000, STEPS + 1, 2, generator=g).double(), reward))
@@ -250,12 +221,6 @@ def test_under_guidance_the_guided_answer_is_regressed():
     assert any(not torch.equal(value, before[name]) for name, value in inner.state_dict().items())
 
 
-def ends_of(batch: Trajectory) -> Trajectory:
-    """What workers keep of whole walks for regression on samples."""
-    begin = torch.full((len(batch),), batch.steps)
-    return Trajectory(batch.x[:, -1:], batch.times, None, batch.reward, batch.group, batch.cond, batch.version, begin)
-
-
 def test_the_newest_walks_are_held():
     memory = Replay(5)
     assert memory.state_dict() == {}
@@ -302,35 +267,6 @@ def test_a_saved_learner_continues_bit_for_bit(on, memory, tmp_path):
     assert same(straight.policy, resumed.policy)
     assert straight.queries == resumed.queries == 4 * 24
     assert len(straight.memory) == memory
-
-
-FAMILIES = {
-    "eps": (DDPM(), "eps", DDIM(1.0), 8),
-    "v": (Cosine(), "v", DDIM(0.7), 8),
-    "flow": (Rectified(), "flow", FlowSDE(0.7), 8),
-    "TrigFlow": (Trig(), "TrigFlow()", DDIM(1.0), 8),
-    "ode": (Cosine(), "v", DDIM(0.0), 8),
-    "consistency": (Karras(), "CM(sigma_data=0.5)", Renoise(0.002), 2),
-}
-
-
-def family(name: str) -> Task:
-    schedule, kind, kernel, steps = FAMILIES[name]
-    torch.manual_seed(0)
-    net = ResidualMLP((1, 3, 2), 4, width=32, depth=1, frequency=10.0)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    policy = Policy(Denoiser(net, schedule, kind), kernel)
-    return Task(policy, TimeGrid(steps), (1, 3, 2), torch.arange(4), lambda x: x, lambda x, c: x.mean((1, 2, 3)), "m")
-
-
-def learned_by(config, name: str, updates: int = 15) -> tuple[float, float, float]:
-    """The mean reward of the first and the last rollout, and the standard deviation of the first."""
-    task, found = replace(family(name), needs=config.needs(FAMILIES[name][3])), []
-    learner = config.learner(task, None, 1)
-    for i in range(updates):
-        found.append(learner.update(run_item(task, plan(1, i, 4, 50, 200, 4, i)[0])))
-    return found[0]["reward"], found[-1]["reward"], found[0]["reward_std"]
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"ode"}))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from chains import Capture, affine, class_walks, mlp
-from conftest import TINY
 from processes import rlfusion
 from rounding import ROUNDING
+from tiny_runs import TINY
 from torch.nn.functional import logsigmoid
 
 from rlfusion.agents import dpo, nft

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from chains import Capture, affine, class_walks, collect, mlp
-from test_ddpo_gradient import STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward
+from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, reward
 
 from rlfusion.agents import ddpo, grpo
 from rlfusion.agents.grpo import Config, Learner
@@ -21,7 +21,6 @@ from rlfusion.rl.agent import Plan
 
 TIMES = TimeGrid(4).times(Cosine())
 ONE = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0}
-CHAINS = {"ddim": ddim_chain, "flow": flow_chain}
 
 
 def gradient(batch, config: Config, policy, iteration: int = 0) -> torch.Tensor:

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 from chains import Affine, Capture, affine, class_walks, mlp
-from conftest import TINY
+from interrupted_runs import assert_same, outcome, place
 from mixtures import Exact
 from plane import ends, plane_data, plane_task
 from processes import rlfusion
-from test_resume import assert_same, outcome, place
+from tiny_runs import TINY
 from torch import Tensor, nn
 
 from rlfusion.agents.qsm import Config, Learner

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from processes import Process, rlfusion
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TINY
 
 SCRIPT = str(Path(sys.executable).with_name("rlfusion"))
 COMMANDS = ["finetune", "pretrain", "sample", "evaluate"]

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from processes import rlfusion
+from tiny_runs import TINY
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError

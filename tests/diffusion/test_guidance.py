@@ -4,9 +4,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import TINY
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from processes import rlfusion
+from tiny_runs import TINY
 from torch import nn
 
 from rlfusion.agents.ddpo import Config, Learner

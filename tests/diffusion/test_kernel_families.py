@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from chains import affine, all_transitions, collect
-from test_sampling_laws import Oracle, steps_of
+from laws import Oracle, steps_of
 
 from rlfusion.agents.ddpo import Config, Learner
 from rlfusion.common import spec

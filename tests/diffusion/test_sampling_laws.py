@@ -7,42 +7,18 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from laws import Oracle, steps_of
 
 from rlfusion.common.tensors import cast
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import DDIM, DDPM, FlowSDE
-from rlfusion.diffusion.parameterization import Prediction
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
 from rlfusion.diffusion.schedule import DDPM as Table
-from rlfusion.diffusion.schedule import Cosine, Rectified, Trig, level
+from rlfusion.diffusion.schedule import Cosine, Rectified, Trig
 
 KERNELS = [DDPM("small"), DDPM("large"), DDIM(0.0), DDIM(0.6), DDIM(1.0), FlowSDE(0.0), FlowSDE(0.5)]
 CHAINS = [(Table(), 10), (Cosine(), 6), (Rectified(), 7), (Trig(), 6)]
-
-
-class Oracle(torch.nn.Module):
-    """A mixture's exact denoiser with the call of a ``Denoiser``."""
-
-    def __init__(self, law: oracles.Mixture, schedule):
-        super().__init__()
-        self.law, self.schedule = law, schedule
-
-    def forward(self, x, t, cond=None):
-        at = level(self.schedule, t, x)
-        flat, a, b = x.flatten(1).double().numpy(), float(at.alpha), float(at.sigma)
-        return Prediction(
-            *(torch.from_numpy(f(flat, a, b)).reshape(x.shape).to(x) for f in (self.law.x0, self.law.eps))
-        )
-
-
-def steps_of(policy: Policy, times) -> list[oracles.Step]:
-    """(a, b, A, B, S) of every step, as the kernel gives them (test_kernel checks them)."""
-    chain = []
-    for t, s in pairwise(times):
-        at, to = policy.schedule(t), policy.schedule(s)
-        chain.append(tuple(float(v) for v in (at.alpha, at.sigma, *policy.kernel.coefficients(at, to, s - t))))
-    return chain
 
 
 def handbook_steps(schedule, times, eta: float) -> list[oracles.Step]:

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from test_sampling_laws import Oracle
+from laws import Oracle
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.denoiser import Denoiser

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from backbones import NET, random_backbone
-from conftest import TINY
 from distilled import CARD, SHAPE, held, run, scrambled, settings_of, small, teaching
 from mixtures import Exact
 from processes import rlfusion
+from tiny_runs import TINY
 from torch import nn
 
 from rlfusion import config, models

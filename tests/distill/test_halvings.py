@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distill_methods import DOUBLE, Gaussian, Table, draw_of
+from gaussian_teacher import DOUBLE, Gaussian, Table, draw_of
 
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain

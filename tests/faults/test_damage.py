@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import CARD, scrambled
+from saved_models import CARD, scrambled
 
 from rlfusion import models
 from rlfusion.common.errors import RlfusionError

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 from processes import rlfusion
+from tiny_runs import TINY
 
 SETTINGS = (*TINY, "--updates", 4, "--checkpoint_every", 2, "--reward", "ink", "--monitor.every", 2)
 SETTINGS += ("--monitor.samples", 50, "--evaluation.deterministic", "false")

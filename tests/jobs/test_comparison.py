@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
 from processes import rlfusion
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TINY
 
 from rlfusion.agents import ddpo, grpo
 from rlfusion.cli import main

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from test_pipeline_runs import LORA, STEPS, settings
+from pipeline_runs import LORA, STEPS, settings
 from torch.profiler import ProfilerActivity, profile
 
 from rlfusion.cli.main import main

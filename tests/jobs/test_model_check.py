@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import schedulers
-from test_pipelines import PROMPTS, about
-from tiny_pipelines import SCALED
+from tiny_pipelines import PROMPTS, SCALED, about
 from torch import nn
 
 from rlfusion import models

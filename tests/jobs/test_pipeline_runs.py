@@ -8,9 +8,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from pipeline_runs import LORA, SIDE, STEPS, gain, ran, settings
 from rounding import ROUNDING
 from safetensors.torch import load_file
-from test_pipelines import PROMPTS, about
+from tiny_pipelines import PROMPTS, about
 
 from rlfusion import models
 from rlfusion.agents import AGENTS
@@ -30,28 +31,7 @@ from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import plan, run_item
 from rlfusion.training import checkpoint
 
-LORA = "LoRA(rank=4, alpha=8.0)"
 DROPPED = "LoRA(rank=4, alpha=8.0, dropout=0.5)"
-STEPS, SIDE = 3, 16
-
-
-def settings(folder: Path, agent: str, root: Path, **changes) -> Finetune:
-    fast = {"lr": 1e-2, "updates_per_epoch": 2, "micro_batch": 64}
-    walked = {"lr": 2e-3, "epochs": 4, "updates_per_epoch": 1, "kl_loss": 0.0}
-    own = {"ddpo": walked, "grpo": walked, "draft": {}, "refl": {}}
-    small = {
-        "base": str(folder),
-        "root": str(root),
-        "pipeline": pipelines.Settings(prompts=str(root / "prompts.txt"), size=SIDE),
-        "reward": "tiny_pipelines:warm",
-        "chain": Chain(steps=STEPS, spacing="model", guidance_scale=2.0),
-        "rollout": Rollout(prompts=2, samples_per_prompt=12, item=24),
-        "monitor": Monitoring(every=0),
-        "evaluation": Evaluation(samples=50),
-        "updates": 4,
-        "agent": AGENTS[agent](**fast | own[agent]),
-    }
-    return Finetune(**{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +39,6 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     return root
-
-
-def ran(config: Finetune, name: str) -> dict:
-    check(config)
-    folder = Path(config.root) / name
-    folder.mkdir()
-    return finetune(config, folder, Signals(), Progress())
 
 
 def walks(config: Finetune) -> Finetune:
@@ -77,11 +50,6 @@ def walks(config: Finetune) -> Finetune:
         pipeline=replace(config.pipeline, size=8),
         updates=6,
     )
-
-
-def gain(result: dict) -> float:
-    """How far the reward rose, in standard deviations of the base model's."""
-    return (result["after"]["reward"] - result["before"]["reward"]) / result["before"]["reward_std"]
 
 
 @pytest.fixture(scope="module")

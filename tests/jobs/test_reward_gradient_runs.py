@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import TINY
+from interrupted_runs import Job, assert_same, outcome, place
 from processes import Process, rlfusion
-from test_resume import Job, assert_same, outcome, place
+from tiny_runs import TINY
 
 AGENTS = {
     "draft": ("--agent.form", "full", "--agent.micro_batch", 8, "--rollout.lag", 1, "--agent.kl_loss", 0.01),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
 from processes import rlfusion
+from tiny_runs import TINY
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Finetune

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from elsewhere import environment
 from processes import Process, rlfusion
 from reward_servers import client, serving
+from tiny_runs import TINY
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckReward, Serve

@@ -10,9 +10,9 @@ import open_clip
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from processes import Process, rlfusion
 from rounding import ROUNDING
+from tiny_runs import TINY
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError

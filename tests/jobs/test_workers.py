@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from processes import Process
 from safetensors.torch import load_file
+from tiny_runs import TINY
 
 RUNS = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
 """(workers, lag)."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from adapted import NETS, policy_of, randomised
+from pipeline_runs import LORA, settings
 from rounding import ROUNDING
 from safetensors import safe_open
-from test_lora import NETS, policy_of, randomised
-from test_pipeline_runs import LORA, settings
 from torch import nn
 
 from rlfusion import models

@@ -5,8 +5,18 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from test_pipelines import NEGATIVES, PROMPTS, about, agree
-from tiny_pipelines import MAKERS, SCALED, SD15, flux, stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import (
+    MAKERS,
+    NEGATIVES,
+    PROMPTS,
+    SCALED,
+    SD15,
+    about,
+    agree,
+    flux,
+    stable_diffusion,
+    stable_diffusion_xl,
+)
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.chain import Chain

@@ -8,9 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from processes import Process, rlfusion
 from rounding import ROUNDING
+from tiny_runs import TINY
 from torch import nn
 
 from rlfusion import models, pretrain

@@ -4,44 +4,20 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
+from adapted import NETS, policy_of, randomised
 from processes import rlfusion
 from rounding import ROUNDING
 from safetensors.torch import load_file
+from tiny_runs import TINY
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import ADAPTER, Weights, WeightsError, learned
-from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.diffusion.kernel import DDIM
-from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.diffusion.schedule import Cosine
+from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.models import lora
-from rlfusion.nets.dit import DiT
-from rlfusion.nets.mlp import ResidualMLP
-from rlfusion.nets.unet import UNet
 from rlfusion.training.optimization import Optimization
 
-NETS = {
-    "mlp": lambda: ResidualMLP((1, 8, 8), 10, width=16, depth=1),
-    "unet": lambda: UNet((1, 8, 8), 10, width=8),
-    "dit": lambda: DiT((1, 8, 8), 10, width=16, depth=1, heads=2),
-}
 INPUT = (torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, 3]))
-
-
-def randomised(name: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    net = NETS[name]()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return net
-
-
-def policy_of(text: str = "LoRA(rank=2)") -> Policy:
-    net = randomised("mlp")
-    lora.attach(net, text)
-    return Policy(Denoiser(net, Cosine(), "x0"), DDIM(1.0))
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -9,7 +9,19 @@ import diffusers
 import pytest
 import torch
 from diffusers import schedulers
-from tiny_pipelines import MAKERS, SCALED, SD15, stable_diffusion, stable_diffusion_xl, vae
+from tiny_pipelines import (
+    MAKERS,
+    NEGATIVES,
+    PROMPTS,
+    SCALED,
+    SD15,
+    SIDE,
+    about,
+    agree,
+    stable_diffusion,
+    stable_diffusion_xl,
+    vae,
+)
 
 from rlfusion import models
 from rlfusion.cli.arguments import settings_of
@@ -27,27 +39,8 @@ from rlfusion.models.pipelines.scheduler import read
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-PROMPTS, NEGATIVES = ["a red cat", "two dogs, 3"], ["dark", "blurred"]
-ABOUT = {
-    "variant": "",
-    "dtype": "float32",
-    "checkpointing": False,
-    "decode": 2,
-    "negatives": NEGATIVES,
-    "cache": "",
-    "adapters": [],
-}
-SIDE = {"sana": 32}
-UNGUIDED = ("flux", "lcm")
-"""Families whose networks read the guidance weight, and no negative prompt."""
 
 SCALE, STEPS = 3.0, 4
-ALIKE = 1e-4
-
-
-def about(folder, **settings) -> dict:
-    own = {"negatives": ["", ""]} if folder.name in UNGUIDED else {}
-    return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **own, **settings}
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +81,6 @@ def theirs(pipe, z, side: int, scale: float = SCALE, **settings) -> torch.Tensor
         latents=flux.pack(start) if packed else start, output_type="latent", **settings,
     ).images  # fmt: skip
     return flux.unpack(made, start) if packed else made
-
-
-def agree(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.dtype == b.dtype == torch.float32
-    assert (a - b).abs().max().item() <= ALIKE * max(1.0, b.abs().max().item()), (a - b).abs().max()
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "sana"])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
 from processes import rlfusion
+from tiny_runs import TINY
 
 from rlfusion.agents.ddpo import Config, Learner
 from rlfusion.diffusion.denoiser import Denoiser

@@ -7,8 +7,8 @@ import diffusers
 import open_clip
 import pytest
 import torch
-from test_pipeline_runs import SIDE, gain, ran, settings
-from test_pipelines import PROMPTS, about
+from pipeline_runs import SIDE, gain, ran, settings
+from tiny_pipelines import PROMPTS, about
 
 from rlfusion.models import pipelines
 from rlfusion.rewards import build, facts, score

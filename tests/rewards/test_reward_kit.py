@@ -8,9 +8,9 @@ import threading
 
 import pytest
 import torch
-from conftest import TINY
 from processes import rlfusion
 from scipy.optimize import minimize
+from tiny_runs import TINY
 
 from rlfusion.agents import ddpo, draft
 from rlfusion.common.errors import ConfigError

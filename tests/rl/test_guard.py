@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from chains import class_walks, mlp
-from conftest import TINY
 from processes import rlfusion
 from safetensors.torch import load_file
+from tiny_runs import TINY
 
 from rlfusion.agents.ddpo import Config as DDPO
 from rlfusion.agents.ddpo import Learner

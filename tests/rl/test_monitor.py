@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from chains import affine
-from conftest import TINY
 from processes import rlfusion
+from tiny_runs import TINY
 from torch import nn
 
 from rlfusion.common.errors import ConfigError

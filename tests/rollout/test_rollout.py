@@ -6,11 +6,10 @@ import math
 import random
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import torch
-from rollout_tasks import CLASSES, SHAPE, build, make_policy, make_recipe
+from rollout_tasks import CLASSES, SHAPE, assert_identical, build, make_policy, make_recipe
 from rounding import ROUNDING
 
 from rlfusion.common.errors import ConfigError
@@ -28,15 +27,6 @@ from rlfusion.rollout.wire import from_wire, to_wire
 
 def small_plan(item_size: int = 4, iteration: int = 2, version: int = 5) -> list[WorkItem]:
     return plan(11, iteration, 3, 4, item_size, CLASSES, version)
-
-
-def assert_identical(a: Trajectory, b: Trajectory) -> None:
-    for field in fields(Trajectory):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, torch.Tensor):
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-        else:
-            assert x == y
 
 
 def test_a_plan_covers_every_sample_once_prompt_by_prompt():

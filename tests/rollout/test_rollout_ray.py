@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollout_tasks import CLASSES, make_policy, make_recipe
-from test_rollout import assert_identical
+from rollout_tasks import CLASSES, assert_identical, make_policy, make_recipe
 
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rewards import RewardError

@@ -72,10 +72,14 @@ def flat_gradient(module: nn.Module) -> Tensor:
 
 
 class Capture:
-    """Stands where a learner's optimiser does: keeps each gradient instead of stepping on it."""
+    """Stands where a learner's optimiser does: keeps each gradient instead of stepping on it, and clears it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.gradients = module, []
+
+    @property
+    def optimizer(self) -> nn.Module:
+        return self.module
 
     def step(self) -> float:
         self.gradients.append(flat_gradient(self.module))

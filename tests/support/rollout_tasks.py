@@ -1,8 +1,9 @@
-"""Tasks that the rollout tests build in their own process and, by name, in Ray workers."""
+"""Tasks that the rollout tests build in their own process and, by name, in Ray workers; equality of what they give."""
 
 import os
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rollout import Recipe, Task
+from rlfusion.rollout.trajectory import Trajectory
 
 SHAPE, CLASSES = (1, 4, 4), 3
 
@@ -58,3 +60,12 @@ def misbehave(fault: str, marker: Path) -> None:
             return
         marker.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def assert_identical(a: Trajectory, b: Trajectory) -> None:
+    for field in fields(Trajectory):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, torch.Tensor):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert x == y

@@ -179,3 +179,29 @@ MAKERS = {
 def warm(samples: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """A reward: red above blue, times 100."""
     return 100 * (samples[:, 0] - samples[:, 2]).mean((1, 2))
+
+
+PROMPTS, NEGATIVES = ["a red cat", "two dogs, 3"], ["dark", "blurred"]
+ABOUT = {
+    "variant": "",
+    "dtype": "float32",
+    "checkpointing": False,
+    "decode": 2,
+    "negatives": NEGATIVES,
+    "cache": "",
+    "adapters": [],
+}
+SIDE = {"sana": 32}
+UNGUIDED = ("flux", "lcm")
+"""Families whose networks read the guidance weight, and no negative prompt."""
+ALIKE = 1e-4
+
+
+def about(folder, **settings) -> dict:
+    own = {"negatives": ["", ""]} if folder.name in UNGUIDED else {}
+    return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **own, **settings}
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype == torch.float32
+    assert (a - b).abs().max().item() <= ALIKE * max(1.0, b.abs().max().item()), (a - b).abs().max()
