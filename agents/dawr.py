@@ -30,7 +30,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.chain_value import ChainValue
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rl.weighted import Places, Regression, Weigh
-from rlfusion.rollout import Needs, Task, samples, transitions
+from rlfusion.rollout import RolloutSpec, Task, samples, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization
 
@@ -63,7 +63,7 @@ class Config(weighted.Settings, chain_value.Settings):
         if self.advantage == "prompt":
             plan.require_groups()
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Every transition; samples and rewards alone where nothing looks at the steps."""
         return transitions() if self.on != "noised" or self.learns_value else samples(steps)
 

@@ -36,7 +36,7 @@ from rlfusion.objectives import clipped_surrogate, score_function
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Objective, Terms, Transitions, largest_log_ratio, require_finite
-from rlfusion.rollout import Needs, Task, transitions
+from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization
 
@@ -123,7 +123,7 @@ class Config:
             raise ConfigError(f"lag = {plan.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
         plan.require_walks(self.schedule[1])
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Every transition."""
         return transitions()
 

@@ -33,7 +33,7 @@ from rlfusion.objectives.renoise import noised, renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import require_finite
-from rlfusion.rollout import Needs, Task, samples
+from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization, average
 
@@ -88,7 +88,7 @@ class Config:
                 f"samples_per_prompt = {plan.samples_per_prompt}: expected at least {1 / self.pairs:g}, for a pair"
             )
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples and rewards."""
         return samples(steps)
 

@@ -28,7 +28,7 @@ from rlfusion.objectives.renoise import noised
 from rlfusion.rl import reward_gradient
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
-from rlfusion.rollout import Needs, Task, prefix, rollout_noise
+from rlfusion.rollout import RolloutSpec, Task, prefix, rollout_noise
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Config(reward_gradient.Settings):
         """How many steps of a chain of ``steps`` have gradients."""
         return steps if self.form == "full" else self.steps
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """The state before the trained steps."""
         begin = steps - self.trained(steps)
         return prefix(begin, begin)

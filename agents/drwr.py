@@ -31,7 +31,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.replay import Replay
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rl.weighted import Places, Regression
-from rlfusion.rollout import Needs, Task, samples, transitions
+from rlfusion.rollout import RolloutSpec, Task, samples, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization
 
@@ -63,7 +63,7 @@ class Config(weighted.Settings):
         if 0 < self.memory < plan.walks:
             raise ConfigError(f"memory = {self.memory}: expected 0, or at least the {plan.walks} walks of a rollout")
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples and rewards, or every transition."""
         return samples(steps) if self.on == "noised" else transitions()
 

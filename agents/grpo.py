@@ -26,7 +26,7 @@ from rlfusion.objectives import clipped_surrogate
 from rlfusion.rl.advantage import group_moments, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
-from rlfusion.rollout import Needs, Task, transitions
+from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization
 
@@ -87,7 +87,7 @@ class Config:
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Every transition."""
         return transitions()
 

@@ -31,7 +31,7 @@ from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import group_relative
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import require_finite
-from rlfusion.rollout import Needs, Task, samples
+from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization, average
 
@@ -89,7 +89,7 @@ class Config:
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples and rewards."""
         return samples(steps)
 

@@ -45,7 +45,7 @@ from rlfusion.rl.advantage import group_moments
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.critic import COPY, Mean, Regression, Soft, make_critic
 from rlfusion.rl.transitions import require_finite
-from rlfusion.rollout import Needs, Task, prefix, samples
+from rlfusion.rollout import RolloutSpec, Task, prefix, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization, average
 
@@ -136,7 +136,7 @@ class Config:
             plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples; with rewards where a critic learns from them, else the learner asks for them itself."""
         return samples(steps) if self.q == "learned" else prefix(steps, steps)
 

@@ -29,7 +29,7 @@ from rlfusion.pretrain.losses import make
 from rlfusion.pretrain.pretraining_term import OwnLoss
 from rlfusion.rl import reward_gradient
 from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
-from rlfusion.rollout import Needs, Task, prefix
+from rlfusion.rollout import RolloutSpec, Task, prefix
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Config(reward_gradient.Settings):
         """The link that ``link`` writes."""
         return spec.parse(self.link, LINKS, "link")
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """The state before a late step, Eq. (1)."""
         return prefix(steps - max(1, round(self.late * steps)), steps - 1)
 

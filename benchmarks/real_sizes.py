@@ -180,7 +180,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, float]:
     settings = Config(epochs=1, updates_per_epoch=1, micro_batch=args.micro_batch, kl_loss=0.0, lr=1e-6, ema_decay=0.0)
     task = Task(
         policy, chain.grid(denoiser), shape, torch.arange(PROMPTS), denoiser.space.decode, ink, "ink", device,
-        settings.needs(steps),
+        settings.rollout_spec(steps),
     )  # fmt: skip
     walks = run_item(task, plan(0, 0, PROMPTS, batch // PROMPTS, batch, PROMPTS, 0)[0])
     learner = settings.learner(task, None, 0)

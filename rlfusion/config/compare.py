@@ -114,7 +114,7 @@ class Compare:
         """The names of the agents whose rewards that fail are errors although ``reward_failures`` is "mask": those that
         score as they learn, by the reward's gradient.
         """
-        scored = [text for text in self.agents if make_agent(text).needs(self.chain.moves).end]
+        scored = [text for text in self.agents if make_agent(text).rollout_spec(self.chain.moves).end]
         return [shown(text) for text in self.agents if self.reward_failures == "mask" and text not in scored]
 
     def settings(self, agent: str, reward: str, seed: int) -> Finetune:

@@ -100,7 +100,7 @@ class Finetune:
             raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
         if self.reward_normalize != "none" and isinstance(self.reward, str):
             raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
-        unscored = not self.agent.needs(self.chain.moves).end
+        unscored = not self.agent.rollout_spec(self.chain.moves).end
         if unscored and (self.reward_normalize, self.reward_failures) != ("none", "error"):
             raise ConfigError(
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
@@ -148,7 +148,7 @@ class Finetune:
     def queries(self) -> int:
         """The rewards that one update asks for: one a walk, by what is scored as it learns one a walk and pass."""
         walks = self.rollout.prompts * self.rollout.samples_per_prompt
-        scored = self.agent.needs(self.chain.moves).end
+        scored = self.agent.rollout_spec(self.chain.moves).end
         return walks if scored else walks * getattr(self.agent, "epochs", 1)
 
     @property

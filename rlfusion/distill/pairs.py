@@ -184,7 +184,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
         reward=_nothing,
         reward_name="none",
         device=config["device"],
-        needs=prefix(chain.moves, chain.moves),
+        rollout_spec=prefix(chain.moves, chain.moves),
     )
 
 

@@ -304,7 +304,7 @@ def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progr
         progress.say(
             "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
         )
-    walked = job.config.agent.needs(job.config.chain.moves).path
+    walked = job.config.agent.rollout_spec(job.config.chain.moves).path
     if walked and (said := narrow(job.config.chain, job.denoiser)):
         progress.say(f"warning: {said}, and the guard may stop the run")
     progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))

@@ -119,7 +119,7 @@ def estimate(config: Finetune, denoiser: Denoiser, policy: Policy, times: Tensor
         "autoencoder": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0,
         f"activations of {rows} samples": activations(policy, times, shape, rows),
     }
-    if not config.agent.needs(config.chain.moves).end:  # it takes the reward's own gradient
+    if not config.agent.rollout_spec(config.chain.moves).end:  # it takes the reward's own gradient
         found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
     return found
 

@@ -16,7 +16,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.measure import reward_parts
 from rlfusion.rewards import Care, Learned, Reward, WeightedSum, bare, build, everywhere, facts, names_of, needs_groups
-from rlfusion.rollout import Needs, Recipe, Task
+from rlfusion.rollout import Recipe, RolloutSpec, Task
 
 
 def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
@@ -33,18 +33,19 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
-    policy, needs = chain.policy(denoiser.to(config["device"]), card.names), Needs(**config["needs"])
+    policy = chain.policy(denoiser.to(config["device"]), card.names)
+    rollout_spec = RolloutSpec(**config["rollout_spec"])
     if "policy" in blobs:
         policy.load_state_dict(unpack(blobs["policy"]))
-    return _task(card, chain, policy, reward, config["reward_name"], config["device"], needs, config["masked"])
+    return _task(card, chain, policy, reward, config["reward_name"], config["device"], rollout_spec, config["masked"])
 
 
 def make_task(config: Finetune, card: models.Card, policy: Policy, reward: Reward) -> Task:
     """The learner's own task: its policy, with the chain and the reward of the workers."""
     device = str(next(policy.parameters()).device)
-    needs = config.agent.needs(config.chain.moves)
+    rollout_spec = config.agent.rollout_spec(config.chain.moves)
     masked = config.reward_failures == "mask"
-    return _task(card, config.chain, policy, reward, config.reward_name, device, needs, masked)
+    return _task(card, config.chain, policy, reward, config.reward_name, device, rollout_spec, masked)
 
 
 def _task(
@@ -54,7 +55,7 @@ def _task(
     reward: Reward,
     reward_name: str,
     device: str,
-    needs: Needs,
+    rollout_spec: RolloutSpec,
     masked: bool,
 ) -> Task:
     return Task(
@@ -66,7 +67,7 @@ def _task(
         reward=reward,
         reward_name=reward_name,
         device=device,
-        needs=needs,
+        rollout_spec=rollout_spec,
         masked=masked,
     )
 
@@ -95,7 +96,7 @@ def recipe(
         "precision": config.precision,
         "lora": config.lora,
         "masked": config.reward_failures == "mask",
-        "needs": asdict(config.agent.needs(config.chain.moves)),
+        "rollout_spec": asdict(config.agent.rollout_spec(config.chain.moves)),
     }
     blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
     if (
@@ -188,7 +189,7 @@ def require_whole_groups(config: Finetune, prompts: int, reward: Reward) -> None
     if not needs_groups(reward):
         return
     what = f"reward {config.reward_name!r} compares the samples of a prompt"
-    if not config.agent.needs(config.chain.moves).end:
+    if not config.agent.rollout_spec(config.chain.moves).end:
         raise ConfigError(f"agent = {config.agent.name}: it scores as it learns, sample by sample, and {what}")
     if r.samples_per_prompt < 2:
         raise ConfigError(f"samples_per_prompt = {r.samples_per_prompt}: {what}, expected 2 at least")

@@ -6,7 +6,7 @@ from typing import Protocol
 from rlfusion.common.errors import ConfigError
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
-from rlfusion.rollout import Needs, Task
+from rlfusion.rollout import RolloutSpec, Task
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Learner, Optimization
 
@@ -100,7 +100,7 @@ class Agent(Protocol):
     def check(self, plan: Plan) -> None:
         """Raise ConfigError where rollouts of this plan cannot serve the algorithm."""
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """What workers run of a chain of ``steps`` steps, and keep."""
 
     def plan(self) -> str:

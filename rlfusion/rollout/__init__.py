@@ -7,7 +7,7 @@ with make_backend(Recipe("package.module:build", config, blobs), Settings(worker
 from rlfusion.rollout.backend import Backend, Pending, Settings
 from rlfusion.rollout.item import WorkItem, plan, rollout_noise, version_for
 from rlfusion.rollout.local import Local
-from rlfusion.rollout.needs import Needs, prefix, samples, transitions
+from rlfusion.rollout.rollout_spec import RolloutSpec, prefix, samples, transitions
 from rlfusion.rollout.scheduler import Limits, RolloutError
 from rlfusion.rollout.task import Recipe, Task, run_item
 
@@ -15,10 +15,10 @@ __all__ = [
     "Backend",
     "Limits",
     "Local",
-    "Needs",
     "Pending",
     "Recipe",
     "RolloutError",
+    "RolloutSpec",
     "Settings",
     "Task",
     "WorkItem",

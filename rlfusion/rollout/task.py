@@ -24,7 +24,7 @@ from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.item import WorkItem, rollout_noise
-from rlfusion.rollout.needs import Needs
+from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
 
 
@@ -53,7 +53,7 @@ class Task:
     reward: Reward
     reward_name: str
     device: str = "cpu"
-    needs: Needs = field(default_factory=Needs)
+    rollout_spec: RolloutSpec = field(default_factory=RolloutSpec)
     masked: bool = False
 
     @cached_property
@@ -135,32 +135,32 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 
 
 def _walk(task: Task, item: WorkItem) -> Trajectory:
-    env, needs = task.environment(len(item)), task.needs
+    env, rollout_spec = task.environment(len(item)), task.rollout_spec
     noise = rollout_noise(item.seed, item.iteration, item.samples, len(task.times) - 1, task.shape)
     noise, group = noise.to(task.device), torch.tensor(item.groups)
-    begin = needs.begin(item)
+    begin = rollout_spec.begin(item)
     options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = [obs.x], [], obs.cond, None
     before = _remembered(task)
-    for k in range(len(task.times) - 1 if needs.end else int(begin.max())):
+    for k in range(len(task.times) - 1 if rollout_spec.end else int(begin.max())):
         distribution = task.policy(obs)
         action = distribution.sample(noise[:, k + 1])
-        if needs.path:
+        if rollout_spec.path:
             log_prob.append(distribution.log_prob(action))
         obs, reward, _, _, _ = env.step(action)
-        x = [*x, action] if needs.path else [_kept(x[0], action, begin > k)]
+        x = [*x, action] if rollout_spec.path else [_kept(x[0], action, begin > k)]
     return Trajectory(
         torch.stack(x, 1),
         task.times,
-        torch.stack(log_prob, 1) if needs.path else None,
-        reward if needs.end else None,
+        torch.stack(log_prob, 1) if rollout_spec.path else None,
+        reward if rollout_spec.end else None,
         group.to(task.device),
         cond,
         item.version,
-        None if needs.path else begin.to(task.device),
-        torch.stack(list(task._terms.values()), 1) if needs.end and task._terms else None,
-        _cached(before, _remembered(task), group) if needs.end else None,
+        None if rollout_spec.path else begin.to(task.device),
+        torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
+        _cached(before, _remembered(task), group) if rollout_spec.end else None,
     )
 
 

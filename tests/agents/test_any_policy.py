@@ -57,7 +57,7 @@ def test_every_learner_trains_every_family(agent, family):
     task, asked = task_of(family)
     steps, config = POLICIES[family][3], AGENTS[agent]()
     config.check(Plan(CLASSES, WALKS // CLASSES, 0, steps))
-    task = replace(task, needs=config.needs(steps))
+    task = replace(task, rollout_spec=config.rollout_spec(steps))
     learner = config.learner(task, data(), SEED)
     before = copy.deepcopy(dict(task.policy.named_parameters()))
     asked.clear()

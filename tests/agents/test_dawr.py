@@ -233,8 +233,8 @@ def test_settings_that_cannot_work_are_refused(make, said):
 
 
 def test_what_workers_keep_is_what_is_used():
-    assert Config().needs(5).path
-    assert Config(on="noised").needs(5).path
-    assert not Config(on="noised", advantage="batch").needs(5).path
+    assert Config().rollout_spec(5).path
+    assert Config(on="noised").rollout_spec(5).path
+    assert not Config(on="noised", advantage="batch").rollout_spec(5).path
     assert "V is fitted" in Config().plan()
     assert "V is" not in Config(advantage="prompt").plan()

@@ -50,7 +50,7 @@ def estimate(batches: int, n: int, **settings) -> tuple[np.ndarray, np.ndarray]:
     policy = affine(THETA, **DDIM_V)
     learner = learner_of(policy, **settings)
     learner.optimization = Capture(policy)
-    begin = torch.full((n,), learner.config.needs(STEPS).first)
+    begin = torch.full((n,), learner.config.rollout_spec(STEPS).first)
     for iteration in range(batches):
         learner.update(prefixes(policy, begin, iteration))
     ascent = -torch.stack(learner.optimization.gradients).numpy()
@@ -133,8 +133,8 @@ def test_the_learner_ends_where_the_workers_own_walk_does(kernel, form, steps):
     task, work = build(make_recipe().config, {}), plan(11, 2, 3, 4, 12, CLASSES, 0)[0]
     task = replace(task, policy=Policy(task.policy.denoiser, kernel))
     config = Config(form=form, steps=steps)
-    whole = run_item(replace(task, needs=samples(STEPS)), work)
-    begun = run_item(replace(task, needs=config.needs(STEPS)), work)
+    whole = run_item(replace(task, rollout_spec=samples(STEPS)), work)
+    begun = run_item(replace(task, rollout_spec=config.rollout_spec(STEPS)), work)
     assert begun.reward is None
     end, _ = Ends(task, config, work.seed).walk(part_of(begun, work.iteration))
     assert torch.equal(end, whole.x[:, 0])
@@ -257,7 +257,7 @@ def mlp_learner(seed: int = 0, **settings) -> tuple[Learner, Task]:
 
 def rollout(task: Task, config: Config, iteration: int, walks: int = 24) -> Trajectory:
     work = plan(SEED, iteration, 4, walks // 4, 10, 4, 0)
-    return concatenate([run_item(replace(task, needs=config.needs(4)), item) for item in work])
+    return concatenate([run_item(replace(task, rollout_spec=config.rollout_spec(4)), item) for item in work])
 
 
 RICH = {"form": "lv", "epochs": 2, "updates_per_epoch": 3, "kl_loss": 0.05, "ema_decay": 0.9, "micro_batch": 5}

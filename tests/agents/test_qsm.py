@@ -308,7 +308,9 @@ def test_a_soft_critic_of_the_bases_samples_leads_a_mixture_to_its_tilted_densit
     for i in range(20):
         learner.optimization.optimizer.lr = learner.critic.optimization.optimizer.lr = 3e-3 * (1 - i / 20)
         item = plan(1, i, 1, 512, 512, 1, i)[0]
-        found = learner.update(run_item(replace(place_, policy=learner.policy, needs=config.needs(8)), item))
+        found = learner.update(
+            run_item(replace(place_, policy=learner.policy, rollout_spec=config.rollout_spec(8)), item)
+        )
     assert 0.3 < found["explained_variance"] < 0.9
     before, after = ((ends(t, 4000)[:, 0] > 0).double().mean().item() for t in (plane_task(), place_))
     assert before == pytest.approx(0.5, abs=0.06)
@@ -403,7 +405,7 @@ def test_every_policy_learns_by_every_q(policy, q):
     place_ = task(net_policy(kind, schedule, kernel), lambda x, c: x.mean((1, 2, 3)), (1, 3, 2), steps, torch.arange(4))
     config = Config(q=q, form="noise", alpha=0.5, weight="TruncatedSNR()", lr=3e-3, noisings=2, critic_updates=20)
     learner = config.learner(place_, plane_data(), 0)
-    place_ = replace(place_, needs=config.needs(steps))
+    place_ = replace(place_, rollout_spec=config.rollout_spec(steps))
     rewards = [learner.update(run_item(place_, plan(0, i, 4, 24, 96, 4, i)[0]))["reward"] for i in range(6)]
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1
 

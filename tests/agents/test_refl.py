@@ -105,8 +105,8 @@ def test_the_kl_is_the_distance_of_the_predictions():
     ("late", "steps", "first"), [(0.25, 40, 30), (0.25, 20, 15), (0.25, 3, 2), (0.01, 40, 39), (1.0, 7, 0)]
 )
 def test_the_late_steps_are_the_last_share(late, steps, first):
-    needs = Config(late=late).needs(steps)
-    assert (needs.first, needs.last, needs.end) == (first, steps - 1, False)
+    rollout_spec = Config(late=late).rollout_spec(steps)
+    assert (rollout_spec.first, rollout_spec.last, rollout_spec.end) == (first, steps - 1, False)
 
 
 # The whole learner on a class-conditional net
@@ -127,7 +127,7 @@ def mlp_learner(seed: int = 0, guided: bool = True, **settings) -> tuple[Learner
 
 def rollout(task: Task, config: Config, iteration: int) -> Trajectory:
     work = plan(SEED, iteration, 4, 6, 10, 4, 0)
-    return concatenate([run_item(replace(task, needs=config.needs(4)), item) for item in work])
+    return concatenate([run_item(replace(task, rollout_spec=config.rollout_spec(4)), item) for item in work])
 
 
 def test_workers_send_states_from_each_late_step():

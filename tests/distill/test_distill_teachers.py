@@ -168,9 +168,9 @@ def reward(samples, cond):
     return samples.flatten(1).mean(1)
 
 
-def task(policy, chain: Chain, needs) -> Task:
+def task(policy, chain: Chain, rollout_spec) -> Task:
     grid, conditions = chain.grid(policy.denoiser), torch.arange(CARD.classes)
-    return Task(policy, grid, SHAPE, conditions, lambda x: (x + 1) / 2, reward, "mean", needs=needs)
+    return Task(policy, grid, SHAPE, conditions, lambda x: (x + 1) / 2, reward, "mean", rollout_spec=rollout_spec)
 
 
 AROUND = [BOUNDARY, READS, replace(READS, boundary="LCM()")]
@@ -185,9 +185,9 @@ def test_students_are_policies_of_the_regressions_too(card, agent, settings):
     chain = Chain(steps=2, kernel="Renoise()", guidance=1.0 if card.weights else 0.0)
     policy = chain.policy(scrambled(card), card.names)
     config = AGENTS[agent](**settings)
-    needs = config.needs(chain.moves)
-    worker = task(copy.deepcopy(policy), chain, needs)
-    learner = config.learner(task(policy, chain, needs), images(), 0)
+    rollout_spec = config.rollout_spec(chain.moves)
+    worker = task(copy.deepcopy(policy), chain, rollout_spec)
+    learner = config.learner(task(policy, chain, rollout_spec), images(), 0)
     batch = concatenate([run_item(worker, item) for item in plan(0, 0, 3, 4, 12, 3, 0)])
     before = [p.clone() for p in policy.parameters()]
     metrics = learner.update(batch)
@@ -198,7 +198,7 @@ def test_students_are_policies_of_the_regressions_too(card, agent, settings):
 def test_a_critic_copies_a_network_that_reads_the_guidance_weight_at_that_of_the_chain():
     chain = Chain(steps=2, kernel="Renoise()", guidance=1.0)
     policy = chain.policy(scrambled(replace(READS, boundary="LCM()")), READS.names)
-    critic = make_critic("Copy()", task(policy, chain, AGENTS["qsm"]().needs(2)), 0)
+    critic = make_critic("Copy()", task(policy, chain, AGENTS["qsm"]().rollout_spec(2)), 0)
     x, t, label = torch.randn(3, *SHAPE), torch.tensor(0.5, dtype=torch.float64), torch.arange(3)
     within = policy.denoiser.denoiser.denoiser
     w = torch.ones(3)
@@ -211,7 +211,7 @@ def test_a_critic_copies_a_network_that_reads_the_guidance_weight_at_that_of_the
 def test_students_have_no_loss_of_their_own_training_on_data(card, agent):
     chain = Chain(steps=2, kernel="Renoise()", guidance=1.0 if card.weights else 0.0)
     config = AGENTS[agent](pretrain_weight=0.1)
-    place = task(chain.policy(scrambled(card), card.names), chain, config.needs(2))
+    place = task(chain.policy(scrambled(card), card.names), chain, config.rollout_spec(2))
     with pytest.raises(ConfigError, match=r"pretrain_weight = 0\.1: the base model is a student"):
         config.learner(place, images(), 0)
 
@@ -226,8 +226,8 @@ def test_walks_left_out_may_leave_an_update_without_any(agent):
     chain = Chain(steps=2, kernel="Renoise()")
     policy = chain.policy(scrambled(CARD), CARD.names)
     config = AGENTS[agent](updates_per_epoch=12)
-    needs = config.needs(chain.moves)
-    worker = task(copy.deepcopy(policy), chain, needs)
+    rollout_spec = config.rollout_spec(chain.moves)
+    worker = task(copy.deepcopy(policy), chain, rollout_spec)
     batch = concatenate([run_item(worker, item) for item in plan(0, 0, 3, 4, 12, 3, 0)]).take(torch.arange(11))
-    metrics = config.learner(task(policy, chain, needs), images(), 0).update(batch)
+    metrics = config.learner(task(policy, chain, rollout_spec), images(), 0).update(batch)
     assert all(value == value for value in metrics.values())

@@ -31,7 +31,7 @@ def trained(strength: float, updates: int = 80) -> Tensor:
     learner = replace(config, ema_decay=0.97).learner(task, plane_data(), 1)
     for i in range(updates):
         item = plan(1, i, 1, WALKS, WALKS, 1, i)[0]
-        learner.update(run_item(replace(task, needs=config.needs(STEPS)), item))
+        learner.update(run_item(replace(task, rollout_spec=config.rollout_spec(STEPS)), item))
     with learner.optimization.ema.averaged():
         return ends(task, COUNT)
 

@@ -68,8 +68,8 @@ def chain(steps: int = 32) -> Task:
 
 def ends(task: Task, n: int = COUNT) -> Tensor:
     """(n, 2) fresh samples."""
-    needs = samples(task.grid.steps)
-    return run_item(replace(task, needs=needs), plan(99, 0, 1, n, n, 1, 0)[0]).x[:, 0].flatten(1)
+    rollout_spec = samples(task.grid.steps)
+    return run_item(replace(task, rollout_spec=rollout_spec), plan(99, 0, 1, n, n, 1, 0)[0]).x[:, 0].flatten(1)
 
 
 def trained(count: int = COUNT, steps: int = 32, **settings) -> Tensor:
@@ -79,7 +79,7 @@ def trained(count: int = COUNT, steps: int = 32, **settings) -> Tensor:
     config = Config(**BASE | usual | settings)
     learner = config.learner(task, plane_data(), 1)
     item = plan(1, 0, 1, count, count, 1, 0)[0]
-    learner.update(run_item(replace(task, needs=config.needs(task.grid.steps)), item))
+    learner.update(run_item(replace(task, rollout_spec=config.rollout_spec(task.grid.steps)), item))
     with learner.optimization.ema.averaged():
         return ends(task)
 

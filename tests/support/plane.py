@@ -53,7 +53,7 @@ def plane_task() -> Task:
 
 def ends(task: Task, n: int = 400) -> Tensor:
     """(n, 2) fresh samples."""
-    return run_item(replace(task, needs=samples(STEPS)), plan(99, 0, 1, n, n, 1, 0)[0]).x[:, 0].flatten(1)
+    return run_item(replace(task, rollout_spec=samples(STEPS)), plan(99, 0, 1, n, n, 1, 0)[0]).x[:, 0].flatten(1)
 
 
 def fraction_near(task: Task) -> float:
@@ -66,7 +66,7 @@ def rewarded(task: Task, config, updates: int) -> float:
     learner = config.learner(task, plane_data(), SEED)
     for i in range(updates):
         item = plan(SEED, i, 1, WALKS, WALKS, 1, i)[0]
-        learner.update(run_item(replace(task, needs=config.needs(STEPS)), item))
+        learner.update(run_item(replace(task, rollout_spec=config.rollout_spec(STEPS)), item))
     return ends(task).std(0).mean().item()
 
 

@@ -7,7 +7,7 @@ import torch
 from rollout_tasks import CLASSES, build, make_recipe
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.rollout import Needs, plan, prefix, run_item, samples, transitions
+from rlfusion.rollout import RolloutSpec, plan, prefix, run_item, samples, transitions
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.rollout.wire import from_wire, to_wire
 
@@ -15,8 +15,8 @@ RECIPE = make_recipe()
 STEPS = 4
 
 
-def collected(needs: Needs, item: int = 12) -> Trajectory:
-    task = replace(build(RECIPE.config, {}), needs=needs)
+def collected(rollout_spec: RolloutSpec, item: int = 12) -> Trajectory:
+    task = replace(build(RECIPE.config, {}), rollout_spec=rollout_spec)
     return concatenate([run_item(task, work) for work in plan(11, 2, 3, 4, item, CLASSES, 5)])
 
 
@@ -56,4 +56,4 @@ def test_a_part_crosses_the_wire_whole():
 @pytest.mark.parametrize("settings", [{"first": 2, "last": 1}, {"first": -1}, {"first": 1, "last": 1}, {"end": False}])
 def test_parts_that_cannot_be_are_refused(settings):
     with pytest.raises(ConfigError, match="expected"):
-        Needs(**settings)
+        RolloutSpec(**settings)

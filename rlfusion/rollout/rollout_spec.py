@@ -11,7 +11,7 @@ from rlfusion.rollout.item import WorkItem
 
 
 @dataclass(frozen=True)
-class Needs:
+class RolloutSpec:
     """Which part of a walk of K steps is run and kept.
 
     Attributes:
@@ -39,16 +39,16 @@ class Needs:
         return torch.tensor([int(stream(*key, i).integers(self.first, self.last + 1)) for i in item.samples])
 
 
-def transitions() -> Needs:
+def transitions() -> RolloutSpec:
     """Every state, action and log-probability, and the reward: policy gradients."""
-    return Needs()
+    return RolloutSpec()
 
 
-def samples(steps: int) -> Needs:
+def samples(steps: int) -> RolloutSpec:
     """The ends of the walks of ``steps`` steps and their rewards: regression on scored samples."""
-    return Needs(steps, steps, path=False)
+    return RolloutSpec(steps, steps, path=False)
 
 
-def prefix(first: int, last: int) -> Needs:
+def prefix(first: int, last: int) -> RolloutSpec:
     """The state before a step drawn from first..last: the learner goes on from it with gradients."""
-    return Needs(first, last, path=False, end=False)
+    return RolloutSpec(first, last, path=False, end=False)
