@@ -26,7 +26,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.pretrain.losses import make
-from rlfusion.pretrain.pretraining_term import OwnLoss
+from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl import reward_gradient
 from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import RolloutSpec, Task, prefix
@@ -124,8 +124,8 @@ class Config(reward_gradient.Settings):
 
     def learner(self, task: Task, data: Dataset, seed: int) -> Learner:
         """Raises ConfigError where the reward has no gradient, or the model no such loss."""
-        own = OwnLoss(self.pretrain_weight, self.pretrain_loss, self.pretrain_batch, self.label_dropout)
-        return Learner(task, self, Jumps(task, self), seed, own.of(task.policy.denoiser, data, seed, "refl"))
+        term = PretrainingTerm(self.pretrain_weight, self.pretrain_loss, self.pretrain_batch, self.label_dropout)
+        return Learner(task, self, Jumps(task, self), seed, term.of(task.policy.denoiser, data, seed, "refl"))
 
 
 class Jumps:

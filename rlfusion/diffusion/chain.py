@@ -12,7 +12,7 @@ from rlfusion.common.errors import ConfigError, require_at_most, require_not_neg
 from rlfusion.common.registry import Registry, absolute
 from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.diffusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
-from rlfusion.diffusion.kernel import Ended, Kernel
+from rlfusion.diffusion.kernel import Kernel, LastStepNoise
 from rlfusion.diffusion.policy import Policy
 
 NAMES = ("DDIM", "DDPM", "FlowSDE", "CPS", "Renoise", "ReverseSDE", "Langevin")
@@ -36,8 +36,9 @@ class Chain:
             that has a grid of its own (and is its default).
         kernel: the transition: DDIM(eta=...), DDPM(variance="small" or "large"), FlowSDE(noise=...), CPS(eta=...),
             Renoise(floor=...), ReverseSDE(noise=...), Langevin(step=...).
-        last_noise: standard deviation of noise that the step to clean data adds, which otherwise has none and so no
-            density (``kernel.ended``): what a one-step model needs as a policy. It stays in the samples; 0 is none.
+        last_noise: standard deviation of the noise that the last step, to clean data, adds (``LastStepNoise``); 0 is
+            none. Without noise that step has no density, so a one-step model needs it as a policy. It stays in the
+            samples.
         guidance: classifier-free guidance weight w in (1 + w) e_c - w e_0, the handbook's; 0 is none. To a network that
             reads w (a student of guided_pd or lcm) it is that input, and the samples cost one call a step.
         guidance_scale: diffusers' scale in place of ``guidance``, with all that it means there. Two answers are
@@ -98,7 +99,7 @@ class Chain:
     def make_kernel(self) -> Kernel:
         """The kernel that ``kernel`` writes, with the noise of the last step."""
         kernel = spec.parse(self.kernel, KERNELS, "kernel")
-        return Ended(kernel, self.last_noise) if self.last_noise else kernel
+        return LastStepNoise(kernel, self.last_noise) if self.last_noise else kernel
 
     @property
     def moves(self) -> int:

@@ -24,7 +24,7 @@ from rlfusion.distill.on_schedule import on_its_own
 from rlfusion.distill.pairs import Making, Pairs, make_pairs
 from rlfusion.distill.student import Config as Student
 from rlfusion.models import Card
-from rlfusion.pretrain import Draws, Fit, Loss
+from rlfusion.pretrain import Draws, Loss, LossLearner
 from rlfusion.rollout import Settings as Workers
 from rlfusion.training.optimization import EMA_RULES, Learner, Optimization
 
@@ -191,8 +191,8 @@ class Settings:
         return self.steps
 
     def batches(self, teaching: Teaching, start: int) -> Iterator[Any]:
-        """The number of each update, as ``Fit`` takes it. A method whose cost is the teacher's samples yields those
-        instead, made wherever it likes.
+        """The batches of the updates from ``start`` on: the number of each, as ``LossLearner`` takes it. A method whose
+        cost is the teacher's samples yields those instead, made wherever it likes.
         """
         return iter(range(start, self.total(teaching)))
 
@@ -213,7 +213,9 @@ class Settings:
         total: int,
         *key: str | int,
         kept: Mapping[str, nn.Module] | None = None,
-    ) -> Fit:
+    ) -> LossLearner:
         """The learner that minimises one ``loss`` of the student in ``total`` updates."""
         student = teaching.student
-        return Fit(student, loss, self.draws(teaching, total, *key), self.optimization(student), self.warmup, kept)
+        return LossLearner(
+            student, loss, self.draws(teaching, total, *key), self.optimization(student), self.warmup, kept
+        )

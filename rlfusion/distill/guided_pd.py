@@ -18,7 +18,7 @@ from rlfusion.distill.pd import Rounds, halvings
 from rlfusion.distill.stages import Stage, Staged, local_steps
 from rlfusion.distill.student import Match
 from rlfusion.models import Card
-from rlfusion.pretrain import Fit, Loss
+from rlfusion.pretrain import Loss, LossLearner
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config(Rounds):
     def _weighted(self, loss: Loss) -> Loss:
         return Weighted(loss, self.w_low, self.w_high)
 
-    def _first(self, teaching: Teaching) -> Fit:
+    def _first(self, teaching: Teaching) -> LossLearner:
         """Eq. (1)."""
         teacher = AnyGuidance(teaching.unguided, teaching.null)
         loss = Match(weight=self.weight, times="Uniform(margin=0.001)", teacher=teacher)

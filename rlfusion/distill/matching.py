@@ -9,7 +9,7 @@ In update n:
            + adversarial * g(D(G_t))
            + regression * d(G(z), x_0)    on pairs (z, x_0) of the teacher (``pairs``)
 
-Fake denoiser and discriminator are networks of their own for each step of the chain (``each``), or one for all.
+Fake denoiser and discriminator are networks of their own for each step of the chain (``per_step``), or one for all.
 x0_real is the teacher's, guided if asked; x0_fake that of the fake denoiser, or without one G itself, which leaves out
 the entropy of the generator (SDS, ADD). Noise levels are the teacher's, so student and teacher may differ in all else.
 """
@@ -33,7 +33,7 @@ from rlfusion.distill.base import Settings, Teaching
 from rlfusion.distill.discriminator import Discriminator
 from rlfusion.distill.generator import Generator, Inputs
 from rlfusion.distill.on_schedule import on_its_own
-from rlfusion.distill.per_step import EachStep
+from rlfusion.distill.per_step import PerStep
 from rlfusion.nets.critic import Critic
 from rlfusion.objectives import MATCHING, Adversarial, MatchingWeight, pull
 from rlfusion.objectives.renoise import noised
@@ -77,8 +77,8 @@ class Regression:
 
 @dataclass(frozen=True)
 class Parts:
-    """What Eq. (1) and (2) are made of; a part that is None, or of weight 0, is not there. ``each``: fake denoiser and
-    discriminator are ``EachStep``.
+    """The parts of Eq. (1) and (2); one that is None, or of weight 0, is not there. With ``per_step`` the fake denoiser
+    and the discriminator are ``PerStep``.
     """
 
     generator: Generator
@@ -91,11 +91,11 @@ class Parts:
     discriminator: Discriminator | None = None
     adversarial: float = 0.0
     regression: Regression | None = None
-    each: bool = False
+    per_step: bool = False
 
     def told(self, draw: Draw) -> Draw:
         """The draw as the fake denoiser and the discriminator get it."""
-        if not self.each:
+        if not self.per_step:
             return draw
         return replace(draw, cond={"given": draw.cond, "step": self.generator.drawn(draw)})
 
@@ -190,12 +190,12 @@ class Matching(Settings):
         weight: w of the direction: KL(), Eps(), Alpha() or Normalized().
         times: how the noise levels are drawn at which teacher and generator are compared: Uniform(margin=...),
             LogitNormal(mean=..., std=...), LogNormal(mean=..., std=...).
-        each: what follows and judges the samples is a network of its own for each step of the chain, else one for all.
+        per_step: each step of the chain has a fake denoiser and a discriminator of its own; else one serves all steps.
     """
 
     weight: str = "Eps()"
     times: str = "Uniform(margin=0.02)"
-    each: bool = True
+    per_step: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,17 +215,17 @@ class Matching(Settings):
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
         """What ``Parts`` is made of, by name."""
         generator = Generator(Policy(teaching.student, teaching.chain.make_kernel()), teaching.times, inputs)
-        settings = {"weight": self._weight, "times": self._times, "each": self.apart(teaching)}
+        settings = {"weight": self._weight, "times": self._times, "per_step": self.apart(teaching)}
         return {"generator": generator, "teacher": on_its_own(teaching.teacher), **settings}
 
     def apart(self, teaching: Teaching) -> bool:
         """There is more than one step, and each has networks of its own."""
-        return self.each and teaching.chain.moves > 1
+        return self.per_step and teaching.chain.moves > 1
 
     def begins(self, teaching: Teaching) -> nn.Module:
         """What a fake denoiser or a discriminator begins as, every parameter trained."""
         one = trainable_copy(teaching.begins)
-        return EachStep(one, teaching.chain.moves) if self.apart(teaching) else one
+        return PerStep(one, teaching.chain.moves) if self.apart(teaching) else one
 
     def judging(
         self, teaching: Teaching, losses: Adversarial, times: Times | None, r1: float, lr: float

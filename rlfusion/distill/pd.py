@@ -29,7 +29,7 @@ from rlfusion.diffusion.schedule import Level, diffused, level
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.ode import along
 from rlfusion.distill.stages import Stage, Staged, local_steps
-from rlfusion.pretrain import Draw, Fit, Loss
+from rlfusion.pretrain import Draw, Loss, LossLearner
 from rlfusion.pretrain.denoising import Noised, NoisedLoss
 
 Wrap = Callable[[Loss], Loss]
@@ -125,7 +125,7 @@ class Rounds(Settings):
         count = halvings(self.start, teaching.chain.steps)
         return [Stage(total, lambda r=r: self._round(teaching, r, first, wrap, total)) for r in range(count)]
 
-    def _round(self, teaching: Teaching, r: int, first: nn.Module | None, wrap: Wrap, total: int) -> Fit:
+    def _round(self, teaching: Teaching, r: int, first: nn.Module | None, wrap: Wrap, total: int) -> LossLearner:
         teacher, kept = first, {}
         if r or first is None:
             teacher = copy.deepcopy(teaching.student).requires_grad_(False)

@@ -23,7 +23,7 @@ from rlfusion.diffusion.parameterization import Prediction, predict, solve
 from rlfusion.diffusion.schedule import Schedule, level
 
 
-class EachStep(nn.Module):
+class PerStep(nn.Module):
     """``steps`` copies of a denoiser, of which each sample asks that of its step."""
 
     def __init__(self, denoiser: nn.Module, steps: int) -> None:

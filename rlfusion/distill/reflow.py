@@ -26,7 +26,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.pairs import Making, PairDraws
 from rlfusion.distill.stages import Stage, Staged, local_steps
-from rlfusion.pretrain import Fit
+from rlfusion.pretrain import LossLearner
 from rlfusion.pretrain.denoising import Denoising
 
 
@@ -75,7 +75,7 @@ class Config(Settings):
             return self._round(teaching, 0)
         return Staged([Stage(self.steps, lambda r=r: self._round(teaching, r)) for r in range(self.rounds)])
 
-    def _round(self, teaching: Teaching, r: int) -> Fit:
+    def _round(self, teaching: Teaching, r: int) -> LossLearner:
         """Eq. (2) in round r, on pairs of the model as it is when the round begins: part of the round's state."""
         source = copy.deepcopy(teaching.student).requires_grad_(False) if r else None
         pairs = teaching.pairs(self.pairs, f"pairs-{r + 1}", source, r)
@@ -83,4 +83,4 @@ class Config(Settings):
         about = (teaching.card.classes, self.batch, self.steps, teaching.device)
         draws = PairDraws(pairs, *about, *key, dropout=self.label_dropout)
         kept = {"source": source} if source else None
-        return Fit(teaching.student, self._loss, draws, self.optimization(teaching.student), self.warmup, kept)
+        return LossLearner(teaching.student, self._loss, draws, self.optimization(teaching.student), self.warmup, kept)

@@ -18,7 +18,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Answers, Denoiser
 from rlfusion.distill.base import Distiller, Settings, Teaching
 from rlfusion.distill.pairs import Making, PairDraws
-from rlfusion.pretrain import Draw, Fit, Loss
+from rlfusion.pretrain import Draw, Loss, LossLearner
 from rlfusion.pretrain.metrics import METRICS, Metric
 
 
@@ -76,4 +76,6 @@ class Config(Settings):
         key = (teaching.seed, "distill", self.name)
         pairs = teaching.pairs(self.pairs)
         draws = PairDraws(pairs, teaching.card.classes, self.batch, self.steps, teaching.device, *key)
-        return Fit(teaching.student, Ends(self._metric), draws, self.optimization(teaching.student), self.warmup)
+        return LossLearner(
+            teaching.student, Ends(self._metric), draws, self.optimization(teaching.student), self.warmup
+        )

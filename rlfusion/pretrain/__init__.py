@@ -2,8 +2,8 @@
 
 from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.draws import Draws
-from rlfusion.pretrain.fit import Fit, rate
 from rlfusion.pretrain.learner import Config, Learner, noisy_labels
+from rlfusion.pretrain.loss_learner import LossLearner, rate
 from rlfusion.pretrain.losses import LOSSES, PRESETS
 
-__all__ = ["LOSSES", "PRESETS", "Config", "Draw", "Draws", "Fit", "Learner", "Loss", "noisy_labels", "rate"]
+__all__ = ["LOSSES", "PRESETS", "Config", "Draw", "Draws", "Learner", "Loss", "LossLearner", "noisy_labels", "rate"]

@@ -18,7 +18,7 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.models.autoencoder import encoded
 from rlfusion.pretrain import losses
 from rlfusion.pretrain.draws import Draws
-from rlfusion.pretrain.fit import Fit
+from rlfusion.pretrain.loss_learner import LossLearner
 from rlfusion.training.optimization import EMA_RULES, Optimization
 
 
@@ -75,7 +75,7 @@ def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
     return label
 
 
-class Learner(Fit):
+class Learner(LossLearner):
     """The learner of pretraining: ``config.loss`` on ``data``, of pixels, which is held."""
 
     def __init__(self, denoiser: Denoiser, data: Dataset, config: Config, seed: int = 0) -> None:

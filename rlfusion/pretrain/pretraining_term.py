@@ -14,7 +14,7 @@ from rlfusion.pretrain.losses import make
 
 
 @dataclass(frozen=True)
-class OwnLoss:
+class PretrainingTerm:
     """``weight`` times ``loss`` on ``batch`` samples of the data, whose labels are dropped with probability
     ``dropout``.
     """

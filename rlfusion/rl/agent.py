@@ -1,4 +1,4 @@
-"""What an algorithm is to the rest of the house: its settings, what it needs of the chain, and its learner."""
+"""What an algorithm is to the rest of the house: its settings, the part of a rollout that it takes, and its learner."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +101,7 @@ class Agent(Protocol):
         """Raise ConfigError where rollouts of this plan cannot serve the algorithm."""
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """What workers run of a chain of ``steps`` steps, and keep."""
+        """The part of a walk of ``steps`` steps that workers run, and what of it they keep."""
 
     def plan(self) -> str:
         """What happens to each rollout, in a line."""

@@ -114,7 +114,7 @@ class Learner:
             ConfigError: the reward has no gradient.
         """
         task.require_differentiable_reward()
-        self.task, self.config, self.paths, self.seed, self.more = task, config, paths, seed, more
+        self.task, self.config, self.paths, self.seed, self.pretraining_term = task, config, paths, seed, more
         self.policy = task.policy
         self.optimization = Optimization(
             task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
@@ -136,8 +136,8 @@ class Learner:
         for number, (epoch, rows) in enumerate(self._shares(len(batch))):
             self.optimization.optimizer.zero_grad()  # of an update that was broken off
             terms += [self._accumulate(part, len(rows)) for part in self._parts(batch, rows, self.iteration, epoch)]
-            if self.more:
-                more.append(self.more(self.iteration * updates + number))
+            if self.pretraining_term:
+                more.append(self.pretraining_term(self.iteration * updates + number))
                 more[-1].backward()
             norms.append(self.optimization.step())
         self.iteration += 1

@@ -48,7 +48,7 @@ from rlfusion.objectives.renoise import renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.losses import make
-from rlfusion.pretrain.pretraining_term import OwnLoss
+from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl.advantage import exponential_weights
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions
@@ -275,8 +275,10 @@ class Regression:
         self.policy, self.config, self.seed = task.policy, config, seed
         noised = config.on == "noised"
         self.form: Form = OnNoised(task.policy, config) if noised else OnChain(task.policy, task.times, config)
-        own = OwnLoss(config.pretrain_weight, config.pretrain_loss, config.pretrain_batch, config.label_dropout)
-        self.more = own.of(task.policy.denoiser, data, seed, "weighted")
+        term = PretrainingTerm(
+            config.pretrain_weight, config.pretrain_loss, config.pretrain_batch, config.label_dropout
+        )
+        self.pretraining_term = term.of(task.policy.denoiser, data, seed, "weighted")
         self.optimization = Optimization(
             task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
         )
@@ -297,8 +299,8 @@ class Regression:
         for number, walks in enumerate(self._parts(len(batch), count, iteration)):
             self.optimization.optimizer.zero_grad()  # of an update that was broken off
             records += self.form.accumulate(batch, walks, weigh, self.seed, "weighted noise", iteration, number)
-            if self.more:
-                more.append(self.more(iteration * updates + number))
+            if self.pretraining_term:
+                more.append(self.pretraining_term(iteration * updates + number))
                 more[-1].backward()
             norms.append(self.optimization.step())
         joined = {name: torch.cat([record[name] for record in records]).mean() for name in records[0]}

@@ -1,4 +1,4 @@
-"""What a learner needs of a chain: workers run exactly that, and ship no more."""
+"""The part of a rollout that a learner takes: workers run exactly that, and send nothing more."""
 
 from dataclasses import dataclass
 

@@ -41,7 +41,7 @@ class Task:
         reward: (samples, cond) -> (B,).
         reward_name: what errors call it.
         device: where the policy is and works.
-        needs: what is run of each walk, and kept.
+        rollout_spec: the part of each walk that is run, and what of it is kept.
         masked: a reward may fail for a sample, which is then NaN; else that is an error.
     """
 

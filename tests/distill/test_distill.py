@@ -21,7 +21,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.consistency import LCM
 from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
 from rlfusion.diffusion.gaussian import Gaussian
-from rlfusion.diffusion.kernel import CPS, DDIM, DDPM, Ended, FlowSDE, Renoise, transition
+from rlfusion.diffusion.kernel import CPS, DDIM, DDPM, FlowSDE, LastStepNoise, Renoise, transition
 from rlfusion.diffusion.parameterization import Prediction
 from rlfusion.diffusion.schedule import VP, Cosine, Karras, Rectified, Trig
 from rlfusion.distill import METHODS, OnSchedule, Stage, Staged, Student, local_steps
@@ -59,7 +59,7 @@ P = Prediction(torch.ones(3, 2), torch.zeros(3, 2))
 
 @pytest.mark.parametrize("kernel", [DDIM(0.0), DDIM(1.0), DDPM(), CPS(), Renoise(), FlowSDE()], ids=repr)
 def test_last_noise_gives_the_step_to_data_its_density_and_changes_no_other(kernel):
-    schedule, ended = Cosine(), Ended(kernel, 0.1)
+    schedule, ended = Cosine(), LastStepNoise(kernel, 0.1)
     t, s, end = (schedule(torch.tensor(at, dtype=DOUBLE)) for at in (0.8, 0.4, 0.0))
     dt = torch.tensor(-0.4, dtype=DOUBLE)
     assert ended.coefficients(t, s, dt) == kernel.coefficients(t, s, dt)

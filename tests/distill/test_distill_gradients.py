@@ -21,7 +21,7 @@ from rlfusion.distill import METHODS, Student, Teaching
 from rlfusion.distill.matching import Learner
 from rlfusion.distill.stages import Staged
 from rlfusion.jobs import distill
-from rlfusion.pretrain import Draw, Fit
+from rlfusion.pretrain import Draw, LossLearner
 from rlfusion.pretrain.continuous import normalised, tangent
 
 DOUBLE, H = torch.float64, 1e-5
@@ -49,7 +49,7 @@ def disturb(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def made(name: str, init: Student | None = None, **settings) -> tuple[Fit | Staged | Learner, Teaching]:
+def made(name: str, init: Student | None = None, **settings) -> tuple[LossLearner | Staged | Learner, Teaching]:
     """The learner of a small run of float64, its student somewhere in the midst of training."""
     config = settings_of(name, init, **settings)
     given = teaching(config, CARD)
@@ -144,7 +144,7 @@ GENERATORS = {
     "dmd": {"weight": "Normalized()", "inputs": "data", "adversarial": 0.7, "regression": 0.5, "r1": 0.3},
     "add": {"r1": 0.3},
     "add, noised": {"r1": 0.3, "noised": True},
-    "add, one for all": {"r1": 0.3, "each": False},
+    "add, one for all": {"r1": 0.3, "per_step": False},
 }
 
 

@@ -23,7 +23,7 @@ from rlfusion.distill.consistency import Consistency, bounded, constant
 from rlfusion.distill.guidance import AnyGuidance, Weighted
 from rlfusion.distill.ode import along, ddim, heun
 from rlfusion.models import Card, Config
-from rlfusion.pretrain import Draws, Fit, Loss
+from rlfusion.pretrain import Draws, Loss, LossLearner
 from rlfusion.pretrain.continuous import SCT, normalised, tangent
 from rlfusion.pretrain.metrics import L2, PseudoHuber
 
@@ -146,7 +146,7 @@ def trained(move, intervals: int, steps: int = 1000) -> Table:
     settings = cd.Config(batch=256, lr=2e-2, ema="Constant(decay=0.99)", max_grad_norm=100.0)
     draws = Draws(held, 256, 0.0, steps, torch.device("cpu"), 0, "test")
     loss = Consistency(move, (1, 0), *constant(intervals, 0.0), L2())
-    learner = Fit(student, loss, draws, settings.optimization(student), 0)
+    learner = LossLearner(student, loss, draws, settings.optimization(student), 0)
     for step in range(steps):
         learner.update(step)
     learner.optimization.ema.settle()

@@ -65,7 +65,7 @@ def test_the_gradient_penalty_passes_through_attention(name, net, tmp_path):
 
 
 def test_the_generators_loss_has_the_gradient_of_the_discriminator_and_leaves_it_none():
-    settings = settings_of("add", each=False)
+    settings = settings_of("add", per_step=False)
     given = teaching(settings)
     judge = settings.method.judging(given, ADVERSARIAL["nonsaturating"], None, 0.0, 1e-3)
     torch.nn.init.normal_(judge.critic.head.weight)

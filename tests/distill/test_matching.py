@@ -19,7 +19,7 @@ from rlfusion.diffusion.schedule import Cosine, Rectified, level
 from rlfusion.distill.discriminator import Discriminator
 from rlfusion.distill.generator import Generator
 from rlfusion.distill.matching import Fake, Learner, Parts, Regression
-from rlfusion.distill.per_step import EachStep
+from rlfusion.distill.per_step import PerStep
 from rlfusion.nets.critic import Critic
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.nets.points import Points
@@ -81,7 +81,7 @@ def setting(
     total: int = 4000,
     net: nn.Module | None = None,
     inputs: str = "simulated",
-    each: bool = False,
+    per_step: bool = False,
     **more,
 ) -> Learner:
     """A learner with an exact teacher on ``Cosine``, and a fake denoiser of the right family."""
@@ -89,7 +89,7 @@ def setting(
     student = Denoiser(net or Affine(), Rectified(), "x0")
     teacher = Denoiser(Teacher(schedule), schedule, "x0").requires_grad_(False)
     law = Denoiser(GaussianNet(schedule), schedule, "x0")
-    follower = Fake(EachStep(law, steps) if each else law, LOSSES["Denoising"](), 4 * lr) if fake else None
+    follower = Fake(PerStep(law, steps) if per_step else law, LOSSES["Denoising"](), 4 * lr) if fake else None
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     generator = Generator(Policy(student, Renoise()), times, inputs)
     parts = Parts(
@@ -99,7 +99,7 @@ def setting(
         TIMES["Uniform"](margin=0.02),
         fake=follower,
         fake_updates=2,
-        each=each,
+        per_step=per_step,
         **more,
     )
     draws = Draws(data(), batch, 0.0, total, torch.device("cpu"), 5, "matching")
@@ -242,7 +242,7 @@ def laws(learner: Learner, n: int = 4000) -> list[tuple[Tensor, Tensor]]:
 
 def test_followed_each_by_its_own_network_the_steps_end_at_the_teachers_law_and_by_one_only_their_mean_does():
     goal = torch.tensor(M), torch.tensor(S)
-    found = {each: laws(run(setting(net=ByStep(), steps=2, each=each), 400)) for each in (True, False)}
+    found = {own: laws(run(setting(net=ByStep(), steps=2, per_step=own), 400)) for own in (True, False)}
     for mean, std in found[True]:
         torch.testing.assert_close(mean, goal[0], rtol=0, atol=0.05)
         torch.testing.assert_close(std, goal[1], rtol=0, atol=0.05)
@@ -255,7 +255,7 @@ def test_followed_each_by_its_own_network_the_steps_end_at_the_teachers_law_and_
 def test_each_sample_asks_the_network_of_its_step():
     torch.manual_seed(0)
     one = Denoiser(ResidualMLP(SHAPE, 3, width=8, depth=1), Cosine(), "v")
-    each = EachStep(one, 3).double()  # a batch of one and of five take other kernels: in float32 they agree to 1e-4
+    each = PerStep(one, 3).double()  # a batch of one and of five take other kernels: in float32 they agree to 1e-4
     for p in each.parameters():
         nn.init.normal_(p)
     x, t, label = (

@@ -17,7 +17,7 @@ from rlfusion.diffusion.schedule import Level
 
 
 @dataclass(frozen=True)
-class Ended:
+class LastStepNoise:
     """Eq. (9) around ``kernel``."""
 
     kernel: Kernel

@@ -14,7 +14,7 @@ from rlfusion.pretrain.draws import Draws
 from rlfusion.training.optimization import Optimization
 
 
-class Fit:
+class LossLearner:
     """Minimises ``loss`` over the draws of ``draw``. ``update`` takes the number of the step.
 
     The learning rate is that of the optimiser as it is given: it is reached over ``warmup`` steps and falls to 0 along
