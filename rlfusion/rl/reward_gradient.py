@@ -106,15 +106,21 @@ class Learner:
     """Eq. (1) over one policy. ``update`` takes a ``Trajectory`` of unscored walks that begin as ``paths`` needs."""
 
     def __init__(
-        self, task: Task, config: Settings, paths: Paths, seed: int, more: Callable[[int], Tensor] | None = None
+        self,
+        task: Task,
+        config: Settings,
+        paths: Paths,
+        seed: int,
+        pretraining_term: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """``seed`` keys the order of the walks; ``more`` is a further loss, a function of the optimiser step.
+        """``seed`` keys the order of the walks; ``pretraining_term`` is a further loss as a function of the step.
 
         Raises:
             ConfigError: the reward has no gradient.
         """
         task.require_differentiable_reward()
-        self.task, self.config, self.paths, self.seed, self.pretraining_term = task, config, paths, seed, more
+        self.task, self.config, self.paths, self.seed = task, config, paths, seed
+        self.pretraining_term = pretraining_term
         self.policy = task.policy
         self.optimization = Optimization(
             task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
