@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable
 from rlfusion.rewards.grouped import MayGroup
@@ -34,6 +34,8 @@ MORE_BYTES, BYTES_PER_ITEM = 65536, 4096
 """An answer longer than that is not read."""
 PROBE_S = 5.0
 NO_FRAME = 400
+MOST_LABEL = 63
+"""Characters between the dots of a host's name (RFC 1035)."""
 
 
 @dataclass(frozen=True)
@@ -246,10 +248,13 @@ def _checked(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in url.strip()
+        good = good and all(len(label) <= MOST_LABEL for label in parts.hostname.split("."))
     except ValueError:  # a port that is none, or half an address of IPv6
         good = False
     if not good or parts.query or parts.fragment or parts.username:
-        raise ConfigError(f"reward server {url!r}: expected http://host:port, without user, password or question mark")
+        raise ConfigError(
+            f"reward server {shorten(repr(url))}: expected http://host:port, without user, password or question mark"
+        )
     return url.strip().rstrip("/")
 
 

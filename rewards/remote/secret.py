@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, shorten
 
 VARIABLE = "RLFUSION_REWARD_TOKEN"
 SHORTEST = 16
@@ -25,11 +25,13 @@ def read_token(file: str) -> str:
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token_file = {file!r}: cannot be read ({error})") from error
+        raise ConfigError(
+            f"token_file = {shorten(repr(file))}: cannot be read ({getattr(error, 'strerror', error)})"
+        ) from error
     if stat.S_IMODE(mode) & 0o077:
-        raise ConfigError(f"token_file = {file!r}: its mode is {stat.S_IMODE(mode):o}, expected 600")
+        raise ConfigError(f"token_file = {shorten(repr(file))}: its mode is {stat.S_IMODE(mode):o}, expected 600")
     if not token:
-        raise ConfigError(f"token_file = {file!r}: is empty")
+        raise ConfigError(f"token_file = {shorten(repr(file))}: is empty")
     return _checked(token, file)
 
 

@@ -6,6 +6,7 @@ changes of the defaults is found before.
 """
 
 import json
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -35,9 +36,15 @@ PIPELINE_DEFAULTS = {
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
 
+ROLLING = ("finetune", "compare")
+"""The commands that have rollout.prompts."""
+
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
 RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
+
+MOST_NAME, MOST_PATH = 240, 3500
+"""Bytes of the name of a folder, and of a path: what file systems take, less what is added."""
 
 ONE_TEXT = ("templates",)
 """Lists of texts, in which a comma is part of one."""
@@ -136,30 +143,45 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
     from rlfusion.models import pipelines
 
     name = _told(arguments, option)
+    rolls = command in ROLLING and _told(arguments, "rollout", "prompts") is None
     if not name:
-        return {}
+        return _fitting(_classes(arguments)) if rolls else {}
     if pipelines.is_pipeline(name):
         variant = str(_told(arguments, "pipeline", "variant") or "")
         training = command in ("finetune", "compare", "check-model")
         chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
-        if "rollout.item" in few and (prompts := _told(arguments, "pipeline", "prompts")):
-            how = [str(_told(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
-            few = few | _few_prompts(str(prompts), *how)
+        few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+        few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
     return few | {f"chain.{key}": value for key, value in chain.items()}
 
 
-def _few_prompts(prompts: str, column: str, encoding: str) -> dict[str, Any]:
-    """The default of rollout.prompts where there are fewer prompts than that; a file of many is not read for it."""
+def _fitting(there: int) -> dict[str, Any]:
+    """The default of rollout.prompts where there are fewer prompts than that."""
     from rlfusion.config import Rollout
+
+    return {"rollout.prompts": there} if 1 < there < Rollout().prompts else {}
+
+
+def _prompts(arguments: list[str], own: int) -> int:
+    """How many prompts a pipeline is given, ``own`` where none are."""
     from rlfusion.models import pipelines
 
-    if Path(prompts).is_file() and Path(prompts).stat().st_size > 10_000:
-        return {}
-    there, most = len(pipelines.read_prompts(prompts, "", column, encoding).texts), Rollout().prompts
-    return {"rollout.prompts": there} if 1 < there < most else {}
+    told = _told(arguments, "pipeline", "prompts")
+    if not told:
+        return own
+    how = [str(_told(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
+    return len(pipelines.read_prompts(str(told), "", *how).texts)
+
+
+def _classes(arguments: list[str]) -> int:
+    """How many classes, or captions, the data have that a base model is trained on here."""
+    from rlfusion.data import load as load_data
+
+    data, size = (_told(arguments, "pretrain", key) for key in ("data", "size"))
+    return load_data(str(data), int(size or 32)).classes if data else 0
 
 
 def parse(
@@ -327,8 +349,19 @@ def _checked(key: str, value: Any, known: Tree) -> str:
         raise ConfigError(refused(key, value, annotation))
     if key == "root" and not value.strip():
         raise ConfigError(f"root = {value!r}: expected a folder, such as runs, or . for this one")
+    if key in ("root", "name"):
+        _require_short(key, value)
     _require_text(key, value)
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _require_short(key: str, path: str) -> None:
+    """Refuse a folder whose name no file system takes, with what is added to a name that is taken."""
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    if longest > MOST_NAME or len(os.fsencode(path)) > MOST_PATH:
+        raise ConfigError(
+            f"{key} = {shorten(repr(path))}: expected names of at most {MOST_NAME} bytes, {MOST_PATH} in all"
+        )
 
 
 def _require_text(key: str, value: Any) -> None:

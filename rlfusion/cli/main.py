@@ -16,6 +16,8 @@ DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
 
 MOST_CHARACTERS = 600
 """Of an error's line, whatever other libraries say in it."""
+LONGEST_WORD = 200
+"""Characters of a name or path in it that is said whole."""
 
 GUIDE = """\
 Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
@@ -226,11 +228,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     from rlfusion.common.errors import shorten
 
-    return shorten(error, MOST_CHARACTERS)
+    words = (shorten(word) if len(word) > LONGEST_WORD else word for word in str(error).split())
+    return shorten(" ".join(words), MOST_CHARACTERS)
 
 
 def _notes(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", []))
+    return [_one_line(note) for note in getattr(error, "__notes__", [])]

@@ -97,7 +97,7 @@ def load_file(path: str, option: str = "config") -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not UTF-8 (byte {error.start}): expected a YAML file in UTF-8") from error
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise ConfigError(f"{what} cannot be read: {shorten(error, 120)}") from error
+        raise ConfigError(f"{what} cannot be read: {shorten(getattr(error, 'strerror', error), 120)}") from error
     held = load(text, what)
     if held is None:
         raise ConfigError(f"{what} is empty: expected settings, such as seed: 1")

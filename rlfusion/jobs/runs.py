@@ -40,11 +40,16 @@ def new_run(command: str, settings: Any, name: str) -> Iterator[tuple[Any, Path]
     with ExitStack() as stack:
         make_root(Path(settings.root))
         with blocked():  # until it is known that it is to be removed
-            folder = new_folder(Path(settings.root), settings.name or name)
+            folder = new_folder(Path(settings.root), settings.name or _short(name))
             stack.enter_context(at_work(command, folder, new=True))
         settings = replace(settings, name=folder.name)
         storage.write(folder / "config.yaml", config.to_yaml(settings))
         yield settings, folder
+
+
+def _short(name: str) -> str:
+    """A name made of settings, as a file system takes it."""
+    return name.encode()[:200].decode(errors="ignore")
 
 
 @contextmanager

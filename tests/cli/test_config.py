@@ -171,10 +171,50 @@ REFUSED = [
     (f"finetune --chain.kernel DDIM(eta={'(' * 100_000}", ["characters", "expected Name or Name(setting=value"]),
     (f"finetune --chain.kernel DDIM(eta={'[' * 900}1{']' * 900})", ["expected Name or Name(setting=value"]),
     (f"finetune --reward {'x' * 5000}", ["unknown reward 'xxx"]),
-    (f"finetune --base {'x' * 5000}", ["xxx", "is no model"]),
     ("compare --budget_queries 10", ["budget_queries = 10", "expected at least 240"]),
     ("fintune", ["'fintune'", "did you mean 'finetune'?"]),
 ]
+
+
+LONG = "x" * 5000
+LONG_NAMES = [
+    *(f"{c} --base {LONG}" for c in ("finetune", "compare", "doctor")),
+    *(f"{c} --model {LONG}" for c in ("finetune", "compare", "check-model", "check-reward ink")),
+    *(
+        f"{c} --root {LONG}"
+        for c in ("finetune", "compare", "pretrain", "pretrain-autoencoder", "train-clip", "distill")
+    ),
+    *(f"{c} --name {LONG}" for c in ("finetune", "pretrain", "distill")),
+    *(f"{c} --config {LONG}.yaml" for c in ("finetune", "evaluate", "serve-reward ink")),
+    *(f"{c} --data {LONG}{end}" for c in ("pretrain", "train-clip") for end in ("", ".npz", ".csv", ".parquet")),
+    *(f"{c} --reward {LONG}.py:f" for c in ("finetune", "check-reward", "serve-reward")),
+    *(f"{c} --checkpoint {LONG}" for c in ("sample", "evaluate")),
+    *(f"finetune --{key} {LONG}" for key in ("pretrain.data", "pretrain.autoencoder", "resume", "ray.address")),
+    *(f"finetune --{key} {LONG}" for key in ("monitor.held_out", "reward", "agent", "agent.name", "lora", "device")),
+    f"finetune --reward_options.class_logprob.weights {LONG}",
+    f"finetune --reward a.{LONG}:f",
+    f"finetune --reward http://{LONG}:8500",
+    f"pretrain --data folder(path='{LONG}')",
+    f"pretrain --autoencoder {LONG}",
+    f"distill --teacher {LONG}",
+    f"compare --rewards {LONG}.py:f",
+    f"sample --checkpoint x --out {LONG}.png",
+    f"evaluate --checkpoint x --out {LONG}.json",
+    f"serve-reward ink --token_file {LONG}",
+    f"serve-reward ink --host {LONG}",
+]
+
+
+@pytest.mark.parametrize("line", LONG_NAMES, ids=[line.replace(LONG, "LONG") for line in LONG_NAMES])
+def test_a_name_too_long_for_any_file_is_one_short_line(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert (err.count("\n"), out) == (1, "")
+    assert len(err) < 400
+    assert "xxx" in err or "no model" in err
+    assert "Errno" not in err
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("line", "said"), REFUSED, ids=[line[:80] for line, _ in REFUSED])
