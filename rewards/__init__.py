@@ -5,15 +5,15 @@ from rlfusion.rewards.class_logprob import ClassLogProb
 from rlfusion.rewards.grouped import GroupWise, PairWise, needs_groups
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, facts, find, labels, names_of
+from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, find, labels, names_of, task_info
 from rlfusion.rewards.remote.client import Remote
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
-from rlfusion.rewards.wrapped import Care, bare, caches
+from rlfusion.rewards.wrapped import CallOptions, bare, caches
 
 __all__ = [
     "REWARDS",
-    "Care",
+    "CallOptions",
     "ClassLogProb",
     "GroupWise",
     "JpegCompressibility",
@@ -30,7 +30,6 @@ __all__ = [
     "build",
     "caches",
     "everywhere",
-    "facts",
     "find",
     "ink",
     "labels",
@@ -38,5 +37,6 @@ __all__ = [
     "needs_groups",
     "score",
     "symmetry",
+    "task_info",
     "valid",
 ]

@@ -222,14 +222,14 @@ class Adapted(nn.Module):
         name: str,
         scorer: Callable[..., Any],
         bound: Bound,
-        facts: Mapping[str, Any],
+        task_info: Mapping[str, Any],
         weights: Mapping[str, float],
         inside: object = None,
     ) -> None:
-        """``facts`` are those of the model (``registry.facts``); ``inside`` is the object that the scorer is of."""
+        """``task_info`` is as ``registry.task_info`` gives it; ``inside`` is the object whose method the scorer is."""
         super().__init__()
         self.name, self.bound, self.weights = name, bound, dict(weights)
-        self._facts, self._scorer = facts, scorer
+        self._task_info, self._scorer = task_info, scorer
         if isinstance(inside, nn.Module):
             self.inside = inside
 
@@ -262,7 +262,7 @@ class Adapted(nn.Module):
 
     def _rows(self, fact: str, cond: Cond, count: int) -> list[Any]:
         """The words, or the metadata, of each sample."""
-        held: Sequence[Any] = self._facts.get(fact, ())
+        held: Sequence[Any] = self._task_info.get(fact, ())
         if not held:
             raise ConfigError(f"reward {self.name!r} asks for {fact}: expected a model with prompts")
         return [held[i] for i in require_labels(cond, count, len(held), f"reward {self.name!r}").tolist()]
@@ -301,7 +301,7 @@ def adapted(
     inside: object,
     options: Mapping[str, Any],
     adapter: Adapter,
-    facts: Mapping[str, Any],
+    task_info: Mapping[str, Any],
     method: str = "",
 ) -> Any:
     """The reward that a scorer is; itself where it is one already. ``options`` are given to it by keyword."""
@@ -317,7 +317,7 @@ def adapted(
     def call(*args: Any, **named: Any) -> Any:
         return scorer(*args, **named, **options)
 
-    return Adapted(name, call, bound, facts, adapter.scores, inside)
+    return Adapted(name, call, bound, task_info, adapter.scores, inside)
 
 
 def signature_of(name: str, scorer: Callable[..., Any]) -> inspect.Signature:

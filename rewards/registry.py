@@ -10,8 +10,8 @@ one of
                 makes is the reward, or has a method ``score``
 
 Either may ask what the model makes: a setting named ``prompts``, ``shape``, ``classes`` or ``metadata`` that the
-options leave open is filled in from ``facts``, ``prompts`` and ``metadata`` with one entry a condition. The condition
-of a sample is a number, the index of its prompt.
+options leave open is filled in from ``task_info``; ``prompts`` and ``metadata`` have one entry a condition. The
+condition of a sample is a number, the index of its prompt.
 """
 
 import functools
@@ -31,7 +31,7 @@ from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, remedy, sign
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.remote.client import Remote, is_url
 from rlfusion.rewards.weighted import WeightedSum
-from rlfusion.rewards.wrapped import Care
+from rlfusion.rewards.wrapped import CallOptions
 
 _MODULES = {
     "ink": "ink:ink",
@@ -63,12 +63,14 @@ FROM_DATA: dict[str, tuple[str, str]] = {
 """Rewards that a run trains on its data where one option, given here with its meaning, does not name their weights."""
 
 Options = Mapping[str, Mapping[str, Any]]
-NO_CARE = Care()
+NO_CALL_OPTIONS = CallOptions()
 
 
-def facts(prompts: Sequence[str], shape: Sequence[int], metadata: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """What a reward may ask about the model: the text of each condition, the shape (C, H, W) of a sample, and what else
-    is known of each condition (an empty mapping each, where nothing is).
+def task_info(
+    prompts: Sequence[str], shape: Sequence[int], metadata: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """What a reward may ask about the task: the text of each condition, the shape (C, H, W) of a sample, the number of
+    conditions, and the metadata of each (an empty mapping where there are none).
     """
     told = tuple(metadata) or ({},) * len(prompts)
     return {"prompts": tuple(prompts), "shape": tuple(shape), "classes": len(prompts), "metadata": told}
@@ -77,15 +79,17 @@ def facts(prompts: Sequence[str], shape: Sequence[int], metadata: Sequence[Mappi
 def build(
     reward: str | Mapping[str, float],
     options: Options | None = None,
-    facts: Mapping[str, Any] | None = None,
-    care: Care = NO_CARE,
+    task_info: Mapping[str, Any] | None = None,
+    call_options: CallOptions = NO_CALL_OPTIONS,
     made: Mapping[str, Reward] | None = None,
 ) -> Reward:
     """One reward by name, or the ``WeightedSum`` of several by ``{name: weight}``.
 
-    ``options`` holds the settings of each by its name: ``{"jpeg_compressibility": {"quality": 80}}``; ``facts`` (the
-    function of that name makes them) fill in what they leave open. ``care`` is put around each. ``made`` are those
-    that exist already, by name.
+    Args:
+        options: the settings of each reward by its name, ``{"jpeg_compressibility": {"quality": 80}}``.
+        task_info: what the function ``task_info`` gives; it fills in the settings that ``options`` leave open.
+        call_options: how each reward is called.
+        made: rewards that exist already, by name.
 
     Raises:
         ConfigError: an unknown name or option (with the nearest one), a missing or unusable option, options for a
@@ -98,14 +102,14 @@ def build(
     built = dict(made or {})
     for name in names:
         given = options.get(name) or {}
-        one = built[name] if name in built else _build(name, given, facts or {})
-        built[name] = care.around(one, name, json.dumps([name, given], sort_keys=True, default=str))
+        one = built[name] if name in built else _build(name, given, task_info or {})
+        built[name] = call_options.around(one, name, json.dumps([name, given], sort_keys=True, default=str))
     built = {name: built[name] for name in names}
     return built[reward] if isinstance(reward, str) else WeightedSum(built, reward)
 
 
 def asks(name: str) -> set[str]:
-    """Which facts of the model the reward of that name asks for; all words, where what it makes is not known before."""
+    """The entries of ``task_info`` that the reward of that name asks for; all, where they cannot be known before."""
     found = find(name)
     wanted = {"prompts", "shape", "classes", "metadata"} & set(signature_of(name, found).parameters)
     if name in REWARDS or is_url(name):
@@ -162,27 +166,27 @@ def _label(name: str) -> str:
     return name.partition("(")[0].rpartition(":")[2]
 
 
-def _build(name: str, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Reward:
+def _build(name: str, options: Mapping[str, Any], task_info: Mapping[str, Any]) -> Reward:
     found, options = find(name), dict(options)
     if name in REWARDS or is_url(name):
-        return _of_ours(name, found, options, facts)
+        return _of_ours(name, found, options, task_info)
     adapter = Adapter.read(name, options.pop("adapter", None))
     if inspect.isclass(found) or (inspect.isfunction(found) and not _takes_images(name, found, adapter)):
-        return _reward(name, _made(name, found, options, facts), {}, adapter, facts)
-    return _reward(name, found, options, adapter, facts)
+        return _reward(name, _made(name, found, options, task_info), {}, adapter, task_info)
+    return _reward(name, found, options, adapter, task_info)
 
 
-def _of_ours(name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any]) -> Reward:
+def _of_ours(name: str, found: Callable[..., Any], options: dict[str, Any], task_info: Mapping[str, Any]) -> Reward:
     """One of ``REWARDS``: a function of just (samples, cond), or what makes a reward."""
     if inspect.isfunction(found):
         _require_options(name, options, [])
         return found
-    return _made(name, found, options, facts)
+    return _made(name, found, options, task_info)
 
 
-def _made(name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any]) -> Any:
+def _made(name: str, found: Callable[..., Any], options: dict[str, Any], task_info: Mapping[str, Any]) -> Any:
     """What a class or another factory makes of its options."""
-    settings = _settings(name, found, options, facts)
+    settings = _settings(name, found, options, task_info)
     with running(f"reward {name!r} of {options}"):
         return found(**settings)
 
@@ -199,16 +203,20 @@ def _takes_images(name: str, found: Callable[..., Any], adapter: Adapter) -> boo
 
 
 def _settings(
-    name: str, found: Callable[..., Any], options: dict[str, Any], facts: Mapping[str, Any], kept: Sequence[str] = ()
+    name: str,
+    found: Callable[..., Any],
+    options: dict[str, Any],
+    task_info: Mapping[str, Any],
+    kept: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The options, and the facts that they leave open, of those parameters that are not ``kept``."""
+    """The options, and the ``task_info`` that they leave open, of those parameters that are not ``kept``."""
     parameters = [p for p in signature_of(name, found).parameters.values() if p.name not in kept]
-    options = {p.name: facts[p.name] for p in parameters if p.name in facts} | options
+    options = {p.name: task_info[p.name] for p in parameters if p.name in task_info} | options
     _require_options(name, options, parameters)
     return options
 
 
-def _reward(name: str, found: Any, options: dict[str, Any], adapter: Adapter, facts: Mapping[str, Any]) -> Reward:
+def _reward(name: str, found: Any, options: dict[str, Any], adapter: Adapter, task_info: Mapping[str, Any]) -> Reward:
     """The reward that an object or a function is, or that its method ``score`` is."""
     scorer, method = _scorer(name, found, adapter)
     parameters = signature_of(name, scorer).parameters
@@ -216,8 +224,8 @@ def _reward(name: str, found: Any, options: dict[str, Any], adapter: Adapter, fa
     if "cond" in words.values():  # beside the condition, prompts are a setting: the text of each condition
         words = {p: role for p, role in words.items() if role != "prompts" or parameters[p].kind <= 1}
     kept = [p for p, role in words.items() if role] + list(adapter.parameters) + _ordered(parameters, adapter)
-    options = _settings(name, scorer, options, facts, kept)
-    reward = adapted(name, scorer, found, options, adapter, facts, method)
+    options = _settings(name, scorer, options, task_info, kept)
+    reward = adapted(name, scorer, found, options, adapter, task_info, method)
     return reward or (functools.partial(found, **options) if options else found)
 
 

@@ -29,7 +29,7 @@ HANGING = 3
 
 
 @dataclass(frozen=True)
-class Care:
+class CallOptions:
     """How rewards are called.
 
     Attributes:

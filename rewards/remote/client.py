@@ -95,7 +95,7 @@ class Remote(MayGroup):
             timeout_s: for one question.
             patience_s: how long failing servers are asked again.
             batch: samples of one question, several of which run at once on several replicas; 0 sends all in one.
-            prompts: the model's facts (``registry.facts``), which are passed on: the text of each condition,
+            prompts: the text of each condition, passed on (this and the next three are ``registry.task_info``),
             shape: of a sample, and
             classes: the number of conditions, and
             metadata: what else is known of each.
@@ -108,8 +108,8 @@ class Remote(MayGroup):
         require_positive(self, "timeout_s")
         require_not_negative(self, "patience_s", "batch")
         self.name = urls
-        self.facts = {"prompts": list(prompts), "shape": list(shape), "classes": classes} if shape else {}
-        self.facts |= {"metadata": list(metadata)} if self.facts and any(metadata) else {}
+        self.task_info = {"prompts": list(prompts), "shape": list(shape), "classes": classes} if shape else {}
+        self.task_info |= {"metadata": list(metadata)} if self.task_info and any(metadata) else {}
         self.replicas = Replicas([_checked(url) for url in urls.split(",")])
         self._token = read_token(token_file)
         self._seen: dict[str, Served] = {}
@@ -155,7 +155,7 @@ class Remote(MayGroup):
 
     def _frame(self, samples: Tensor, cond: Cond) -> bytes:
         try:
-            return ask(samples, cond, self.facts)
+            return ask(samples, cond, self.task_info)
         except FrameError as error:
             raise ConfigError(f"{self.name} cannot be asked: {error}") from error
 
@@ -192,7 +192,7 @@ class Remote(MayGroup):
                 return result
 
     def _greet(self, url: str) -> None:
-        """Ask whether ``url`` is alive, if that is in doubt, and what it serves for our facts.
+        """Ask whether ``url`` is alive, if that is in doubt, and what it serves for our task info.
 
         Raises:
             Failed, ConfigError: as ``_request``; ConfigError also for another reward than before.
@@ -200,7 +200,7 @@ class Remote(MayGroup):
         if self.replicas.failing(url):
             self._request("GET", f"{url}/health", None, MORE_BYTES, min(PROBE_S, self.timeout_s))
         try:
-            told = self._request("POST", f"{url}/hello", greet(self.facts), MORE_BYTES, self.timeout_s)
+            told = self._request("POST", f"{url}/hello", greet(self.task_info), MORE_BYTES, self.timeout_s)
         except RefusedError as error:
             if error.status != NO_FRAME:
                 raise

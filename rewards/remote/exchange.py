@@ -1,11 +1,11 @@
 """What is asked of a reward elsewhere and what it answers: the same two frames over HTTP and between Ray actors.
 
-    question   samples (B, C, H, W) in [0, 1], cond, and the facts of the model (prompts, shape, classes)
+    question   samples (B, C, H, W) in [0, 1], cond, and the task's prompts, shape, classes (key ``facts``)
     answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward, and
                the digest of the question
 
 A question is refused, and not scored, where its samples are not finite or outside [0, 1], where their shape is not that
-of the facts, or a label of the condition is none of the facts' classes. A reward that raises for a batch is asked for
+of the task info, or a label of the condition is none of its classes. A reward that raises for a batch is asked for
 each sample alone, so that one broken sample costs no other its value.
 """
 
@@ -54,18 +54,18 @@ class Question(NamedTuple):
 
     samples: Tensor
     cond: Cond
-    facts: dict[str, Any]
+    task_info: dict[str, Any]
     digest: str
 
 
-def ask(samples: Tensor, cond: Cond, facts: Mapping[str, Any]) -> bytes:
+def ask(samples: Tensor, cond: Cond, task_info: Mapping[str, Any]) -> bytes:
     """The frame of a question. Tensors are sent as they are, without gradient."""
-    return encode({"samples": samples, "cond": cond, "facts": _sent(facts)})
+    return encode({"samples": samples, "cond": cond, "facts": _sent(task_info)})
 
 
-def greet(facts: Mapping[str, Any]) -> bytes:
-    """The frame that asks what is served for a model of these facts."""
-    return encode({"facts": _sent(facts)})
+def greet(task_info: Mapping[str, Any]) -> bytes:
+    """The frame that asks what is served for a model of this task info."""
+    return encode({"facts": _sent(task_info)})
 
 
 def asked(frame: bytes) -> Question:
@@ -74,24 +74,24 @@ def asked(frame: bytes) -> Question:
     Raises:
         FrameError: the frame is none.
         QuestionError: it holds no question that can be scored: samples (B, C, H, W) of floating-point numbers in
-            [0, 1], B > 0, of the shape that the facts say, and a condition of batch B, whose labels are among the
-            facts' classes.
+            [0, 1], B > 0, of the shape that the task info says, and a condition of batch B, whose labels are among the
+            task info's classes.
     """
     samples, cond, told = _question(frame, "samples", "cond", "facts").values()
-    facts = _facts(told)
-    _require_samples(samples, facts)
-    _require_condition(cond, len(samples), facts)
-    return Question(samples, cond, facts, digest_of(frame))
+    task_info = _task_info(told)
+    _require_samples(samples, task_info)
+    _require_condition(cond, len(samples), task_info)
+    return Question(samples, cond, task_info, digest_of(frame))
 
 
 def greeted(frame: bytes) -> dict[str, Any]:
-    """The facts of a frame that asks what is served for them.
+    """The task info of a frame that asks what is served for it.
 
     Raises:
         FrameError: the frame is none.
-        QuestionError: it holds no facts.
+        QuestionError: it holds no task info.
     """
-    return _facts(_question(frame, "facts")["facts"])
+    return _task_info(_question(frame, "facts")["facts"])
 
 
 def _question(frame: bytes, *names: str) -> dict[str, Any]:
@@ -102,9 +102,9 @@ def _question(frame: bytes, *names: str) -> dict[str, Any]:
         raise QuestionError(str(error)) from error
 
 
-def _sent(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as a message holds them: texts packed, each prompt's metadata as a JSON text; none where there is none."""
-    plain = {key: packed(value) if key == "prompts" else _listed(value) for key, value in facts.items()}
+def _sent(task_info: Mapping[str, Any]) -> dict[str, Any]:
+    """Task info as a message holds it: texts packed, each prompt's metadata, if any, as a JSON text."""
+    plain = {key: packed(value) if key == "prompts" else _listed(value) for key, value in task_info.items()}
     metadata = plain.pop("metadata", ())
     if any(metadata):
         plain["metadata"] = packed([json.dumps(held, allow_nan=False, ensure_ascii=False) for held in metadata])
@@ -115,8 +115,8 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _facts(told: Any) -> dict[str, Any]:
-    """The facts that were ``_sent``: all of them, or none."""
+def _task_info(told: Any) -> dict[str, Any]:
+    """The task info that was ``_sent``: all of it, or none."""
     if told == {}:
         return {}
     try:
@@ -145,13 +145,13 @@ def _metadata(told: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     return found
 
 
-def _require_samples(samples: Any, facts: Mapping[str, Any]) -> None:
+def _require_samples(samples: Any, task_info: Mapping[str, Any]) -> None:
     if not isinstance(samples, Tensor) or samples.ndim != 4 or samples.dtype not in FLOATS or not samples.numel():
         raise QuestionError(
             f"samples {_kind(samples)}: expected (B, C, H, W) of floating-point numbers, none of the four 0"
         )
-    if facts and list(samples.shape[1:]) != facts["shape"]:
-        raise QuestionError(f"samples {_kind(samples)}: expected {facts['shape']} each, as the facts say")
+    if task_info and list(samples.shape[1:]) != task_info["shape"]:
+        raise QuestionError(f"samples {_kind(samples)}: expected {task_info['shape']} each, as the facts say")
     least, most = (value.item() for value in samples.aminmax())
     if not -TOLERANCE <= least <= most <= 1 + TOLERANCE:  # a NaN is in no range
         raise QuestionError(
@@ -159,7 +159,7 @@ def _require_samples(samples: Any, facts: Mapping[str, Any]) -> None:
         )
 
 
-def _require_condition(cond: Cond, count: int, facts: Mapping[str, Any]) -> None:
+def _require_condition(cond: Cond, count: int, task_info: Mapping[str, Any]) -> None:
     """``cond`` is of batch ``count``; numbers are finite; labels, (B,) of integers, are in 0..classes-1."""
 
     def check(part: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ def _require_condition(cond: Cond, count: int, facts: Mapping[str, Any]) -> None
         raise QuestionError(f"cond: expected None, a tensor or a dict of tensors ({error})") from error
     if isinstance(cond, Tensor) and cond.dtype in INTEGERS and cond.ndim == 1:
         least, most = (int(value) for value in cond.aminmax())
-        if least < 0 or (facts and most >= facts["classes"]):
-            known = f"0..{facts['classes'] - 1}" if facts else "0 and above"
+        if least < 0 or (task_info and most >= task_info["classes"]):
+            known = f"0..{task_info['classes'] - 1}" if task_info else "0 and above"
             raise QuestionError(f"labels from {least} to {most}: expected {known}")
 
 

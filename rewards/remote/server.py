@@ -1,10 +1,10 @@
 """The server of a reward, as an ASGI application: what ``remote`` asks of.
 
     GET  /health   -> 200, is it alive?                                      (JSON)
-    POST /hello    facts of the model -> what is served for them             (frame -> frame, ``remote.Served``)
+    POST /hello    task info of a model -> what is served for it            (frame -> frame, ``remote.Served``)
     POST /score    question -> answer                                        (frame -> frame, ``exchange``)
 
-    401 wrong or no token · 400 no frame, a frame of another protocol, or facts for which there is no reward ·
+    401 wrong or no token · 400 no frame, a frame of another protocol, or task info for which there is no reward ·
     411 no length said · 412 a frame that was damaged on the way · 413 too many bytes · 415 another content type ·
     422 a whole frame that is no question, or one that cannot be scored · 408 the question was not complete in time ·
     503 an earlier question hangs, or there was no room · 504 this one was not scored in time
@@ -43,7 +43,7 @@ from rlfusion.rewards.remote.frames import DamagedFrame, FrameError, encode
 
 _log = logging.getLogger(__name__)
 MODELS = 4
-"""How many models' facts a server keeps a reward for."""
+"""How many models' task info a server keeps a reward for."""
 ASKING = 64
 """Questions at once, waiting or being received and scored."""
 STALL_S = 10.0
@@ -86,7 +86,7 @@ def require_servable(name: str, options: Mapping[str, Any]) -> None:
 
 
 class Offer:
-    """A reward for each model that asks: ``make(facts)``, kept for the last few. It is given the facts that it
+    """A reward for each model that asks: ``make(task_info)``, kept for the last few. It is given the entries that it
     ``wants``, by name.
     """
 
@@ -97,17 +97,17 @@ class Offer:
         self._described = json.dumps([name, dict(options)], sort_keys=True, default=str)
         self._kept: OrderedDict[str, tuple[Reward, str]] = OrderedDict()
 
-    def reward(self, facts: Mapping[str, Any]) -> tuple[Reward, str]:
-        """The reward for a model of these facts, and its identity: a digest of its name, options and weights.
+    def reward(self, task_info: Mapping[str, Any]) -> tuple[Reward, str]:
+        """The reward for a model of this task info, and its identity: a digest of its name, options and weights.
 
         Raises:
             ConfigError: there is none.
         """
-        told = {key: value for key, value in facts.items() if key in self.wants}
-        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-        key = json.dumps(facts, sort_keys=True)
+        told = {key: value for key, value in task_info.items() if key in self.wants}
+        task_info = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        key = json.dumps(task_info, sort_keys=True)
         if key not in self._kept:
-            reward = self._make(facts)
+            reward = self._make(task_info)
             state = digest(pack(reward.state_dict())) if isinstance(reward, nn.Module) else ""
             self._kept[key] = reward, sha256(f"{self._described}{state}".encode()).hexdigest()[:16]
             while len(self._kept) > MODELS:
@@ -115,9 +115,9 @@ class Offer:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def served(self, facts: Mapping[str, Any], limits: Limits) -> Served:
+    def served(self, task_info: Mapping[str, Any], limits: Limits) -> Served:
         """What is told of it."""
-        reward, identity = self.reward(facts)
+        reward, identity = self.reward(task_info)
         return Served(self.name, identity, needs_groups(reward), limits.max_bytes)
 
 
@@ -157,16 +157,16 @@ class Service:
         return json.dumps({"alive": True, "reward": self.offer.name}).encode()
 
     async def hello(self, request: Any) -> bytes:
-        """What is served for the facts of the body."""
+        """What is served for the task info of the body."""
         with self._asking(), ExitStack() as held:
-            facts = await self._read(greeted, await self._body(request, held))
-            return await self._do(lambda: encode(asdict(self.offer.served(facts, self.limits))), held)
+            task_info = await self._read(greeted, await self._body(request, held))
+            return await self._do(lambda: encode(asdict(self.offer.served(task_info, self.limits))), held)
 
     async def score(self, request: Any) -> bytes:
         """The answer to the question of the body."""
         with self._asking(), ExitStack() as held:
             question = await self._read(asked, await self._body(request, held))
-            return await self._do(lambda: answer(*self.offer.reward(question.facts), question, self.device), held)
+            return await self._do(lambda: answer(*self.offer.reward(question.task_info), question, self.device), held)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

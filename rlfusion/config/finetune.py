@@ -12,7 +12,7 @@ from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Precision
 from rlfusion.models import lora, pipelines
-from rlfusion.rewards import Care, labels, names_of
+from rlfusion.rewards import CallOptions, labels, names_of
 from rlfusion.rl.agent import Agent, Plan
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
@@ -162,9 +162,9 @@ class Finetune:
         return self.max_failed if self.reward_failures == "mask" else None
 
     @property
-    def care(self) -> Care:
+    def call_options(self) -> CallOptions:
         """How rewards are called."""
-        return Care(self.reward_timeout_s, self.reward_cache)
+        return CallOptions(self.reward_timeout_s, self.reward_cache)
 
     @property
     def default_name(self) -> str:

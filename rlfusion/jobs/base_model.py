@@ -23,7 +23,7 @@ from rlfusion.jobs.pretrain import base_model, seen
 from rlfusion.jobs.tasks import actors_of, from_actors, require_whole_groups
 from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
-from rlfusion.rewards import facts, find, names_of, score
+from rlfusion.rewards import find, names_of, score, task_info
 
 TRIED = 2
 JUDGED = ("agreement", "frechet_base")
@@ -99,8 +99,8 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
         find(name)
     samples = to_pixels(normal(("check",), range(TRIED), card.shape))
     with actors_of(config) as actors:
-        made = from_actors(actors, facts(card.names, card.shape, card.metadata), config.ray.limits.item_s)
-        reward = judged.reward(config.reward, options, Path(config.root), config.care, made)
+        made = from_actors(actors, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
+        reward = judged.reward(config.reward, options, Path(config.root), config.call_options, made)
         require_whole_groups(config, card.classes, reward)
         label = torch.zeros(TRIED, dtype=torch.int64)  # of one prompt, for rewards that compare
         score(reward, samples, label, config.reward_name, config.reward_failures == "mask")

@@ -30,7 +30,7 @@ from rlfusion.common.user_code import described
 from rlfusion.config import CheckReward
 from rlfusion.data import Dataset, load, to_pixels
 from rlfusion.jobs.measure import Unjudged, draw, make_reward, require_models_data
-from rlfusion.rewards import Care, Reward, needs_groups, score
+from rlfusion.rewards import CallOptions, Reward, needs_groups, score
 from rlfusion.training.devices import pick_device, set_numerics
 
 EACH = 4
@@ -77,19 +77,19 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
     device = pick_device(settings.device)
     set_numerics(settings.threads, device)
     options = {settings.reward: settings.options} if settings.options else {}
-    care, root = Care(timeout_s=settings.timeout_s), Path(settings.root)
+    call_options, root = CallOptions(timeout_s=settings.timeout_s), Path(settings.root)
     if settings.model:
         samples, label, card = _drawn(settings, device)
     if settings.model and card.pipeline:
         known = Unjudged(card.shape, card.names, card.metadata)
-        reward, classes = known.reward(settings.reward, options, root, care), card.classes
+        reward, classes = known.reward(settings.reward, options, root, call_options), card.classes
     else:
         data = load(settings.data, settings.size)
         if settings.model:
             require_models_data(settings.data, data, card)
         else:
             samples, label = _samples(data, settings.samples, settings.seed)
-        reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], root, care)
+        reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], root, call_options)
         classes = data.classes
     if isinstance(reward, nn.Module):
         reward.to(device)

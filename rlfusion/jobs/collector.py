@@ -13,8 +13,8 @@ from rlfusion.training.devices import pick_device
 class Collector:
     """Trajectories in order of their step, collected up to ``lag`` steps ahead of the learner.
 
-    ``publish`` gives it the weights after n updates; it sends out every step that acts under that version. ``seen`` is
-    what the last batch is to be logged with.
+    ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
+    ``metrics`` are those of the last batch, to be logged.
     """
 
     def __init__(self, backend: Backend, config: Finetune, prompts: int, start: int) -> None:
@@ -22,7 +22,7 @@ class Collector:
         self.device = pick_device(config.device)
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
-        self.seen: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""
@@ -46,7 +46,7 @@ class Collector:
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""
         for step in range(self.start, self.config.updates):
-            batch, self.seen = scored(concatenate(self.pending.pop(step)()).to(self.device), self.config)
+            batch, self.metrics = scored(concatenate(self.pending.pop(step)()).to(self.device), self.config)
             yield batch
 
     def still_needed(self, done: int) -> dict[int, Weights]:

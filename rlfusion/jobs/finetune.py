@@ -35,7 +35,7 @@ from rlfusion.jobs.tasks import actors_of, cluster_of, from_actors, make_task, r
 from rlfusion.jobs.watch import Watch
 from rlfusion.models import lora
 from rlfusion.models.autoencoder import encoded
-from rlfusion.rewards import Reward, build, facts, find, names_of, score
+from rlfusion.rewards import Reward, build, find, names_of, score, task_info
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.reward_gradient import PREFLIGHT
@@ -77,13 +77,13 @@ class Job:
     def folder(self) -> Path:
         return self.run.folder
 
-    def look(self, done: int, progress: Progress) -> str:
-        """Let the monitor look at the averaged weights; why the training shall stop here, or ""."""
+    def probe(self, done: int, progress: Progress) -> str:
+        """Let the monitor probe the averaged weights; why the training shall stop here, or ""."""
         if not self.watch.due(done):
             return ""
         with self.learner.optimization.ema.averaged():
-            seen, alarms = self.watch.look(done)
-        self.tracker.scalars(done, "monitor", seen)
+            metrics, alarms = self.watch.probe(done)
+        self.tracker.scalars(done, "monitor", metrics)
         for said in alarms:
             progress.say(f"monitor, after {done} updates: {said}")
         return self.watch.stops(alarms)
@@ -158,12 +158,12 @@ def check(config: Finetune) -> None:
     if config.evaluation.bits_per_dim:
         require_bound(policy, config.chain.times(denoiser), data)
     options = config.options_of(*names_of(config.reward))
-    known = facts(card.names, card.shape, card.metadata)
+    known = task_info(card.names, card.shape, card.metadata)
     for name in config.monitor.held_out:
         find(name)
     with actors_of(config) as actors:
         made = from_actors(actors, known, config.ray.limits.item_s)
-        reward = build(config.reward, options, known, config.care, made)
+        reward = build(config.reward, options, known, config.call_options, made)
         require_whole_groups(config, card.classes, reward)
         config.agent.learner(make_task(config, card, policy, reward), encoded(data, denoiser.space), config.seed)
         label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
@@ -190,8 +190,8 @@ def prepare(
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     require_solvable(denoiser, config.chain)
     options = config.options_of(*names_of(config.reward))
-    made = from_actors(actors or {}, facts(card.names, card.shape, card.metadata), config.ray.limits.item_s)
-    reward = judged.reward(config.reward, options, root, config.care, made)
+    made = from_actors(actors or {}, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
+    reward = judged.reward(config.reward, options, root, config.call_options, made)
     if judged.judge is not None:
         require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
@@ -321,7 +321,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
     stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
     with progress.bar("fine-tuning", total, start) as bar:
         for step, metrics in steps:
-            done, queries, metrics = step + 1, job.learner.queries, metrics | collector.seen
+            done, queries, metrics = step + 1, job.learner.queries, metrics | collector.metrics
             stopwatch.lap(done, queries)
             cost, before = queries - before, queries
             spent = 0 < config.budget_queries < queries + cost
@@ -331,7 +331,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
             said = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
-            stop = said if spent else job.look(done, progress)
+            stop = said if spent else job.probe(done, progress)
             if stop:
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done

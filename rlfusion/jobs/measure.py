@@ -19,10 +19,10 @@ from rlfusion.diffusion.sampling import chain_noise, sample, walk
 from rlfusion.evaluation import classifier
 from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
-from rlfusion.rewards import Care, Reward, build, facts, names_of, score, valid
+from rlfusion.rewards import CallOptions, Reward, build, names_of, score, task_info, valid
 from rlfusion.rewards.registry import FROM_DATA
 
-NO_CARE = Care()
+NO_CALL_OPTIONS = CallOptions()
 GRID_ROWS, GRID_COLUMNS = 8, 20
 HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
 PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
@@ -68,11 +68,11 @@ class Judged:
         reward: str | dict[str, float],
         options: dict[str, dict[str, Any]],
         root: Path,
-        care: Care = NO_CARE,
+        call_options: CallOptions = NO_CALL_OPTIONS,
         made: Mapping[str, Reward] | None = None,
     ) -> Reward:
         """The reward that settings name, as ``make_reward``."""
-        return make_reward(reward, options, self.train, root, care, made)
+        return make_reward(reward, options, self.train, root, call_options, made)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Unjudged:
         reward: str | dict[str, float],
         options: dict[str, dict[str, Any]],
         root: Path,
-        care: Care = NO_CARE,
+        call_options: CallOptions = NO_CALL_OPTIONS,
         made: Mapping[str, Reward] | None = None,
     ) -> Reward:
         """The reward that settings name.
@@ -114,7 +114,7 @@ class Unjudged:
                 raise ConfigError(
                     f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
                 )
-        return build(reward, options, facts(self.names, self.shape, self.metadata), care, made)
+        return build(reward, options, task_info(self.names, self.shape, self.metadata), call_options, made)
 
 
 def require_models_data(name: str, data: Dataset, card: models.Card) -> None:
@@ -150,7 +150,7 @@ def make_reward(
     options: dict[str, dict[str, Any]],
     train: Dataset,
     root: Path,
-    care: Care = NO_CARE,
+    call_options: CallOptions = NO_CALL_OPTIONS,
     made: Mapping[str, Reward] | None = None,
 ) -> Reward:
     """The reward that settings name. One of ``TRAINED`` without weights gets those of ``train``, from the cache.
@@ -165,7 +165,7 @@ def make_reward(
         key, make = TRAINED.get(name, ("", None))
         if make and not given.get(key):
             full[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
-    return build(reward, options | full, facts(train.names, train.shape), care, made)
+    return build(reward, options | full, task_info(train.names, train.shape), call_options, made)
 
 
 def _trained_classifier(train: Dataset, root: Path) -> dict[str, Any]:

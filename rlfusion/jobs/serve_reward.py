@@ -15,7 +15,7 @@ from torch import nn
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.config import Serve
-from rlfusion.rewards import Care, Reward, asks, build
+from rlfusion.rewards import CallOptions, Reward, asks, build
 from rlfusion.rewards.remote.secret import read_token
 from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application, require_servable
 from rlfusion.training.devices import pick_device, set_numerics
@@ -62,9 +62,9 @@ def make_service(settings: Serve) -> Service:
     name, device = settings.reward, pick_device(settings.device)
     require_servable(name, settings.options)
 
-    def make(facts: dict[str, Any]) -> Reward:
+    def make(task_info: dict[str, Any]) -> Reward:
         options = {name: settings.options} if settings.options else {}
-        reward = build(name, options, facts, Care(cache=settings.cache))
+        reward = build(name, options, task_info, CallOptions(cache=settings.cache))
         return reward.to(device) if isinstance(reward, nn.Module) else reward
 
     offer = Offer(name, settings.options, asks(name), make)

@@ -15,7 +15,18 @@ from rlfusion.config import Finetune
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.measure import reward_parts
-from rlfusion.rewards import Care, Learned, Reward, WeightedSum, bare, build, everywhere, facts, names_of, needs_groups
+from rlfusion.rewards import (
+    CallOptions,
+    Learned,
+    Reward,
+    WeightedSum,
+    bare,
+    build,
+    everywhere,
+    names_of,
+    needs_groups,
+    task_info,
+)
 from rlfusion.rollout import Recipe, RolloutSpec, Task
 
 
@@ -27,9 +38,9 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     denoiser.precision = config["precision"]
     models.adapt(denoiser, card, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
-    known = facts(card.names, card.shape, card.metadata)
+    known = task_info(card.names, card.shape, card.metadata)
     made = from_actors(config["actors"], known, config["actor_s"])
-    reward = build(config["reward"], config["reward_options"], known, Care(**config["care"]), made)
+    reward = build(config["reward"], config["reward_options"], known, CallOptions(**config["call_options"]), made)
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
@@ -87,7 +98,7 @@ def recipe(
         "chain": asdict(config.chain),
         "reward": _everywhere(config.reward),
         "reward_options": {everywhere(name): held for name, held in worker_options(config, reward).items()},
-        "care": asdict(config.care),
+        "call_options": asdict(config.call_options),
         "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
         "actor_s": config.ray.limits.item_s,
         "reward_name": config.reward_name,
@@ -163,7 +174,7 @@ def _reserved(config: Finetune) -> tuple[int, int]:
 
 
 def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:
-    """The rewards of running actors, for a model of these facts.
+    """The rewards of running actors, for a model of this task info.
 
     Raises:
         ConfigError: an actor cannot make its reward.

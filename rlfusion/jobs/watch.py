@@ -54,7 +54,7 @@ class Watch:
         self.drawn = sha256(blob)
         base = unpack(blob)["samples"].to(self._label.device)
         c = self.config
-        held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.care) for n in c.monitor.held_out}
+        held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.call_options) for n in c.monitor.held_out}
         for reward in held_out.values():
             if isinstance(reward, nn.Module):
                 reward.to(base.device)
@@ -66,15 +66,15 @@ class Watch:
         every = self.config.monitor.every
         return bool(every) and (done % every == 0 or done == self.config.updates)
 
-    def look(self, done: int) -> tuple[dict[str, float], list[str]]:
+    def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
         """What is seen of the policy after ``done`` updates, and the alarms; keeps the model if it is the best yet."""
-        seen = self.monitor.look(self._draw(), self._divergence())
-        alarms = self.monitor.alarms(seen)
-        if self.best.take(done, seen, bool(alarms)):
+        metrics = self.monitor.probe(self._draw(), self._divergence())
+        alarms = self.monitor.alarms(metrics)
+        if self.best.take(done, metrics, bool(alarms)):
             self.save_best()
         if alarms:
             self._write(done, alarms)
-        return seen | {"alarms": float(len(alarms))}, alarms
+        return metrics | {"alarms": float(len(alarms))}, alarms
 
     def stops(self, alarms: list[str]) -> str:
         """Why the training shall stop here, or ""."""

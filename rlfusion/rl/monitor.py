@@ -106,45 +106,45 @@ class Monitor:
         return features(self.judge, x) if self.judge else thumbnails(x)
 
     @torch.no_grad()
-    def look(self, samples: Tensor, kl: float | None = None) -> dict[str, float]:
+    def probe(self, samples: Tensor, kl: float | None = None) -> dict[str, float]:
         """Eq. (1) to (6) and the reward, by name, of samples (B, C, H, W) for the labels of the base's; ``kl`` is that
         of their walks.
         """
         ours, images = self._features(samples), image_statistics(samples)._asdict()
-        seen = {name: self._scored(name, samples).mean().item() for name in self.rewards}
-        seen["diversity"] = _spread(ours, self.label) / self.spread
+        metrics = {name: self._scored(name, samples).mean().item() for name in self.rewards}
+        metrics["diversity"] = _spread(ours, self.label) / self.spread
         if self.judge:
-            seen["agreement"] = agreement(self.judge, ours, self.label)
-            seen["frechet_base"] = frechet_distance(ours, self.base)
+            metrics["agreement"] = agreement(self.judge, ours, self.label)
+            metrics["frechet_base"] = frechet_distance(ours, self.base)
         for name, was in self.images.items():
             std = was.std(correction=0).clamp(min=1e-6)
-            seen[name] = ((images[name].mean() - was.mean()) / std).item()
-        return seen if kl is None else seen | {"kl": kl}
+            metrics[name] = ((images[name].mean() - was.mean()) / std).item()
+        return metrics if kl is None else metrics | {"kl": kl}
 
     def _scored(self, name: str, samples: Tensor) -> Tensor:
         """The values of one reward, without those that failed."""
         value = score(self.rewards[name], samples, self.label, name, masked=self.max_failed is not None)
         return value if self.max_failed is None else value[valid(value, name, self.max_failed)[0]]
 
-    def alarms(self, seen: dict[str, float]) -> list[str]:
+    def alarms(self, metrics: dict[str, float]) -> list[str]:
         """What has run away, a sentence each."""
         c, found = self.config, []
-        if seen["diversity"] < c.diversity:
-            found.append(f"diversity within a prompt is {seen['diversity']:.2f} of the base model's")
-        if self.judge and self.agreement - seen["agreement"] > c.agreement:
-            found.append(f"agreement fell from {self.agreement:.3f} to {seen['agreement']:.3f}")
-        if c.frechet_base is not None and seen["frechet_base"] > c.frechet_base:
-            found.append(f"the Frechet distance to the base's samples is {seen['frechet_base']:.1f}")
-        if c.kl is not None and seen.get("kl", 0.0) > c.kl:
-            found.append(f"the KL to the base is {seen['kl']:.3g} nats a walk")
+        if metrics["diversity"] < c.diversity:
+            found.append(f"diversity within a prompt is {metrics['diversity']:.2f} of the base model's")
+        if self.judge and self.agreement - metrics["agreement"] > c.agreement:
+            found.append(f"agreement fell from {self.agreement:.3f} to {metrics['agreement']:.3f}")
+        if c.frechet_base is not None and metrics["frechet_base"] > c.frechet_base:
+            found.append(f"the Frechet distance to the base's samples is {metrics['frechet_base']:.1f}")
+        if c.kl is not None and metrics.get("kl", 0.0) > c.kl:
+            found.append(f"the KL to the base is {metrics['kl']:.3g} nats a walk")
         for name in IMAGE:
-            if abs(seen[name]) > c.image:
-                found.append(f"{name} moved by {seen[name]:+.1f} standard deviations of the base's images")
-        return found + self._fallen(seen)
+            if abs(metrics[name]) > c.image:
+                found.append(f"{name} moved by {metrics[name]:+.1f} standard deviations of the base's images")
+        return found + self._fallen(metrics)
 
-    def _fallen(self, seen: dict[str, float]) -> list[str]:
+    def _fallen(self, metrics: dict[str, float]) -> list[str]:
         """The held-out rewards that fell while the trained one rose, Eq. (5)."""
-        moved = {name: (seen[name] - was.mean().item(), was.std(correction=0)) for name, was in self.scores.items()}
+        moved = {name: (metrics[name] - was.mean().item(), was.std(correction=0)) for name, was in self.scores.items()}
         if not moved[TRAINED][0] > 0:
             return []
         falls = {name: -by / max(std.item(), 1e-6) for name, (by, std) in moved.items() if name != TRAINED}
@@ -170,9 +170,9 @@ class Best:
     step: int = -1
     since: int = 0
 
-    def take(self, step: int, seen: dict[str, float], alarmed: bool) -> bool:
+    def take(self, step: int, metrics: dict[str, float], alarmed: bool) -> bool:
         """Whether this look is the best so far; of ``frechet_base`` the least is best."""
-        value = -seen[self.name] if self.name == "frechet_base" else seen[self.name]
+        value = -metrics[self.name] if self.name == "frechet_base" else metrics[self.name]
         better = value > self.value and not alarmed
         self.since = 0 if better else self.since + 1
         if better:

@@ -42,35 +42,35 @@ class RewardActor:
         torch.set_num_threads(threads)
         self.device = "cuda" if gpu else "cpu"
 
-        def make(facts: dict[str, Any]) -> Reward:
-            reward = build(name, {name: options} if options else {}, facts)
+        def make(task_info: dict[str, Any]) -> Reward:
+            reward = build(name, {name: options} if options else {}, task_info)
             return reward.to(self.device) if isinstance(reward, nn.Module) else reward
 
         self.offer = Offer(name, options, asks(name), make)
 
     def hello(self, frame: bytes) -> dict[str, Any]:
-        """What is served for the facts of the frame (``remote.Served``)."""
+        """What is served for the task info of the frame (``remote.Served``)."""
         return asdict(self.offer.served(greeted(frame), Limits()))
 
     def score(self, frame: bytes) -> bytes:
         """The answer to the question of the frame."""
         question = asked(frame)
-        return answer(*self.offer.reward(question.facts), question, self.device)
+        return answer(*self.offer.reward(question.task_info), question, self.device)
 
 
 class ActorReward(MayGroup):
     """The reward of a running actor, by the actor's name."""
 
-    def __init__(self, name: str, actor: str, facts: Mapping[str, Any], timeout_s: float) -> None:
+    def __init__(self, name: str, actor: str, task_info: Mapping[str, Any], timeout_s: float) -> None:
         """
         Raises:
             ConfigError: the actor cannot make its reward; it says why.
         """
         super().__init__()
-        self.name, self.facts, self.timeout_s = name, dict(facts), timeout_s
+        self.name, self.task_info, self.timeout_s = name, dict(task_info), timeout_s
         self._actor = ray.get_actor(actor)
         try:
-            self._groups = ray.get(self._actor.hello.remote(greet(self.facts)), timeout=timeout_s)["groups"]
+            self._groups = ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=timeout_s)["groups"]
         except (RayError, GetTimeoutError) as error:
             raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
 
@@ -86,7 +86,7 @@ class ActorReward(MayGroup):
             RewardFailure: some samples cannot be scored.
             RewardUnavailable: the actor is gone or late.
         """
-        frame = ask(samples.detach(), cond, self.facts)
+        frame = ask(samples.detach(), cond, self.task_info)
         try:
             found = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
         except (RayError, GetTimeoutError) as error:

@@ -21,7 +21,7 @@ import torch
 from reward_servers import IDENTITY, Faulty, client, framed, serving
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.rewards import facts
+from rlfusion.rewards import task_info
 from rlfusion.rewards.remote.exchange import Answer, answer, answered, ask, asked, greet
 from rlfusion.rewards.remote.frames import (
     DIGESTED,
@@ -40,7 +40,7 @@ from rlfusion.rewards.remote.frames import (
 )
 from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application
 
-FACTS = facts(("zero", "one", "zwei"), (1, 4, 4))
+FACTS = task_info(("zero", "one", "zwei"), (1, 4, 4))
 DAMAGED, MALFORMED, UNSCORABLE = 412, 400, 422
 
 
@@ -87,7 +87,7 @@ def counted(samples, cond):
     return mean(samples, cond)
 
 
-APP = application(Service(Offer("it", {}, (), lambda facts: counted), "", Limits(10**6, 20.0, 10**7)))
+APP = application(Service(Offer("it", {}, (), lambda task_info: counted), "", Limits(10**6, 20.0, 10**7)))
 
 
 def assert_refused(frame: bytes, *statuses: int, path: str = "/score") -> str:
@@ -507,8 +507,8 @@ def test_the_reasons_of_many_failures_come_whole():
 
 def test_a_million_prompts_travel():
     words = tuple(f"a picture of the number {n}" for n in range(100_000))
-    frame = ask(torch.zeros(2, 1, 1, 1), torch.tensor([0, 99_999]), facts(words, (1, 1, 1)))
-    assert tuple(asked(frame).facts["prompts"]) == words
+    frame = ask(torch.zeros(2, 1, 1, 1), torch.tensor([0, 99_999]), task_info(words, (1, 1, 1)))
+    assert tuple(asked(frame).task_info["prompts"]) == words
 
 
 # --- over sockets ---
@@ -623,7 +623,7 @@ def test_who_falls_silent_gives_its_room_back_long_before_the_deadline(monkeypat
 
 
 def test_more_questions_at_once_than_a_server_takes_are_asked_again_later():
-    inside = Service(Offer("it", {}, (), lambda facts: mean), "", Limits(10**6, 20.0, 10**7))
+    inside = Service(Offer("it", {}, (), lambda task_info: mean), "", Limits(10**6, 20.0, 10**7))
     inside._asked = ASKING
     app = application(inside)
     assert sent(QUESTION, app=app) == (503, b"%d questions at once are being answered" % ASKING)

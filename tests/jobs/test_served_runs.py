@@ -23,7 +23,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckReward, Serve
 from rlfusion.jobs import check_reward
 from rlfusion.jobs.serve_reward import make_service
-from rlfusion.rewards import build, facts
+from rlfusion.rewards import build, task_info
 
 TOKEN = "a-secret-of-24-characters"
 MINE = """
@@ -242,7 +242,7 @@ PROMPTS = ("a cat", "a dog", "two dogs")
 
 def asked_of(url: str, count: int = 6) -> list[float]:
     x = torch.arange(count).reshape(-1, 1, 1, 1).expand(count, 3, 8, 8) / 10
-    return client(url, **facts(PROMPTS, (3, 8, 8)))(x, torch.arange(count) % 3).tolist()
+    return client(url, **task_info(PROMPTS, (3, 8, 8)))(x, torch.arange(count) % 3).tolist()
 
 
 def test_the_image_reward_example(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pipeline_runs import SIDE, gain, ran, settings
 from tiny_pipelines import PROMPTS, about
 
 from rlfusion.models import pipelines
-from rlfusion.rewards import build, facts, score
+from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.small import SmallClip
 
@@ -29,7 +29,7 @@ def clip(tmp_path_factory) -> Path:
 
 def made(clip: Path) -> torch.nn.Module:
     options = {"clip_score": {"model": str(clip), "template": TEMPLATE}}
-    return build("clip_score", options, facts(PROMPTS, (3, SIDE, SIDE)))
+    return build("clip_score", options, task_info(PROMPTS, (3, SIDE, SIDE)))
 
 
 @pytest.fixture

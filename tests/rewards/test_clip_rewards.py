@@ -16,7 +16,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.classifier import JUDGE
 from rlfusion.nets.classifier import Classifier
-from rlfusion.rewards import build, facts, score
+from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.clip import towers
 from rlfusion.rewards.clip.checkpoints import read_tensors
 from rlfusion.rewards.clip.names import renamed
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 def reward(name, folder, **options):
     given = {"model": str(folder), **options}
-    return build(name, {name: given}, facts(PROMPTS, (3, 16, 16)))
+    return build(name, {name: given}, task_info(PROMPTS, (3, 16, 16)))
 
 
 def theirs(folder):
@@ -284,7 +284,7 @@ def test_a_worker_completes_a_blank_from_the_state_dict(name, made, monkeypatch,
     whole, x, cond = made(name), pixels(3, 3, 20, 16), torch.tensor([0, 2, 1])
     blank = json.loads(json.dumps(ALL[name] | whole.blank()))
     monkeypatch.chdir(tmp_path.parent)  # no file is within reach
-    other = build(name, {name: blank}, facts(PROMPTS, (3, 16, 16)))
+    other = build(name, {name: blank}, task_info(PROMPTS, (3, 16, 16)))
     assert not torch.allclose(other(x, cond), whole(x, cond))
     other.load_state_dict(whole.state_dict())
     assert torch.equal(other(x, cond), whole(x, cond))
@@ -417,14 +417,14 @@ def test_without_network_the_error_says_what_to_provide(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", offline)
-    told = facts(PROMPTS, (3, 16, 16))
+    told = task_info(PROMPTS, (3, 16, 16))
     for name, said in (
         ("hps_v2", r"HPS_v2\.1_compressed\.pt.*no network here.*the path of HPS_v2\.1_compressed\.pt"),
         ("pick_score", r"PickScore_v1/model\.safetensors.*the path of model\.safetensors"),
         ("aesthetic", r"aesthetic-model\.pth.*the path of aesthetic-model\.pth"),
     ):
         with pytest.raises(ConfigError, match=said):
-            build(name, facts=told)
+            build(name, task_info=told)
     for model, checkpoint in (("ViT-B-32", "laion2b_s34b_b79k"), ("hf-hub:me/it", "")):
         with pytest.raises(ConfigError, match=f"model = '{model}'.*expected a network, or a file or folder"):
             towers.load(model, checkpoint)
@@ -456,5 +456,5 @@ def test_weights_of_another_activation_are_refused(monkeypatch, tmp_path, folder
 
 def test_building_touches_no_other_draw():
     state = torch.get_rng_state()
-    build("clip_score", facts=facts(PROMPTS, (1, 8, 8)))
+    build("clip_score", task_info=task_info(PROMPTS, (1, 8, 8)))
     assert torch.equal(torch.get_rng_state(), state)

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import pack
-from rlfusion.rewards import build, facts
+from rlfusion.rewards import build, task_info
 from rlfusion.rewards.aesthetic import read_head
 from rlfusion.rewards.clip.names import renamed
 
@@ -119,7 +119,7 @@ def tiny(monkeypatch):
 
 
 def made(name: str, checkpoint: object):
-    return build(name, {name: {"checkpoint": str(checkpoint)}}, facts(PROMPTS, (3, 28, 28)))
+    return build(name, {name: {"checkpoint": str(checkpoint)}}, task_info(PROMPTS, (3, 28, 28)))
 
 
 @torch.no_grad()

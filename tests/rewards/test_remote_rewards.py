@@ -18,7 +18,7 @@ from torch import nn
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Serve
 from rlfusion.nets.classifier import Classifier
-from rlfusion.rewards import PairWise, RewardFailure, build, facts, needs_groups, score
+from rlfusion.rewards import PairWise, RewardFailure, build, needs_groups, score, task_info
 from rlfusion.rewards.remote.budget import Budget
 from rlfusion.rewards.remote.client import Served
 from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, graded
@@ -133,10 +133,10 @@ def test_what_is_no_question_is_refused(message):
 
 def test_a_question_comes_back_whole(samples):
     cond = {"text": torch.rand(24, 5), "size": torch.arange(24)}
-    question = asked(ask(samples, cond, facts(("a", "b"), (1, 8, 8))))
+    question = asked(ask(samples, cond, task_info(("a", "b"), (1, 8, 8))))
     assert torch.equal(question.samples, samples)
     assert torch.equal(question.cond["text"], cond["text"])
-    assert question.facts == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2, "metadata": [{}, {}]}
+    assert question.task_info == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2, "metadata": [{}, {}]}
 
 
 def test_one_broken_sample_costs_no_other_its_value(samples):
@@ -224,7 +224,7 @@ def test_a_served_network_gives_the_bits_of_the_local_one(samples, label):
 def test_the_name_of_a_server_is_the_name_of_a_reward(samples, label):
     net = Net()
     with serving(net) as url:
-        total = build({url: 2.0, "ink": 1.0}, {url: {"timeout_s": 30.0}}, facts("abcdefghij", (1, 8, 8)))
+        total = build({url: 2.0, "ink": 1.0}, {url: {"timeout_s": 30.0}}, task_info("abcdefghij", (1, 8, 8)))
         assert torch.equal(total(samples, label), 2.0 * net(samples, label) + samples.mean((1, 2, 3)))
     with pytest.raises(ConfigError, match=r"'timeout': .*did you mean 'timeout_s'"):
         build(url, {url: {"timeout": 3}})
@@ -245,10 +245,10 @@ def test_the_words_of_the_prompts_reach_the_server(samples):
     cond = torch.arange(24) % 2
     with serving(None, wants={"prompts"}, make=make) as url:
         for shape in ((1, 8, 8), (1, 8, 8), (3, 8, 8)):
-            told = facts(("one", "fifteen"), shape)
+            told = task_info(("one", "fifteen"), shape)
             pictures = samples.expand(-1, *shape)
             assert client(url, **told)(pictures, cond).tolist() == [3.0, 7.0] * 12
-        assert client(url, **facts(("a", "bc"), (1, 8, 8)))(samples, cond).tolist() == [1.0, 2.0] * 12
+        assert client(url, **task_info(("a", "bc"), (1, 8, 8)))(samples, cond).tolist() == [1.0, 2.0] * 12
     assert made == [{"prompts": ("one", "fifteen")}, {"prompts": ("a", "bc")}]
 
 

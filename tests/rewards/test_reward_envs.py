@@ -16,7 +16,7 @@ from rlfusion.data import digits
 from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.pretrain import card_of
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task, recipe
-from rlfusion.rewards import RewardFailure, build, facts, score
+from rlfusion.rewards import RewardFailure, build, score, task_info
 from rlfusion.rollout import Limits, make_backend, plan, ray_rewards, run_item
 from rlfusion.rollout.ray_rewards import ActorReward
 from rlfusion.rollout.reward_envs import require_possible
@@ -87,7 +87,7 @@ def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, tmp_
         ray=Ray(reward_envs={NAME: env, AGED: {"py_executable": older}}, limits=Limits(item_s=300)),
     )
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    cond, known = torch.arange(6) % 2, facts(("a", "four"), (1, 8, 8))
+    cond, known = torch.arange(6) % 2, task_info(("a", "four"), (1, 8, 8))
     with pytest.raises(ConfigError, match="no module 'only_there'"):
         build(NAME)
     with actors_of(config) as actors:
@@ -113,7 +113,7 @@ def _the_walks_of_a_worker_have_its_bits(config, actors):
     def at_home(samples, cond):
         return 3.0 * samples.mean((1, 2, 3)) ** 2.0 + 1  # each digit's name is of one letter
 
-    _alike(config, from_actors(actors, facts(digits().names, (1, 8, 8)), 300.0), actors, at_home)
+    _alike(config, from_actors(actors, task_info(digits().names, (1, 8, 8)), 300.0), actors, at_home)
 
 
 def _so_have_those_of_a_pairwise_reward_in_a_file(config, folder):

@@ -20,7 +20,7 @@ from rlfusion.jobs import check_reward as reward_check
 from rlfusion.jobs.check_reward import Trial, check_reward, examine
 from rlfusion.jobs.tasks import require_whole_groups
 from rlfusion.rewards import (
-    Care,
+    CallOptions,
     ClassLogProb,
     GroupWise,
     PairWise,
@@ -287,17 +287,17 @@ def test_a_cache_keeps_neither_failures_nor_gradients(samples):
 
 
 def test_care_is_put_around_each_reward_and_can_be_taken_off(samples):
-    total = build({"ink": 1.0, "class_logprob": 1.0}, care=Care(timeout_s=30.0, cache=100))
+    total = build({"ink": 1.0, "class_logprob": 1.0}, call_options=CallOptions(timeout_s=30.0, cache=100))
     assert len(list(caches(total))) == 2
     assert bare(total.rewards["ink"]) is ink
     assert isinstance(bare(total.rewards["class_logprob"]), ClassLogProb)
-    other = build({"ink": 1.0, "class_logprob": 1.0}, care=Care(timeout_s=30.0, cache=100))
+    other = build({"ink": 1.0, "class_logprob": 1.0}, call_options=CallOptions(timeout_s=30.0, cache=100))
     other.load_state_dict(total.state_dict())
     cond = torch.arange(12) % 10
     assert torch.equal(other(samples, cond), total(samples, cond))
-    assert needs_groups(build("ink", made={"ink": PairWise(brighter)}, care=Care(1.0, 1)))
+    assert needs_groups(build("ink", made={"ink": PairWise(brighter)}, call_options=CallOptions(1.0, 1)))
     with pytest.raises(ConfigError, match="cache = -1"):
-        Care(cache=-1)
+        CallOptions(cache=-1)
 
 
 def test_the_share_of_failures_is_bounded():
@@ -445,7 +445,7 @@ def test_rewards_that_are_fine(mine):
 def test_a_reward_that_learns_from_data_learns_from_the_part_that_finetune_trains_on(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        reward_check, "make_reward", lambda name, o, train, root, care: seen.append(train) or build(name)
+        reward_check, "make_reward", lambda name, o, train, root, call_options: seen.append(train) or build(name)
     )
     found("ink")
     expected = digits().split(Finetune().pretrain.held_out)[0]

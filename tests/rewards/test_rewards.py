@@ -23,11 +23,11 @@ from rlfusion.rewards import (
     RewardError,
     WeightedSum,
     build,
-    facts,
     find,
     ink,
     score,
     symmetry,
+    task_info,
 )
 
 
@@ -365,16 +365,16 @@ def test_what_a_reward_asks_of_the_model_is_filled_in(plug, images):
                 return samples.sum((1, 2, 3))
         """
     )
-    told, cond = facts(("a", "two"), (1, 8, 8)), torch.tensor([0, 1, 1, 0, 0])
-    result = build("plug_rewards:length", facts=told)(images, cond) - images.mean((1, 2, 3))
+    told, cond = task_info(("a", "two"), (1, 8, 8)), torch.tensor([0, 1, 1, 0, 0])
+    result = build("plug_rewards:length", task_info=told)(images, cond) - images.mean((1, 2, 3))
     torch.testing.assert_close(result, torch.tensor([1.0, 3, 3, 1, 1]))
     said = {"plug_rewards:length": {"prompts": ["four", "one"]}}
     result = build("plug_rewards:length", said, told)(images, cond) - images.mean((1, 2, 3))
     torch.testing.assert_close(result, torch.tensor([4.0, 3, 3, 4, 4]))
-    assert build("plug_rewards:Pixels", facts=told).value == (1, 8, 8, 2, "a", "two")
+    assert build("plug_rewards:Pixels", task_info=told).value == (1, 8, 8, 2, "a", "two")
     with pytest.raises(ConfigError, match=r"needs the options \['prompts'\]"):
         build("plug_rewards:length")
-    assert build("class_logprob", facts=facts("ab", (3, 9, 9))).classifier.shape == (3, 9, 9)
+    assert build("class_logprob", task_info=task_info("ab", (3, 9, 9))).classifier.shape == (3, 9, 9)
 
 
 def test_a_module_that_lacks_its_own_import_says_so(plug):

@@ -46,23 +46,23 @@ def monitor(**settings) -> Monitor:
 
 
 def test_the_base_itself_is_at_the_origin():
-    seen = monitor().look(pictures())
-    assert seen["reward"] == -seen["mine"] == pytest.approx(pictures().mean().item(), rel=1e-5)
-    assert seen["agreement"] == 1
-    assert seen["diversity"] == pytest.approx(1)
-    assert seen["frechet_base"] == pytest.approx(0, abs=1e-6)
-    assert {seen[name] for name in ("brightness", "edge_density", "entropy")} == {0}
-    assert monitor().alarms(seen) == []
+    metrics = monitor().probe(pictures())
+    assert metrics["reward"] == -metrics["mine"] == pytest.approx(pictures().mean().item(), rel=1e-5)
+    assert metrics["agreement"] == 1
+    assert metrics["diversity"] == pytest.approx(1)
+    assert metrics["frechet_base"] == pytest.approx(0, abs=1e-6)
+    assert {metrics[name] for name in ("brightness", "edge_density", "entropy")} == {0}
+    assert monitor().alarms(metrics) == []
 
 
 def test_brightness_is_in_deviations_of_the_bases_images():
     base = pictures()
     std = base.flatten(1).mean(1).std(correction=0).item()
-    assert monitor().look(base + 2.5 * std)["brightness"] == pytest.approx(2.5, rel=1e-3)
+    assert monitor().probe(base + 2.5 * std)["brightness"] == pytest.approx(2.5, rel=1e-3)
 
 
 def test_another_sample_of_the_same_law_raises_no_alarm():
-    assert monitor().alarms(monitor().look(pictures(seed=5))) == []
+    assert monitor().alarms(monitor().probe(pictures(seed=5))) == []
 
 
 def checked(x: torch.Tensor) -> torch.Tensor:
@@ -86,12 +86,12 @@ SETS = {"brightness": "image", "edge_density": "image", "entropy": "image", "Fre
 @pytest.mark.parametrize("alarm", ALARMS)
 def test_each_alarm_is_raised_and_by_its_own_setting(alarm):
     watching = monitor(frechet_base=0.05)
-    seen = watching.look(ALARMS[alarm](pictures()))
-    assert any(alarm in sentence for sentence in watching.alarms(seen)), seen
+    metrics = watching.probe(ALARMS[alarm](pictures()))
+    assert any(alarm in sentence for sentence in watching.alarms(metrics)), metrics
     off = SETS.get(alarm, alarm)
-    alone = monitor(**QUIET | {off: getattr(Config(frechet_base=0.05), off)}).alarms(seen)
+    alone = monitor(**QUIET | {off: getattr(Config(frechet_base=0.05), off)}).alarms(metrics)
     assert any(alarm in sentence for sentence in alone)
-    assert monitor(**QUIET).alarms(seen) == []
+    assert monitor(**QUIET).alarms(metrics) == []
 
 
 def test_a_held_out_reward_that_falls_while_the_reward_rises_is_an_alarm():
@@ -99,10 +99,10 @@ def test_a_held_out_reward_that_falls_while_the_reward_rises_is_an_alarm():
     base = pictures()
     std = base.flatten(1).mean(1).std(correction=0).item()
     watching = monitor()
-    fell = [s for s in watching.alarms(watching.look(base + 1.5 * std)) if "held-out" in s]
+    fell = [s for s in watching.alarms(watching.probe(base + 1.5 * std)) if "held-out" in s]
     assert fell == ["held-out reward 'mine' fell by 1.5 standard deviations of the base's while the reward rose"]
-    assert watching.alarms(watching.look(base + 0.9 * std)) == []
-    rose = watching.look(base - 1.5 * std)
+    assert watching.alarms(watching.probe(base + 0.9 * std)) == []
+    rose = watching.probe(base - 1.5 * std)
     assert not any("held-out" in s for s in watching.alarms(rose))
 
 
@@ -114,17 +114,17 @@ def test_rewards_that_fail_for_some_samples_count_for_the_others():
     rewards, base = {"reward": flaky, "mine": flaky}, pictures()
     watching = Monitor(Config(), Corners(), rewards, base, LABEL, max_failed=0.1)
     kept = base.flatten(1).mean(1).sort().values[:-1].mean().item()
-    assert watching.look(base)["reward"] == pytest.approx(kept, rel=1e-6)
-    assert watching.alarms(watching.look(base)) == []
+    assert watching.probe(base)["reward"] == pytest.approx(kept, rel=1e-6)
+    assert watching.alarms(watching.probe(base)) == []
     with pytest.raises(RewardError, match="item"):
         Monitor(Config(), Corners(), rewards, base, LABEL)
 
 
 def test_the_kl_is_told_and_limited():
     watching = monitor(kl=5.0)
-    assert "kl" not in watching.look(pictures())
-    assert watching.alarms(watching.look(pictures(), 4.9)) == []
-    assert watching.alarms(watching.look(pictures(), 5.1)) == ["the KL to the base is 5.1 nats a walk"]
+    assert "kl" not in watching.probe(pictures())
+    assert watching.alarms(watching.probe(pictures(), 4.9)) == []
+    assert watching.alarms(watching.probe(pictures(), 5.1)) == ["the KL to the base is 5.1 nats a walk"]
 
 
 def test_the_kl_of_walks_is_that_of_their_linear_gaussian_steps():
@@ -185,11 +185,11 @@ def test_a_run_looks_by_default_and_keeps_its_best_model(root):
     said = rlfusion(root, "finetune", *TINY, "--name", "it", "--monitor.held_out", "[ink]", "--monitor.agreement", 9)
     assert said.code == 0, said.err
     folder = root / "runs" / "it"
-    seen = looks(folder)
-    assert [line["step"] for line in seen] == [4, 6]
-    assert all("monitor/ink" in line and line["monitor/kl"] > 0 for line in seen)
+    metrics = looks(folder)
+    assert [line["step"] for line in metrics] == [4, 6]
+    assert all("monitor/ink" in line and line["monitor/kl"] > 0 for line in metrics)
     summary = json.loads((folder / "summary.json").read_text())
-    best = max(seen, key=lambda line: line["monitor/reward"])
+    best = max(metrics, key=lambda line: line["monitor/reward"])
     assert summary["best"] == {"updates": best["step"], "reward": best["monitor/reward"]}
     again = rlfusion(root, "evaluate", "--checkpoint", "runs/it/best", "--evaluation.samples", 60)
     assert again.code == 0, again.err

@@ -28,8 +28,8 @@ LIMITS = Limits()
 def serving(
     reward, token: str = "", limits: Limits = LIMITS, name: str = "it", wants=(), make=None, made=lambda service: None
 ) -> Iterator[str]:
-    """The address of a real service of ``reward``, or of ``make(facts)``; ``made`` is told the service."""
-    service = Service(Offer(name, {}, wants, make or (lambda facts: reward)), token, limits)
+    """The address of a real service of ``reward``, or of ``make(task_info)``; ``made`` is told the service."""
+    service = Service(Offer(name, {}, wants, make or (lambda task_info: reward)), token, limits)
     made(service)
     with listening("127.0.0.1", 0) as listener:
         running = server(service)

@@ -18,7 +18,7 @@ from rlfusion.jobs.compare.baselines import Measured, baselines
 from rlfusion.jobs.compare.curves import Point, curve
 from rlfusion.jobs.compare.report import Outcome, report
 from rlfusion.jobs.pretrain import base_model
-from rlfusion.rewards import Care
+from rlfusion.rewards import CallOptions
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.folders import discard
@@ -134,10 +134,10 @@ def _baselines(
     device, root = pick_device(config.device), Path(config.root)
     one = _with(next(config.runs())[3], root=config.root, base=str(base))
     denoiser, _, judged, _ = origin.begin(one, root, device, signals, progress)
-    found, care = {}, Care(config.reward_timeout_s, config.reward_cache)
+    found, call_options = {}, CallOptions(config.reward_timeout_s, config.reward_cache)
     may_fail = config.max_failed if config.reward_failures == "mask" else None
     for name in config.rewards:
-        reward = judged.reward(name, _options(config, name), root, care)
+        reward = judged.reward(name, _options(config, name), root, call_options)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
         settings = (config.evaluation.samples, config.best_of, config.guidance)
