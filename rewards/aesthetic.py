@@ -38,7 +38,7 @@ class Aesthetic(ClipReward):
 
     def __init__(
         self,
-        model: str = "ViT-L-14-quickgelu",
+        model: str | None = "ViT-L-14-quickgelu",
         checkpoint: str = "openai",
         head: str | Sequence[int] = HEAD,
         precision: Precision = "float32",

@@ -35,7 +35,7 @@ class HPSv2(ClipText):
     def __init__(
         self,
         version: str = "2.1",
-        model: str = PREFERENCE,
+        model: str | None = PREFERENCE,
         checkpoint: str = "",
         template: str | Sequence[str] = "{}",
         precision: Precision = "float32",

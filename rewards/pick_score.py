@@ -27,7 +27,7 @@ class PickScore(ClipText):
 
     def __init__(
         self,
-        model: str = PREFERENCE,
+        model: str | None = PREFERENCE,
         checkpoint: str = "",
         template: str | Sequence[str] = "{}",
         precision: Precision = "float32",

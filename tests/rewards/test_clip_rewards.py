@@ -298,7 +298,7 @@ def test_the_batch_of_the_tower_changes_nothing_and_bfloat16_little(folder):
     half = reward("clip_score", folder, precision="bfloat16")(x, cond)
     assert half.dtype == torch.float32
     assert 0 < (half - plain).abs().max() < 0.03
-    with pytest.raises(ConfigError, match="precision = 'int8'"):
+    with pytest.raises(ConfigError, match="precision = int8 of reward 'clip_score'"):
         reward("clip_score", folder, precision="int8")
     with pytest.raises(ConfigError, match="batch = 0"):
         reward("clip_score", folder, batch=0)
