@@ -109,14 +109,17 @@ def page(lines: list[str], seeds: int) -> str:
         [
             "# DDPO over kinds and kernels",
             "",
-            "Made by `python benchmarks/chains.py`. Reward: ink, 960 queries; gain in standard deviations of the "
-            "base's own rewards in the same chain; one base model a kind, from `rlfusion pretrain --objective`.",
-            f"Settings of every cell: `rlfusion finetune {' '.join(SETTINGS)}`, {seeds} seed(s), 20 steps; torch "
-            f"{torch.__version__}, Python {platform.python_version()}, CPU, one thread.",
-            "Each objective has the kernels of its schedule: `ReverseSDE` needs signal at t = 1 and is refused "
-            "elsewhere, and the large variance of DDPM is that of a variance-preserving path. DDPM of the small "
-            "variance is `DDIM(eta=1.0)`; `Langevin` needs a variance-exploding schedule, which none of these kinds "
-            "has.",
+            "`python benchmarks/chains.py` makes this page. For each objective `rlfusion pretrain --objective` trains "
+            "one base model. Each row is one fine-tuning of it by DDPO on the reward `ink`, with 960 queries and the "
+            "kernel named. The gain is in standard deviations of the base model's own rewards in the same chain.",
+            "",
+            f"All rows have the same settings: `rlfusion finetune {' '.join(SETTINGS)}`, {seeds} seed(s), 20 steps "
+            f"(torch {torch.__version__}, Python {platform.python_version()}, CPU, one thread).",
+            "",
+            "An objective is combined with the kernels that its schedule allows. `ReverseSDE` needs signal at t = 1 "
+            "and is refused elsewhere. `DDPM(variance='large')` is defined for variance-preserving schedules; DDPM "
+            "with the small variance is `DDIM(eta=1.0)`. `Langevin` needs a variance-exploding schedule, which none of "
+            "these objectives has.",
             "",
             "| objective | kernel | gain | agreement after | Frechet before | after |",
             "|---|---|---|---|---|---|",

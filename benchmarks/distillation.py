@@ -217,12 +217,13 @@ def page(lines: list[str], prices: list[str], rows: list[Row], seeds: int, floor
     settings = [f"| {row.label} | {', '.join(map(str, row.steps))} | `{' '.join(row.arguments)}` |" for row in rows]
     return "\n".join(
         [
-            "Made by `python benchmarks/distillation.py`: one teacher, `rlfusion pretrain` as it is, and "
-            f"`rlfusion distill` with the arguments below, seeds {', '.join(map(str, range(seeds)))}; 1,000 samples "
-            "each, agreement and Frechet distance by the judge network. The Frechet distance between the two splits of "
-            f"the real digits is {floor:.2f}. CPU seconds of the training on one thread, with those of the rounds "
-            f"before (of the teacher's with one evaluation); torch {torch.__version__}, "
-            f"Python {platform.python_version()}.",
+            "`python benchmarks/distillation.py` makes the tables below. There is one teacher, by `rlfusion pretrain` "
+            "with its defaults. `rlfusion distill` runs with the arguments below and seeds "
+            f"{', '.join(map(str, range(seeds)))}; a cell has one figure a seed. Each evaluation draws 1,000 samples; "
+            "agreement and Frechet distance come from the judge network. The Frechet distance between the two splits "
+            f"of the real digits is {floor:.2f}. CPU seconds are those of training on one thread: of a student with "
+            "the rounds before it, of the teacher with one evaluation "
+            f"(torch {torch.__version__}, Python {platform.python_version()}).",
             "",
             "| model | steps | agreement | Frechet | precision | recall | diversity / real | CPU s |",
             "|---|---|---|---|---|---|---|---|",
@@ -230,7 +231,7 @@ def page(lines: list[str], prices: list[str], rows: list[Row], seeds: int, floor
             "",
             "![A sample of each class: the teacher at 50 steps, then the rows above, first seed](distillation.png)",
             "",
-            f"DDPO on the reward `ink`, to a gain of {GAIN:g} standard deviations of the base's rewards:",
+            f"DDPO raises the reward `ink` until the gain is {GAIN:g} standard deviations of the base model's rewards:",
             "",
             "| base | queries | gain | Frechet | CPU ms a query |",
             "|---|---|---|---|---|",

@@ -194,9 +194,9 @@ def page(all_: dict[str, Compared], picture: str) -> str:
     bases = {reward: found.base for reward, found in all_.items()}
     seconds = mean(points[-1].cpu_seconds for f in all_.values() for s in f.runs.values() for points in s if points)
     made = (
-        f"Made by `python benchmarks/learners.py`; torch {torch.__version__}, Python {platform.python_version()}, one "
-        f"CPU thread; {seconds:.1f} CPU seconds of training in a run on average. The base models' own agreement and "
-        "Frechet distance: "
+        f"`python benchmarks/learners.py` makes the tables below (torch {torch.__version__}, Python "
+        f"{platform.python_version()}, one CPU thread; a run trains for {seconds:.1f} CPU seconds on average). "
+        "Agreement and Frechet distance of the base models: "
         + "; ".join(f"{r} {b['agreement']:.3f}, {b['frechet']:.1f}" for r, b in bases.items())
         + "."
     )

@@ -23,16 +23,9 @@ MORE: dict[str, tuple[int, ...]] = {"ct": (2,), "ict": (2,), "sct": (2,)}
 """Objectives that are also measured at other numbers of steps."""
 
 NOTES = (
-    "## Why `sct` gains nothing from a second step",
-    "",
-    "Not by its middle time. Two steps by way of the angle a = pi t / 2 of .785 (the even grid), 1.1 and 1.3 (sigma / "
-    "alpha = .75, 1.5, 2.7) have agreement .916 / .925, .931 / .942 and .941 / .957 and Frechet distance 38 / 36, 33 / "
-    "31 and 27 / 26, where one step of the same networks has .954 / .965 and 23 / 23: the best is the one that does "
-    "least. The function itself loses the law at middle noise: real digits noised to sigma / alpha = .1, .3, .75 and "
-    "20 come back at 2.5, 8.4, 25.5 and 22.3. A learning rate of 1e-3 (agreement .858 in one step) or 1e-4, a tangent "
-    "that rises over 500 steps, or one that is hardly normalised (c = 10) does not mend that. The tangent is noisy; "
-    "distilled (`scd` in distillation.md), where it is not, and from its teacher's answers on, the same network comes "
-    "to 5.6 to 7.3 in one step, and steps bring it nearer. (Measured apart from the table.)",
+    "A second step makes `sct` worse: its tangent is noisy, and the function is wrong at middle noise "
+    "([notes](notes/sct-second-step.md)). Distilled from a teacher, as `scd` in [distillation](distillation.md), the "
+    "same network comes to 5.6 to 7.3 with one step.",
 )
 """What was found beside the table."""
 
@@ -103,12 +96,12 @@ def page(table: list[str], objectives: list[str], floor: float, seeds: int) -> s
         [
             "# Pretraining on digits, objective by objective",
             "",
-            "Made by `python benchmarks/pretraining.py` and not by hand: `rlfusion pretrain --objective NAME`, "
-            f"seeds {', '.join(map(str, range(seeds)))}, 1,000 samples each; agreement and Frechet distance by the "
-            "judge network, which is trained on the training split and right on .989 of the held-out digits; the "
-            f"Frechet distance between the two splits of the real digits is {floor:.2f}. CPU seconds of the whole "
-            f"command, evaluation included, on one thread; torch {torch.__version__}, "
-            f"Python {platform.python_version()}.",
+            "`python benchmarks/pretraining.py` makes this page: it runs `rlfusion pretrain --objective NAME` with "
+            f"seeds {', '.join(map(str, range(seeds)))} and draws 1,000 samples of each model. A cell has one figure a "
+            "seed. Agreement and Frechet distance come from the judge network, which is trained on the training split "
+            "and right on .989 of the held-out digits. The Frechet distance between the two splits of the real digits "
+            f"is {floor:.2f}. CPU seconds are those of the whole command on one thread, with its evaluation (torch "
+            f"{torch.__version__}, Python {platform.python_version()}).",
             "",
             "| objective | steps | agreement | Frechet | precision | recall | diversity / real | CPU s |",
             "|---|---|---|---|---|---|---|---|",
@@ -118,7 +111,8 @@ def page(table: list[str], objectives: list[str], floor: float, seeds: int) -> s
             "",
             "## What each preset sets",
             "",
-            "Each may be changed beside `--objective`; settings not named are the defaults of `rlfusion pretrain`.",
+            "Any of these settings may be given beside `--objective` to change it. A setting that is not listed has "
+            "the default of `rlfusion pretrain`.",
             "",
             "| objective | settings |",
             "|---|---|",
