@@ -135,10 +135,6 @@ class Finetune:
                 f"ray.limits.item_floor_s = {floor_s:g} may be killed before, expected less, or a larger item_floor_s"
             )
 
-    def options_of(self, *names: str) -> dict[str, dict[str, Any]]:
-        """The options of these rewards."""
-        return {name: options for name, options in self.reward_options.items() if name in names}
-
     @property
     def settings(self) -> Settings:
         """The backend's settings."""
@@ -155,11 +151,6 @@ class Finetune:
     def reward_name(self) -> str:
         """The reward in a word, for tables and folder names."""
         return "+".join(label.replace("/", "-") for label in labels(names_of(self.reward)).values())
-
-    @property
-    def may_fail(self) -> float | None:
-        """The share of rewards that may fail; None where none may."""
-        return self.max_failed if self.reward_failures == "mask" else None
 
     @property
     def call_options(self) -> CallOptions:

@@ -21,7 +21,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Answers, Denoiser, Embedded
 from rlfusion.distill.on_schedule import on_its_own
-from rlfusion.distill.pairs import Making, Pairs, make_pairs
+from rlfusion.distill.pairs import Making, Pairs, Source, make_pairs
 from rlfusion.distill.student import Config as Student
 from rlfusion.models import Card
 from rlfusion.pretrain import Draws, Loss, LossLearner
@@ -69,9 +69,10 @@ class Teaching:
         """What makes, or finds in ``folder/name``, pairs of the teacher; or of ``source``, a student as it was. Each
         ``round`` has noise of its own.
         """
-        own = (self.own, self.teacher_card, making, self.guidance)
-        model = own if source is None else (source, self.card, making, 0.0)
-        return partial(make_pairs, *model, self.folder / name, self.seed, self.workers, self.say, self.stop, round)
+        own = Source(self.own, self.teacher_card, self.guidance)
+        model = own if source is None else Source(source, self.card, 0.0)
+        about = (making, self.folder / name, self.seed, self.workers, self.say, self.stop, round)
+        return partial(make_pairs, model, *about)
 
     @property
     def device(self) -> torch.device:

@@ -109,11 +109,17 @@ class PairDraws:
         return replace(draw, eps=eps[draw.index])
 
 
+class Source(NamedTuple):
+    """The model that makes pairs, its card, and the guidance weight with which it does."""
+
+    model: Denoiser
+    card: models.Card
+    guidance: float
+
+
 def make_pairs(
-    teacher: Denoiser,
-    card: models.Card,
+    source: Source,
     making: Making,
-    guidance: float,
     folder: Path,
     seed: int,
     settings: Settings,
@@ -121,14 +127,13 @@ def make_pairs(
     stop: Callable[[], None] = lambda: None,
     round: int = 0,
 ) -> Pairs:
-    """The pairs of ``teacher``, the model of ``card``, in a round, from ``folder`` as far as they are there.
+    """The pairs of ``source`` in a round, from ``folder`` as far as they are there.
 
-    A shard that is damaged, or of another teacher, is renamed
-    ``*.corrupt``, told, and made again. ``stop`` is called between the walks of a shard too, and may raise: that shard
-    alone is then made again.
+    A shard that is damaged, or of another teacher, is renamed ``*.corrupt``, told, and made again. ``stop`` is called
+    between the walks of a shard too, and may raise: that shard alone is then made again.
     """
-    chain = making.chain(guidance)
-    policy = chain.policy(teacher, card.names)
+    card, chain = source.card, making.chain(source.guidance)
+    policy = chain.policy(source.model, card.names)
     weights = Weights.of(policy, 0)
     held = _Shards(folder, _identity(card, chain, making, seed, weights, round))
     sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]

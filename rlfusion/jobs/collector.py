@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from rlfusion.common.weights import Weights
-from rlfusion.config import Finetune
+from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rollout import Backend, Pending, plan, version_for
 from rlfusion.rollout.trajectory import Trajectory, concatenate
-from rlfusion.training.devices import pick_device
 
 
 class Collector:
@@ -17,9 +18,11 @@ class Collector:
     ``metrics`` are those of the last batch, to be logged.
     """
 
-    def __init__(self, backend: Backend, config: Finetune, prompts: int, start: int) -> None:
-        self.backend, self.config, self.prompts, self.start = backend, config, prompts, start
-        self.device = pick_device(config.device)
+    def __init__(
+        self, backend: Backend, spec: Collecting, rewards: RewardSpec, prompts: int, start: int, device: torch.device
+    ) -> None:
+        self.backend, self.spec, self.rewards = backend, spec, rewards
+        self.prompts, self.start, self.device = prompts, start, device
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
         self.metrics: dict[str, float] = {}
@@ -27,32 +30,32 @@ class Collector:
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""
         self.published[weights.version] = weights
-        last = min(weights.version + self.config.rollout.lag, self.config.updates - 1)
+        last = min(weights.version + self.spec.rollout.lag, self.spec.updates - 1)
         for step in range(max(self.start, weights.version), last + 1):
             if self.version(step) == weights.version:
                 self.pending[step] = self.backend.submit(self.items(step, weights.version), weights)
-        for old in [v for v in self.published if v < weights.version - self.config.rollout.lag]:
+        for old in [v for v in self.published if v < weights.version - self.spec.rollout.lag]:
             del self.published[old]
 
     def version(self, step: int) -> int:
         """The version that acts in a step."""
-        return version_for(step, self.config.rollout.lag, self.config.checkpoint_every)
+        return version_for(step, self.spec.rollout.lag, self.spec.checkpoint_every)
 
     def items(self, step: int, version: int) -> list:
         """The work items of a step."""
-        r = self.config.rollout
-        return plan(self.config.seed, step, r.prompts, r.samples_per_prompt, r.item, self.prompts, version)
+        r = self.spec.rollout
+        return plan(self.spec.seed, step, r.prompts, r.samples_per_prompt, r.item, self.prompts, version)
 
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""
-        for step in range(self.start, self.config.updates):
-            batch, self.metrics = scored(concatenate(self.pending.pop(step)()).to(self.device), self.config)
+        for step in range(self.start, self.spec.updates):
+            batch, self.metrics = scored(concatenate(self.pending.pop(step)()).to(self.device), self.rewards)
             yield batch
 
     def still_needed(self, done: int) -> dict[int, Weights]:
         """The older versions that steps after ``done`` act under, those of a longer run too: empty at a regular
         checkpoint.
         """
-        ahead = range(done, done + self.config.rollout.lag)
+        ahead = range(done, done + self.spec.rollout.lag)
         wanted = {self.version(step) for step in ahead} - {done}
         return {v: w for v, w in self.published.items() if v in wanted}

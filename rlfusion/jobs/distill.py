@@ -171,8 +171,8 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
     run = identity.enter(folder, "distill", config)
     learner, stages = make_learner(config, teaching), plan(config, teaching)
     given = partial(batches, config, teaching)
-    every, bar = config.checkpoint_every, ("distilling", "distill")
-    fitting.fit(learner, run, stages.total, every, signals, progress, *bar, batches=given)
+    every, bar = config.checkpoint_every, fitting.Shown("distilling", "distill")
+    fitting.fit(learner, run, stages.total, every, signals, progress, bar, batches=given)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
 

@@ -17,6 +17,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.training.devices import pick_device
 
@@ -60,8 +61,9 @@ def needs(settings: Finetune) -> memory.Estimate:
         ConfigError: settings that cannot work.
     """
     device = pick_device(settings.device)
-    begun = base_model.begin(settings, Path(settings.root), device, Signals(), Progress())
+    parts = opened(settings)
+    begun = base_model.begin(parts.base, device, Signals(), Progress())
     require_solvable(begun.denoiser, settings.chain)
     policy = settings.chain.policy(begun.denoiser, begun.card.names)
     latent = policy.space.latent(begun.card.shape)
-    return memory.estimate(settings, begun.denoiser, policy, settings.chain.times(begun.denoiser), latent)
+    return memory.estimate(parts.holds, begun.denoiser, policy, settings.chain.times(begun.denoiser), latent)

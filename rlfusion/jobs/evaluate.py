@@ -9,7 +9,7 @@ from rlfusion import config, models
 from rlfusion.common.progress import Progress
 from rlfusion.data import load
 from rlfusion.evaluation import require_independent
-from rlfusion.jobs.measure import Judged, Unjudged, measure, require_models_data
+from rlfusion.jobs.measure import Judged, Scored, Unjudged, measure, require_models_data
 from rlfusion.jobs.sample import sampler
 from rlfusion.training import checkpoint
 from rlfusion.training.devices import pick_device, set_numerics
@@ -22,14 +22,15 @@ def evaluate(settings: config.Evaluate, show: Callable[[dict[str, float]], None]
     _, card, policy, times = sampler(settings, most)
     device, root = pick_device(settings.device), Path(settings.root)
     judged = Unjudged(card.shape, card.names, card.metadata) if card.pipeline else _judged(settings, card, device)
-    reward = None
+    scored = None
     if settings.reward:
         reward = judged.reward(settings.reward, settings.reward_options, root)
         if judged.judge is not None:
             require_independent(judged.judge, reward)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
-    result = measure(policy, times, judged, reward, str(settings.reward), settings.evaluation, settings.seed)
+        scored = Scored(reward, str(settings.reward))
+    result = measure(policy, times, judged, scored, settings.evaluation, settings.seed)
     show(result)
     if settings.out:
         checkpoint.write_json_atomic(Path(settings.out), result)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -221,20 +221,29 @@ def _noise(
         yield noise.to(label.device), label[rows.to(label.device)]
 
 
+class Scored(NamedTuple):
+    """A reward to measure by its name in messages; up to the share ``max_failed`` of its values may fail, for None
+    none.
+    """
+
+    reward: Reward
+    name: str
+    max_failed: float | None = None
+
+
 @torch.no_grad()
 def measure(
     policy: Policy,
     times: Tensor,
     judged: Judged | Unjudged,
-    reward: Reward | None,
-    reward_name: str,
+    scored: Scored | None,
     settings: Evaluation,
     seed: int,
-    max_failed: float | None = None,
 ) -> dict[str, float]:
     """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
 
-    With ``max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are averaged.
+    With ``scored.max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are
+    averaged.
 
     Raises:
         ConfigError: bits per dimension are asked for and not defined.
@@ -245,8 +254,9 @@ def measure(
     label = torch.arange(settings.samples, device=device) % judged.classes
     samples = draw(policy, times, label, judged.shape, seed, "evaluation")
     result = judged.report(samples, label) | bits
-    if reward is None:
+    if scored is None:
         return result
+    reward, reward_name, max_failed = scored
     value = score(reward, samples, label, reward_name, masked=max_failed is not None)
     if max_failed is not None:
         fine, result["reward_failed"] = valid(value, reward_name, max_failed)

@@ -14,21 +14,41 @@ Scratch space of single operations is not counted, and nothing that the reward i
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlfusion.config import Finetune
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
-from rlfusion.rl.guard import DEPTH
 
 FUNCTION = "_gradient_checkpointing_func"
 """By which diffusers' modules make activations again."""
 
 Estimate = dict[str, int]
 """Bytes by what they are for."""
+
+
+class Holds(NamedTuple):
+    """What a fine-tuning holds beside its model: see Eq. (1) to (4).
+
+    Attributes:
+        here: rollouts are collected in this process, with a copy of what is trained.
+        reference: so does a reference model.
+        watched: and the monitor, if the chain has noise.
+        undo: times that all that an update changes is kept, to undo it.
+        eight_bit: the optimiser's moments are in 8 bits.
+        rows: samples that have activations at once.
+        decodes: samples are decoded with a gradient, which is the reward's own.
+    """
+
+    here: bool
+    reference: bool
+    watched: bool
+    undo: int
+    eight_bit: bool
+    rows: int
+    decodes: bool
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -96,18 +116,14 @@ def decoding(policy: Policy, shape: tuple[int, ...], count: int) -> int:
     return line(measured, min(count, policy.space.chunk))
 
 
-def estimate(config: Finetune, denoiser: Denoiser, policy: Policy, times: Tensor, shape: tuple[int, ...]) -> Estimate:
+def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, shape: tuple[int, ...]) -> Estimate:
     """Eq. (1) to (4) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
     sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in denoiser.parameters()]
     trained = sum(size for wanted, size in sizes if wanted)
     frozen = sum(size for wanted, size in sizes if not wanted)
-    agent: Any = config.agent
-    reference = getattr(agent, "kl_loss", 0.0) > 0
     noisy = bool((policy.stds(times) > 0).any())
-    copies = (config.rollout.workers == 0) + reference + bool(config.monitor.every and noisy)
-    undo = {"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1)
-    moments = trained // 2 if config.optimizer == "adamw8bit" else 2 * trained
-    rows = getattr(agent, "micro_batch", config.rollout.item)
+    copies = holds.here + holds.reference + (holds.watched and noisy)
+    moments, rows = trained // 2 if holds.eight_bit else 2 * trained, holds.rows
     vae = getattr(policy.space, "vae", None)
     found = {
         "network, frozen": frozen,
@@ -115,11 +131,11 @@ def estimate(config: Finetune, denoiser: Denoiser, policy: Policy, times: Tensor
         "gradients and AdamW": trained + moments,
         "average": trained,
         "copies of what is trained": copies * trained,
-        "to undo an update": undo * ((2 + reference) * trained + moments),
+        "to undo an update": holds.undo * ((2 + holds.reference) * trained + moments),
         "autoencoder": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0,
         f"activations of {rows} samples": activations(policy, times, shape, rows),
     }
-    if not config.agent.rollout_spec(config.chain.moves).end:  # it takes the reward's own gradient
+    if holds.decodes:
         found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
     return found
 

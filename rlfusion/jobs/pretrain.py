@@ -53,7 +53,7 @@ def fit(
         denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
     every = config.checkpoint_every
-    fitting.fit(learner, run, config.train.steps, every, signals, progress, "pretraining", "pretrain")
+    fitting.fit(learner, run, config.train.steps, every, signals, progress, fitting.Shown("pretraining", "pretrain"))
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
 
@@ -195,7 +195,7 @@ def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, flo
     result: dict[str, float] = {}
     if data.grouped:
         judged = Judged.of(data, config.held_out, Path(config.root), device)
-        result = measure(policy, times, judged, None, "", config.evaluation, config.seed)
+        result = measure(policy, times, judged, None, config.evaluation, config.seed)
     elif config.evaluation.bits_per_dim:
         result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)
     if result:

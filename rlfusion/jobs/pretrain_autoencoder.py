@@ -91,8 +91,8 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     module = _build(config, data.shape).to(device)
     run = identity.enter(folder, "pretrain-autoencoder", config)
     learner = Learner(module, data, config)
-    bar = ("autoencoder", "autoencoder", "error")
-    tracker = fit.fit(learner, run, config.steps, config.checkpoint_every, signals, progress, *bar)
+    shown = fit.Shown("autoencoder", "autoencoder", "error")
+    tracker = fit.fit(learner, run, config.steps, config.checkpoint_every, signals, progress, shown)
     with learner.optimization.ema.averaged():
         about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
         space = fitted(module, about, data.x)

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import torch
 
-from rlfusion.config import Finetune
+from rlfusion.jobs.parts import RewardSpec
 from rlfusion.rewards import labels, valid
 from rlfusion.rl.advantage import normalized_sum
 from rlfusion.rollout.trajectory import Trajectory
 
 
-def scored(batch: Trajectory, config: Finetune) -> tuple[Trajectory, dict[str, float]]:
+def scored(batch: Trajectory, rewards: RewardSpec) -> tuple[Trajectory, dict[str, float]]:
     """The walks whose reward did not fail, with the reward that is learned from, and what to log:
 
     of every named reward ``reward_NAME``, its mean, and where they are normalised ``share_NAME``, what of the advantage
@@ -24,23 +24,23 @@ def scored(batch: Trajectory, config: Finetune) -> tuple[Trajectory, dict[str, f
     if batch.reward is None:
         return batch, {}
     log: dict[str, float] = {} if batch.cached is None else {"cached": batch.cached.mean().item()}
-    if config.reward_failures == "mask":
-        batch, log["failed"] = _without_failed(batch, config)
-    if batch.terms is None or not isinstance(config.reward, Mapping):
+    if rewards.masked:
+        batch, log["failed"] = _without_failed(batch, rewards)
+    if batch.terms is None or not isinstance(rewards.reward, Mapping):
         return batch, log
-    names = list(labels(list(config.reward)).values())
+    names = list(labels(list(rewards.reward)).values())
     log |= {f"reward_{name}": mean for name, mean in zip(names, batch.terms.mean(0).tolist())}
-    if config.reward_normalize == "none":
+    if rewards.normalize == "none":
         return batch, log
-    weights = torch.tensor(list(config.reward.values()), dtype=batch.terms.dtype, device=batch.terms.device)
-    group = batch.group if config.reward_normalize == "group" else torch.zeros_like(batch.group)
+    weights = torch.tensor(list(rewards.reward.values()), dtype=batch.terms.dtype, device=batch.terms.device)
+    group = batch.group if rewards.normalize == "group" else torch.zeros_like(batch.group)
     total, share = normalized_sum(batch.terms, weights, group)
     log |= {f"share_{name}": part for name, part in zip(names, share.tolist())}
     log["reward"] = batch.reward.mean().item()
     return replace(batch, reward=total), log
 
 
-def _without_failed(batch: Trajectory, config: Finetune) -> tuple[Trajectory, float]:
+def _without_failed(batch: Trajectory, rewards: RewardSpec) -> tuple[Trajectory, float]:
     """The walks whose reward is a number, and the share of the others."""
-    fine, failed = valid(batch.reward, config.reward_name, config.max_failed)
+    fine, failed = valid(batch.reward, rewards.name, rewards.max_failed)
     return (replace(batch.take(fine), failed=int((~fine).sum())) if failed else batch), failed

@@ -4,29 +4,17 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rlfusion import models
-from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import pack, unpack
-from rlfusion.config import Finetune
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.measure import reward_parts
-from rlfusion.rewards import (
-    CallOptions,
-    Learned,
-    Reward,
-    WeightedSum,
-    bare,
-    build,
-    everywhere,
-    names_of,
-    needs_groups,
-    task_info,
-)
+from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
+from rlfusion.rewards import CallOptions, Learned, Reward, WeightedSum, bare, build, everywhere, task_info
 from rlfusion.rollout import Recipe, RolloutSpec, Task
 
 
@@ -44,47 +32,45 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     if isinstance(reward, torch.nn.Module):
         reward.load_state_dict(unpack(blobs["reward"]))
         reward.to(config["device"])
-    policy = chain.policy(denoiser.to(config["device"]), card.names)
-    rollout_spec = RolloutSpec(**config["rollout_spec"])
+    policy, spec = chain.policy(denoiser.to(config["device"]), card.names), RolloutSpec(**config["rollout_spec"])
     if "policy" in blobs:
         policy.load_state_dict(unpack(blobs["policy"]))
-    return _task(card, chain, policy, reward, config["reward_name"], config["device"], rollout_spec, config["masked"])
+    return _task(_Walks(chain, spec, config["reward_name"], config["masked"]), card, policy, reward, config["device"])
 
 
-def make_task(config: Finetune, card: models.Card, policy: Policy, reward: Reward) -> Task:
+def make_task(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward) -> Task:
     """The learner's own task: its policy, with the chain and the reward of the workers."""
-    device = str(next(policy.parameters()).device)
-    rollout_spec = config.agent.rollout_spec(config.chain.moves)
-    masked = config.reward_failures == "mask"
-    return _task(card, config.chain, policy, reward, config.reward_name, device, rollout_spec, masked)
+    walks = _Walks(spec.chain, spec.rollout, spec.rewards.name, spec.rewards.masked)
+    return _task(walks, card, policy, reward, str(next(policy.parameters()).device))
 
 
-def _task(
-    card: models.Card,
-    chain: Chain,
-    policy: Policy,
-    reward: Reward,
-    reward_name: str,
-    device: str,
-    rollout_spec: RolloutSpec,
-    masked: bool,
-) -> Task:
+class _Walks(NamedTuple):
+    """What a worker and the learner have in common."""
+
+    chain: Chain
+    rollout: RolloutSpec
+    reward_name: str
+    masked: bool
+
+
+def _task(walks: _Walks, card: models.Card, policy: Policy, reward: Reward, device: str) -> Task:
     return Task(
         policy=policy,
-        grid=chain.grid(policy.denoiser),
+        grid=walks.chain.grid(policy.denoiser),
         shape=policy.space.latent(card.shape),
         conditions=torch.arange(card.classes),
         decode=policy.space.decode,
         reward=reward,
-        reward_name=reward_name,
+        reward_name=walks.reward_name,
         device=device,
-        rollout_spec=rollout_spec,
-        masked=masked,
+        rollout_spec=walks.rollout,
+        masked=walks.masked,
     )
 
 
 def recipe(
-    config: Finetune,
+    spec: TaskSpec,
+    workers: Workers,
     card: models.Card,
     policy: Policy,
     reward: Reward,
@@ -95,34 +81,33 @@ def recipe(
     weights that are not trained travel as bytes."""
     described = {
         "card": card.to_json(),
-        "chain": asdict(config.chain),
-        "reward": _everywhere(config.reward),
-        "reward_options": {everywhere(name): held for name, held in worker_options(config, reward).items()},
-        "call_options": asdict(config.call_options),
+        "chain": asdict(spec.chain),
+        "reward": _everywhere(spec.rewards.reward),
+        "reward_options": {everywhere(name): held for name, held in worker_options(spec.rewards, reward).items()},
+        "call_options": asdict(spec.rewards.call_options),
         "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
-        "actor_s": config.ray.limits.item_s,
-        "reward_name": config.reward_name,
-        "device": device.type if config.rollout.workers else str(device),  # Ray shows a worker its own GPU as the only
-        "threads": config.threads,
-        "precision": config.precision,
-        "lora": config.lora,
-        "masked": config.reward_failures == "mask",
-        "rollout_spec": asdict(config.agent.rollout_spec(config.chain.moves)),
+        "actor_s": workers.ray.limits.item_s,
+        "reward_name": spec.rewards.name,
+        "device": device.type if workers.count else str(device),  # Ray shows a worker its own GPU as the only
+        "threads": spec.threads,
+        "precision": spec.precision,
+        "lora": spec.lora,
+        "masked": spec.rewards.masked,
+        "rollout_spec": asdict(spec.rollout),
     }
     blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
-    if (
-        config.lora and not card.pipeline
-    ):  # a pipeline has them in its files; else each version of the weights is all of them
+    if spec.lora and not card.pipeline:
+        # a pipeline has them in its files; else each version of the weights is all of them
         blobs["policy"] = pack(policy.state_dict())
     return Recipe("rlfusion.jobs.tasks:build_task", described, blobs)
 
 
-def worker_options(config: Finetune, reward: Reward) -> dict[str, dict[str, Any]]:
+def worker_options(rewards: RewardSpec, reward: Reward) -> dict[str, dict[str, Any]]:
     """The options with which a worker builds ``reward``, whose learned parts arrive as bytes."""
-    parts = reward.rewards if isinstance(reward, WeightedSum) else {config.reward: reward}
+    parts = reward.rewards if isinstance(reward, WeightedSum) else {rewards.reward: reward}
     bared = {name: bare(part) for name, part in parts.items()}
     blank = {name: part.blank() for name, part in bared.items() if isinstance(part, Learned)}
-    given = config.options_of(*names_of(config.reward))
+    given = rewards.options
     return given | {name: (given.get(name) or {}) | made for name, made in blank.items()}
 
 
@@ -132,45 +117,46 @@ def _everywhere(reward: str | Mapping[str, float]) -> str | dict[str, float]:
 
 
 @contextmanager
-def actors_of(config: Finetune) -> Iterator[dict[str, str]]:
-    """The running actors of ``ray.reward_envs``: their names by reward; none, and no Ray, where there are no such.
+def actors_of(workers: Workers, options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """The running actors of ``ray.reward_envs``, with the options of each reward: their names by reward; none, and no
+    Ray, where there are no such.
 
     Raises:
         ConfigError: one cannot be started.
     """
-    ray = config.ray
+    ray = workers.ray
     if not ray.reward_envs:
         yield {}
         return
     from rlfusion.rollout.ray_rewards import reward_actors
 
     envs = {everywhere(name): env for name, env in ray.reward_envs.items()}
-    options = {everywhere(name): held for name, held in config.reward_options.items()}
-    with reward_actors(envs, options, config.settings, *_reserved(config), ray.gpus_per_reward) as names:
+    held = {everywhere(name): dict(given) for name, given in options.items()}
+    with reward_actors(envs, held, workers.backend, *_reserved(workers), ray.gpus_per_reward) as names:
         yield {name: names[everywhere(name)] for name in ray.reward_envs}
 
 
 @contextmanager
-def cluster_of(config: Finetune) -> Iterator[None]:
+def cluster_of(workers: Workers) -> Iterator[None]:
     """The Ray cluster that workers and actors use, had before any work; none, and no Ray, where there are no workers.
 
     Raises:
         RolloutError: it cannot be had.
     """
-    if not config.rollout.workers:
+    if not workers.count:
         yield
         return
     from rlfusion.rollout.ray_cluster import shared_cluster
 
-    with shared_cluster(config.settings, *_reserved(config)):
+    with shared_cluster(workers.backend, *_reserved(workers)):
         yield
 
 
-def _reserved(config: Finetune) -> tuple[int, int]:
+def _reserved(workers: Workers) -> tuple[int, int]:
     """The CPU cores and GPUs of all workers and reward actors."""
-    ray, workers = config.ray, config.rollout.workers
-    gpus = workers * ray.gpus_per_worker + len(ray.reward_envs) * ray.gpus_per_reward
-    return max(1, math.ceil(workers * ray.cpus_per_worker)), math.ceil(gpus)
+    ray, count = workers.ray, workers.count
+    gpus = count * ray.gpus_per_worker + len(ray.reward_envs) * ray.gpus_per_reward
+    return max(1, math.ceil(count * ray.cpus_per_worker)), math.ceil(gpus)
 
 
 def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:
@@ -184,31 +170,3 @@ def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: 
     from rlfusion.rollout.ray_rewards import ActorReward
 
     return {name: ActorReward(name, actor, known, timeout_s) for name, actor in actors.items()}
-
-
-def require_whole_groups(config: Finetune, prompts: int, reward: Reward) -> None:
-    """Refuse more prompts in a rollout than there are (of one condition alone a rollout may have any number of groups),
-    and rollouts that would tear the groups of a reward that compares the samples of a prompt.
-
-    Raises:
-        ConfigError: so many prompts; or the agent scores sample by sample, a prompt has one sample, an item holds part
-            of a prompt's samples, or a prompt comes twice in a rollout.
-    """
-    r = config.rollout
-    if r.prompts > prompts > 1:
-        raise ConfigError(f"rollout.prompts = {r.prompts}: expected at most the {prompts} prompts that there are")
-    if not needs_groups(reward):
-        return
-    what = f"reward {config.reward_name!r} compares the samples of a prompt"
-    if not config.agent.rollout_spec(config.chain.moves).end:
-        raise ConfigError(f"agent = {config.agent.name}: it scores as it learns, sample by sample, and {what}")
-    if r.samples_per_prompt < 2:
-        raise ConfigError(f"samples_per_prompt = {r.samples_per_prompt}: {what}, expected 2 at least")
-    if r.item % r.samples_per_prompt:
-        near = max(1, round(r.item / r.samples_per_prompt)) * r.samples_per_prompt
-        raise ConfigError(
-            f"rollout.item = {r.item}: {what}, expected a multiple of samples_per_prompt = "
-            f"{r.samples_per_prompt}, such as {near}"
-        )
-    if r.prompts > prompts:
-        raise ConfigError(f"rollout.prompts = {r.prompts}: {what}, expected at most the {prompts} that there are")

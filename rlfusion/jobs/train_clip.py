@@ -139,7 +139,7 @@ def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progre
     clip = towers.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))
     learner = Learner(clip, Preprocess.of(described), data, config)
     every = config.checkpoint_every
-    fitting.fit(learner, run, config.steps, every, signals, progress, "CLIP", "clip")
+    fitting.fit(learner, run, config.steps, every, signals, progress, fitting.Shown("CLIP", "clip"))
     with learner.optimization.ema.averaged():
         towers.save(folder / "clip", clip, model, described)
 

@@ -6,7 +6,7 @@ weights as one that was never stopped.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
@@ -20,6 +20,14 @@ from rlfusion.training.tracking import Tracker
 LOG_EVERY = 20
 
 
+class Shown(NamedTuple):
+    """What the bar of a training is called, the tag of its logged metrics, and the metric beside the bar."""
+
+    bar: str
+    tag: str
+    metric: str = "loss"
+
+
 def fit(
     learner: Learner[Any],
     run: Run,
@@ -27,18 +35,14 @@ def fit(
     every: int,
     signals: Signals,
     progress: Progress,
-    bar: str,
-    tag: str,
-    shown: str = "loss",
+    shown: Shown,
     batches: Callable[[int], Iterator[Any]] | None = None,
 ) -> Tracker:
     """Train ``learner`` in the folder of ``run`` up to step ``total``, from its newest checkpoint on, and save one each
     ``every`` steps; its tracker.
 
     Args:
-        bar: what the bar is called, and
-        shown: the metric beside it.
-        tag: of the logged metrics.
+        shown: how it is shown and logged.
         batches: what the updates from a step on get; the numbers of their steps by default.
 
     Raises:
@@ -48,12 +52,7 @@ def fit(
     """
     for note in run.notes:
         progress.say(note)
-    found = run.newest(total)
-    start = found.step if found else 0
-    if found:
-        state = checkpoint.load(found.path)
-        with checkpoint.loading(found.path):
-            learner.load_state_dict(state)
+    start = _taken_up(learner, run, total)
     tracker = Tracker(run.folder, start)
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
@@ -64,10 +63,21 @@ def fit(
     given = batches(start) if batches else iter(range(start, total))
     steps = train(learner, given, start, total, every, save, signals)
     stopwatch = Stopwatch(run.folder, start)
-    with progress.bar(bar, total, start) as drawn:
+    with progress.bar(shown.bar, total, start) as drawn:
         for step, metrics in steps:
-            drawn.advance(**{shown: metrics[shown]})
+            drawn.advance(**{shown.metric: metrics[shown.metric]})
             if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
-                tracker.scalars(step + 1, tag, metrics)
+                tracker.scalars(step + 1, shown.tag, metrics)
                 stopwatch.lap(step + 1, 0)
     return tracker
+
+
+def _taken_up(learner: Learner[Any], run: Run, total: int) -> int:
+    """The step of the run's newest checkpoint, whose state the learner takes up; 0 for none."""
+    found = run.newest(total)
+    if found is None:
+        return 0
+    state = checkpoint.load(found.path)
+    with checkpoint.loading(found.path):
+        learner.load_state_dict(state)
+    return found.step

@@ -11,7 +11,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.sampling import sample
 from rlfusion.distill import pairs as pairs_module
-from rlfusion.distill.pairs import Making, PairDraws, Pairs, make_pairs
+from rlfusion.distill.pairs import Making, PairDraws, Pairs, Source, make_pairs
 from rlfusion.rollout import Settings
 
 CARD = models.Card(models.Config(net="ResidualMLP(width=16, depth=1)", kind="v"), (1, 2, 2), ("a", "b", "c"))
@@ -28,7 +28,7 @@ def teacher(seed: int = 0) -> Denoiser:
 
 
 def made(folder: Path, model: Denoiser | None = None, making: Making = MAKING, guidance: float = 0.0, **more) -> Pairs:
-    return make_pairs(model or teacher(), CARD, making, guidance, folder, 7, Settings(), **more)
+    return make_pairs(Source(model or teacher(), CARD, guidance), making, folder, 7, Settings(), **more)
 
 
 def ends(pairs: Pairs, guidance: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.tasks import make_task
 from rlfusion.rollout import plan, run_item
 
@@ -25,10 +26,10 @@ def peak(call) -> int:
 
 
 def begun(config: Finetune, root):
-    denoiser, card, _, _ = base_model.begin(config, root, torch.device("cpu"), Signals(), Progress())
+    denoiser, card, _, _ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     policy = config.chain.policy(denoiser, card.names)
     shape = policy.space.latent(card.shape)
-    return memory.estimate(config, denoiser, policy, config.chain.times(denoiser), shape), card, policy
+    return memory.estimate(opened(config).holds, denoiser, policy, config.chain.times(denoiser), shape), card, policy
 
 
 @pytest.mark.parametrize(("agent", "lora"), [("ddpo", LORA), ("ddpo", ""), ("draft", "")])
@@ -40,7 +41,7 @@ def test_the_estimate_of_an_update_is_near_its_measured_peak(agent, lora, checkp
     small = config.agent.__class__(**vars(config.agent) | {"micro_batch": 12, "updates_per_epoch": 1, "epochs": 1})
     config = Finetune(**vars(config) | {"pipeline": pipeline, "agent": small})
     found, card, policy = begun(config, tmp_path)
-    task = make_task(config, card, policy, lambda samples, cond: samples.mean((1, 2, 3)))
+    task = make_task(opened(config).task, card, policy, lambda samples, cond: samples.mean((1, 2, 3)))
     walks = run_item(task, plan(0, 0, 2, 6, 12, 2, 0)[0])
     learner = config.agent.learner(task, None, 0)
     seen = peak(lambda: learner.update(walks))

@@ -25,6 +25,7 @@ from rlfusion.diffusion.sampling import chain_noise, sample
 from rlfusion.jobs import base_model
 from rlfusion.jobs.finetune import check, finetune
 from rlfusion.jobs.measure import draw
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.tasks import make_task, recipe
 from rlfusion.models import pipelines
 from rlfusion.rl.monitor import Config as Monitoring
@@ -146,7 +147,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_makes_the_same_weights(root, tiny_
 def policy(root, tiny_pipelines):
     """The policy, card and settings of a model with adapters that are not 0."""
     config = settings(tiny_pipelines["sd"], "ddpo", root, lora=LORA)
-    begun = base_model.begin(config, root, torch.device("cpu"), Signals(), Progress())
+    begun = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     with torch.no_grad():
         for p in begun.denoiser.parameters():
             if p.requires_grad:
@@ -197,8 +198,9 @@ def test_a_worker_rebuilds_the_same_walks(policy):
 
     weights = Weights.of(made, 0)
     item = plan(0, 0, 2, 2, 4, 2, 0)[0]
-    here = make_task(config, card, frozen_copy(made), lambda samples, cond: samples.mean((1, 2, 3)))
-    there = recipe(replace(config, reward="ink"), card, made, here.reward, torch.device("cpu")).build()
+    here = make_task(opened(config).task, card, frozen_copy(made), lambda samples, cond: samples.mean((1, 2, 3)))
+    parts = opened(replace(config, reward="ink"))
+    there = recipe(parts.task, parts.workers, card, made, here.reward, torch.device("cpu")).build()
     weights.load_into(there.policy)
     a, b = run_item(here, item), run_item(there, item)
     assert torch.equal(a.x, b.x)
@@ -210,13 +212,13 @@ def test_a_worker_rebuilds_the_same_walks(policy):
 def test_low_precision_is_the_networks_alone(dtype, root, tiny_pipelines):
     config = settings(tiny_pipelines["sd"], "ddpo", root, lora=LORA)
     config = replace(config, pipeline=replace(config.pipeline, dtype=dtype))
-    denoiser, card, _, _ = base_model.begin(config, root, torch.device("cpu"), Signals(), Progress())
+    denoiser, card, _, _ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     kinds = {p.dtype for p in denoiser.parameters() if not p.requires_grad}
     assert kinds == {getattr(torch, dtype)}
     assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in denoiser.space.vae.parameters()} == {torch.float32}
     made = config.chain.policy(denoiser, card.names)
-    task = make_task(config, card, made, lambda samples, cond: samples.mean((1, 2, 3)))
+    task = make_task(opened(config).task, card, made, lambda samples, cond: samples.mean((1, 2, 3)))
     walks = run_item(task, plan(0, 0, 2, 2, 4, 2, 0)[0])
     assert {walks.x.dtype, walks.log_prob.dtype, walks.reward.dtype} == {torch.float32}
     learner = config.agent.learner(task, None, 0)

@@ -11,8 +11,8 @@ from rlfusion.cli.arguments import settings_of
 from rlfusion.common import notices
 from rlfusion.config import CheckReward
 from rlfusion.jobs import runs
-from rlfusion.jobs.base_model import check_pretrained
 from rlfusion.jobs.check_reward import check_reward
+from rlfusion.jobs.finetune.checks import check_pretrained
 from rlfusion.models import describe
 from rlfusion.models.pipelines import Settings
 

@@ -9,6 +9,7 @@ from tiny_runs import TINY
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Finetune
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.scoring import scored
 from rlfusion.rewards import RewardError, score
 from rlfusion.rl.advantage import group_relative, normalized_sum
@@ -45,7 +46,7 @@ def test_a_reward_that_never_differs_has_no_share():
 
 @pytest.mark.parametrize("how", ["group", "batch"])
 def test_the_learner_gets_the_normalised_sum_and_the_log_the_plain_one(how):
-    got, log = scored(batch(), Finetune(reward=BOTH, reward_normalize=how))
+    got, log = scored(batch(), opened(Finetune(reward=BOTH, reward_normalize=how)).rewards)
     group = GROUP if how == "group" else torch.zeros_like(GROUP)
     torch.testing.assert_close(got.reward, normalized_sum(TERMS, torch.tensor([1.0, 0.5]), group)[0])
     assert log["reward"] == pytest.approx((TERMS @ torch.tensor([1.0, 0.5])).mean().item())
@@ -55,7 +56,7 @@ def test_the_learner_gets_the_normalised_sum_and_the_log_the_plain_one(how):
 
 
 def test_without_normalisation_nothing_changes_but_the_log():
-    got, log = scored(batch(), Finetune(reward=BOTH))
+    got, log = scored(batch(), opened(Finetune(reward=BOTH)).rewards)
     assert torch.equal(got.reward, batch().reward)
     assert set(log) == {"reward_ink", "reward_symmetry"}
 
@@ -63,7 +64,7 @@ def test_without_normalisation_nothing_changes_but_the_log():
 def test_failed_rewards_are_left_out_with_all_of_their_walks():
     terms = TERMS.clone()
     terms[4, 1] = torch.nan
-    got, log = scored(batch(terms=terms), Finetune(reward=BOTH, reward_failures="mask", max_failed=0.2))
+    got, log = scored(batch(terms=terms), opened(Finetune(reward=BOTH, reward_failures="mask", max_failed=0.2)).rewards)
     assert got.x.flatten().tolist() == [0, 1, 2, 3, 5]
     assert [len(part) for part in (got.reward, got.group, got.terms, got.begin, got.cond["label"])] == [5] * 5
     assert log["failed"] == pytest.approx(1 / 6)
@@ -74,7 +75,7 @@ def test_failed_rewards_are_left_out_with_all_of_their_walks():
 def test_too_many_failures_are_an_error():
     reward = torch.tensor([1.0, torch.nan, torch.nan, 1.0, 2.0, 3.0])
     with pytest.raises(RewardError, match=r"'ink' failed for 33% of 6 samples: expected at most max_failed = 0.1"):
-        scored(batch(reward, None), Finetune(reward="ink", reward_failures="mask"))
+        scored(batch(reward, None), opened(Finetune(reward="ink", reward_failures="mask")).rewards)
 
 
 def test_a_reward_gets_the_layout_that_a_served_one_gets():

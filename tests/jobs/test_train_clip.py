@@ -22,6 +22,7 @@ from rlfusion.config import Finetune, TrainClip
 from rlfusion.data import Dataset, digits
 from rlfusion.jobs import train_clip
 from rlfusion.jobs.measure import Unjudged, make_reward
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.tasks import recipe
 from rlfusion.jobs.train_clip import ANY, HANDWRITTEN, loss, rate, templates_of
 from rlfusion.rewards.clip import towers
@@ -144,7 +145,8 @@ def test_a_worker_scores_the_same_without_the_folder(folder, tmp_path, options, 
     denoiser, card = models.load(tiny_root / "first")
     policy = config.chain.policy(denoiser, card.names)
     reward = make_reward(config.reward, config.reward_options, digits(), tmp_path)
-    made = recipe(config, card, policy, reward, torch.device("cpu"))
+    parts = opened(config)
+    made = recipe(parts.task, parts.workers, card, policy, reward, torch.device("cpu"))
     shutil.rmtree(tmp_path / "it")
     task = Recipe.from_text(made.builder, made.text, made.blobs).build()
     x, cond = torch.rand(4, 1, 8, 8), torch.tensor([7, 0, 3, 7])

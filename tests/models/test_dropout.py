@@ -25,6 +25,7 @@ from rlfusion.data import to_pixels
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs import base_model
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import PREFLIGHT, preflight
 from rlfusion.models import lora, pipelines
 from rlfusion.models.lora_dropout import dropped
@@ -152,7 +153,7 @@ def root(tmp_path_factory) -> Path:
 def begun(root: Path, folder: Path, text: str, **pipeline) -> tuple[models.Card, nn.Module]:
     config = settings(folder, "ddpo", root, lora=text)
     config = replace(config, pipeline=replace(config.pipeline, **pipeline))
-    denoiser, card, *_ = base_model.begin(config, root, torch.device("cpu"), Signals(), Progress())
+    denoiser, card, *_ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in learned(denoiser).values():

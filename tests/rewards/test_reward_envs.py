@@ -14,6 +14,7 @@ from rlfusion.common.weights import Weights
 from rlfusion.config import Base, Finetune, Ray, Rollout
 from rlfusion.data import digits
 from rlfusion.diffusion.chain import Chain
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import card_of
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task, recipe
 from rlfusion.rewards import RewardFailure, build, score, task_info
@@ -90,7 +91,8 @@ def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, tmp_
     cond, known = torch.arange(6) % 2, task_info(("a", "four"), (1, 8, 8))
     with pytest.raises(ConfigError, match="no module 'only_there'"):
         build(NAME)
-    with actors_of(config) as actors:
+    parts = opened(config)
+    with actors_of(parts.workers, parts.rewards.given) as actors:
         with pytest.raises(ConfigError, match=rf"'{NAME}' does not start .*needs the options \['prompts'\]"):
             ActorReward(NAME, actors[NAME], {}, 300.0)
         reward = ActorReward(NAME, actors[NAME], known, 300.0)
@@ -129,9 +131,11 @@ def _alike(config, made, actors, at_home):
     policy = config.chain.policy(models.build(card), card.names)
     reward = build(config.reward, {}, made=made)
     item, weights = plan(0, 0, 2, 3, 6, card.classes, 0)[0], Weights.of(policy, 0)
-    with make_backend(recipe(config, card, policy, reward, torch.device("cpu"), actors), config.settings) as backend:
+    parts = opened(config)
+    made = recipe(parts.task, parts.workers, card, policy, reward, torch.device("cpu"), actors)
+    with make_backend(made, config.settings) as backend:
         (away,) = backend.collect([item], weights)
-    home = run_item(make_task(config, card, policy, at_home), item)
+    home = run_item(make_task(parts.task, card, policy, at_home), item)
     assert torch.equal(away.x, home.x)
     assert torch.equal(away.reward, home.reward)
 

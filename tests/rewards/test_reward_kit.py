@@ -18,7 +18,8 @@ from rlfusion.config import CheckReward, Finetune, Rollout
 from rlfusion.data import digits
 from rlfusion.jobs import check_reward as reward_check
 from rlfusion.jobs.check_reward import Trial, check_reward, examine
-from rlfusion.jobs.tasks import require_whole_groups
+from rlfusion.jobs.groups import require_whole_groups
+from rlfusion.jobs.parts import opened
 from rlfusion.rewards import (
     CallOptions,
     ClassLogProb,
@@ -164,6 +165,10 @@ def test_a_comparison_that_is_no_probability_or_has_no_opponent_is_an_error(samp
         PairWise(brighter, scores="elo")
 
 
+def whole_groups(config: Finetune, reward) -> None:
+    require_whole_groups(config.rollout, opened(config).task, config.agent.name, 10, reward)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -182,10 +187,10 @@ def test_a_comparison_that_is_no_probability_or_has_no_opponent_is_an_error(samp
 def test_rollouts_that_would_tear_groups_are_refused(settings, said):
     reward = build({"ink": 1.0, "symmetry": 1.0}, made={"symmetry": PairWise(brighter)})
     with pytest.raises(ConfigError, match=said):
-        require_whole_groups(Finetune(**settings), 10, reward)
+        whole_groups(Finetune(**settings), reward)
     if "11" not in said:
-        require_whole_groups(Finetune(**settings), 10, ink)
-    require_whole_groups(Finetune(), 10, reward)
+        whole_groups(Finetune(**settings), ink)
+    whole_groups(Finetune(), reward)
 
 
 # --- deadlines and memory ---
@@ -315,6 +320,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rlfusion.jobs.groups import require_whole_groups
+from rlfusion.jobs.parts import opened
 from rlfusion.rewards import PairWise
 
 
@@ -416,8 +423,8 @@ def test_held_out_rewards_take_options_and_others_do_not():
     monitor = Monitoring(held_out=("jpeg_compressibility",))
     options = {"jpeg_compressibility": {"quality": 80}}
     config = Finetune(reward="ink", monitor=monitor, reward_options=options)
-    assert config.options_of("jpeg_compressibility") == options
-    assert config.options_of("ink") == {}
+    assert opened(config).rewards.options_of("jpeg_compressibility") == options
+    assert opened(config).rewards.options_of("ink") == {}
     with pytest.raises(ConfigError, match="'jpeg_compressibility': expected one of ink"):
         Finetune(reward="ink", reward_options=options)
 

@@ -6,6 +6,7 @@ Best of N asks for N rewards a sample each time that it samples; a fine-tuned mo
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.jobs.measure import Judged, Unjudged, draw
-from rlfusion.rewards import Reward, score, valid
+from rlfusion.jobs.measure import Judged, Scored, Unjudged, draw
+from rlfusion.rewards import score, valid
 
 BASE = "base"
 Measured = dict[str, float]
@@ -31,37 +32,44 @@ def diversity(values: Measured, base: Measured) -> float:
     return values["diversity"] / max(base["diversity"], 1e-12)
 
 
+class Tries(NamedTuple):
+    """How many samples, of how many each the best, and with which guidance weights."""
+
+    samples: int
+    best_of: list[int]
+    guidance: list[float]
+
+
 def baselines(
     denoiser: Denoiser,
     chain: Chain,
     judged: Judged | Unjudged,
-    reward: Reward,
-    samples: int,
-    best_of: list[int],
-    guidance: list[float],
-    max_failed: float | None = None,
+    scored: Scored,
+    tries: Tries,
 ) -> Iterator[tuple[str, Measured | str]]:
-    """(name, what ``judged`` and the reward say) of each baseline, on ``samples`` samples of fixed seeds; of guidance
+    """(name, what ``judged`` and the reward say) of each baseline, on samples of fixed seeds; of guidance
     that the model does not know, why.
 
-    With ``max_failed`` up to that share of the rewards may fail: such a sample is not the best, and not in the mean.
+    With ``scored.max_failed`` up to that share of the rewards may fail: such a sample is not the best, and not in the
+    mean.
     """
     device = next(denoiser.parameters()).device
+    (reward, name, max_failed), samples = scored, tries.samples
     label = torch.arange(samples, device=device) % judged.classes
-    yield BASE, _measured(_draw(denoiser, chain, judged, label, 0), label, judged, reward, max_failed)
-    for n in best_of:
+    yield BASE, _measured(_draw(denoiser, chain, judged, label, 0), label, judged, scored)
+    for n in tries.best_of:
         draws = torch.stack([_draw(denoiser, chain, judged, label, seed) for seed in range(n)])
-        values = torch.stack([score(reward, x, label, "reward", max_failed is not None).detach() for x in draws])
+        values = torch.stack([score(reward, x, label, name, max_failed is not None).detach() for x in draws])
         chosen = draws[values.nan_to_num(nan=-math.inf).argmax(0), torch.arange(samples, device=device)]
-        yield f"best of {n}", _measured(chosen, label, judged, reward, max_failed)
-    for weight in guidance:
+        yield f"best of {n}", _measured(chosen, label, judged, scored)
+    for weight in tries.guidance:
         stronger = replace(chain, guidance=weight, guidance_scale=None)
         try:
             drawn = _draw(denoiser, stronger, judged, label, 0)
         except ConfigError as error:
             yield f"guidance {weight:g}", f"refused: {error}"
             continue
-        yield f"guidance {weight:g}", _measured(drawn, label, judged, reward, max_failed)
+        yield f"guidance {weight:g}", _measured(drawn, label, judged, scored)
 
 
 def _draw(denoiser: Denoiser, chain: Chain, judged: Judged | Unjudged, label: Tensor, seed: int) -> Tensor:
@@ -70,11 +78,10 @@ def _draw(denoiser: Denoiser, chain: Chain, judged: Judged | Unjudged, label: Te
 
 
 @torch.no_grad()
-def _measured(
-    samples: Tensor, label: Tensor, judged: Judged | Unjudged, reward: Reward, max_failed: float | None
-) -> Measured:
+def _measured(samples: Tensor, label: Tensor, judged: Judged | Unjudged, scored: Scored) -> Measured:
     found = judged.report(samples, label)
-    value = score(reward, samples, label, "reward", max_failed is not None)
+    reward, name, max_failed = scored
+    value = score(reward, samples, label, name, max_failed is not None)
     if max_failed is not None:
-        value = value[valid(value, "reward", max_failed)[0]]
+        value = value[valid(value, name, max_failed)[0]]
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **found}

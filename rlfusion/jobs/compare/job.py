@@ -14,9 +14,11 @@ from rlfusion.config import Finetune, to_yaml
 from rlfusion.config.compare import Compare
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
-from rlfusion.jobs.compare.baselines import Measured, baselines
+from rlfusion.jobs.compare.baselines import Measured, Tries, baselines
 from rlfusion.jobs.compare.curves import Point, curve
 from rlfusion.jobs.compare.report import Outcome, report
+from rlfusion.jobs.measure import Scored
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import CallOptions
 from rlfusion.training import checkpoint, identity
@@ -79,7 +81,11 @@ def _base(config: Compare, signals: Signals, progress: Progress) -> Path | str:
     """The base model of all runs: a model's folder, or what names a pretrained pipeline."""
     if config.base:
         one = next(config.runs())[3]
-        return config.base if origin.pretrained(_with(one, root=config.root)) else models.find(Path(config.base))
+        return (
+            config.base
+            if origin.pretrained(opened(_with(one, root=config.root)).base)
+            else models.find(Path(config.base))
+        )
     return base_model(config.pretrain, Path(config.root), pick_device(config.device), signals, progress)
 
 
@@ -133,15 +139,15 @@ def _baselines(
     """What each reward says of the baselines, by reward and name."""
     device, root = pick_device(config.device), Path(config.root)
     one = _with(next(config.runs())[3], root=config.root, base=str(base))
-    denoiser, _, judged, _ = origin.begin(one, root, device, signals, progress)
+    denoiser, _, judged, _ = origin.begin(opened(one).base, device, signals, progress)
     found, call_options = {}, CallOptions(config.reward_timeout_s, config.reward_cache)
     may_fail = config.max_failed if config.reward_failures == "mask" else None
+    tries = Tries(config.evaluation.samples, config.best_of, config.guidance)
     for name in config.rewards:
         reward = judged.reward(name, _options(config, name), root, call_options)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
-        settings = (config.evaluation.samples, config.best_of, config.guidance)
-        found[name] = dict(baselines(denoiser, config.chain, judged, reward, *settings, may_fail))
+        found[name] = dict(baselines(denoiser, config.chain, judged, Scored(reward, "reward", may_fail), tries))
     return found
 
 

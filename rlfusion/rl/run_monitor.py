@@ -8,38 +8,39 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlfusion.common import storage
 from rlfusion.common.weights import pack, require_entries, sha256, unpack
-from rlfusion.config import Finetune
-from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.jobs.measure import Judged, Unjudged, divergence, draw
-from rlfusion.rewards import Reward
-from rlfusion.rl.monitor import Best, Monitor
+from rlfusion.rl.monitor import Best, Config, Monitor
 
 
 @dataclass
-class Watch:
-    """Looks at a policy from time to time, which is the base model when this is made. ``save_best`` writes the model
-    that it has now.
+class RunMonitor:
+    """Looks at a policy from time to time, and writes what is found below ``folder``.
+
+    Attributes:
+        settings: those of the monitor.
+        updates: of the whole run; the last look is after them.
+        folder: of the run.
+        draw: the policy's samples now, on fixed seeds.
+        kl: of the walks of those samples to the base model, in nats; None where there is none.
+        make: the monitor, from the base model's samples.
+        save_best: writes the model that the policy has now.
     """
 
-    config: Finetune
+    settings: Config
+    updates: int
     folder: Path
-    policy: Policy
-    times: Tensor
-    judged: Judged | Unjudged
-    reward: Reward
+    draw: Callable[[], Tensor]
+    kl: Callable[[], float | None]
+    make: Callable[[Tensor], Monitor]
     save_best: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self.best = Best(self.config.monitor.best)
+        self.best = Best(self.settings.best)
         self.monitor: Monitor | None = None
         self.drawn = ""
-        noisy = bool((self.policy.stds(self.times) > 0).any())
-        self.base = frozen_copy(self.policy) if self.config.monitor.every and noisy else None
 
     def begin(self, stated: str = "") -> None:
         """Read the base model's samples, of the SHA-256 ``stated``; or draw them, while the policy still is the base
@@ -48,27 +49,20 @@ class Watch:
         file = self.folder / "monitor" / "base.safetensors"
         blob = file.read_bytes() if stated and file.is_file() else b""
         if not blob or sha256(blob) != stated:
-            blob = pack({"samples": self._draw().cpu()})
+            blob = pack({"samples": self.draw().cpu()})
             storage.make_folder(file.parent)
             storage.write(file, blob)
         self.drawn = sha256(blob)
-        base = unpack(blob)["samples"].to(self._label.device)
-        c = self.config
-        held_out = {n: self.judged.reward(n, c.options_of(n), Path(c.root), c.call_options) for n in c.monitor.held_out}
-        for reward in held_out.values():
-            if isinstance(reward, nn.Module):
-                reward.to(base.device)
-        rewards = {"reward": self.reward, **held_out}
-        self.monitor = Monitor(c.monitor, self.judged.judge, rewards, base, self._label, c.may_fail)
+        self.monitor = self.make(unpack(blob)["samples"])
 
     def due(self, done: int) -> bool:
         """Whether ``done`` updates are the time for a look."""
-        every = self.config.monitor.every
-        return bool(every) and (done % every == 0 or done == self.config.updates)
+        every = self.settings.every
+        return bool(every) and (done % every == 0 or done == self.updates)
 
     def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
         """What is seen of the policy after ``done`` updates, and the alarms; keeps the model if it is the best yet."""
-        metrics = self.monitor.probe(self._draw(), self._divergence())
+        metrics = self.monitor.probe(self.draw(), self.kl())
         alarms = self.monitor.alarms(metrics)
         if self.best.take(done, metrics, bool(alarms)):
             self.save_best()
@@ -78,7 +72,7 @@ class Watch:
 
     def stops(self, alarms: list[str]) -> str:
         """Why the training shall stop here, or ""."""
-        settings = self.config.monitor
+        settings = self.settings
         if settings.stop and alarms:
             return f"alarm: {alarms[0]}"
         if settings.patience and self.best.since >= settings.patience:
@@ -94,28 +88,7 @@ class Watch:
         require_entries(state["best"], asdict(self.best), "the monitor's best")
         self.best = Best(**state["best"])
 
-    @property
-    def _label(self) -> Tensor:
-        device = next(self.policy.parameters()).device
-        return torch.arange(self.config.monitor.samples, device=device) % self.judged.classes
-
-    def _draw(self) -> Tensor:
-        return draw(self.policy, self.times, self._label, self.judged.shape, self.config.seed, "monitor")
-
-    def _divergence(self) -> float | None:
-        """``kl`` of the walks that ``_draw`` draws."""
-        if self.base is None:
-            return None
-        shape = self.judged.shape
-        kl = divergence(self.policy, self.base, self.times, self._label, shape, self.config.seed, "monitor")
-        return kl.mean().item()
-
     def _write(self, done: int, alarms: list[str]) -> None:
-        lines = [
-            f"## After {done} updates: what the reward does not see",
-            "",
-            *[f"- {said}" for said in alarms],
-            "",
-            "",
-        ]
+        found = [f"- {said}" for said in alarms]
+        lines = [f"## After {done} updates: what the reward does not see", "", *found, "", ""]
         storage.append(self.folder / "diagnosis.md", "\n".join(lines))

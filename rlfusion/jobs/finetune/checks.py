@@ -1,0 +1,102 @@
+"""What a fine-tuning refuses before any work."""
+
+from pathlib import Path
+
+import torch
+
+from rlfusion import models
+from rlfusion.common.errors import ConfigError
+from rlfusion.common.seeding import normal
+from rlfusion.common.tensors import to_pixels
+from rlfusion.config import Finetune
+from rlfusion.data import load
+from rlfusion.evaluation import require_bound
+from rlfusion.jobs import base_model
+from rlfusion.jobs.groups import require_whole_groups
+from rlfusion.jobs.measure import Unjudged, require_judgeable
+from rlfusion.jobs.parts import opened
+from rlfusion.jobs.pretrain import card_of, require_no_class, require_same_data, require_solvable
+from rlfusion.jobs.tasks import actors_of, from_actors, make_task
+from rlfusion.models import lora
+from rlfusion.models.autoencoder import encoded
+from rlfusion.rewards import build, find, score, task_info
+from rlfusion.rollout.ray_address import require_cluster
+from rlfusion.training import adamw8bit
+from rlfusion.training.devices import pick_device
+
+TRIED, PIPELINE_TRIED = 4, 2
+"""Samples on which the reward is tried."""
+JUDGED = ("agreement", "frechet_base")
+"""What the monitor can only say with a judge."""
+
+
+def check(config: Finetune) -> None:
+    """Refuse what cannot work, before any work: device, Ray cluster, base model, data, chain, learner, reward.
+
+    Raises:
+        ConfigError: says which setting and why.
+        RolloutError: no Ray cluster answers at its address.
+    """
+    pick_device(config.device)
+    if config.rollout.workers:
+        require_cluster(config.ray.address, config.ray.connect_timeout_s)
+    if config.optimizer == "adamw8bit":
+        adamw8bit.require()
+    parts = opened(config)
+    card = base_model.pretrained(parts.base)
+    if card is not None:
+        check_pretrained(config, card)
+        return
+    data = load(config.pretrain.data, config.pretrain.size)
+    require_judgeable(data, config.pretrain.held_out)
+    made = card_of(config.pretrain, data)
+    card = models.load_card(Path(config.base)) if config.base else made
+    require_same_data(f"base = {config.base!r}", card, made, config.pretrain.data)
+    denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
+    models.adapt(denoiser, card, config.lora)
+    require_solvable(denoiser, config.chain)
+    if not config.base:
+        require_no_class(config.pretrain, config.chain)
+    policy = config.chain.policy(denoiser, card.names)
+    if config.evaluation.bits_per_dim:
+        require_bound(policy, config.chain.times(denoiser), data)
+    known = task_info(card.names, card.shape, card.metadata)
+    for name in config.monitor.held_out:
+        find(name)
+    with actors_of(parts.workers, parts.rewards.given) as actors:
+        made = from_actors(actors, known, config.ray.limits.item_s)
+        reward = build(config.reward, parts.rewards.options, known, config.call_options, made)
+        require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
+        config.agent.learner(make_task(parts.task, card, policy, reward), encoded(data, denoiser.space), config.seed)
+        label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
+        score(reward, to_pixels(data.x[:TRIED]), label, parts.rewards.name, parts.rewards.masked)
+
+
+def check_pretrained(config: Finetune, card: models.Card) -> None:
+    """Refuse what cannot work with a pretrained pipeline, before its weights are read.
+
+    Raises:
+        ConfigError: says which setting and why.
+    """
+    parts = opened(config)
+    config.chain.make_kernel()
+    adapters = lora.parse(config.lora)
+    if adapters is None:
+        models.require_trainable(card)
+    if config.evaluation.bits_per_dim:
+        raise ConfigError("evaluation.bits_per_dim = True: there are no held-out data of a pipeline, expected False")
+    if config.monitor.best in JUDGED or config.monitor.frechet_base is not None:
+        raise ConfigError(
+            f"monitor.best, monitor.frechet_base = {config.monitor.best}, {config.monitor.frechet_base}: there is no "
+            "judge without data, expected another best and null"
+        )
+    judged = Unjudged(card.shape, card.names, card.metadata)
+    for name in config.monitor.held_out:
+        find(name)
+    samples = to_pixels(normal(("check",), range(PIPELINE_TRIED), card.shape))
+    with actors_of(parts.workers, parts.rewards.given) as actors:
+        made = from_actors(actors, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
+        reward = judged.reward(config.reward, parts.rewards.options, parts.base.root, config.call_options, made)
+        require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
+        label = torch.zeros(PIPELINE_TRIED, dtype=torch.int64)  # of one prompt, for rewards that compare
+        score(reward, samples, label, parts.rewards.name, parts.rewards.masked)

@@ -1,0 +1,153 @@
+"""What a fine-tuning consists of: its base model, learner, judge, reward and monitor, made and measured."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlfusion import models
+from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
+from rlfusion.common.weights import unpack
+from rlfusion.config import Evaluation, Finetune
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.policy import Policy
+from rlfusion.evaluation import require_independent
+from rlfusion.jobs import base_model, memory
+from rlfusion.jobs.collector import Collector
+from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure
+from rlfusion.jobs.monitored import Monitored
+from rlfusion.jobs.parts import Parts
+from rlfusion.jobs.pretrain import require_solvable
+from rlfusion.jobs.tasks import from_actors, make_task
+from rlfusion.rewards import Reward, task_info
+from rlfusion.rl.agent import AgentLearner
+from rlfusion.rl.guard import Guarded
+from rlfusion.rl.run_monitor import RunMonitor
+from rlfusion.training import adamw8bit
+from rlfusion.training.devices import pick_device
+from rlfusion.training.identity import Run
+from rlfusion.training.tracking import Tracker, grid, save_png
+
+
+@dataclass
+class Job:
+    """One fine-tuning run: what its parts share."""
+
+    config: Finetune
+    parts: Parts
+    run: Run
+    card: models.Card
+    denoiser: Denoiser
+    policy: Policy
+    times: Tensor
+    learner: AgentLearner
+    judged: Judged | Unjudged
+    reward: Reward
+    tracker: Tracker
+    guarded: Guarded
+    monitor: RunMonitor
+    before: dict[str, float]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    def probe(self, done: int, progress: Progress) -> str:
+        """Let the monitor probe the averaged weights; why the training shall stop here, or ""."""
+        if not self.monitor.due(done):
+            return ""
+        with self.learner.optimization.ema.averaged():
+            metrics, alarms = self.monitor.probe(done)
+        self.tracker.scalars(done, "monitor", metrics)
+        for said in alarms:
+            progress.say(f"monitor, after {done} updates: {said}")
+        return self.monitor.stops(alarms)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure the averaged weights with the chain's own sampler, and log it."""
+        with self.learner.optimization.ema.averaged():
+            result = self._measure(self.policy, self.config.evaluation)
+            self.tracker.scalars(step, "evaluation", result)
+            if self.config.evaluation.deterministic:
+                self.tracker.scalars(step, "evaluation_ode", self._ode())
+        return result
+
+    def _ode(self) -> dict[str, float]:
+        """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""
+        policy = Policy(self.policy.denoiser, Chain(kernel="DDIM(eta=0.0)").make_kernel())
+        result = self._measure(policy, replace(self.config.evaluation, bits_per_dim=False))  # no density
+        return {name: result[name] for name in ("reward", "agreement", "frechet", "diversity") if name in result}
+
+    def _measure(self, policy: Policy, settings: Evaluation) -> dict[str, float]:
+        scored = Scored(self.reward, self.parts.rewards.name, self.parts.rewards.may_fail)
+        return measure(policy, self.times, self.judged, scored, settings, self.config.seed)
+
+    def picture(self, step: int, name: str) -> Tensor:
+        """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard."""
+        with self.learner.optimization.ema.averaged():
+            columns, rows, scale = look_of(self.card)
+            samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed, rows)
+        picture = grid(samples, columns, scale)
+        save_png(self.folder / "samples" / f"{name}.png", picture)
+        self.tracker.image(step, f"samples/{name}", picture)
+        return picture
+
+    def save(self, step: int, collector: Collector) -> None:
+        """A checkpoint of all that resuming needs."""
+        older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
+        self.run.save(step, self.state_dict() | {"older_weights": older})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has of the run, but for the weights of walks to come."""
+        learner, watch = self.guarded.state_dict(), self.monitor.state_dict()
+        return {"learner": learner, "older_weights": {}, "watch": watch, "before": self.before}
+
+
+def prepare(
+    config: Finetune,
+    parts: Parts,
+    run: Run,
+    tracker: Tracker,
+    signals: Signals,
+    progress: Progress,
+    actors: Mapping[str, str] | None = None,
+) -> Job:
+    """Find or make the base model, the judge and the reward, and build the learner with the base model's weights.
+    ``actors`` are those of ``tasks.actors_of``.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+    """
+    device, folder = pick_device(config.device), run.folder
+    config.chain.make_kernel()
+    denoiser, card, judged, data = base_model.begin(parts.base, device, signals, progress)
+    policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
+    require_solvable(denoiser, config.chain)
+    made = from_actors(actors or {}, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
+    reward = judged.reward(config.reward, parts.rewards.options, parts.base.root, config.call_options, made)
+    if judged.judge is not None:
+        require_independent(judged.judge, reward)
+    if isinstance(reward, torch.nn.Module):
+        reward.to(device)
+    if card.pipeline:
+        found = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
+        progress.say(f"memory: about {memory.said(found)}, and scratch space beside")
+    learner = config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
+    if config.optimizer == "adamw8bit":
+        learner.optimization.use(adamw8bit.AdamW8bit)
+    card = replace(card, chain=asdict(config.chain))
+
+    def save_best() -> None:
+        models.save(folder / "best", denoiser, card)
+
+    seen = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
+    looks = (seen.draw, seen.kl, seen.monitor, save_best)
+    monitor = RunMonitor(config.monitor, config.updates, folder, *looks)
+    guarded = Guarded(learner, config.guard, folder)
+    about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
+    return Job(config, parts, *about, {})

@@ -1,0 +1,186 @@
+"""The job of ``rlfusion finetune``: rollouts feed a learner, weights go back, and everything is measured and kept.
+
+    step s:  items of step s under the weights version_for(s)  ->  trajectories  ->  learner.update  ->  weights s + 1
+
+Rollouts are pure functions of (settings, step, weights); so a run that resumes from a checkpoint repeats what the
+uninterrupted run did, bit for bit, and no queue is saved.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rlfusion import models
+from rlfusion.common.errors import StateError
+from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
+from rlfusion.common.weights import Weights, pack, require_entries, sha256
+from rlfusion.config import Finetune
+from rlfusion.diffusion.chain import narrow
+from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.jobs.collector import Collector
+from rlfusion.jobs.finetune.job import Job, prepare
+from rlfusion.jobs.measure import headlines
+from rlfusion.jobs.parts import opened
+from rlfusion.jobs.preflight import preflight
+from rlfusion.jobs.scoring import scored
+from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
+from rlfusion.models import lora
+from rlfusion.rl.reward_gradient import PREFLIGHT
+from rlfusion.rollout import Backend, Local, Recipe, make_backend
+from rlfusion.rollout.trajectory import concatenate
+from rlfusion.training import checkpoint
+from rlfusion.training.checkpoint import Found
+from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.identity import enter
+from rlfusion.training.loop import train
+from rlfusion.training.timing import Stopwatch
+from rlfusion.training.tracking import Tracker, flatten
+
+PREFLIGHT_SAMPLES = 64
+RESULT = "summary.json"
+
+
+def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progress) -> dict[str, Any]:
+    """The whole job in ``folder``, from its newest checkpoint on if it has one.
+
+    Returns:
+        {"before": evaluation, "after": evaluation, "queries": rewards asked for in training}.
+
+    Raises:
+        ConfigError, CheckpointError, NumericalError, StopRequested: as the exit codes of the command say.
+    """
+    set_numerics(config.threads, pick_device(config.device))
+    run = enter(folder, "finetune", config)
+    for note in run.notes:
+        progress.say(note)
+    if (result := run.result(RESULT)) is not None:
+        progress.say(f"{folder} is finished: this is its result")
+        return result
+    found = run.newest(config.updates)
+    start = found.step if found else 0
+    tracker = Tracker(folder, start)
+    if tracker.damaged:
+        progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
+    parts, device = opened(config), pick_device(config.device)
+    with cluster_of(parts.workers), actors_of(parts.workers, parts.rewards.given) as actors:
+        job = prepare(config, parts, run, tracker, signals, progress, actors)
+        progress.say(f"plan: {config.agent.plan()}")
+        described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
+        with _backend(job, described) as backend:
+            collector = Collector(backend, parts.collecting, parts.rewards, job.card.classes, start, device)
+            _begin(job, collector, found, progress)
+            done = _improve(job, collector, signals, progress)
+            signals.check()
+        return _finish(job, done)
+
+
+def _backend(job: Job, described: Recipe) -> Backend:
+    """The backend of the settings. In this process a pretrained model shares what is not trained with its copy."""
+    if job.card.pipeline and not job.config.rollout.workers:
+        return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
+    return make_backend(described, job.parts.workers.backend)
+
+
+def _begin(job: Job, collector: Collector, found: Found | None, progress: Progress) -> None:
+    """Measure the base model where the checkpoint does not say how it is, under these settings; load the checkpoint;
+    publish the weights.
+    """
+    state = _fitting(job, found.path) if found else None
+    known = state is not None and found.settings == job.run.owner.digests[-1]
+    job.before = dict(state["before"]) if known else job.evaluate(0)
+    checkpoint.write_json_atomic(job.folder / "before.json", job.before)
+    if not known or not (job.folder / "samples" / "before.png").is_file():
+        job.picture(0, "before")
+    if job.config.monitor.every:
+        job.monitor.begin(state["watch"]["drawn"] if known else "")
+    if state is not None:
+        for weights in _load(job, state, found):
+            collector.publish(weights)
+        progress.say(f"resumed from {found.path}")
+    weights = Weights.of(job.learner.policy, job.learner.iteration)
+    _preflight(job, collector, weights, progress)
+    collector.publish(weights)
+
+
+def _fitting(job: Job, path: Path) -> dict[str, Any]:
+    """The state of a checkpoint, its outer parts as the run's."""
+    state = checkpoint.load(path)
+    with checkpoint.loading(path):
+        require_entries(state, job.state_dict(), "the run")
+        require_entries(state["watch"], job.monitor.state_dict(), "the monitor")
+        require_entries(state["before"], {name: 0.0 for name in state["before"]}, "the evaluation before")
+    return state
+
+
+def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
+    """Take up the state of a checkpoint; the older weights under which walks to come act, oldest first."""
+    with checkpoint.loading(found.path):
+        job.guarded.load_state_dict(state["learner"])
+        job.monitor.load_state_dict(state["watch"] | {"drawn": job.monitor.drawn})
+        if job.learner.iteration != found.step:
+            raise StateError(f"the learner's 'iteration' is {job.learner.iteration}, expected {found.step}")
+        blobs = {int(version): pack(tensors) for version, tensors in state["older_weights"].items()}
+        return [Weights(version, sha256(blob), blob) for version, blob in sorted(blobs.items())]
+
+
+def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
+    item = collector.items(PREFLIGHT, weights.version)[0]
+    each = job.config.rollout.samples_per_prompt
+    small = replace(item, groups=item.groups[: max(1, PREFLIGHT_SAMPLES // each) * each])  # whole prompts
+    batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), job.parts.rewards)
+    found = preflight(job.learner, batch)
+    if found.get("reward_std") == 0:
+        progress.say(
+            "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
+        )
+    walked = job.parts.task.rollout.path
+    if walked and (said := narrow(job.config.chain, job.denoiser)):
+        progress.say(f"warning: {said}, and the guard may stop the run")
+    progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+
+
+def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
+    """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
+    config, start, total = job.config, collector.start, job.config.updates
+
+    def save(step: int) -> None:
+        job.save(step, collector)
+
+    steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
+    stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
+    with progress.bar("fine-tuning", total, start) as bar:
+        for step, metrics in steps:
+            done, queries, metrics = step + 1, job.learner.queries, metrics | collector.metrics
+            stopwatch.lap(done, queries)
+            cost, before = queries - before, queries
+            spent = 0 < config.budget_queries < queries + cost
+            collector.publish(Weights.of(job.learner.policy, done))
+            job.tracker.scalars(done, "train", metrics | {"queries": queries})
+            if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
+                job.evaluate(done)
+            bar.advance(reward=metrics["reward"])
+            said = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
+            stop = said if spent else job.probe(done, progress)
+            if stop:
+                progress.say(f"stopped after {done} updates: {stop}")
+                return done
+            stopwatch.go()
+    return total
+
+
+def _finish(job: Job, total: int) -> dict[str, Any]:
+    """Measure, draw and save the result after ``total`` updates."""
+    folder = job.folder
+    after = job.evaluate(total)
+    job.picture(total, "after")
+    with job.learner.optimization.ema.averaged():
+        models.save(folder / "model", job.denoiser, job.card)
+        if job.config.lora and not job.card.pipeline:
+            lora.save(folder / "adapter", job.denoiser.net)
+    result = {"before": job.before, "after": after, "queries": job.learner.queries, "updates": total}
+    if job.monitor.best.step > 0:
+        result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
+    job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in headlines(after)})
+    job.run.seal(RESULT, result)
+    return result
