@@ -20,10 +20,10 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
-from rlfusion.jobs.compare.baselines import baselines
+from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.curves import best_within, curve, first_at
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
-from rlfusion.jobs.measure import Judged, Unjudged
+from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rewards import RewardError
@@ -172,7 +172,11 @@ def test_the_best_of_n_is_chosen_by_the_reward():
     def bright(x, cond):
         return x.flatten(1).mean(1)
 
-    found = dict(baselines(Denoiser(net, Cosine(), "v"), Chain(steps=3), judged, bright, 60, [2, 4], [1.0]))
+    found = dict(
+        baselines(
+            Denoiser(net, Cosine(), "v"), Chain(steps=3), judged, Scored(bright, "reward"), Tries(60, [2, 4], [1.0])
+        )
+    )
     assert list(found) == ["base", "best of 2", "best of 4", "guidance 1"]
     assert found["base"]["reward"] < found["best of 2"]["reward"] < found["best of 4"]["reward"]
 
@@ -188,8 +192,8 @@ def test_failed_rewards_are_left_out_of_the_baselines():
         return value.masked_fill(value > value.quantile(0.9), math.nan)
 
     with pytest.raises(RewardError, match="not finite for 6 of 60"):
-        dict(baselines(model, Chain(steps=2), judged, picky, 60, [], []))
-    found = dict(baselines(model, Chain(steps=2), judged, picky, 60, [3], [], 0.2))
+        dict(baselines(model, Chain(steps=2), judged, Scored(picky, "reward"), Tries(60, [], [])))
+    found = dict(baselines(model, Chain(steps=2), judged, Scored(picky, "reward", 0.2), Tries(60, [3], [])))
     assert math.isfinite(found["base"]["reward"])
     assert found["best of 3"]["reward"] > found["base"]["reward"]
 
@@ -298,7 +302,9 @@ def test_guidance_that_a_model_does_not_know_is_a_row_that_says_so(tiny_pipeline
     schnell.weights = None  # as of a network that does not read the guidance
     schnell.net.family = replace(schnell.net.family, answer=lambda model, x, t, c: x)
     chain = Chain(steps=2, spacing="model")
-    found = dict(baselines(schnell, chain, Unjudged((3, 16, 16), ("a red cat",)), mean, 4, [], [3.0]))
+    found = dict(
+        baselines(schnell, chain, Unjudged((3, 16, 16), ("a red cat",)), Scored(mean, "reward"), Tries(4, [], [3.0]))
+    )
     assert found["guidance 3"].startswith("refused: guidance: this model knows no negative prompts")
     assert found["base"]["diversity"] > 0
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rlfusion.agents import AGENTS
 from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.config import Evaluation, Finetune, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.finetune import check, finetune
 from rlfusion.models import pipelines
 from rlfusion.rl.monitor import Config as Monitoring
-from rlfusion.training.loop import Signals
 
 LORA = "LoRA(rank=4, alpha=8.0)"
 STEPS, SIDE = 3, 16

@@ -64,7 +64,7 @@ def family(name: str) -> Task:
 
 def learned_by(config, name: str, updates: int = 15) -> tuple[float, float, float]:
     """The mean reward of the first and the last rollout, and the standard deviation of the first."""
-    task, found = replace(family(name), needs=config.needs(FAMILIES[name][3])), []
+    task, found = replace(family(name), rollout_spec=config.rollout_spec(FAMILIES[name][3])), []
     learner = config.learner(task, None, 1)
     for i in range(updates):
         found.append(learner.update(run_item(task, plan(1, i, 4, 50, 200, 4, i)[0])))
