@@ -40,6 +40,7 @@ class ClipSimilarity(ClipReward):
         resize_mode: str = "",
         batch: int = 64,
         architecture: Mapping[str, Any] | None = None,
+        *,
         classes: int = 1,
         shape: Sequence[int] = (3, 224, 224),
     ) -> None:

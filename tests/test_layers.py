@@ -8,13 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-FOLDERS = {"rlfusion": "rlfusion", "envs": "rlfusion.envs", "rewards": "rlfusion.rewards", "agents": "rlfusion.agents"}
+from house import MODULES
 
 FLOORS = [
     "common",
@@ -69,19 +66,6 @@ class Import(NamedTuple):
 
     target: str
     lazy: bool
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the distribution by its name."""
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = modules()
 
 
 @cache

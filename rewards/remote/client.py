@@ -83,6 +83,7 @@ class Remote(MayGroup):
         timeout_s: float = 60.0,
         patience_s: float = 60.0,
         batch: int = 0,
+        *,
         prompts: Sequence[str] = (),
         shape: Sequence[int] = (),
         classes: int = 0,
