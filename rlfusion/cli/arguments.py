@@ -5,8 +5,6 @@ jsonargparse makes the objects, --help and --print_config. What an agent, a meth
 changes of the defaults is found before.
 """
 
-import json
-import os
 import re
 import sys
 from argparse import ArgumentError
@@ -14,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from rlfusion.cli import words
 from rlfusion.cli.settings_text import load, load_file
 from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
+from rlfusion.cli.values import checked, read
 from rlfusion.cli.words import RESUMABLE
-from rlfusion.common.annotations import fits, kinds, refused
 from rlfusion.common.errors import ConfigError, shorten, unknown
 
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
@@ -42,12 +40,6 @@ ROLLING = ("finetune", "compare")
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
 
 RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
-
-MOST_NAME, MOST_PATH = 240, 3500
-"""Bytes of the name of a folder, and of a path: what file systems take, less what is added."""
-
-ONE_TEXT = ("templates",)
-"""Lists of texts, in which a comma is part of one."""
 
 
 def settings_of(kind: str, arguments: list[str]) -> Any:
@@ -272,7 +264,7 @@ def _given(settings: type, command: str, arguments: list[str], known: Tree) -> I
                 key, value = holder, _with(mappings.get(holder, {}), key.removeprefix(f"{holder}.").split("."), value)
             if isinstance(value, dict):
                 mappings[key] = value
-            yield key, _checked(key, value, known)
+            yield key, checked(key, value, known)
 
 
 def _with(held: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
@@ -302,7 +294,7 @@ def _unfolded(option: str, text: str, known: Tree) -> Iterator[tuple[str, Any]]:
     elif option in known.groups:
         yield from _leaves(_mapping(option, text), f"{option}.", known)
     elif option in known.leaves:
-        yield option, _read(option, text, known.leaves[option])
+        yield option, read(option, text, known.leaves[option])
     else:
         yield option, load(text, f"--{option}") if known.holder(option) else text
 
@@ -318,61 +310,6 @@ def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple
             yield from _leaves(value, f"{key}.", known)
         elif key not in known.groups:
             yield key, value
-
-
-def _read(key: str, text: str, annotation: Any) -> Any:
-    """The value that a text on the command line stands for: of texts the text itself, else YAML."""
-    allowed = kinds(annotation)
-    words_only = all(get_origin(kind) is Literal for kind in allowed)
-    if annotation is str or words_only or not text.strip():
-        return text
-    if str in allowed:
-        return load(text, f"--{key}") if text.lstrip().startswith("{") else text
-    if get_origin(annotation) not in (list, tuple) or text.lstrip().startswith("["):
-        return load(text, f"--{key}")
-    if key in ONE_TEXT:
-        return [text]
-    parts = [part.strip() for part in re.split(r",(?![^(]*\))", text)]
-    return parts if str in get_args(annotation) else [load(part, f"--{key}") for part in parts]
-
-
-def _checked(key: str, value: Any, known: Tree) -> str:
-    """A value as the text that jsonargparse reads it from.
-
-    Raises:
-        ConfigError: it is not what the setting may be.
-    """
-    annotation = known.leaves.get(key, Any)
-    if get_origin(annotation) in (list, tuple) and isinstance(value, str | int | float) and value not in ("", True):
-        value = [value]
-    if not fits(value, annotation) or (isinstance(value, list) and "" in value):
-        raise ConfigError(refused(key, value, annotation))
-    if key == "root" and not value.strip():
-        raise ConfigError(f"root = {value!r}: expected a folder, such as runs, or . for this one")
-    if key in ("root", "name"):
-        _require_short(key, value)
-    _require_text(key, value)
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _require_short(key: str, path: str) -> None:
-    """Refuse a folder whose name no file system takes, with what is added to a name that is taken."""
-    longest = max(len(os.fsencode(part)) for part in path.split("/"))
-    if longest > MOST_NAME or len(os.fsencode(path)) > MOST_PATH:
-        raise ConfigError(
-            f"{key} = {shorten(repr(path))}: expected names of at most {MOST_NAME} bytes, {MOST_PATH} in all"
-        )
-
-
-def _require_text(key: str, value: Any) -> None:
-    """Refuse texts that cannot be written to a file: bytes that are no UTF-8, control characters."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        for one in value:
-            _require_text(key, one)
-    elif isinstance(value, str) and (bad := re.search("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", value)):
-        raise ConfigError(f"{key} = {shorten(ascii(value))}: it has the character {bad[0]!a}, expected UTF-8 text")
 
 
 def _preset(objective: str, prefix: str) -> dict[str, Any]:
