@@ -113,8 +113,10 @@ class Bound(NamedTuple):
 
     def __str__(self) -> str:
         kinds = {"tensor": "floats in [0, 1]", "pil": "PIL images", "numpy": "uint8 arrays", "uint8": "uint8 tensors"}
-        said = [f"{name} = {role}" if name != role else name for name, role in self.roles.items()]
-        return f"({', '.join(said)}), images as {kinds[self.images]}, {'one sample a call' if self.each else 'a batch'}"
+        bound = [f"{name} = {role}" if name != role else name for name, role in self.roles.items()]
+        return (
+            f"({', '.join(bound)}), images as {kinds[self.images]}, {'one sample a call' if self.each else 'a batch'}"
+        )
 
 
 def bind(name: str, signature: inspect.Signature, adapter: Adapter, method: str = "") -> Bound:
@@ -140,8 +142,8 @@ def bind(name: str, signature: inspect.Signature, adapter: Adapter, method: str 
             unbound.append(parameter.name)
     given = {ONE.get(role, role) for role in roles.values()}
     if unbound or "images" not in given:
-        said = f"cannot tell what {', '.join(map(repr, unbound))} is" if unbound else "no parameter takes images"
-        raise ConfigError(f"reward {name!r}{signature}: {said}{remedy(signature)}")
+        message = f"cannot tell what {', '.join(map(repr, unbound))} is" if unbound else "no parameter takes images"
+        raise ConfigError(f"reward {name!r}{signature}: {message}{remedy(signature)}")
     return Bound(roles, tuple(keywords), _format(name, signature, roles, adapter, method), _each(
         name, roles, listed, adapter, method
     ))  # fmt: skip
@@ -182,18 +184,18 @@ def _format(name: str, signature: inspect.Signature, roles: Mapping[str, str], a
     if told := adapter.told("images"):
         return told
     parameter = next(p for p, role in roles.items() if ONE.get(role, role) == "images")
-    said = _annotated(signature.parameters[parameter])
-    if not said:
+    annotation = _annotated(signature.parameters[parameter])
+    if not annotation:
         return "pil" if method == "score" else "tensor"
-    if re.search(r"\bTensor\b", said):
+    if re.search(r"\bTensor\b", annotation):
         return "tensor"
-    if re.search(r"\bImage\b", said):
+    if re.search(r"\bImage\b", annotation):
         return "pil"
-    if re.search(r"\bndarray\b|NDArray", said):
+    if re.search(r"\bndarray\b|NDArray", annotation):
         return "numpy"
-    if re.search(r"\b(str|Path|bytes|int)\b", said):
+    if re.search(r"\b(str|Path|bytes|int)\b", annotation):
         raise ConfigError(
-            f"reward {name!r}: its {parameter!r} is {said}, no image: expected a scorer of images, or its option "
+            f"reward {name!r}: its {parameter!r} is {annotation}, no image: expected a scorer of images, or its option "
             f"{{adapter: {{images: {' | '.join(FORMATS)}}}}}"
         )
     return "tensor"

@@ -63,10 +63,10 @@ class RewardFailure(RewardError):
 
     def __str__(self) -> str:
         whole = len(self.reasons) == len(self.values) and len(set(self.reasons.values())) == 1
-        said = [f"item {i}: {reason}" for i, reason in self.reasons.items()]
-        said = [*self.reasons.values()][:1] if whole else said
-        more = f"; and {len(said) - NAMED} more" if len(said) > NAMED else ""
-        listed = "; ".join(said[:NAMED])
+        reasons = [f"item {i}: {reason}" for i, reason in self.reasons.items()]
+        reasons = [*self.reasons.values()][:1] if whole else reasons
+        more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+        listed = "; ".join(reasons[:NAMED])
         return f"reward {self.name!r} failed for {len(self.reasons)} of {len(self.values)} samples: {listed}{more}"
 
     @classmethod

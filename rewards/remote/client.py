@@ -178,8 +178,8 @@ class Remote(MayGroup):
         while True:
             url, wait = self.replicas.next(first, time.monotonic())
             if len(tried) == len(self.replicas.urls) and time.monotonic() + wait - began > self.patience_s:
-                said = f"no server answered within patience_s = {self.patience_s:g} ({self.replicas.reasons})"
-                raise RewardUnavailable.of_all(self.name, count, said)
+                message = f"no server answered within patience_s = {self.patience_s:g} ({self.replicas.reasons})"
+                raise RewardUnavailable.of_all(self.name, count, message)
             time.sleep(wait)
             tried.add(url)
             try:

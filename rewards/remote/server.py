@@ -211,10 +211,10 @@ class Service:
         self._require_free()
         if (media := request.headers.get("content-type", MEDIA)) != MEDIA:
             raise Refused(415, f"content type {media!r:.100}: expected {MEDIA}")
-        said, most = _length(request.headers.get("content-length", "")), self.limits.max_bytes
-        if said > most:
-            raise Refused(413, f"{said} bytes: expected at most {most}")
-        await self._take_room(said, held)
+        stated, most = _length(request.headers.get("content-length", "")), self.limits.max_bytes
+        if stated > most:
+            raise Refused(413, f"{stated} bytes: expected at most {most}")
+        await self._take_room(stated, held)
         parts, total, loop = [], 0, asyncio.get_running_loop()
         latest = loop.time() + self.limits.deadline_s
         try:
@@ -223,8 +223,8 @@ class Service:
                     limit.reschedule(min(latest, loop.time() + STALL_S))
                     parts.append(part)
                     total += len(part)
-                    if total > said:
-                        raise Refused(413, f"more than {said} bytes")
+                    if total > stated:
+                        raise Refused(413, f"more than {stated} bytes")
         except TimeoutError:
             late = f"within {self.limits.deadline_s:g} s, or fell silent for {STALL_S:g} s"
             raise Refused(408, f"the question was not complete {late}") from None

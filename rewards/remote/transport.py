@@ -27,8 +27,8 @@ class Failed(Exception):
 class RefusedError(ConfigError):
     """A server refuses a request, with this HTTP ``status``."""
 
-    def __init__(self, said: str, status: int) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
         self.status = status
 
 
@@ -47,10 +47,10 @@ def request(method: str, url: str, body: bytes | None, token: str, most: int, ti
     if exchange.error is not None:
         raise exchange.error
     if exchange.status != 200:
-        said = f"HTTP {exchange.status} {exchange.text[:200].decode(errors='replace')}".strip()
+        message = f"HTTP {exchange.status} {exchange.text[:200].decode(errors='replace')}".strip()
         if exchange.status >= 500 or exchange.status in AGAIN:
-            raise Failed(said)
-        raise RefusedError(f"{url} refuses: {said}", exchange.status)
+            raise Failed(message)
+        raise RefusedError(f"{url} refuses: {message}", exchange.status)
     return exchange.text
 
 

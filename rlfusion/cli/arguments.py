@@ -323,6 +323,6 @@ def _preset(objective: str, prefix: str) -> dict[str, Any]:
 
 def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:
     """A dataclass's own "name = value: ..." with the whole dotted key, where one setting alone fits."""
-    said = re.match(r"(\w+) = (.*?): ", text)
-    fits = [key for key, value in given if said and [key.rpartition(".")[2], str(value)] == list(said.groups())]
-    return fits[0].removesuffix(said[1]) + text if said and len(fits) == 1 else text
+    match = re.match(r"(\w+) = (.*?): ", text)
+    fits = [key for key, value in given if match and [key.rpartition(".")[2], str(value)] == list(match.groups())]
+    return fits[0].removesuffix(match[1]) + text if match and len(fits) == 1 else text

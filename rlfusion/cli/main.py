@@ -91,10 +91,10 @@ def _failed(error: Exception) -> int:
     known = foreseen(error)
     if known is None:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
-        return _say(f"{said}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
-    said = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
-    return _say("\n".join(filter(None, ["; ".join([said, *_notes(error)]), known.frames])), known.exit_code)
+        message = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
+        return _say(f"{message}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
+    message = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
+    return _say("\n".join(filter(None, ["; ".join([message, *_notes(error)]), known.frames])), known.exit_code)
 
 
 def _ours(error: Exception) -> bool:

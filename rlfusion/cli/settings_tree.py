@@ -113,11 +113,11 @@ def unknown_setting(typed: str, command: str, known: Tree, chosen: str = "") -> 
     ``chosen`` is the agent or the method of the command.
     """
     key = _plain(typed)
-    said = f"unknown setting {shorten(repr(typed))}"
+    message = f"unknown setting {shorten(repr(typed))}"
     for find in (_same, _owned, _close, _leaves, _commands, _part, _synonym, _off, _near):
         if hint := find(key, typed, command, known, chosen):
-            return ConfigError(f"{said}{hint}")
-    return ConfigError(f"{said}: rlfusion {command} --help lists all settings")
+            return ConfigError(f"{message}{hint}")
+    return ConfigError(f"{message}: rlfusion {command} --help lists all settings")
 
 
 def _plain(name: str) -> str:

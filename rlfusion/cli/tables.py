@@ -120,8 +120,8 @@ def _findings(what: str, findings: Iterable[Finding]) -> None:
     for name in ("check", "", "what was seen"):
         table.add_column(name, overflow="fold")
     failed = []
-    for check, verdict, said in findings:
-        table.add_row(check, verdict, escape(said))
+    for check, verdict, message in findings:
+        table.add_row(check, verdict, escape(message))
         failed += [check] if verdict == "FAILS" else []
     Console().print(table)
     if failed:
@@ -148,7 +148,7 @@ def run_doctor(settings: config.Finetune | None) -> None:
 
 def run_serve_reward(settings: Serve) -> None:
     """Serve a reward until a signal."""
-    serve(settings, lambda said: print(said, flush=True))
+    serve(settings, lambda message: print(message, flush=True))
 
 
 def _print(console: Console, result: dict[str, float], title: str) -> None:

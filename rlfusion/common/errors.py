@@ -163,10 +163,10 @@ def require_at_most(settings: object, **limits: float) -> None:
             raise ConfigError(f"{name} = {value}: expected a number of at most {limit:g}")
 
 
-def _require(name: str, value: float, within: bool, said: str) -> None:
+def _require(name: str, value: float, within: bool, message: str) -> None:
     if not within:
-        raise ConfigError(f"{name} = {value}: expected a number {said}")
+        raise ConfigError(f"{name} = {value}: expected a number {message}")
     most = MOST_SECONDS if name.endswith("_s") else MOST if isinstance(value, int) else value
     most = MOST_THREADS if name == "threads" else most
     if value > most:
-        raise ConfigError(f"{name} = {value}: expected a number {said} and at most {most:g}")
+        raise ConfigError(f"{name} = {value}: expected a number {message} and at most {most:g}")

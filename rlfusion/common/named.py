@@ -16,18 +16,18 @@ def named_settings(what: str, protocol: type, defaults: tuple[type, ...], held: 
     Raises:
         ConfigError: it is no frozen dataclass, a setting has no default, or a method is missing.
     """
-    said, expected = f"{what} {name!r}", f"a frozen dataclass of settings, {protocol.__module__}.{protocol.__name__}"
+    named, expected = f"{what} {name!r}", f"a frozen dataclass of settings, {protocol.__module__}.{protocol.__name__}"
     if not inspect.isclass(held) or not is_dataclass(held):
-        raise ConfigError(f"{said} is {_described(held)}: expected {expected} (docs/doors.md)")
+        raise ConfigError(f"{named} is {_described(held)}: expected {expected} (docs/doors.md)")
     if not held.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        raise ConfigError(f"{said} can be changed: expected {expected}, under @dataclass(frozen=True)")
+        raise ConfigError(f"{named} can be changed: expected {expected}, under @dataclass(frozen=True)")
     for field in fields(held):
         if field.default is MISSING and field.default_factory is MISSING and field.name != "name":
-            raise ConfigError(f"{said}: its setting {field.name!r} has no default, expected one")
+            raise ConfigError(f"{named}: its setting {field.name!r} has no default, expected one")
     made: Any = type(held.__name__, (held, *defaults), _namespace(held, name))
     lacking = [one for one in members(protocol) if one not in dir(made)]
     if lacking:
-        raise ConfigError(f"{said} is without {', '.join(lacking)}: expected {expected} (docs/doors.md)")
+        raise ConfigError(f"{named} is without {', '.join(lacking)}: expected {expected} (docs/doors.md)")
     return dataclass(frozen=True)(made)
 
 

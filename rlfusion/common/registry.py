@@ -174,12 +174,12 @@ class Registry(Mapping[str, Any]):
         return Found(self.adopt(held, name) if self.adopt else held, name, source, digest)
 
     def _ambiguous(self, name: str, ours: list[str], theirs: list[EntryPoint]) -> str:
-        said = [f"{BUILT_IN} ({held})" for key in ours if isinstance(held := self.built_in[key], str)]
-        said += [BUILT_IN] if ours and not said else []
-        said += [f"of {_distribution(point)} ({point.value})" for point in theirs]
+        candidates = [f"{BUILT_IN} ({held})" for key in ours if isinstance(held := self.built_in[key], str)]
+        candidates += [BUILT_IN] if ours and not candidates else []
+        candidates += [f"of {_distribution(point)} ({point.value})" for point in theirs]
         return (
-            f"{self.what} {name!r} is the name of {len(said)} things: {'; '.join(said)}: expected the one that is "
-            "meant, by the module:Name in its brackets"
+            f"{self.what} {name!r} is the name of {len(candidates)} things: {'; '.join(candidates)}: expected the one "
+            "that is meant, by the module:Name in its brackets"
         )
 
 

@@ -45,10 +45,10 @@ FORM = "Name or Name(setting=value, ...)"
 
 def _quoted(rest: str) -> str:
     """The advice where a word stands without the quotes of a text."""
-    said = re.search(r"(\w+)\s*=\s*([A-Za-z]\w*)\s*[,)]", rest)
-    if said is None or said[2].lower() in ("true", "false", "none", "nan", "inf"):
+    match = re.search(r"(\w+)\s*=\s*([A-Za-z]\w*)\s*[,)]", rest)
+    if match is None or match[2].lower() in ("true", "false", "none", "nan", "inf"):
         return ""
-    return f"; did you mean {said[1]}={said[2]!r}?"
+    return f"; did you mean {match[1]}={match[2]!r}?"
 
 
 def lookup(table: Mapping[str, Callable[..., Any]], name: str, what: str) -> Callable[..., Any]:

@@ -79,9 +79,9 @@ class Entry:
         for other in CODES:
             signal.signal(other, signal.SIG_IGN)
         saved = bool(Signals.current and Signals.current.saved)
-        said = [text for leave in reversed(self.leaving) if (text := leave(saved))] or [NOTHING]
+        messages = [text for leave in reversed(self.leaving) if (text := leave(saved))] or [NOTHING]
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-        os.write(2, f"{cursor}rlfusion: stopped by {SHOWN[signal.Signals(number)]}; {'; '.join(said)}\n".encode())
+        os.write(2, f"{cursor}rlfusion: stopped by {SHOWN[signal.Signals(number)]}; {'; '.join(messages)}\n".encode())
         os._exit(CODES[signal.Signals(number)])
 
     def expect(self, stop: StopRequested) -> None:

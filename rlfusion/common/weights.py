@@ -99,8 +99,8 @@ def require_entries(state: Any, ours: Mapping[Any, Any], what: str) -> None:
             raise StateError(f"{what} has no {name!r}")
         mine, theirs = ours[name], state[name]
         if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-            if said := _misfit(repr(name), mine, theirs):
-                raise StateError(f"{what}: {said}")
+            if message := _misfit(repr(name), mine, theirs):
+                raise StateError(f"{what}: {message}")
         elif mine is not None and theirs is not None and _sort(mine) is not _sort(theirs):
             raise StateError(f"{what}: {name!r} is {type(theirs).__name__}, expected {type(mine).__name__}")
 

@@ -115,5 +115,5 @@ class Archive:
             )
 
     def _error(self, error: Exception, what: str = "") -> ConfigError:
-        said: Any = " ".join(str(error).split())[:200] or type(error).__name__
-        return ConfigError(f"{what}data file {str(self.path)!r} cannot be read as .npz: {said}")
+        message: Any = " ".join(str(error).split())[:200] or type(error).__name__
+        return ConfigError(f"{what}data file {str(self.path)!r} cannot be read as .npz: {message}")

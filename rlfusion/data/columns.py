@@ -106,8 +106,8 @@ def _lines(file: Path) -> Columns:
         try:
             row = json.loads(text, object_pairs_hook=_distinct)
         except (ValueError, RecursionError) as error:
-            said = " ".join(str(error).split())
-            raise ConfigError(f"line {number} of {str(file)!r} cannot be read as JSON: {said}") from error
+            message = " ".join(str(error).split())
+            raise ConfigError(f"line {number} of {str(file)!r} cannot be read as JSON: {message}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"line {number} of {str(file)!r} is {type(row).__name__}: expected an object {{...}}")
         rows.append(row)
@@ -132,8 +132,8 @@ def _parquet(file: Path) -> Columns:
         table = pyarrow.parquet.ParquetFile(file).read()
         return Columns(file, list(table.column_names), table.to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError, UnicodeError, OverflowError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ConfigError(f"table {str(file)!r} cannot be read as Parquet: {said}") from error
+        message = " ".join(str(error).split())[:200]
+        raise ConfigError(f"table {str(file)!r} cannot be read as Parquet: {message}") from error
 
 
 def roles(table: Columns, conditions: str, image: str, caption: str, label: str) -> Roles:

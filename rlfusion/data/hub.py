@@ -95,8 +95,8 @@ class HF:
         held = torch.arange(count) >= len(tables[0]) if self.held else None
         if held is not None and kind == "classes":
             require_known(names, label, held, repr(self.path))
-        said = [line(count, Counter()), of_names(names, kind), *counted(reader.notes)]
-        return Dataset(torch.from_numpy(x), label, names, 256, kind == "captions", held, "; ".join(said))
+        parts = [line(count, Counter()), of_names(names, kind), *counted(reader.notes)]
+        return Dataset(torch.from_numpy(x), label, names, 256, kind == "captions", held, "; ".join(parts))
 
     def _picture(self, table: Any, i: int, size: int, reader: Reader) -> Any:
         where = f"row {i} of {self.path!r}"
@@ -189,5 +189,5 @@ def parquet_files(path: Path, split: str) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    said = str(error).strip()
-    return said.splitlines()[0][:300] if said else "no message"
+    message = str(error).strip()
+    return message.splitlines()[0][:300] if message else "no message"

@@ -215,8 +215,8 @@ def opened(file: Path | bytes, where: str) -> Iterator[Any]:
     except Image.DecompressionBombError as error:
         raise ConfigError(f"{where} claims more than {2 * MOST_PIXELS:,} pixels: {_limit()}") from error
     except Exception as error:  # whatever the decoder of an image raises
-        said = " ".join(str(error).split()) or "no message"
-        raise ConfigError(f"{where} cannot be read as an image ({type(error).__name__}: {said[:200]})") from error
+        message = " ".join(str(error).split()) or "no message"
+        raise ConfigError(f"{where} cannot be read as an image ({type(error).__name__}: {message[:200]})") from error
 
 
 def require_size(image: Any, where: str) -> None:

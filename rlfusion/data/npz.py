@@ -150,12 +150,12 @@ class Npz:
         if mask is not None and kind == "classes":
             require_known(data.names, data.label, mask, repr(self.path))
         low, high = (float(value) for value in torch.aminmax(x))
-        said = [line(len(x), Counter()), of_names(data.names, kind), f"values {low:.3g}..{high:.3g} of -1..1"]
+        parts = [line(len(x), Counter()), of_names(data.names, kind), f"values {low:.3g}..{high:.3g} of -1..1"]
         if len(names) > 1:
-            said.append(f"{len(first.x):,} of {names[0]!r} to train on, {len(last.x):,} of {names[1]!r} held out")
+            parts.append(f"{len(first.x):,} of {names[0]!r} to train on, {len(last.x):,} of {names[1]!r} held out")
         if left:
-            said.append(f"arrays not read: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}")
-        return Dataset(data.x, data.label, data.names, data.levels, data.captioned, mask, "; ".join(said))
+            parts.append(f"arrays not read: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}")
+        return Dataset(data.x, data.label, data.names, data.levels, data.captioned, mask, "; ".join(parts))
 
 
 def _of_split(name: str) -> tuple[str, str]:

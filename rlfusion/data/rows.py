@@ -82,10 +82,10 @@ class Found:
         kept = [row for row in self.rows if row.split in parts]
         others = Counter(f"in the split {row.split!r}" for row in self.rows if row.split not in parts)
         count = sum(row.split == parts.train for row in kept)
-        said = f"{count:,} of {parts.train!r} to train on"
+        message = f"{count:,} of {parts.train!r} to train on"
         if parts.held:
-            said += f", {len(kept) - count:,} of {parts.held!r} held out"
-        return replace(self, rows=kept, left=self.left + others, notes=[said, *self.notes])
+            message += f", {len(kept) - count:,} of {parts.held!r} held out"
+        return replace(self, rows=kept, left=self.left + others, notes=[message, *self.notes])
 
 
 def require_texts(settings: Any) -> None:
@@ -114,8 +114,8 @@ def assemble(source: Source, found: Found, parts: Parts | None, size: int) -> Da
     mask = torch.tensor([row.split == held for row in rows]) if held else None
     if mask is not None and found.kind == "classes":
         require_known(names, label, mask, repr(source.path))
-    said = [line(len(rows), found.left), of_names(names, found.kind), *found.notes, *counted(reader.notes)]
-    return Dataset(x, label, names, 256, found.kind == "captions", mask, "; ".join(said))
+    parts = [line(len(rows), found.left), of_names(names, found.kind), *found.notes, *counted(reader.notes)]
+    return Dataset(x, label, names, 256, found.kind == "captions", mask, "; ".join(parts))
 
 
 def pictures(files: Sequence[tuple[Path | bytes, str]], size: int, reader: Reader) -> Tensor:
@@ -206,12 +206,12 @@ def shown(value: Any) -> str:
 
 def line(count: int, left: Counter[str]) -> str:
     """ "1,797 images, 3 left out: 2 .txt, 1 hidden"."""
-    said = f"{count:,} image" + ("" if count == 1 else "s")
+    message = f"{count:,} image" + ("" if count == 1 else "s")
     if not left:
-        return said
+        return message
     reasons = [f"{n:,} {reason}" for reason, n in left.most_common()]
     more = [f"{sum(n for _, n in left.most_common()[SHOWN:]):,} others"] if len(reasons) > SHOWN else []
-    return f"{said}, {left.total():,} left out: {', '.join(reasons[:SHOWN] + more)}"
+    return f"{message}, {left.total():,} left out: {', '.join(reasons[:SHOWN] + more)}"
 
 
 def of_names(names: Sequence[str], kind: str) -> str:

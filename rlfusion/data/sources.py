@@ -30,8 +30,8 @@ def load(data: str, size: int = 32, say: Callable[[str], None] | None = None) ->
         return digits()
     found = source(data).load(size)
     if say is not None:
-        said = "".join(c if c.isprintable() else "?" for c in found.summary)
-        say(f"data {data!r}: {said}")
+        message = "".join(c if c.isprintable() else "?" for c in found.summary)
+        say(f"data {data!r}: {message}")
     return found
 
 

@@ -200,12 +200,12 @@ def narrow(chain: Chain, denoiser: Denoiser) -> str:
     if not found:
         return ""
     steps = ", ".join(f"{k + 1} of {chain.moves}: {std:.3g}" for k, std in found)
-    said = f"noise of standard deviation below {NARROW} at step {steps}: a small change of the network is a large "
-    said += "log-ratio there"
+    message = f"noise of standard deviation below {NARROW} at step {steps}: a small change of the network is a large "
+    message += "log-ratio there"
     trailing = replace(chain, spacing="trailing")
     if chain.spacing != "trailing" and not _narrow(trailing, denoiser):
-        return f"{said}; chain.spacing = trailing has no such step"
-    return f"{said}; fewer steps, or a kernel with more noise at the end, have none"
+        return f"{message}; chain.spacing = trailing has no such step"
+    return f"{message}; fewer steps, or a kernel with more noise at the end, have none"
 
 
 def _narrow(chain: Chain, denoiser: Denoiser) -> list[tuple[int, float]]:

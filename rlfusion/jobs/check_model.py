@@ -94,15 +94,15 @@ def _verdict(fine: bool) -> Any:
 
 @torch.no_grad()
 def _answers(trial: Trial) -> Finding:
-    x, said = trial.noise[:, 0], []
+    x, messages = trial.noise[:, 0], []
     for t in trial.times[[0, len(trial.times) // 2, -2]]:
         y = trial.denoiser.answer(x, t, _cond(trial))
         if y.shape != x.shape or not bool(y.isfinite().all()):
             return Finding(
                 "answers", "FAILS", f"at t = {t:.3g}: {tuple(y.shape)} for x {tuple(x.shape)}, or not finite"
             )
-        said.append(f"{y.float().std():.3g}")
-    return Finding("answers", "ok", f"{tuple(x.shape)}, of standard deviation {', '.join(said)}")
+        messages.append(f"{y.float().std():.3g}")
+    return Finding("answers", "ok", f"{tuple(x.shape)}, of standard deviation {', '.join(messages)}")
 
 
 def _cond(trial: Trial, label: Tensor | None = None) -> Any:
@@ -153,10 +153,10 @@ def _kind(trial: Trial) -> Finding:
         except ValueError:  # this kind is not defined at this level
             continue
     own, best = errors.pop("its own"), min(errors, key=errors.get)
-    said = f"eps at t = {t:.3g} is off by {own:.3g} (1: knows nothing); read as {best!r}, by {errors[best]:.3g}"
+    message = f"eps at t = {t:.3g} is off by {own:.3g} (1: knows nothing); read as {best!r}, by {errors[best]:.3g}"
     again = target(trial.denoiser.kind, x0, eps, l)
     fine = own < 1 and own <= errors[best] * 1.001 + 1e-9 and bool(again.isfinite().all())
-    return Finding("kind", _verdict(fine), said)
+    return Finding("kind", _verdict(fine), message)
 
 
 @torch.no_grad()
@@ -166,8 +166,8 @@ def _decode(trial: Trial) -> Finding:
     back = space.encode(pixels * 2 - 1)
     inside = bool(pixels.isfinite().all()) and 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     fine = inside and tuple(pixels.shape[1:]) == trial.card.shape and back.shape == x.shape
-    said = f"{tuple(pixels.shape)} in [{pixels.min():.3g}, {pixels.max():.3g}], encoded again {tuple(back.shape)}"
-    return Finding("decode", _verdict(fine), said)
+    message = f"{tuple(pixels.shape)} in [{pixels.min():.3g}, {pixels.max():.3g}], encoded again {tuple(back.shape)}"
+    return Finding("decode", _verdict(fine), message)
 
 
 @torch.no_grad()
@@ -189,9 +189,9 @@ def _ratio(trial: Trial) -> Finding:
 @torch.no_grad()
 def _noise(trial: Trial) -> Finding:
     chain = trial.settings.chain  # with all of its steps
-    said = narrow(chain, trial.denoiser)
-    if said:
-        return Finding("noise", "note", said)
+    message = narrow(chain, trial.denoiser)
+    if message:
+        return Finding("noise", "note", message)
     stds = trial.policy.stds(chain.times(trial.denoiser)).tolist()
     return Finding("noise", "ok", f"{len(stds)} steps of standard deviation {', '.join(f'{s:.2g}' for s in stds)}")
 
@@ -204,10 +204,10 @@ def _gradient(trial: Trial) -> Finding:
     missing = [name for name, g in zip(wanted, found) if g is None]
     finite = all(bool(g.isfinite().all()) for g in found if g is not None)
     norm = sum(g.double().square().sum().item() for g in found if g is not None) ** 0.5
-    said = f"of {len(wanted)} tensors {len(wanted) - len(missing)} have one, norm {norm:.3g}"
+    message = f"of {len(wanted)} tensors {len(wanted) - len(missing)} have one, norm {norm:.3g}"
     if missing:
-        said += f"; none: {', '.join(missing[:3])}"
-    return Finding("gradient", _verdict(finite and norm > 0 and len(missing) < len(wanted)), said)
+        message += f"; none: {', '.join(missing[:3])}"
+    return Finding("gradient", _verdict(finite and norm > 0 and len(missing) < len(wanted)), message)
 
 
 def _guidance(trial: Trial) -> Finding:

@@ -50,7 +50,7 @@ class Finding(NamedTuple):
 
     check: str
     verdict: Verdict
-    said: str
+    message: str
 
 
 class Trial(NamedTuple):
@@ -137,9 +137,9 @@ def examine(trial: Trial) -> Iterator[Finding]:
 
 
 def _range(trial: Trial, value: Tensor) -> Finding:
-    said = f"{value.min():.4g} to {value.max():.4g}, mean {value.mean():.4g}, std {value.std(correction=0):.3g}"
+    message = f"{value.min():.4g} to {value.max():.4g}, mean {value.mean():.4g}, std {value.std(correction=0):.3g}"
     flat = bool((value == value[0]).all())
-    return Finding("range", "note" if flat else "ok", said + (": flat, nothing to learn from here" if flat else ""))
+    return Finding("range", "note" if flat else "ok", message + (": flat, nothing to learn from here" if flat else ""))
 
 
 def _input(trial: Trial, value: Tensor) -> Finding:
@@ -165,17 +165,17 @@ def _batch(trial: Trial, value: Tensor) -> Finding:
     error = max((torch.cat(parts) - value).abs().max().item(), (shuffled - value).abs().max().item())
     limit = TOLERANCE * max(value.std(correction=0).item(), value.abs().max().item())
     what = "whole prompts" if each > 1 else "samples"
-    said = "bit for bit" if error == 0 else f"to {error:.2g}"
+    message = "bit for bit" if error == 0 else f"to {error:.2g}"
     if error <= limit:
-        return Finding("batch", "ok", f"{what} alone and in another order: the same {said}")
+        return Finding("batch", "ok", f"{what} alone and in another order: the same {message}")
     return Finding("batch", "FAILS", f"{what} alone or in another order differ by {error:.3g}")
 
 
 def _condition(trial: Trial, value: Tensor) -> Finding:
     other = trial(trial.samples, (trial.label + 1) % trial.classes).detach()
     changed = int((other != value).sum())
-    said = f"another prompt changes {changed} of {len(value)}" if changed else "does not depend on it"
-    return Finding("condition", "note" if trial.classes > 1 else "ok", said)
+    message = f"another prompt changes {changed} of {len(value)}" if changed else "does not depend on it"
+    return Finding("condition", "note" if trial.classes > 1 else "ok", message)
 
 
 def _gradient(trial: Trial, value: Tensor) -> Finding:
@@ -191,13 +191,13 @@ def _gradient(trial: Trial, value: Tensor) -> Finding:
     by_autograd = (slope * direction).sum().item()
     with torch.no_grad():
         by_difference = ((f(x + h * direction) - f(x - h * direction)) / (2 * h)).item()
-    said = f"{by_autograd:.6g} by autograd, {by_difference:.6g} by finite differences ({str(dtype)[6:]})"
+    message = f"{by_autograd:.6g} by autograd, {by_difference:.6g} by finite differences ({str(dtype)[6:]})"
     close = abs(by_autograd - by_difference) <= tolerance * max(abs(by_autograd), abs(by_difference))
     if not bool(slope.isfinite().all()):
         return Finding("gradient", "FAILS", "not finite")
     if not bool(slope.any()):
         return Finding("gradient", "FAILS", f"0 everywhere; {by_difference:.3g} by finite differences")
-    return Finding("gradient", "ok" if close else "FAILS", said)
+    return Finding("gradient", "ok" if close else "FAILS", message)
 
 
 def _weighted(trial: Trial) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
@@ -219,7 +219,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _speed(trial: Trial, value: Tensor) -> Finding:
-    said = []
+    message = []
     for batch in BATCHES:
         rows = torch.arange(batch, device=value.device) % len(value)
         x, label = trial.samples[rows], trial.label[rows]
@@ -227,5 +227,5 @@ def _speed(trial: Trial, value: Tensor) -> Finding:
         while count == 0 or time.perf_counter() - begin < SPEED_S:
             trial(x, label)
             count += batch
-        said.append(f"{batch}: {count / (time.perf_counter() - begin):.3g}/s")
-    return Finding("speed", "ok", "batch of " + ", ".join(said))
+        message.append(f"{batch}: {count / (time.perf_counter() - begin):.3g}/s")
+    return Finding("speed", "ok", "batch of " + ", ".join(message))

@@ -140,7 +140,7 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     return found
 
 
-def said(found: Estimate) -> str:
+def described(found: Estimate) -> str:
     """An estimate in a line."""
     parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in found.items() if size)
     return f"{sum(found.values()) / 1e9:.3g} GB: {parts}"

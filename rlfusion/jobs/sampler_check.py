@@ -75,12 +75,12 @@ def _compared(own: pipelines.Sampling, apart: Callable[[Any], float], solver: st
     """What the distances say; with ``alike`` None, where the pipeline's latents are of low precision, nothing fails."""
     first = own.first_order
     same = apart(first() if first else None)
-    said = f"{own.kernel}: the pipeline's latents differ by {same:.2g} of the largest"
+    message = f"{own.kernel}: the pipeline's latents differ by {same:.2g} of the largest"
     if first:
-        said = (
+        message = (
             f"{own.kernel} is the first-order form of {solver}, a solver of several steps: run in that form the "
             f"pipeline's latents differ by {same:.2g} of the largest, by {solver} itself by {apart(None):.2g}"
         )
     if alike is not None and not same <= alike:
-        return Finding("sampler", "FAILS", said)
-    return Finding("sampler", "note" if first or alike is None else "ok", said)
+        return Finding("sampler", "FAILS", message)
+    return Finding("sampler", "note" if first or alike is None else "ok", message)

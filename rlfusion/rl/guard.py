@@ -63,7 +63,7 @@ class Alarm:
     """Why an update is bad: which guard, and the sentence for people."""
 
     guard: str
-    said: str
+    message: str
 
 
 class Guarded:
@@ -132,14 +132,14 @@ class Guarded:
         self._write(alarm, iteration, what)
         if ends:
             file = self.folder / "diagnosis.md"
-            raise NumericalError(f"rollout {iteration + 1}: {alarm.said}; {what}. {file} says what was seen")
+            raise NumericalError(f"rollout {iteration + 1}: {alarm.message}; {what}. {file} says what was seen")
 
     def _write(self, alarm: Alarm, iteration: int, what: str) -> None:
         norms = ", ".join(f"{n:.3g}" for n in self.norms[-8:])
         lines = [
             f"## Rollout {iteration + 1}: {alarm.guard}",
             "",
-            f"- seen: {alarm.said}",
+            f"- seen: {alarm.message}",
             f"- done: {what} ({self.bad_in_a_row} bad update(s) in a row, {self.bad} in all)",
             f"- gradient norms of the last good updates: {norms or 'none yet'}",
             f"- best reward of a good rollout: {self.best:.4g}",

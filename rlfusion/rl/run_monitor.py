@@ -89,6 +89,6 @@ class RunMonitor:
         self.best = Best(**state["best"])
 
     def _write(self, done: int, alarms: list[str]) -> None:
-        found = [f"- {said}" for said in alarms]
+        found = [f"- {message}" for message in alarms]
         lines = [f"## After {done} updates: what the reward does not see", "", *found, "", ""]
         storage.append(self.folder / "diagnosis.md", "\n".join(lines))

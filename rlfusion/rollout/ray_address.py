@@ -100,16 +100,16 @@ def _require_answer(address: str, left_s: float, timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         raise _silent(address, timeout_s) from None
     try:
-        who, said = json.loads(ran.stdout.splitlines()[-1])
+        who, message = json.loads(ran.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        who, said = "ray", (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-    if who == "worker" and said:
+        who, message = "ray", (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+    if who == "worker" and message:
         raise RolloutError(
-            f"the workers of the Ray cluster at ray.address = {address!r} have no rlfusion ({said}): expected it "
+            f"the workers of the Ray cluster at ray.address = {address!r} have no rlfusion ({message}): expected it "
             "installed on every node, in the Python that Ray runs there"
         )
-    if said:
-        raise RolloutError(f"no Ray cluster at ray.address = {address!r}: {said}")
+    if message:
+        raise RolloutError(f"no Ray cluster at ray.address = {address!r}: {message}")
 
 
 def _silent(address: str, timeout_s: float) -> RolloutError:

@@ -208,10 +208,10 @@ def _cause(error: RayTaskError, worker: int) -> Exception:
 def _unstarted(error: Exception, worker: int) -> RolloutError:
     """Of a worker that cannot even be made: its own error is the last line of its traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[-1] if lines else type(error).__name__
+    message = lines[-1] if lines else type(error).__name__
     return RolloutError(
-        f"Ray worker {worker} cannot start: {said}; expected rlfusion and what the task needs installed on every node, "
-        "in the Python that Ray runs there"
+        f"Ray worker {worker} cannot start: {message}; expected rlfusion and what the task needs installed on every "
+        "node, in the Python that Ray runs there"
     )
 
 

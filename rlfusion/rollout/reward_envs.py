@@ -49,17 +49,17 @@ def _require_installer(where: str, env: Mapping[str, Any]) -> None:
 
 
 def _require_ours(where: str, executable: str) -> None:
-    said = f"{where}: py_executable = {executable!r}"
+    message = f"{where}: py_executable = {executable!r}"
     try:
         ran = subprocess.run([*shlex.split(executable), "-c", ASK], capture_output=True, text=True, timeout=PATIENCE_S)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"{said} cannot be run ({error})") from error
+        raise ConfigError(f"{message} cannot be run ({error})") from error
     try:
         theirs = json.loads(ran.stdout)
     except ValueError:
         reason = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-        raise ConfigError(f"{said} has not what a reward needs ({reason}): expected rlfusion in it") from None
+        raise ConfigError(f"{message} has not what a reward needs ({reason}): expected rlfusion in it") from None
     ours = {"Python": ".".join(map(str, sys.version_info[:2])), "Ray": version("ray")}
     for key, wanted in ours.items():
         if theirs[key] != wanted:
-            raise ConfigError(f"{said} has {key} {theirs[key]}: expected {wanted}, as here")
+            raise ConfigError(f"{message} has {key} {theirs[key]}: expected {wanted}, as here")

@@ -36,5 +36,5 @@ def pick_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = shorten(str(error).partition("\n")[0], 100)
-        raise ConfigError(f"device = {device!r}: not available here ({said}); expected auto or cpu") from error
+        message = shorten(str(error).partition("\n")[0], 100)
+        raise ConfigError(f"device = {device!r}: not available here ({message}); expected auto or cpu") from error

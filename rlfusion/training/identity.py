@@ -254,11 +254,11 @@ def done(folder: Path) -> int:
 
 def differs(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The sentence for settings that are not those of the run in ``folder``, {name: (old, new)}."""
-    said = [f"{name} = {_text(new)}, was {_text(old)}" for name, (old, new) in changed.items()]
-    more = f" and {len(said) - SAID} more" if len(said) > SAID else ""
+    changes = [f"{name} = {_text(new)}, was {_text(old)}" for name, (old, new) in changed.items()]
+    more = f" and {len(changes) - SAID} more" if len(changes) > SAID else ""
     name, (_, new) = next(iter(changed.items()))
     return (
-        f"{folder} was begun with other settings: {'; '.join(said[:SAID])}{more}; put them back, or say "
+        f"{folder} was begun with other settings: {'; '.join(changes[:SAID])}{more}; put them back, or say "
         f"--change {name}={_text(new)} where that is meant"
     )
 

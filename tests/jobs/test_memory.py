@@ -61,7 +61,7 @@ def test_copies_are_counted(tiny_pipelines, tmp_path):
     assert found["to undo an update"] == 4 * trained
     assert found["copies of what is trained"] == trained  # the rollouts'; no reference, no monitor here
     assert found["autoencoder"] == sum(p.numel() * 4 for p in policy.space.vae.parameters())
-    assert f"{sum(found.values()) / 1e9:.3g} GB" in memory.said(found)
+    assert f"{sum(found.values()) / 1e9:.3g} GB" in memory.described(found)
 
 
 def test_the_command(tiny_pipelines, tmp_path, capsys, monkeypatch):

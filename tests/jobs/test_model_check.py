@@ -94,7 +94,7 @@ def test_each_fault_has_its_row(net, kind, row):
 
 
 def test_a_wrong_kind_is_told_the_right_one():
-    assert "read as 'eps'" in CHECKS["kind"](trial(Exact(), "v")).said
+    assert "read as 'eps'" in CHECKS["kind"](trial(Exact(), "v")).message
 
 
 def test_weights_without_a_gradient_are_found():
@@ -122,7 +122,7 @@ def test_steps_of_little_noise_are_named_with_the_setting_that_leaves_them_out(t
     assert narrow(replace(published, kernel="DDIM(eta=0.1)"), denoiser).endswith("have none")
     assert narrow(replace(published, kernel="DDIM(eta=0.0)"), denoiser) == ""
     row = CHECKS["noise"](trial(Exact()))
-    assert (row.verdict, row.said.count(",")) == ("ok", 19)
+    assert (row.verdict, row.message.count(",")) == ("ok", 19)
 
 
 @pytest.mark.parametrize(("name", "code", "failing"), [("flux", 0, ""), ("sd", 2, "fails: kind")])
@@ -165,8 +165,8 @@ def test_a_solver_of_several_steps_differs_and_is_told_from_a_fault(name, tiny_p
     made = pipeline_trial(shutil.copytree(tiny_pipelines["sd"], tmp_path / "sd"), SOLVERS[name]())
     found = CHECKS["sampler"](made)
     assert found.verdict == "note", found
-    assert f"first-order form of {type(SOLVERS[name]()).__name__}, a solver of several steps" in found.said
-    same, apart = map(float, re.findall(r" by ([0-9.e-]+)", found.said))
+    assert f"first-order form of {type(SOLVERS[name]()).__name__}, a solver of several steps" in found.message
+    same, apart = map(float, re.findall(r" by ([0-9.e-]+)", found.message))
     assert same <= 1e-4 < 1e-2 < apart
     own = made.denoiser.own
     sampling = own.sampling
@@ -194,7 +194,7 @@ def test_one_step_schedulers_have_no_such_excuse(tiny_pipelines):
 )
 def test_guidance_is_compared_where_the_pipeline_has_it(guidance, verdict, said, tiny_pipelines):
     found = CHECKS["sampler"](pipeline_trial(tiny_pipelines["sd"], **guidance))
-    assert (found.verdict, said in found.said) == (verdict, True), found
+    assert (found.verdict, said in found.message) == (verdict, True), found
 
 
 @pytest.mark.parametrize(
@@ -207,4 +207,4 @@ def test_guidance_is_compared_where_the_pipeline_has_it(guidance, verdict, said,
 )
 def test_the_guidance_is_said(name, guidance, verdict, said, tiny_pipelines):
     found = CHECKS["guidance"](pipeline_trial(tiny_pipelines[name], **guidance))
-    assert (found.verdict, said in found.said) == (verdict, True), found
+    assert (found.verdict, said in found.message) == (verdict, True), found

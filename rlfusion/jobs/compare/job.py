@@ -44,7 +44,7 @@ def check(config: Compare) -> list[str]:
             errors.append((f"{agent} on {reward}, seed {seed}: {error}", error))
     if len(errors) == len(runs):
         raise errors[0][1]
-    return [said for said, _ in errors]
+    return [message for message, _ in errors]
 
 
 def compare(config: Compare, folder: Path, signals: Signals, progress: Progress) -> str:

@@ -25,8 +25,8 @@ def report(path: Path, family: Family, prompts: Sequence[str]) -> None:
     longest = max(len(text.encode()) for text in prompts)
     for name, most in family.reads.items():
         tokenizer = _tokenizer(path, name) if PER_BYTE * longest >= (most or SHORTEST) else None
-        if tokenizer is not None and (said := _said(tokenizer, name, most or tokenizer.model_max_length, prompts)):
-            say_once(said)
+        if tokenizer is not None and (message := _said(tokenizer, name, most or tokenizer.model_max_length, prompts)):
+            say_once(message)
 
 
 def _tokenizer(path: Path, name: str) -> Any:

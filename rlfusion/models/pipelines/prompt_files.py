@@ -233,9 +233,9 @@ def _json(text: str, where: str) -> Any:
     try:
         return _DECODER.decode(text.strip())
     except (ValueError, RecursionError) as error:
-        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        hint = ": several values, one a line, are a .jsonl" if said.startswith("Extra data") else ""
-        raise ConfigError(f"{where}: no JSON ({said}){hint}") from error
+        message = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        hint = ": several values, one a line, are a .jsonl" if message.startswith("Extra data") else ""
+        raise ConfigError(f"{where}: no JSON ({message}){hint}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -204,12 +204,12 @@ def _negative(own: list[Any], where: str) -> str:
 
 def _say(table: Table, prompts: Prompts, name: str) -> None:
     """One line on what is not plain to see in a file: repeats, metadata, columns that are left out."""
-    said, distinct = [], len(set(prompts.texts))
+    parts, distinct = [], len(set(prompts.texts))
     if distinct < len(prompts.texts):
-        said.append(f"{len(prompts.texts):,} rows of {distinct:,} distinct prompts, each row a prompt of its own")
+        parts.append(f"{len(prompts.texts):,} rows of {distinct:,} distinct prompts, each row a prompt of its own")
     columns = sorted({key for row in prompts.metadata for key in row})
     if columns:
-        said.append(f"column {table.column!r} is the prompt, metadata are {named(columns)}")
-    said += table.notes
-    if said:
-        say_once(f"prompts = {name!r}: {'; '.join(said)}")
+        parts.append(f"column {table.column!r} is the prompt, metadata are {named(columns)}")
+    parts += table.notes
+    if parts:
+        say_once(f"prompts = {name!r}: {'; '.join(parts)}")

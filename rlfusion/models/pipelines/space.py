@@ -31,8 +31,8 @@ class Decoded:
         config = vae.config
         each = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name)}
         if each and not normalises:
-            said = ", ".join(f"{name} = {held}" for name, held in each.items())
-            raise ConfigError(f"autoencoder: {said}: pipelines of this family do not undo them, expected null")
+            values = ", ".join(f"{name} = {held}" for name, held in each.items())
+            raise ConfigError(f"autoencoder: {values}: pipelines of this family do not undo them, expected null")
         self.vae = vae.float().eval().requires_grad_(False)
         self.decoding = [part for part in (vae.decoder, getattr(vae, "post_quant_conv", None)) if part is not None]
         shift, std = each.get("latents_mean", config.get("shift_factor") or 0.0), each.get("latents_std", 1.0)

@@ -97,8 +97,8 @@ def loading(path: Path) -> Iterator[None]:
     except RlfusionError:
         raise
     except (*MALFORMED, RuntimeError, IndexError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"checkpoint {path} does not fit this run: {said}") from error
+        message = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"checkpoint {path} does not fit this run: {message}") from error
 
 
 def latest(folder: Path, owner: Owner = NOBODY) -> Found | None:
@@ -119,13 +119,13 @@ def latest(folder: Path, owner: Owner = NOBODY) -> Found | None:
     for step, path in candidates(folder):
         try:
             manifest = verify(path)
-            said, why = _stranger(path, manifest, owner), "foreign"
+            problem, why = _stranger(path, manifest, owner), "foreign"
         except CheckpointError as error:
-            said, why = str(error), "corrupt"
-        if not said:
+            problem, why = str(error), "corrupt"
+        if not problem:
             told = (*warnings, *fingerprint_warnings(path, manifest))
             return Found(step, path, told, manifest["settings"])
-        warnings.append(f"{said}; set aside as {set_aside(path, why).name}")
+        warnings.append(f"{problem}; set aside as {set_aside(path, why).name}")
         _log.warning(warnings[-1])
     return None
 

@@ -167,9 +167,10 @@ def _require_alike(scheduler: Any, form: Form, times: Tensor) -> None:
     try:
         solve(form.kind, form.schedule(times[0]))
     except ValueError as error:
-        said = scheduler.config.get("prediction_type")
+        predicted = scheduler.config.get("prediction_type")
         raise Unfollowed(
-            f"with prediction_type = {said} its network says nothing of x0 at the first time, where no signal is left",
+            f"with prediction_type = {predicted} its network says nothing of x0 at the first time, where no signal is "
+            "left",
             "v_prediction, or rescale_betas_zero_snr = False",
         ) from error
     if form.over_alpha and (last := float(form.schedule(times[-1]).alpha)) < 1 - 1e-5:
@@ -196,8 +197,8 @@ def _apart(
     """
     t, s = times[k], times[k + 1]
     x, net.y, z = torch.randn(3, 1, 1, 2, 8, generator=draw, dtype=torch.float64)
-    said = policy(Observation(x, t, s))
-    ours = said.mean + said.std * z
+    distribution = policy(Observation(x, t, s))
+    ours = distribution.mean + distribution.std * z
     code, given = scheduler.timesteps[k], x * form.scale(t)
     with drawn(scheduler, [z]):
         read = scheduler.scale_model_input(given, code) if form.over_alpha else given / form.unit

@@ -70,9 +70,9 @@ def require_followed(scheduler: Any, follows: Iterable[str]) -> None:
 
 
 def _refused(scheduler: Any, setting: str, given: Any, expected: Any) -> ConfigError:
-    said = repr(given) if len(repr(given)) <= 40 else f"{repr(given)[:40]}..."
+    shown = repr(given) if len(repr(given)) <= 40 else f"{repr(given)[:40]}..."
     return ConfigError(
-        f"scheduler {type(scheduler).__name__}: {setting} = {said} would change a step and is not followed, expected "
+        f"scheduler {type(scheduler).__name__}: {setting} = {shown} would change a step and is not followed, expected "
         f"{expected} (in scheduler/scheduler_config.json)"
     )
 
