@@ -65,7 +65,7 @@ def test_check_reward_draws_from_a_model(tiny_pipelines):
         "answers": "ok", "range": "ok", "input": "ok", "repeats": "ok", "batch": "ok", "condition": "note",
         "gradient": "ok", "speed": "ok",
     }  # fmt: skip
-    assert found["condition"].said == "another prompt changes 8 of 8"
+    assert found["condition"].message == "another prompt changes 8 of 8"
 
 
 def test_a_missing_gradient_is_a_note(here, capsys):

@@ -300,5 +300,5 @@ def test_the_template_passes_the_check(tmp_path, monkeypatch):
 
     file = example("my_rewards.py", tmp_path)
     for name in ("left_heavy", "Contrast", "tidier", "unlike_the_others", "worded"):
-        found = {f.check: (f.verdict, f.said) for f in check_reward.check_reward(CheckReward(f"{file}:{name}"))}
+        found = {f.check: (f.verdict, f.message) for f in check_reward.check_reward(CheckReward(f"{file}:{name}"))}
         assert not [row for row in found.items() if row[1][0] == "FAILS"], name
