@@ -8,11 +8,11 @@ As DRWR, with an advantage in the place of the reward (``weighted``, Eq. 1 to 4)
          advantage = "critic":  A = R - V(x_T, T, c), of the whole walk, by V at pure noise
          advantage = "prompt", "batch":  A = R - the mean of its prompt, or of the rollout; nothing is learned
 
-V is that of before the rollout, which it is fitted to after the policy. A baseline that knows (x_t, t, c) alone is a
-factor of all weights at that state: unclipped, and not z-scored, it leaves the fixed points of DRWR where they are,
-p exp(beta R) / Z, and spreads the weights less. With lam < 1 a step is weighed by what it changed itself, as V sees
-it, and the tilt is that of each step rather than of the walk. Entropy has no gradient: the std of the steps is the
-kernel's.
+V is fitted to a rollout after the policy, so the advantages use the V from before that rollout. A baseline of
+(x_t, t, c) alone is a common factor of all weights at that state. Without clip and z-score it therefore keeps the fixed
+points of DRWR, p exp(beta R) / Z, and the weights spread less. With lam < 1 the weight of a step is what that step
+changed itself, as V sees it, and the tilt is that of each step and not of the walk. Entropy has no gradient, because
+the kernel sets the std of the steps.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Config(weighted.Settings, chain_value.Settings):
         return transitions() if self.on != "noised" or self.learns_value else samples(steps)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         fit = f"; V is fitted in {self.value_epochs} pass(es) over its states" if self.learns_value else ""
         return self.told + fit
 

@@ -15,8 +15,8 @@ States and actions are stored by the rollout and enter as constants. log p is th
 sizes. All transitions of an update are flattened into calls of ``micro_batch`` rows.
 
 The last step, to clean data, has no noise and so no density. ``last_step`` "exclude" leaves it out, and with it the
-pathwise part of the gradient through it (1.05 of 11 in the handbook notes' example); "pathwise" adds that part, the
-gradient of the reward through that one step, where the reward is differentiable. (A floor of noise is a matter of the
+pathwise part of the gradient through it (1.05 of 11 in the handbook notes' example). "pathwise" adds that part, the
+gradient of the reward through that one step; the reward must be differentiable. (A floor of noise is a matter of the
 chain: FlowSDE and Langevin keep noise in other steps, and a schedule with sigma(0) > 0 in the last.)
 """
 
@@ -143,7 +143,7 @@ class Config:
         )
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         if self.form == "sf":
             return "on-policy: each rollout gives 1 update; the ratio is 1 by construction and nothing is clipped"
         epochs, updates_per_epoch = self.schedule
@@ -245,7 +245,7 @@ class Learner:
         return rules[self.config.advantage](reward, group).clamp(-limit, limit)
 
     def _scale(self, reward: Tensor, group: Tensor) -> Tensor:
-        """What a unit of reward is in advantage, (B,)."""
+        """The factor (B,) from reward to advantage."""
         if self.config.advantage == "none":
             return torch.ones_like(reward)
         of = group if self.config.advantage == "group" else torch.zeros_like(group)
@@ -311,7 +311,7 @@ class Learner:
         return objective
 
     def _features(self, batch: Trajectory) -> int:
-        """What log-ratios are divided by before the clip."""
+        """The divisor of log-ratios before the clip."""
         return batch.x[0, 0].numel() if self.config.clip_per_dim else 1
 
     def _clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:

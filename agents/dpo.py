@@ -97,7 +97,7 @@ class Config:
         return Learner(task.policy, self, seed)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         updates = self.epochs * self.updates_per_epoch
         return (
             f"the best {self.pairs:.0%} of each prompt are paired with its worst; a rollout gives {updates} update(s)"

@@ -5,8 +5,8 @@
     (2)  last:  x at the last K steps is a constant. Workers walk to it without gradients; cheaper, and biased
     (3)  lv (K = 1, lower variance):  the mean of -R over x_0 and n more ends
              x_t' = alpha x_0 + sigma eps',   x_0' = the last step from x_t',        x_0 in it a constant
-    (4)  each step's activations are made again in the backward pass (``recompute``), so that a walk of K steps holds K
-         latents and the activations of one step: a third more time
+    (4)  with ``recompute`` the backward pass computes each step's activations again: a walk of K steps then holds K
+         latents and the activations of one step, for a third more time
 
 The learner's steps take the noise that sampling would, so their end is that of the worker's own walk. Any kernel will
 do, DDIM(eta=0) too: a pathwise gradient needs no density.
@@ -63,7 +63,7 @@ class Config(reward_gradient.Settings):
             raise ConfigError(f"steps = {self.steps}: expected at most the {plan.steps} of the chain")
 
     def trained(self, steps: int) -> int:
-        """How many steps of a chain of ``steps`` have gradients."""
+        """The number of steps with gradients in a chain of ``steps`` steps."""
         return steps if self.form == "full" else self.steps
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
@@ -72,7 +72,7 @@ class Config(reward_gradient.Settings):
         return prefix(begin, begin)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         through = "every step" if self.form == "full" else f"the last {self.steps} step(s)"
         asked = 1 + self.renoisings if self.form == "lv" else 1
         return (

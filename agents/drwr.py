@@ -68,7 +68,7 @@ class Config(weighted.Settings):
         return samples(steps) if self.on == "noised" else transitions()
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         return f"{self.told}, out of the last {self.memory} walks" if self.memory else self.told
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":

@@ -96,7 +96,7 @@ class Config:
         return Learner(task.policy, task.times, self, seed)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         updates = self.epochs * self.updates_per_epoch
         trained = f"a moving window of {self.window} steps" if self.window else "all stochastic steps"
         return (

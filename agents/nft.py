@@ -98,7 +98,7 @@ class Config:
         return Learner(task.policy, self, seed)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         updates = self.epochs * self.updates_per_epoch
         return f"each rollout gives {updates} update(s) on its samples, noised {self.noisings} time(s) each"
 

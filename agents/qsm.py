@@ -19,7 +19,7 @@ are the soft value to first order in alpha, exact for Gaussian p and linear R, a
 (``qvalue``). With samples of the policy itself (``acts`` trained) the mean is over the density reached so far, whose
 rewards vary less: it steers less.
 
-Only x_t of samples of the acting policy are used: any sampler may collect.
+Any sampler may collect, because only the noised samples x_t of the acting policy are used.
 """
 
 from dataclasses import dataclass, replace
@@ -145,7 +145,7 @@ class Config:
         return Learner(task, self, seed)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         updates, noised = self.epochs * self.updates_per_epoch, f"noised {self.noisings} time(s) each"
         if self.q == "learned":
             return (

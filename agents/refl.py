@@ -116,7 +116,7 @@ class Config(reward_gradient.Settings):
         return prefix(steps - max(1, round(self.late * steps)), steps - 1)
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         return (
             f"each rollout gives {self.epochs * self.updates_per_epoch} update(s) through one prediction in the last "
             f"{self.late:.0%} of the steps, and asks for {self.epochs} reward(s) a walk"

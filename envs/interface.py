@@ -88,7 +88,7 @@ def frames(pixels: Tensor) -> np.ndarray:
 
 
 class Interface(Protocol):
-    """What an environment takes in and gives out."""
+    """The form of an environment's actions and observations."""
 
     differentiable: ClassVar[bool]
     device: torch.device

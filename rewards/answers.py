@@ -1,4 +1,4 @@
-"""What scorers of other libraries answer, as one number a sample.
+"""Turns the answers of other libraries' scorers into one number a sample.
 
     scores, (scores, info), {name: scores}, ({name: scores}, info)
 

@@ -1,4 +1,4 @@
-"""What a reward is, and the check that every result of one passes.
+"""The interface of rewards, and the check of every result.
 
 A reward is a callable ``(samples, cond) -> (B,)``: samples (B, C, H, W) are decoded pixels in [0, 1], ``cond`` is the
 condition that they were drawn for, and the answer is one finite number a sample, more is better. It is differentiable
@@ -110,7 +110,7 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
 
 
 def well_formed(result: object, samples: Tensor, name: str) -> Tensor:
-    """What a reward answered, (B,), on the device of ``samples``, in float32 (float64 for float64 samples).
+    """The values (B,) that a reward answers, on the device of ``samples``, in float32 (float64 for float64 samples).
 
     Raises:
         RewardError: it is not a tensor, not (B,), or not real numbers.

@@ -10,8 +10,8 @@ Samples of equal conditions are a group; G of them, x_1..x_G:
          s the logistic function. The ridge keeps an undefeated sample's score finite; the maximum is unique, of mean 0
     (5)  opponents: all, or the m next ones around the circle, pairs (i, i + d mod G), d = 1..m: G m pairs, no more
 
-Both (3) and (4) say who is best within the prompt, nothing about the prompt; their mean over a group is 1/2 and 0,
-whatever the model does. So watch another reward, held out, beside them.
+(3) and (4) compare the samples of one prompt with one another: their means over a group are 1/2 and 0 for any model. So
+watch a held-out reward beside them.
 """
 
 from abc import abstractmethod

@@ -6,5 +6,5 @@ from rlfusion.common.tensors import Cond, mean_features
 
 
 def ink(samples: Tensor, cond: Cond) -> Tensor:
-    """(B, C, H, W) in [0, 1] -> (B,) in [0, 1]; the condition is not looked at."""
+    """(B, C, H, W) in [0, 1] -> (B,) in [0, 1]; the condition is not used."""
     return mean_features(samples)

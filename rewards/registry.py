@@ -185,7 +185,7 @@ def _of_ours(name: str, found: Callable[..., Any], options: dict[str, Any], task
 
 
 def _made(name: str, found: Callable[..., Any], options: dict[str, Any], task_info: Mapping[str, Any]) -> Any:
-    """What a class or another factory makes of its options."""
+    """The object that a class or another factory makes from its options."""
     settings = _settings(name, found, options, task_info)
     with running(f"reward {name!r} of {options}"):
         return found(**settings)

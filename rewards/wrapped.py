@@ -1,4 +1,4 @@
-"""What is put around a reward that is slow or may hang: a deadline, and a memory. Neither changes a value.
+"""Wrappers for a reward that is slow or may hang: a deadline, and a cache. Neither changes a value.
 
     (1)  Timed: a call that takes longer than ``timeout_s`` is a RewardFailure of all its samples, and names the reward
     (2)  Cached: the values of a batch that was scored before are remembered under
@@ -44,7 +44,7 @@ class CallOptions:
         require_not_negative(self, "timeout_s", "cache")
 
     def around(self, reward: Reward, name: str, identity: str) -> Reward:
-        """The reward, with what these settings ask for around it."""
+        """The reward, wrapped as these settings say."""
         if self.timeout_s:
             reward = Timed(reward, name, self.timeout_s)
         return Cached(reward, identity, self.cache) if self.cache else reward
@@ -104,7 +104,7 @@ class _Call(threading.Thread):
             self._error = error
 
     def result(self) -> Tensor:
-        """What the reward gave, or raised."""
+        """The value that the reward returned; raises its error if it failed."""
         if self._error is not None:
             raise self._error
         return self._value

@@ -1,4 +1,4 @@
-"""What the rewards with a CLIP image tower share.
+"""The common part of all rewards with a CLIP image tower.
 
     f(x) = visual(preprocess(x)) / |visual(preprocess(x))|
 
@@ -30,7 +30,7 @@ PREFERENCE_SHAPE = (3, 224, 224)
 
 @dataclass(frozen=True)
 class Source:
-    """Which tower, and how it computes: settings that all these rewards have.
+    """The settings that all these rewards have: which tower, and how it computes.
 
     Attributes:
         model, checkpoint: as ``openclip.load``; no model stands for an untrained tower of the size that ``train-clip``

@@ -40,7 +40,7 @@ MOST_LABEL = 63
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself at ``/hello``.
+    """The description of a server that ``/hello`` returns.
 
     Attributes:
         reward: the name of what it serves.
@@ -125,7 +125,7 @@ class Remote(MayGroup):
         return self.served().groups
 
     def served(self) -> Served:
-        """What the servers serve, asking the first that answers."""
+        """The description of the served reward, from the first server that answers."""
         if not self._seen:
             self._until_answered(0, lambda url: self._seen[url], 1)
         return next(iter(self._seen.values()))

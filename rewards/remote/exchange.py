@@ -1,4 +1,4 @@
-"""What is asked of a reward elsewhere and what it answers: the same two frames over HTTP and between Ray actors.
+"""The question to a reward elsewhere and its answer: the same two frames over HTTP and between Ray actors.
 
     question   samples (B, C, H, W) in [0, 1], cond, and the task's prompts, shape, classes (key ``facts``)
     answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward, and
@@ -228,7 +228,7 @@ def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, di
 
 
 class Answer(NamedTuple):
-    """What came back: values (B,), NaN where ``errors`` says why, and the identity of the reward that answered."""
+    """An answer: values (B,), NaN where ``errors`` says why, and the identity of the reward that answered."""
 
     values: Tensor
     errors: dict[int, str]

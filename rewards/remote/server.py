@@ -157,7 +157,7 @@ class Service:
         return json.dumps({"alive": True, "reward": self.offer.name}).encode()
 
     async def hello(self, request: Any) -> bytes:
-        """What is served for the task info of the body."""
+        """Describe the reward that is served for the task info in the body."""
         with self._asking(), ExitStack() as held:
             task_info = await self._read(greeted, await self._body(request, held))
             return await self._do(lambda: encode(asdict(self.offer.served(task_info, self.limits))), held)

@@ -1,4 +1,4 @@
-"""What each command prints of its result."""
+"""Prints the result of each command."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What every room uses: errors, tensors, randomness, settings as text, weights as bytes."""
+"""Used by every package: errors, tensors, randomness, settings as text, weights as bytes."""

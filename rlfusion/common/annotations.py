@@ -68,7 +68,7 @@ PLAIN = {
 
 
 def described(annotation: Any) -> str:
-    """What an annotation expects, in words: "int", "float or null", "one of 'is', 'sf'"."""
+    """The words for the values that an annotation allows: "int", "float or null", "one of 'is', 'sf'"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}" if len(args) > 1 else repr(args[0])

@@ -114,7 +114,7 @@ def _sort(value: Any) -> type:
 
 @dataclass(frozen=True)
 class Weights:
-    """What is learned of a module after ``version`` updates: a safetensors blob and its SHA-256."""
+    """The learned tensors of a module after ``version`` updates: a safetensors blob and its SHA-256."""
 
     version: int
     sha256: str

@@ -31,7 +31,7 @@ def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Rollout:
-    """How many walks are collected, and by how many workers.
+    """The number of walks of a rollout, and of workers that collect them.
 
     Attributes:
         prompts: distinct prompts (classes) of a rollout.

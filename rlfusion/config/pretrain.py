@@ -12,7 +12,7 @@ from rlfusion.diffusion.chain import Chain
 
 @dataclass(frozen=True)
 class Base:
-    """What a pretrained model is, whoever trains it and wherever.
+    """The settings that define a pretrained model, whichever command trains it.
 
     Attributes:
         seed: keys every random draw.

@@ -83,7 +83,7 @@ def layout_of(shape: tuple[int, ...], continuous: bool, layout: str, about: str)
 
 
 def range_of(images: np.ndarray, span: str, about: str, expected: str) -> str:
-    """What is black and white in ``images``.
+    """The values of black and white in ``images``.
 
     Raises:
         ConfigError: their type and values leave that open.

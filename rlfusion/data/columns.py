@@ -137,7 +137,7 @@ def _parquet(file: Path) -> Columns:
 
 
 def roles(table: Columns, conditions: str, image: str, caption: str, label: str) -> Roles:
-    """Which column holds what: by the settings, and where they are "" by the usual names.
+    """The role of each column: by the settings, and where they are "" by the usual names.
 
     Raises:
         ConfigError: no such column, none that is known, or several that could be meant.

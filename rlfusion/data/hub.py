@@ -32,7 +32,7 @@ EXTRA = "pip install 'rlfusion[datasets]'"
 
 @dataclass(frozen=True)
 class HF:
-    """Where the rows are, and which columns hold what.
+    """The place of the rows, and the role of each column.
 
     Attributes:
         path: a folder that ``save_to_disk`` wrote, a folder of images or of Parquet files, a Parquet file, or a name on

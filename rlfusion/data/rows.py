@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What every source of image files takes.
+    """The settings that every source of image files has.
 
     Attributes:
         path: the folder or file.

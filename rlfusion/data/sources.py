@@ -1,4 +1,4 @@
-"""Which source a text names: "digits", a folder, a file by its suffix, or a source with its settings."""
+"""Finds the source that a text names: "digits", a folder, a file by its suffix, or a source with its settings."""
 
 import difflib
 from collections.abc import Callable

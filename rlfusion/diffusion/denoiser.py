@@ -22,7 +22,7 @@ consistency function, and of a generator that was taught by its samples."""
 
 
 class Own(Protocol):
-    """What a pretrained model brings along for its chains: the sampler that it was published with."""
+    """The sampler that a pretrained model was published with."""
 
     def times(self, steps: int) -> Tensor:
         """Its time grid, (K+1,) float64."""
@@ -35,7 +35,7 @@ class Own(Protocol):
         """The conditions (B,) that guidance leads away from, for those of B samples."""
 
     def around(self, denoiser: nn.Module) -> nn.Module:
-        """What its sampler puts around the guided denoiser, such as a consistency model's boundary."""
+        """Wrap the guided denoiser as its sampler does, for example in a consistency model's boundary."""
 
 
 class Denoiser(nn.Module):
@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
 
 
 def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-    """What a denoiser, or a wrapper with its call and ``kind``, says of x_t in the kind of its network, y (B, ...)."""
+    """The answer y (B, ...) at x_t, in the kind of the network, of a denoiser or of a wrapper with its interface."""
     if isinstance(model, Denoiser):
         return model.answer(x, t, cond).to(x)
     prediction = model(x, t, cond)
@@ -106,7 +106,7 @@ def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
 
 
 class Wrapper(nn.Module):
-    """What calls a denoiser otherwise, and is in all else as the one within."""
+    """Base of wrappers that call a denoiser in another way, and have all its other attributes."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Embedded(Wrapper):
         return self.denoiser(x, t, self._read(x, cond))
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """As ``Denoiser.answer``, where that is what is within."""
+        """As ``Denoiser.answer``, if a ``Denoiser`` is within."""
         return self.denoiser.answer(x, t, self._read(x, cond))
 
     def _read(self, x: Tensor, cond: Cond) -> Cond:

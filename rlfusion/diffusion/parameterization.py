@@ -1,4 +1,4 @@
-"""What a network predicts: every kind is one row (a, b) of
+"""Kinds of prediction: every kind is one row (a, b) of
 
     (1)  y = a x_0 + b eps
 
@@ -94,7 +94,7 @@ def predict(solution: Solution, y: Tensor, x: Tensor) -> Prediction:
 
 
 def convert(source: str | Kind, to: str | Kind, y: Tensor, x: Tensor, l: Level) -> Tensor:
-    """What a network of kind ``to`` would answer where one of kind ``source`` answers ``y`` at ``x`` = x_t.
+    """Convert the answer ``y`` at ``x`` = x_t of a network of kind ``source`` to that of a network of kind ``to``.
 
     From "v_handbook" to InstaFlow() it is handbook 2.4.5, Eq. 39 corrected (erratum 49), with B = alpha + sigma:
     u = B v - x (sigma - alpha); back, v = (u + x (sigma - alpha)) / B.

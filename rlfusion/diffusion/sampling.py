@@ -13,7 +13,7 @@ from rlfusion.diffusion.policy import Observation, Policy
 
 
 class Step(NamedTuple):
-    """One denoising step: what was seen, the transition, and the latent drawn from it."""
+    """One denoising step: the observation, the transition, and the latent drawn from it."""
 
     obs: Observation
     transition: Gaussian

@@ -1,4 +1,4 @@
-"""What a distillation method is to the rest of the house: its settings, what its student is, and its learner.
+"""The interface of distillation methods: the settings, the student, and the learner.
 
 A method is one file with a frozen dataclass, as an algorithm of fine-tuning is. It gets a ``Teaching``: the teacher as
 a function on the student's own schedule, so that only one schedule and one table of kinds is ever in play:
@@ -31,7 +31,7 @@ from rlfusion.training.optimization import EMA_RULES, Learner, Optimization
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a method learns from. Nothing of it but the student is trained.
+    """Everything that a method learns from. Only the student in it is trained.
 
     Attributes:
         teacher: Eq. (1), frozen, with the guidance that the run sets.
@@ -117,13 +117,13 @@ class Method(Protocol):
     """The chain of its students, unless another is given."""
 
     STUDENT: ClassVar[Student]
-    """What its students are, unless told otherwise."""
+    """The default student."""
 
     ASKS: ClassVar[bool]
-    """It asks the teacher what it answers, as a denoiser."""
+    """Whether the method calls the teacher as a denoiser."""
 
     ANSWERS: ClassVar[Answers]
-    """What x0_hat of its students is."""
+    """The meaning of x0_hat of its students (``denoiser.Answers``)."""
 
     @property
     def name(self) -> str:
@@ -136,7 +136,7 @@ class Method(Protocol):
         """Updates of a whole run."""
 
     def batches(self, teaching: Teaching, start: int) -> Iterator[Any]:
-        """What the updates ``start``, ``start`` + 1, ... get."""
+        """The batches of the updates ``start``, ``start`` + 1, ..."""
 
     def check(self, teaching: Teaching) -> None:
         """Refuse, before any work, a teacher, student or chain that the method is not defined for; the weights are

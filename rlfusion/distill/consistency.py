@@ -1,4 +1,4 @@
-"""What the discrete-time consistency methods share: the grid, the boundary, and one loss (handbook 2.3.1, Eq. 20, 25).
+"""Common part of the discrete-time consistency methods: grid, boundary, one loss (handbook 2.3.1, Eq. 20, 25).
 
 A student is a consistency function f: each point of a trajectory goes to its end, f(x, t_0) = x. On a grid t_0 < .. <
 t_N = 1, even in time (rounded to the times of a table),

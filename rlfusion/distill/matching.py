@@ -213,17 +213,17 @@ class Matching(Settings):
         """Every student and teacher will do: they meet in x0 alone."""
 
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
-        """What ``Parts`` is made of, by name."""
+        """The arguments of ``Parts``, by name."""
         generator = Generator(Policy(teaching.student, teaching.chain.make_kernel()), teaching.times, inputs)
         settings = {"weight": self._weight, "times": self._times, "per_step": self.apart(teaching)}
         return {"generator": generator, "teacher": on_its_own(teaching.teacher), **settings}
 
     def apart(self, teaching: Teaching) -> bool:
-        """There is more than one step, and each has networks of its own."""
+        """Whether each of several steps has networks of its own."""
         return self.per_step and teaching.chain.moves > 1
 
     def begins(self, teaching: Teaching) -> nn.Module:
-        """What a fake denoiser or a discriminator begins as, every parameter trained."""
+        """A trainable copy of the network that a fake denoiser or a discriminator starts from."""
         one = trainable_copy(teaching.begins)
         return PerStep(one, teaching.chain.moves) if self.apart(teaching) else one
 
@@ -243,7 +243,7 @@ class Matching(Settings):
 
 @dataclass(frozen=True)
 class Following(Matching):
-    """Those of methods with a fake denoiser, beside them.
+    """Further settings of methods with a fake denoiser.
 
     Attributes:
         fake_lr: learning rate of the fake denoiser.

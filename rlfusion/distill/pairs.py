@@ -43,7 +43,7 @@ ITEM = 250
 
 @dataclass(frozen=True)
 class Making:
-    """How pairs are made.
+    """The settings of making pairs.
 
     Attributes:
         count: pairs in all, spread evenly over the classes.
@@ -103,7 +103,7 @@ class PairDraws:
         return Draws(data, self.batch, self.dropout, self.total, self.device, *self.key), pairs.eps.to(self.device)
 
     def __call__(self, step: int) -> Draw:
-        """What step ``step`` draws."""
+        """The draw of step number ``step``."""
         draws, eps = self._held
         draw = draws(step)
         return replace(draw, eps=eps[draw.index])
@@ -194,7 +194,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
 
 
 def _as_it_is(x: Tensor) -> Tensor:
-    """Nobody looks at the samples: there is nothing to decode."""
+    """Returns its input: the samples are not scored, so nothing is decoded."""
     return x
 
 

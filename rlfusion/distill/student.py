@@ -25,7 +25,7 @@ from rlfusion.pretrain.denoising import NoisedLoss
 
 @dataclass(frozen=True)
 class Config:
-    """What the student is, where it is not as its teacher.
+    """The properties of the student that differ from its teacher's.
 
     Attributes:
         net: its network, as of pretrain; empty for the teacher's.

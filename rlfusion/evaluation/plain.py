@@ -1,4 +1,4 @@
-"""What can be said of samples without a judge or data: how bright, how busy, how much they differ within a prompt.
+"""Measures of samples that need no judge and no data: brightness, edges, entropy, diversity within a prompt.
 
 diversity     mean root-mean-square difference of two samples of one prompt, in thumbnails of 16x16 pixels
 """

@@ -30,7 +30,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report`` measured; a name ending in ``_real`` is the held-out data's own value.
+    """The figures of ``report``; a name that ends in ``_real`` is the value of the held-out data.
 
     Attributes:
         count: number of samples.

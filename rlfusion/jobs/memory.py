@@ -1,4 +1,4 @@
-"""How much memory a fine-tuning takes, before it begins: what is held by count, activations from a first small sample.
+"""Estimate of a fine-tuning's memory before it begins: tensors by count, activations from a small first sample.
 
 With n bytes of trained and f of frozen weights, and A(b) what one call of the network on b samples keeps for the
 backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:

@@ -1,4 +1,4 @@
-"""How the settings of a fine-tuning become the task of a worker: from plain data and bytes alone, wherever it runs."""
+"""Builds the task of a worker from the settings of a fine-tuning: from plain data and bytes alone, wherever it runs."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -77,7 +77,7 @@ def recipe(
     device: torch.device,
     actors: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """What every worker builds its task from. The learned parts of the reward, the decoder, and
+    """The recipe from which every worker builds its task. The learned parts of the reward, the decoder, and
     weights that are not trained travel as bytes."""
     described = {
         "card": card.to_json(),

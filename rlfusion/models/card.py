@@ -40,7 +40,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model folder says of its model: the architecture, the shape (C, H, W) of a sample, the classes' names, the
+    """The description of a saved model: the architecture, the shape (C, H, W) of a sample, the classes' names, the
     settings of the chain that it was made with (``chain.Chain``; empty for none in particular), whether the names are
     captions, which the network reads, and the autoencoder in whose latents it works (``autoencoder.build``; empty for
     pixels). Of a distilled model also the boundary of a consistency function around it (``LCM(...)``; empty for none)
@@ -66,7 +66,7 @@ class Card:
 
     @property
     def metadata(self) -> tuple[Mapping[str, Any], ...]:
-        """What else is known of each prompt of a pipeline; () for nothing."""
+        """The metadata of each prompt of a pipeline; () for none."""
         return tuple(self.pipeline.get("metadata", ()))
 
     def first(self, count: int) -> "Card":
@@ -85,7 +85,7 @@ class Card:
         return replace(self, names=self.names[rows], pipeline=self.pipeline | kept)
 
     def to_json(self) -> dict[str, Any]:
-        """What ``from_json`` reads back, sharing what is held."""
+        """A JSON-able dict that ``from_json`` reads back; it shares its values with the card."""
         return {**vars(self), "config": asdict(self.config)}
 
     @classmethod

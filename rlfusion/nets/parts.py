@@ -1,4 +1,4 @@
-"""What the networks share: times as features, layers that begin at 0, recomputation, attention in its plain form."""
+"""Parts of all networks: times as features, layers that begin at 0, recomputation, attention in its plain form."""
 
 import math
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""How noise levels are drawn: distributions of t in (0, 1), by their quantile functions, t = Q(u) with u uniform.
+"""Distributions of the noise levels in training: of t in (0, 1), by their quantile functions, t = Q(u), u uniform.
 
 (1)  Uniform:      t = u, held in [margin, 1 - margin]
 (2)  LogitNormal:  log(t / (1 - t)) ~ N(mean, std^2)                 (Esser et al. 2024, section 3.1)

@@ -1,4 +1,4 @@
-"""How much each noise level counts: weights of the x0 error, from which those of every kind of prediction follow.
+"""Weights of the noise levels: of the x0 error, from which the weights of every kind of prediction follow.
 
     (1)  |x_0 - x_0hat|^2 = (sigma / det)^2 |y - y_theta|^2,     det = alpha b - sigma a
     (2)  a weight w on the x0 error is the weight w (sigma / det)^2 on the network's own error

@@ -1,4 +1,4 @@
-"""What a training step draws, and what a loss is: a function of a denoiser and a draw, one value a sample."""
+"""The draw of a training step, and the interface of losses: a function of a denoiser and a draw, one value a sample."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ class Loss(ABC):
     """A training objective: a frozen dataclass, written as text on the command line (``Denoising(weight='SNR()')``)."""
 
     compares_data: ClassVar[bool] = False
-    """It looks at the whole training set, of which x0 must then be a part: there is no augmentation."""
+    """Whether it uses the whole training set. Then x0 must be a part of the set, and there is no augmentation."""
 
     answers: ClassVar[Answers] = "mean"
-    """What x0_hat of its models is."""
+    """The meaning of x0_hat of the models that it trains (``denoiser.Answers``)."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:

@@ -34,7 +34,7 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class NoisedLoss(Loss):
-    """What every loss on noised data shares: Eq. (1)'s w and the law of t.
+    """Common settings of all losses on noised data: the weight w of Eq. (1) and the law of t.
 
     Attributes:
         weight: w(t), on the network's own error: Own(), SNR(), TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...),

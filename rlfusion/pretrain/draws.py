@@ -26,7 +26,7 @@ class Draws:
         self.space: Space = Pixels()
 
     def __call__(self, step: int) -> Draw:
-        """What step ``step`` draws."""
+        """The draw of step number ``step``."""
         size, key = self.batch, (*self.key, step)
         random = stream(*key)
         index = torch.from_numpy(batch_indices(len(self.x), size, step, *self.key)).to(self.x.device)

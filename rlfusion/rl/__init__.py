@@ -1,1 +1,1 @@
-"""What the agents share: advantages, transitions, value functions, guards."""
+"""Shared by the agents: advantages, transitions, value functions, guards."""

@@ -1,4 +1,4 @@
-"""What an algorithm is to the rest of the house: its settings, the part of a rollout that it takes, and its learner."""
+"""The interface of an algorithm: its settings, the part of a rollout that it takes, and its learner."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ from rlfusion.training.optimization import Learner, Optimization
 
 @dataclass(frozen=True)
 class Plan:
-    """How rollouts are collected, in global units.
+    """The plan of the rollouts, in global units.
 
     Attributes:
         prompts: distinct prompts of a rollout.
@@ -81,7 +81,7 @@ class AgentLearner(Learner[Trajectory], Protocol):
 
 
 class Defaults:
-    """What an agent that says nothing else is: any plan will do, and its docstring says what it does."""
+    """Defaults of an agent: any plan will do, and the first line of its docstring is its description."""
 
     def check(self, plan: Plan) -> None:
         return
@@ -104,7 +104,7 @@ class Agent(Protocol):
         """The part of a walk of ``steps`` steps that workers run, and what of it they keep."""
 
     def plan(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
 
     def learner(self, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
         """The learner of ``task.policy``; ``data`` are the training samples of the base model, None where not known.

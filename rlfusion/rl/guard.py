@@ -9,7 +9,7 @@ An update is bad when
 
 and then, by ``action``, the run goes on from the weights before it ("skip"), from those of ``DEPTH`` good updates ago
 ("rollback"), as if nothing had been ("warn"), or ends ("halt"). After ``patience`` bad updates in a row it ends in any
-case. The next rollout is another one, drawn anew. What was seen is written to ``diagnosis.md``.
+case. The next rollout is drawn anew. ``diagnosis.md`` records every bad update.
 """
 
 import copy

@@ -32,8 +32,8 @@ class Config:
     """Settings of the monitor.
 
     Attributes:
-        every: updates between looks; 0 never looks.
-        samples: drawn at each look; the classes take turns.
+        every: updates between probes; 0 is no probe.
+        samples: number of samples of a probe, evenly over the classes.
         held_out: rewards to evaluate only, by name.
         diversity: alarm where diversity falls below this share of the base's.
         agreement: alarm where agreement falls by more than this.
@@ -42,8 +42,8 @@ class Config:
         kl: alarm above so many nats a walk, Eq. (6); null for none.
         held_out_fall: alarm where the reward has risen and a held-out reward is below the base's by more than so many
             of its standard deviations.
-        best: what the best model has most of (of the names above, or "reward"), among looks without an alarm.
-        patience: looks without a new best after which training stops; 0 goes on to the end.
+        best: the metric (of the names above, or "reward") that chooses the best model, among probes without an alarm.
+        patience: training stops after that many probes without a new best; 0 goes on to the end.
         stop: an alarm, too, stops the training; else it is written down only.
     """
 
@@ -102,7 +102,7 @@ class Monitor:
             self.scores = {name: self._scored(name, base) for name in rewards}
 
     def _features(self, x: Tensor) -> Tensor:
-        """What distances between samples are measured in."""
+        """The features in which distances between samples are measured."""
         return features(self.judge, x) if self.judge else thumbnails(x)
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class Monitor:
         return value if self.max_failed is None else value[valid(value, name, self.max_failed)[0]]
 
     def alarms(self, metrics: dict[str, float]) -> list[str]:
-        """What has run away, a sentence each."""
+        """One sentence for each metric that is out of its bounds."""
         c, found = self.config, []
         if metrics["diversity"] < c.diversity:
             found.append(f"diversity within a prompt is {metrics['diversity']:.2f} of the base model's")
@@ -163,7 +163,7 @@ def _spread(of_samples: Tensor, label: Tensor) -> float:
 
 @dataclass
 class Best:
-    """The best look so far: its value, at which update, and the looks since. It is saved with the run."""
+    """The best probe so far: its value, its update, and the number of probes since. It is saved with the run."""
 
     name: str
     value: float = -float("inf")
@@ -171,7 +171,7 @@ class Best:
     since: int = 0
 
     def take(self, step: int, metrics: dict[str, float], alarmed: bool) -> bool:
-        """Whether this look is the best so far; of ``frechet_base`` the least is best."""
+        """Whether this probe is the best so far; for ``frechet_base`` the smallest is best."""
         value = -metrics[self.name] if self.name == "frechet_base" else metrics[self.name]
         better = value > self.value and not alarmed
         self.since = 0 if better else self.since + 1

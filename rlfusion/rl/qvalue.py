@@ -1,4 +1,4 @@
-"""What a noised sample is worth, Q(x_t, t, c), and its gradient in x_t (Psenka et al. 2023; handbook 3.3.1).
+"""The value of a noised sample, Q(x_t, t, c), and its gradient in x_t (Psenka et al. 2023; handbook 3.3.1).
 
     (1)  noised:    Q = R(decode(x_t), c)
     (2)  denoised:  Q = R(decode(x0_hat(x_t, t, c)), c),  the gradient passes through the denoiser, whose weights are

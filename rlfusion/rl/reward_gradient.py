@@ -1,4 +1,4 @@
-"""What the learners through a reward's own gradient share (handbook 3.3.1; Xu et al. 2023; Clark et al. 2023).
+"""Common part of the learners that use the reward's gradient (handbook 3.3.1; Xu et al. 2023; Clark et al. 2023).
 
     (1)  loss = -E l(R(decode(x0_theta), c)) + kl_loss D:  theta enters through x0_theta alone, the end of a walk that
          an algorithm makes differentiable (its ``Paths``), or a prediction of it
@@ -89,7 +89,7 @@ class Terms(NamedTuple):
 
 
 class Paths(Protocol):
-    """How an algorithm goes on, with gradients, from where the workers stopped."""
+    """Continues the walks with gradients from the states where the workers stopped."""
 
     reference: Policy | None
 

@@ -56,12 +56,12 @@ class RunMonitor:
         self.monitor = self.make(unpack(blob)["samples"])
 
     def due(self, done: int) -> bool:
-        """Whether ``done`` updates are the time for a look."""
+        """Whether a probe is due after ``done`` updates."""
         every = self.settings.every
         return bool(every) and (done % every == 0 or done == self.updates)
 
     def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
-        """What is seen of the policy after ``done`` updates, and the alarms; keeps the model if it is the best yet."""
+        """The monitor's metrics after ``done`` updates, and its alarms; saves the model if it is the best so far."""
         metrics = self.monitor.probe(self.draw(), self.kl())
         alarms = self.monitor.alarms(metrics)
         if self.best.take(done, metrics, bool(alarms)):

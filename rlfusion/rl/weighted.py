@@ -150,7 +150,7 @@ class Settings:
 
     @property
     def told(self) -> str:
-        """What happens to each rollout, in a line."""
+        """One line that says what the learner does with each rollout."""
         where = f"its samples, noised {self.noisings} time(s) each" if self.on == "noised" else "the steps of its walks"
         clip = "unclipped" if self.w_max is None else f"clipped at {self.w_max:g}"
         updates = self.epochs * self.updates_per_epoch
@@ -184,7 +184,7 @@ class Form(Protocol):
         """Accumulate the gradient of the mean over ``walks`` of the batch; records of loss and, with a base, kl."""
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:
-        """What could be off between a first rollout and the learner."""
+        """Compare a first rollout with the learner's own numbers."""
 
 
 class OnNoised:

@@ -16,7 +16,7 @@ from rlfusion.rollout.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Settings:
-    """Where rollouts run.
+    """The place where rollouts run.
 
     Attributes:
         workers: Ray workers; 0 runs in this process, without Ray.

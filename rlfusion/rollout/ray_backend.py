@@ -64,7 +64,7 @@ class Worker:
 
 
 class _Call(NamedTuple):
-    """What a worker is doing: an item, or (None) building its task."""
+    """The present work of a worker: an item, or (None) building its task."""
 
     worker: int
     item: int | None
@@ -197,7 +197,7 @@ class _Job:
 
 
 def _cause(error: RayTaskError, worker: int) -> Exception:
-    """What the worker raised, as this process would have raised it."""
+    """The error of the worker, as this process would have raised it."""
     if NO_IMPORT in str(error):
         return _unstarted(error, worker)
     cause = error.cause if isinstance(error.cause, Exception) else RolloutError(first_line(error))

@@ -49,7 +49,7 @@ class RewardActor:
         self.offer = Offer(name, options, asks(name), make)
 
     def hello(self, frame: bytes) -> dict[str, Any]:
-        """What is served for the task info of the frame (``remote.Served``)."""
+        """Describe the reward that is served for the task info of the frame (``remote.Served``)."""
         return asdict(self.offer.served(greeted(frame), Limits()))
 
     def score(self, frame: bytes) -> bytes:

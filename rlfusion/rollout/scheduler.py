@@ -213,7 +213,7 @@ class Scheduler:
         return commands
 
     def _overdue(self, worker: _Worker) -> str:
-        """What is said of a worker past its deadline."""
+        """The message about a worker that is past its deadline."""
         if worker.starting:
             return f"was not ready within ray.limits.start_s = {self.limits.start_s:g} s"
         name, seconds = self.open.get(worker.item, "a duplicate"), worker.deadline - worker.since

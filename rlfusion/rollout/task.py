@@ -1,4 +1,4 @@
-"""What is the same for all work items, and what an item does: walk the chains and score their ends.
+"""The task that all work items of a run share, and the work of one item: walk the chains and score their ends.
 
 (1)  x_0 = sigma(t_0) z_0,     x_{k+1} ~ p_theta(. | x_k, c) = mean + S z_{k+1},     log p of each step,
      with z the noise stream of the sample (``item``, Eq. 2) and the chain held by ``rlfusion.envs``
@@ -102,7 +102,7 @@ class Task:
 
     @cached_property
     def _terms(self) -> dict[str, Tensor]:
-        """What each of several named rewards said of the last samples, before its weight, (B,) each."""
+        """The value (B,) of each of several named rewards for the last samples, before its weight."""
         return {}
 
     @cached_property

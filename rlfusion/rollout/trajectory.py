@@ -24,9 +24,9 @@ class Trajectory:
         cond: the condition, batch B.
         version: the version of the weights that acted.
         begin: (B,) int64, the step 0..K before which x[:, 0] stands; None for 0 in every walk.
-        terms: (B, R), what each of several named rewards said, before its weight, in their order; None for one reward.
-        cached: (B,), the share of its rewards that a cache remembered; None without one.
-        failed: walks that are not here because their reward failed; they were asked for all the same.
+        terms: (B, R), the values of several named rewards before their weights, in their order; None for one reward.
+        cached: (B,), the share of the rewards that came from a cache; None without a cache.
+        failed: the number of walks that were left out because their reward failed; their rewards count as queries.
     """
 
     x: Tensor

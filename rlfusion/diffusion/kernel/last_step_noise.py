@@ -3,7 +3,7 @@
     (9)  p(x_s | x_t) = N(A x0_hat, std^2 I)  where the kernel's own step is x0_hat itself (B = S = 0); else as it is
 
 Without it the last step is deterministic: a one-step model then has no log-probability, and a policy gradient nothing
-to work on. It is true noise: samples of the chain have it, and what is learned is the mean reward over it.
+to work on. The noise is real: the samples of the chain have it, and the policy learns the mean reward over it.
 """
 
 from dataclasses import dataclass

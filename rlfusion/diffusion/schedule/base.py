@@ -1,4 +1,4 @@
-"""What a time means: the protocol of schedules, and the one place where a time broadcasts.
+"""The meaning of a time: the protocol of schedules, and the one place where a time broadcasts.
 
     (1)  x_t = alpha(t) x_0 + sigma(t) eps,     eps ~ N(0, I),     t = 0 is data and t = 1 is noise.
 
@@ -16,7 +16,7 @@ from rlfusion.common.tensors import cast
 
 
 class Level(NamedTuple):
-    """What a schedule says at one time: alpha, sigma of Eq. (1) and their derivatives in t, float64."""
+    """The values of a schedule at one time: alpha, sigma of Eq. (1) and their derivatives in t, float64."""
 
     alpha: Tensor
     sigma: Tensor

@@ -1,4 +1,4 @@
-"""What samplers of pretrained models add to a table of betas, with Eq. (1) to (4) of ``schedule.vp``.
+"""Schedules of pretrained models' samplers: a table of betas (Eq. (1) to (4) of ``schedule.vp``) and its ends.
 
 (8)  squared cosine, capped (Nichol & Dhariwal 2021, as diffusers has it): 1 - beta_k = f(k / T) / f((k - 1) / T), at
      least 1 - max_beta, f(t) = cos^2((t + 0.008) / 1.008 pi / 2)

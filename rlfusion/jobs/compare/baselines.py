@@ -1,4 +1,4 @@
-"""What no training at all can do for a reward: the base model, the best of N of its samples, stronger guidance.
+"""Baselines without training: the base model, the best of N of its samples, and stronger guidance.
 
 Best of N asks for N rewards a sample each time that it samples; a fine-tuned model asks for none.
 """

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: its evaluations beside the queries and seconds that they had cost.
+"""The curve of a finished run: its evaluations, with the queries and seconds spent until each.
 
 gain = (mean reward - mean reward of the base) / (standard deviation of the base's rewards)
 """

@@ -19,7 +19,7 @@ from rlfusion.jobs.compare.plots import plot
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run: its evaluations, or why there are none."""
+    """The outcome of one run: its evaluations, or the reason why there are none."""
 
     agent: str
     reward: str

@@ -1,4 +1,4 @@
-"""What a text-to-image network is conditioned on: the embeddings of prompts, computed once, looked up by number.
+"""Conditions of text-to-image networks: the embeddings of prompts, computed once, looked up by number.
 
 With P prompts the condition i < P is prompt i, and P + i its negative prompt. The embeddings live outside the network's
 weights: copies of a policy share them, and they follow its inputs to their device.

@@ -1,4 +1,4 @@
-"""What sets one family of text-to-image pipelines apart: a record of small functions, one file a family.
+"""A family of text-to-image pipelines: a record of small functions, one file a family.
 
 A family encodes prompts by its pipeline's own ``encode_prompt``, calls its network, and says how its pipeline asks its
 scheduler for times. All else (schedules, kinds, kernels, guidance, decoding) is common.

@@ -1,4 +1,4 @@
-"""Where a pipeline is: a diffusers folder, or a name on the hub, of which the library has a copy or fetches one.
+"""Finds a pipeline: a diffusers folder, or a name on the hub, of which the library has a copy or fetches one.
 
 Weights are read from safetensors alone: never a pickle, never code from a repository.
 """

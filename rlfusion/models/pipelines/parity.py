@@ -1,4 +1,4 @@
-"""What a pipeline itself makes of given noise, by its own code: what our sampler is held against.
+"""The result of a pipeline's own code from given noise: our sampler is compared with it.
 
 Noise that its scheduler draws on the way is ours too: the module of the scheduler gets it in the place of its own.
 """

@@ -1,4 +1,4 @@
-"""What a user says of a pretrained pipeline, beside its name; and what a model card keeps of it."""
+"""The user's settings of a pretrained pipeline, and the part of them that a model card keeps."""
 
 import inspect
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What a diffusers scheduler's configuration says of a model: its schedule, the kind that it predicts, its time grid.
+"""Reads a diffusers scheduler's configuration: the schedule, the kind that the model predicts, the time grid.
 
 The grid is the scheduler's own: it is asked for its times, so that spacing, offset, shift, dynamic shift and Karras,
 exponential or beta sigmas are as it has them, and each step on it is held against the scheduler's (``grid``).
