@@ -167,8 +167,8 @@ def _free_port() -> int:
 
 @contextmanager
 def _private_environment(folder: Path, patience_s: float) -> Iterator[None]:
-    """The environment that a private cluster's processes inherit. Ray reads a part of it when it is imported, so that part
-    is set again here.
+    """The environment that a private cluster's processes inherit. Ray reads a part of it when it is imported, so that
+    part is set again here.
     """
     token = folder / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

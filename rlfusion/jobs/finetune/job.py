@@ -64,8 +64,8 @@ class Job:
         with self.learner.optimization.ema.averaged():
             metrics, alarms = self.monitor.probe(done)
         self.tracker.scalars(done, "monitor", metrics)
-        for said in alarms:
-            progress.say(f"monitor, after {done} updates: {said}")
+        for message in alarms:
+            progress.say(f"monitor, after {done} updates: {message}")
         return self.monitor.stops(alarms)
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -136,7 +136,7 @@ def prepare(
         reward.to(device)
     if card.pipeline:
         found = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
-        progress.say(f"memory: about {memory.said(found)}, and scratch space beside")
+        progress.say(f"memory: about {memory.described(found)}, and scratch space beside")
     learner = config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
     if config.optimizer == "adamw8bit":
         learner.optimization.use(adamw8bit.AdamW8bit)

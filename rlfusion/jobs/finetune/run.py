@@ -135,8 +135,8 @@ def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progr
             "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
         )
     walked = job.parts.task.rollout.path
-    if walked and (said := narrow(job.config.chain, job.denoiser)):
-        progress.say(f"warning: {said}, and the guard may stop the run")
+    if walked and (message := narrow(job.config.chain, job.denoiser)):
+        progress.say(f"warning: {message}, and the guard may stop the run")
     progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 
@@ -160,8 +160,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
-            said = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
-            stop = said if spent else job.probe(done, progress)
+            message = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
+            stop = message if spent else job.probe(done, progress)
             if stop:
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done
