@@ -1,22 +1,41 @@
 """What tests of the application share: one root whose cache holds the tiny base model and the classifiers."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: bits of a run are those of one thread
 
 import pytest
+from filelock import FileLock
 from processes import rlfusion
 from tiny_runs import TINY
 
 
+def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """The folder that ``fill`` makes, once for all processes of a parallel run: the first makes it, others wait."""
+    base = factory.getbasetemp()
+    place = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = place / name, place / f"{name}.done"
+    with FileLock(place / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            folder.mkdir()
+            fill(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """A root with one finished run, ``first``, and a full cache."""
-    cwd = tmp_path_factory.mktemp("app")
-    result = rlfusion(cwd, "finetune", "--root", cwd / "runs", "--name", "first", *TINY)
-    assert result.code == 0, result.err
-    return cwd / "runs"
+    """A root with one finished run, ``first``, and a full cache. Tests add runs to it, each file of other names."""
+
+    def fill(cwd: Path) -> None:
+        result = rlfusion(cwd, "finetune", "--root", cwd / "runs", "--name", "first", *TINY)
+        assert result.code == 0, result.err
+
+    return shared(tmp_path_factory, "app", fill) / "runs"
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +50,11 @@ def tiny_pipelines(tmp_path_factory) -> dict[str, Path]:
     import torch
     from tiny_pipelines import MAKERS
 
-    root = tmp_path_factory.mktemp("pipelines")
-    for name, make in MAKERS.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            make().save_pretrained(root / name)
+    def fill(root: Path) -> None:
+        for name, make in MAKERS.items():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                make().save_pretrained(root / name)
+
+    root = shared(tmp_path_factory, "pipelines", fill)
     return {name: root / name for name in MAKERS}

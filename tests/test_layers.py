@@ -152,6 +152,7 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.alone
 def test_importing_rlfusion_is_quick_and_loads_nothing():
     code = (
         "import sys, time; begin = time.process_time(); import rlfusion; taken = time.process_time() - begin\n"

@@ -262,6 +262,7 @@ def test_a_blob_of_another_kind_is_refused(name):
         assert_refused(frame, MALFORMED)
 
 
+@pytest.mark.alone
 def test_a_header_of_fifteen_megabytes_costs_neither_time_nor_memory():
     """It took 3 CPU seconds and a gigabyte before anything was refused."""
     nested = b'["samples",' + b"[[]," * (15 * 2**20 // 4) + b"1]"
@@ -583,6 +584,7 @@ def connected(url: str) -> socket.socket:
     return socket.create_connection((parts.hostname, parts.port), timeout=20)
 
 
+@pytest.mark.alone
 def test_health_answers_beside_clients_that_drip_flood_and_send_heavy_nonsense():
     """More dripping connections as there may be, and frames of many megabytes of JSON at once."""
     heavy = framed(b"[" + b"[]," * 5_000_000 + b"[]]", b"")
@@ -632,6 +634,7 @@ def test_more_questions_at_once_than_a_server_takes_are_asked_again_later():
     assert inside._asked == 0
 
 
+@pytest.mark.alone
 def test_the_memory_of_a_server_of_damaged_frames_does_not_grow():
     broken = bytearray(ask(torch.rand(50, 3, 32, 32), None, {}))
     broken[-1] ^= 1

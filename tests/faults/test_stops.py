@@ -42,6 +42,7 @@ def wait_for(file: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "Ctrl-C (SIGINT)"), ("SIGTERM", 75, "SIGTERM")])
 @pytest.mark.parametrize("command", ["finetune", "sample"])
 def test_within_an_import_that_swallows_exceptions_it_ends_at_once_with_one_line(tmp_path, number, code, said, command):

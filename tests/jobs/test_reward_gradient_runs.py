@@ -41,6 +41,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits_and_the_reward_has_risen
     assert_same(stopped, outcome(whole.folder))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("agent", AGENTS)
 def test_a_worker_gives_the_bits_of_none(tiny_root, tmp_path, agent):
     found = []

@@ -132,6 +132,7 @@ def trained(folder) -> list[dict]:
     return [line for line in lines if "train/reward" in line]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1])
 def test_two_normalised_rewards_through_the_command(root, workers):
     more = ("--reward", '{"ink": 1.0, "symmetry": 0.5}', "--reward_normalize", "group", "--rollout.workers", workers)

@@ -9,6 +9,8 @@ from processes import Process
 from safetensors.torch import load_file
 from tiny_runs import TINY
 
+pytestmark = pytest.mark.alone
+
 RUNS = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
 """(workers, lag)."""
 

@@ -215,6 +215,7 @@ def test_other_commands_decode(words, folder):
     assert said.code == 0, said.err
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1])
 def test_fine_tuning_in_latents_is_rewarded_for_pixels(workers, folder):
     more = ("--base", "runs/it", "--reward", "ink", "--name", f"tuned{workers}", "--rollout.workers", workers)

@@ -133,6 +133,7 @@ def test_every_learner_trains_adapters(agent, tiny_root, tmp_path):
     models.load(folder)
 
 
+@pytest.mark.alone
 def test_workers_and_resumption_give_the_bits_of_one_process(tiny_root, tmp_path):
     common = ("--root", tiny_root, *TINY, "--lora", "LoRA(rank=2, dropout=0.5)")
     assert rlfusion(tmp_path, "finetune", *common, "--name", "lora0").code == 0

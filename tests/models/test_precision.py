@@ -59,6 +59,7 @@ def test_rollout_and_learner_agree_and_the_gradient_is_float32():
     assert {p.dtype for p in acting.parameters()} == {torch.float32}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_in_bfloat16(tiny_root, tmp_path, workers):
     (tmp_path / "runs").mkdir()

@@ -250,6 +250,7 @@ def test_damaged_files_give_prompts_or_one_line(seed):
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.alone
 def test_a_large_file_takes_no_quadratic_time():
     """Ten times the rows take some ten times the time, with repeats among them, and not a hundred times."""
 

@@ -75,6 +75,7 @@ def older(tmp_path, monkeypatch) -> str:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.alone
 def test_a_reward_runs_in_the_environment_that_is_asked_for(package, older, tmp_path, monkeypatch):
     """One in an environment that Ray makes, one in a virtual environment whose library conflicts with ours."""
     monkeypatch.setattr(ray_rewards, "RESTARTS", 0)

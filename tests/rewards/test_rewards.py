@@ -138,6 +138,7 @@ def test_jpeg_passes_no_gradient_and_refuses_two_channels(images):
         JpegCompressibility()(torch.rand(1, 2, 8, 8), None)
 
 
+@pytest.mark.alone
 def test_jpeg_is_quick():
     reward, x = JpegCompressibility(), torch.rand(256, 1, 8, 8)
     reward(x, None)

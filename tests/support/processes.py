@@ -54,7 +54,7 @@ class Process:
 
     def __init__(self, cwd: Path, *arguments: object) -> None:
         Process.count += 1
-        self.out, self.err = (cwd / f".{name}-{Process.count}" for name in ("out", "err"))
+        self.out, self.err = (cwd / f".{name}-{os.getpid()}-{Process.count}" for name in ("out", "err"))
         texts = ([str(a) for a in arguments], str(cwd), str(self.out), str(self.err))
         self.process = CONTEXT.Process(target=_main, args=texts)
         self.process.start()

@@ -19,6 +19,8 @@ from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rewards import RewardError
 from rlfusion.rollout import Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
 
+pytestmark = pytest.mark.alone
+
 ray = pytest.importorskip("ray")
 ray_backend = pytest.importorskip("rlfusion.rollout.ray_backend")
 ray_cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")

@@ -1,0 +1,30 @@
+# The commands that one types. PYTHON is that of the environment: `make setup` makes it, or say make test PYTHON=python.
+PYTHON ?= .venv/bin/python
+
+.PHONY: setup test quick lint types docs bench
+
+setup:  ## the environment, with everything that the tests and the checks need
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -e '.[test,dev]'
+
+test:  ## everything, in parallel where it may be: some 15 minutes on two cores
+	PYTHON=$(PYTHON) sh tests/run
+
+quick:  ## the mathematics alone: under a minute
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(QUICK)
+
+lint:  ## ruff's rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:  ## mypy on the rooms that are typed in full
+	$(PYTHON) -m mypy
+
+docs:  ## the reference of the public names, from their docstrings, in site/
+	$(PYTHON) -m pdoc -o site rlfusion
+
+bench:  ## what rollout and update cost beyond the network's own passes
+	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1
+
+QUICK = tests/common tests/objectives tests/test_layers.py \
+	tests/diffusion/test_gaussian.py tests/diffusion/test_grid.py tests/diffusion/test_kernel.py
