@@ -113,6 +113,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.single_action_space = gymnasium.spaces.Box(-bound, bound, tuple(shape), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self._shape = tuple(shape)
         self._episode, self._k = -1, 0
         self._x: Tensor | None = None
         self._cond: Tensor | None = None
@@ -150,7 +151,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             return self._result(None, {})
         with torch.set_grad_enabled(self._io.differentiable and torch.is_grad_enabled()):
             self._advance(self._io.action(actions, self.action_space))
-            reward, info = self._score() if self._ended else (None, {})
+            reward, info = self._score() if self._ended else (None, dict[str, Any]())
         if reward is None or mode is not AutoresetMode.SAME_STEP:
             return self._result(reward, info)
         final = {"final_obs": self._io.observation(self._observation()), "final_info": info}
@@ -171,21 +172,31 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def _ended(self) -> bool:
         return self._k == len(self.times) - 1
 
+    @property
+    def _latents(self) -> Tensor:
+        """x_t (B, *shape)."""
+        if self._x is None:
+            raise ResetNeeded("the chain has no state yet: call reset()")
+        return self._x
+
     def _observation(self) -> Observation:
-        return Observation(self._x, self.times[self._k], self.times[min(self._k + 1, len(self.times) - 1)], self._cond)
+        return Observation(
+            self._latents, self.times[self._k], self.times[min(self._k + 1, len(self.times) - 1)], self._cond
+        )
 
     def _begin(self, noise: Any = None, group: Any = None) -> None:
         """Eq. (1), from the options where given, else from the environments' streams."""
-        shape, prompts = self.single_action_space.shape, 1 if self._table is None else len(self._table)
+        shape, prompts = self._shape, 1 if self._table is None else len(self._table)
         z = None if noise is None else self._io.tensor("options['noise']", noise, (self.num_envs, *shape))
         index = None if group is None else _checked_group(group, self.num_envs, self._table)
         self._episode += 1
         if z is None or (index is None and self._table is not None):
             first = self.np_random_seed
+            assert first is not None  # gymnasium draws one where none was given
             drawn = draw(range(first, first + self.num_envs), self._episode, shape, prompts)
             z, index = drawn[0].to(self._io.device) if z is None else z, drawn[1] if index is None else index
         self._x, self._k = z * self._prior_std, 0
-        self._cond = None if self._table is None else self._table[index.to(self._table.device)]
+        self._cond = None if self._table is None or index is None else self._table[index.to(self._table.device)]
 
     def _advance(self, action: Tensor) -> None:
         """Eq. (2)."""
@@ -194,11 +205,11 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _score(self) -> tuple[Tensor, dict[str, Any]]:
         """Eq. (3), with the info of the end."""
-        finite = self._x.detach().flatten(1).isfinite().all(1)
+        finite = self._latents.detach().flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             rows = (~finite).nonzero().flatten().tolist()
             raise NumericalError(f"samples of environments {rows[:10]} are not finite")
-        samples = self._decode(self._x)
+        samples = self._decode(self._latents)
         name = getattr(self._reward, "__name__", repr(self._reward))
         reward = score(self._reward, samples, self._cond, name, self._masked)
         return reward, {"sample": self._io.array(samples), "_sample": self._mask(True)}

@@ -1,7 +1,7 @@
 """One denoising chain as a ``gymnasium.Env``: the batch of ``denoising`` with B = 1, unbatched at the border."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -20,7 +20,7 @@ from rlfusion.rewards import Reward, ink
 class DenoisingEnv(gymnasium.Env[Any, Any]):
     """One denoising chain: a ``DenoisingVectorEnv`` of one, with numpy outside. Settings and spaces are its own."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012, as gymnasium has it
 
     def __init__(
         self,

@@ -152,7 +152,9 @@ class Chain:
         """
         if denoiser.weights is not None:
             return self._embedded(denoiser)
-        if not denoiser.own.guided:
+        own = denoiser.own
+        assert own is not None  # a pretrained model brings its sampler along
+        if not own.guided:
             self._require_one_answer("reads no guidance weight and has no second answer")
             if self.guidance:
                 raise ConfigError(
@@ -160,7 +162,7 @@ class Chain:
                     "expected 0"
                 )
             return denoiser
-        return Guided(denoiser, self.weight, denoiser.own.null, *self._interval) if self.weight else denoiser
+        return Guided(denoiser, self.weight, own.null, *self._interval) if self.weight else denoiser
 
     @property
     def _interval(self) -> tuple[float, float, float]:
@@ -173,6 +175,7 @@ class Chain:
         Raises:
             ConfigError: guidance that it cannot follow.
         """
+        assert denoiser.weights is not None  # it is asked only of a network that reads w
         low, high = denoiser.weights
         if not low <= self.told <= high:
             name, one = ("guidance", 0) if self.guidance_scale is None else ("guidance_scale", 1)

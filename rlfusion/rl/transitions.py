@@ -10,6 +10,7 @@ States and actions are constants. A step without noise (to clean data) has no de
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,12 @@ class Reference(NamedTuple):
     log_ratio: Tensor
 
 
+def _acted(batch: Trajectory) -> Tensor:
+    """The log-probabilities (B, K) of the weights that walked; whole walks have them."""
+    assert batch.log_prob is not None
+    return batch.log_prob
+
+
 class Transitions:
     """The transitions of walks of one policy and time grid, network calls of ``micro_batch`` rows."""
 
@@ -58,7 +65,7 @@ class Transitions:
         """(walk, step) of every stochastic transition of ``walks``, walk by walk."""
         return walks.repeat_interleave(len(self.steps)), self.steps.repeat(len(walks))
 
-    def some(self, walks: Tensor, count: int, draw) -> tuple[Tensor, Tensor]:
+    def some(self, walks: Tensor, count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(walk, step) of ``count`` stochastic steps of each walk, drawn for each by ``draw``."""
         chosen = draw.permuted(self.steps.numpy()[None].repeat(len(walks), 0), axis=1)[:, :count]
         return walks.repeat_interleave(count), torch.from_numpy(chosen.copy()).flatten()
@@ -102,22 +109,23 @@ class Transitions:
     def _terms(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Terms]:
         obs, action = batch.transitions(walk, step)
         distribution = self.policy(obs)
-        log_prob = distribution.log_prob(action)
+        log_prob, acted = distribution.log_prob(action), _acted(batch)
         at, k = walk.to(action.device), step.to(action.device)
-        return distribution, Terms(log_prob, log_prob - batch.log_prob[at, k], at, k, distribution)
+        return distribution, Terms(log_prob, log_prob - acted[at, k], at, k, distribution)
 
     @torch.no_grad()
     def refer(self, batch: Trajectory, policy: Policy | None = None) -> Reference:
         """The reference, or another policy, on a batch."""
-        policy = self.reference if policy is None else policy
-        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(batch.log_prob)
+        acting, acted = self.reference if policy is None else policy, _acted(batch)
+        assert acting is not None  # there is a reference, or another policy is given
+        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(acted)
         walk, step = self.all(torch.arange(len(batch)))
         for rows in torch.arange(len(walk)).split(self.micro_batch):
             at, k = walk[rows].to(means.device), step[rows].to(means.device)
             obs, action = batch.transitions(walk[rows], step[rows])
-            distribution = policy(obs)
+            distribution = acting(obs)
             means[at, k] = distribution.mean
-            ratio[at, k] = (batch.log_prob[at, k] - distribution.log_prob(action)).to(ratio)
+            ratio[at, k] = (acted[at, k] - distribution.log_prob(action)).to(ratio)
         return Reference(means, ratio.sum(1).to(batch.reward))
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
 TRIES = 2
 UNUSED = -1
-OPTIONS = {"log_to_driver": False, "configure_logging": False}
+OPTIONS: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
 _TOKEN = secrets.token_hex(32)  # Ray caches the token for the life of a process, so there is one a process
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,12 @@ def _connection(settings: Settings) -> Iterator[None]:
 
 def _start(folder: Path, cpus: int, gpus: int, patience_s: float) -> str:
     """Start a private cluster; why it did not start, or "". Ray raises bare exceptions where it is too slow."""
-    options = {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "_temp_dir": str(folder / "ray")}
+    options: dict[str, Any] = {
+        "num_cpus": cpus,
+        "num_gpus": gpus,
+        "include_dashboard": False,
+        "_temp_dir": str(folder / "ray"),
+    }
     started: list[Any] = []
     try:
         with _undisturbed_signals(), _patient(patience_s, started):

@@ -117,7 +117,9 @@ def reward_actors(
             require_possible(name, env)
     with ExitStack() as stack:
         stack.enter_context(shared_cluster(settings, cpus, gpus))
-        paths, held, names = [os.path.abspath(path) for path in sys.path], [], {}
+        paths = [os.path.abspath(path) for path in sys.path]
+        held: list[Any] = []
+        names: dict[str, str] = {}
         for number, (name, env) in enumerate(envs.items()):
             require_servable(name, options.get(name) or {})
             names[name] = f"rlfusion-reward-{os.getpid()}-{number}"

@@ -216,8 +216,10 @@ class Scheduler:
         """The message about a worker that is past its deadline."""
         if worker.starting:
             return f"was not ready within ray.limits.start_s = {self.limits.start_s:g} s"
-        name, seconds = self.open.get(worker.item, "a duplicate"), worker.deadline - worker.since
-        self._late[worker.item] = self._late.get(worker.item, 0) + 1
+        item, seconds = worker.item, worker.deadline - worker.since
+        assert item is not None  # neither starting nor idle: an idle one has no deadline
+        name = self.open.get(item, "a duplicate")
+        self._late[item] = self._late.get(item, 0) + 1
         return f"did not finish {name} within {seconds:.3g} s (ray.limits.item_s, item_times and item_floor_s set that)"
 
     def deadline(self) -> float:

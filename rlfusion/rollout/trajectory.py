@@ -1,7 +1,7 @@
 """The record of a batch of walks."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -63,16 +63,16 @@ class Trajectory:
 
     def take(self, walks: Tensor) -> Self:
         """The walks of a mask (B,) or of indices alone."""
-        kept = {name: value[walks.to(value.device)] for name, value in _kept(self).items()}
+        kept: dict[str, Any] = {name: value[walks.to(value.device)] for name, value in _kept(self).items()}
         return replace(self, **kept, cond=map_cond(lambda c: c[walks.to(c.device)], self.cond))
 
     def to(self, device: torch.device | str) -> Self:
         """The same record with its tensors on ``device``; times stay on the CPU."""
-        move = {name: value.to(device) for name, value in _kept(self).items()}
+        move: dict[str, Any] = {name: value.to(device) for name, value in _kept(self).items()}
         return replace(self, **move, cond=map_cond(lambda c: c.to(device), self.cond))
 
 
-def _kept(t: Trajectory) -> dict[str, Tensor]:
+def _kept(t: Trajectory) -> dict[str, Any]:
     """The tensors of batch B that a record has, by name."""
     held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms", "cached")}
     return {name: value for name, value in held.items() if value is not None}
@@ -87,5 +87,5 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
     first = parts[0]
     if any(p.version != first.version or not torch.equal(p.times, first.times) for p in parts):
         raise ValueError(f"cannot join walks of weights {sorted({p.version for p in parts})} or of different times")
-    join = {name: torch.cat([getattr(p, name) for p in parts]) for name in _kept(first)}
+    join: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in _kept(first)}
     return replace(first, **join, cond=cat_cond([p.cond for p in parts]))

@@ -36,7 +36,7 @@ class AdamW:
         held = [self.state[name] for name in moved]
         adamw(
             list(moved.values()),
-            [p.grad for p in moved.values()],
+            [p.grad for p in moved.values() if p.grad is not None],
             [s["exp_avg"] for s in held],
             [s["exp_avg_sq"] for s in held],
             [],

@@ -62,16 +62,18 @@ class Between:
         return self.base.resolution
 
     def __call__(self, t: Tensor) -> Level:
-        k = t * self.resolution
-        lower = k.floor().clamp(1, max(1, self.resolution - 1))
-        ends = [self.base(end / self.resolution) for end in (lower, lower + 1)]
+        steps = self.base.resolution
+        assert steps is not None  # of a table
+        k = t * steps
+        lower = k.floor().clamp(1, max(1, steps - 1))
+        ends = [self.base(end / steps) for end in (lower, lower + 1)]
         low, high = (end.sigma / end.alpha for end in ends)
         if self.linear == "sigma":
             u, slope = low + (k - lower) * (high - low), high - low
         else:
             u = low * (high / low) ** (k - lower)
             slope = u * (high / low).log()
-        made = _preserved(u, slope * self.resolution)
+        made = _preserved(u, slope * steps)
         whole = ((k - k.round()).abs() < 1e-6) | (k < 1)
         return Level(*(torch.where(whole, held, new) for held, new in zip(self.base(t), made)))
 
