@@ -62,6 +62,7 @@ class RunMonitor:
 
     def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
         """The monitor's metrics after ``done`` updates, and its alarms; saves the model if it is the best so far."""
+        assert self.monitor is not None  # begin() comes first
         metrics = self.monitor.probe(self.draw(), self.kl())
         alarms = self.monitor.alarms(metrics)
         if self.best.take(done, metrics, bool(alarms)):
