@@ -137,7 +137,7 @@ def run_doctor(settings: config.Finetune | None) -> None:
     console.print(table)
     if settings is None:
         return
-    found = doctor.needs(settings)
+    found = doctor.memory_estimate(settings)
     table = Table(title="memory of this fine-tuning, before scratch space and the reward's own")
     table.add_column("")
     table.add_column("GB", justify="right")

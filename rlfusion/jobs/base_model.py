@@ -17,7 +17,7 @@ from rlfusion.data import Dataset, load
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.jobs.measure import Judged, Unjudged
 from rlfusion.jobs.parts import BaseSpec
-from rlfusion.jobs.pretrain import base_model, seen
+from rlfusion.jobs.pretrain import base_model, seen_data
 from rlfusion.models import pipelines
 from rlfusion.models.autoencoder import encoded
 
@@ -62,7 +62,7 @@ def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Prog
         denoiser, card = models.load(base)
         held = load(spec.pretrain.data, spec.pretrain.size, progress.say)
         judged = Judged.of(held, spec.pretrain.held_out, spec.root, device)
-        data = encoded(seen(spec.name, spec.pretrain, judged.train), denoiser.space)
+        data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
     denoiser.precision = spec.precision
     models.adapt(denoiser, card, spec.lora, spec.seed)
     return Origin(denoiser.to(device), card, judged, data)

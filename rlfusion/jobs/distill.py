@@ -26,7 +26,7 @@ from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
 from rlfusion.distill.student import Match, adopt, require_agreement
 from rlfusion.jobs import pretrain
 from rlfusion.jobs.measure import require_judgeable
-from rlfusion.jobs.pretrain import base_model, card_of, require_same_data, require_solvable, seen, show
+from rlfusion.jobs.pretrain import base_model, card_of, require_same_data, require_solvable, seen_data, show
 from rlfusion.models.autoencoder import encoded
 from rlfusion.training import fit as fitting
 from rlfusion.training import identity
@@ -188,7 +188,7 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size, progress.say)
     path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
     teacher, card = models.load(path)
-    train_data = seen(config.teacher, config.pretrain, data.split(config.held_out)[0])
+    train_data = seen_data(config.teacher, config.pretrain, data.split(config.held_out)[0])
     teaching = teach(config, teacher, card, train_data, folder, device)
     teaching = replace(teaching, say=progress.say, stop=signals.check)
     stages = plan(config, teaching)

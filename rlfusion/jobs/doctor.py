@@ -54,7 +54,7 @@ def environment() -> Iterator[tuple[str, str]]:
         yield f"GPU {i}", f"{torch.cuda.get_device_name(i)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {bf16}"
 
 
-def needs(settings: Finetune) -> memory.Estimate:
+def memory_estimate(settings: Finetune) -> memory.Estimate:
     """The memory of a fine-tuning, by loading its model and one small call of it.
 
     Raises:

@@ -204,7 +204,7 @@ def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, flo
     return result
 
 
-def seen(path: str, made: Base, train: Dataset) -> Dataset:
+def seen_data(path: str, made: Base, train: Dataset) -> Dataset:
     """The training samples as the model in ``path`` saw them: with its noisy labels, where it is made here ("")."""
     if path:
         return train

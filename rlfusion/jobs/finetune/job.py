@@ -145,9 +145,9 @@ def prepare(
     def save_best() -> None:
         models.save(folder / "best", denoiser, card)
 
-    seen = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
-    looks = (seen.draw, seen.kl, seen.monitor, save_best)
-    monitor = RunMonitor(config.monitor, config.updates, folder, *looks)
+    monitored = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
+    parts_of_monitor = (monitored.draw, monitored.kl, monitored.monitor, save_best)
+    monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
     return Job(config, parts, *about, {})
