@@ -26,5 +26,6 @@ docs:  ## the reference of the public names, from their docstrings, in site/
 bench:  ## what rollout and update cost beyond the network's own passes
 	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1
 
-QUICK = tests/common tests/objectives tests/test_layers.py \
-	tests/diffusion/test_gaussian.py tests/diffusion/test_grid.py tests/diffusion/test_kernel.py
+QUICK = tests/common tests/objectives tests/test_layers.py tests/test_house.py \
+	tests/diffusion/test_gaussian.py tests/diffusion/test_kinds.py tests/diffusion/test_kernel.py \
+	tests/diffusion/test_parameterization.py tests/diffusion/test_schedule.py

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from house import MODULES
+from house import MODULES, ROOT
 
 ARGUMENTS = 8
 FUNCTION_LINES = 60
@@ -54,3 +54,18 @@ def test_functions_are_small_and_take_few_arguments(module):
 def test_arguments_are_counted(text, count):
     (found,) = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef))
     assert arguments(found) == count
+
+
+def test_no_test_file_imports_another():
+    """What they share is in tests/support, so each runs alone and in any process."""
+    found = list((ROOT / "tests").rglob("*.py"))
+    names = {path.stem for path in found if path.stem.startswith("test_")} | {"conftest"}
+    imported = [
+        (path.name, name)
+        for path in found
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [])
+        if name in names
+    ]
+    assert len(names) > 80
+    assert not imported
