@@ -167,9 +167,20 @@ def _label(name: str) -> str:
 
 
 def _build(name: str, options: Mapping[str, Any], task_info: Mapping[str, Any]) -> Reward:
-    found, options = find(name), dict(options)
+    found = find(name)
     if name in REWARDS or is_url(name):
-        return _of_ours(name, found, options, task_info)
+        return _of_ours(name, found, dict(options), task_info)
+    return built(name, found, options, task_info)
+
+
+def built(name: str, found: Any, options: Mapping[str, Any], task_info: Mapping[str, Any]) -> Reward:
+    """The reward of what a user's name stands for, or of an object that errors call by that name: itself, or what it
+    makes of the options.
+
+    Raises:
+        ConfigError: as ``build``.
+    """
+    options = dict(options)
     adapter = Adapter.read(name, options.pop("adapter", None))
     if inspect.isclass(found) or (inspect.isfunction(found) and not _takes_images(name, found, adapter)):
         return _reward(name, _made(name, found, options, task_info), {}, adapter, task_info)

@@ -49,8 +49,13 @@ class Collector:
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""
         for step in range(self.start, self.spec.updates):
-            batch, self.metrics = scored(concatenate(self.pending.pop(step)()).to(self.device), self.rewards)
-            yield batch
+            yield self.batch(step)
+
+    def batch(self, step: int) -> Trajectory:
+        """The trajectory of a step; where that fails, it may be asked for again."""
+        batch, self.metrics = scored(concatenate(self.pending[step]()).to(self.device), self.rewards)
+        del self.pending[step]
+        return batch
 
     def still_needed(self, done: int) -> dict[int, Weights]:
         """The older versions that steps after ``done`` act under, those of a longer run too: empty at a regular

@@ -110,7 +110,7 @@ class Unjudged:
         """
         for name in names_of(reward):
             key, _ = TRAINED.get(name, ("", None))
-            if key and not (options.get(name) or {}).get(key):
+            if key and name not in (made or {}) and not (options.get(name) or {}).get(key):
                 raise ConfigError(
                     f"reward {name!r} has no data to learn from here: expected its option {key}, or another reward"
                 )
@@ -163,7 +163,7 @@ def make_reward(
     for name in names_of(reward):
         given = options.get(name) or {}
         key, make = TRAINED.get(name, ("", None))
-        if make and not given.get(key):
+        if make and name not in (made or {}) and not given.get(key):
             full[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
     return build(reward, options | full, task_info(train.names, train.shape), call_options, made)
 

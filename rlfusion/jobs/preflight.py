@@ -5,11 +5,37 @@
 (3)  the learner's own: the importance ratio is 1 at the acting weights, or the reward has a gradient
 """
 
+from dataclasses import replace
+
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.weights import Weights
+from rlfusion.diffusion.chain import narrow
+from rlfusion.jobs.collector import Collector
+from rlfusion.jobs.parts import TaskSpec
+from rlfusion.jobs.scoring import scored
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rl.reward_gradient import PREFLIGHT
-from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.rollout.trajectory import Trajectory, concatenate
+
+SAMPLES = 64
+
+
+def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights: Weights) -> list[str]:
+    """Collect a few walks under the learner's present ``weights``, and check them: what is to be told, line by line.
+
+    Raises:
+        NumericalError, ConfigError: a check fails.
+    """
+    item, each = collector.items(PREFLIGHT, weights.version)[0], collector.spec.rollout.samples_per_prompt
+    small = replace(item, groups=item.groups[: max(1, SAMPLES // each) * each])  # whole prompts
+    batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), spec.rewards)
+    found, told = preflight(learner, batch), []
+    if found.get("reward_std") == 0:
+        told.append("warning: all rewards of the first walks are equal; while they are, there is nothing to learn from")
+    if spec.rollout.path and (said := narrow(spec.chain, learner.policy.denoiser)):
+        told.append(f"warning: {said}, and the guard may stop the run")
+    return [*told, "preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())]
 
 
 def preflight(learner: AgentLearner, batch: Trajectory) -> dict[str, float]:

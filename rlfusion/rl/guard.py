@@ -9,10 +9,12 @@ An update is bad when
 
 and then, by ``action``, the run goes on from the weights before it ("skip"), from those of ``DEPTH`` good updates ago
 ("rollback"), as if nothing had been ("warn"), or ends ("halt"). After ``patience`` bad updates in a row it ends in any
-case. The next rollout is drawn anew. ``diagnosis.md`` records every bad update.
+case. The next rollout is drawn anew. ``diagnosis.md`` records every bad update; without a folder it is logged as a
+warning.
 """
 
 import copy
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from rlfusion.rl.agent import AgentLearner
 from rlfusion.rollout.trajectory import Trajectory
 
 WINDOW, FEWEST, DEPTH = 20, 4, 3
+FILE = "diagnosis.md"
+_log = logging.getLogger(__name__)
 
 ADVICE = {
     "finite": "look at the reward and at the precision; a smaller learning rate; a kernel without tiny noise",
@@ -69,7 +73,7 @@ class Alarm:
 class Guarded:
     """A learner behind the guards; its ``update`` metrics have ``skipped``, the bad updates so far, in addition."""
 
-    def __init__(self, learner: AgentLearner, config: Config, folder: Path) -> None:
+    def __init__(self, learner: AgentLearner, config: Config, folder: Path | None) -> None:
         self.learner, self.config, self.folder = learner, config, folder
         self.norms: list[float] = []
         self.first_std = self.best = math.nan
@@ -90,6 +94,10 @@ class Guarded:
             alarm = self._judge(metrics)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
+        except BaseException:  # a stop, or the user's own code: as if the update had not begun
+            if before is not None:
+                self.learner.load_state_dict(before)
+            raise
         queries = max(queries, self.learner.queries)  # what was asked for stays asked for
         if alarm is None:
             self._accept(metrics)
@@ -131,11 +139,14 @@ class Guarded:
         what = "the run ends here" if ends else done.get(action, "nothing was done about it")
         self._write(alarm, iteration, what)
         if ends:
-            file = self.folder / "diagnosis.md"
-            raise NumericalError(f"rollout {iteration + 1}: {alarm.message}; {what}. {file} says what was seen")
+            where = f". {self.folder / FILE} says what was seen" if self.folder else ""
+            raise NumericalError(f"rollout {iteration + 1}: {alarm.message}; {what}{where}")
 
     def _write(self, alarm: Alarm, iteration: int, what: str) -> None:
         norms = ", ".join(f"{n:.3g}" for n in self.norms[-8:])
+        if self.folder is None:
+            _log.warning("rollout %d: %s; %s; what helps: %s", iteration + 1, alarm.message, what, ADVICE[alarm.guard])
+            return
         lines = [
             f"## Rollout {iteration + 1}: {alarm.guard}",
             "",
@@ -147,7 +158,7 @@ class Guarded:
             "",
             "",
         ]
-        storage.append(self.folder / "diagnosis.md", "\n".join(lines))
+        storage.append(self.folder / FILE, "\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
         return {"learner": self.learner.state_dict(), "guard": self._own()}

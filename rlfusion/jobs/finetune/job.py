@@ -13,6 +13,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import unpack
 from rlfusion.config import Evaluation, Finetune
+from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
@@ -137,9 +138,7 @@ def prepare(
     if card.pipeline:
         found = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
         progress.say(f"memory: about {memory.described(found)}, and scratch space beside")
-    learner = config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
-    if config.optimizer == "adamw8bit":
-        learner.optimization.use(adamw8bit.AdamW8bit)
+    learner = make_learner(config, parts, card, policy, reward, data)
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:
@@ -151,3 +150,17 @@ def prepare(
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
     return Job(config, parts, *about, {})
+
+
+def make_learner(
+    config: Finetune, parts: Parts, card: models.Card, policy: Policy, reward: Reward, data: Dataset | None
+) -> AgentLearner:
+    """The learner of these settings, at the base model's weights.
+
+    Raises:
+        ConfigError: as ``Agent.learner``.
+    """
+    learner = config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
+    if config.optimizer == "adamw8bit":
+        learner.optimization.use(adamw8bit.AdamW8bit)
+    return learner

@@ -6,7 +6,7 @@ Rollouts are pure functions of (settings, step, weights); so a run that resumes 
 uninterrupted run did, bit for bit, and no queue is saved.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,15 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, pack, require_entries, sha256
 from rlfusion.config import Finetune
-from rlfusion.diffusion.chain import narrow
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.job import Job, prepare
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import opened
-from rlfusion.jobs.preflight import preflight
-from rlfusion.jobs.scoring import scored
+from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.models import lora
-from rlfusion.rl.reward_gradient import PREFLIGHT
 from rlfusion.rollout import Backend, Local, Recipe, make_backend
-from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
@@ -37,7 +33,6 @@ from rlfusion.training.loop import train
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker, flatten
 
-PREFLIGHT_SAMPLES = 64
 RESULT = "summary.json"
 
 
@@ -99,7 +94,8 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
     weights = Weights.of(job.learner.policy, job.learner.iteration)
-    _preflight(job, collector, weights, progress)
+    for line in try_out(job.parts.task, job.learner, collector, weights):
+        progress.say(line)
     collector.publish(weights)
 
 
@@ -122,22 +118,6 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
             raise StateError(f"the learner's 'iteration' is {job.learner.iteration}, expected {found.step}")
         blobs = {int(version): pack(tensors) for version, tensors in state["older_weights"].items()}
         return [Weights(version, sha256(blob), blob) for version, blob in sorted(blobs.items())]
-
-
-def _preflight(job: Job, collector: Collector, weights: Weights, progress: Progress) -> None:
-    item = collector.items(PREFLIGHT, weights.version)[0]
-    each = job.config.rollout.samples_per_prompt
-    small = replace(item, groups=item.groups[: max(1, PREFLIGHT_SAMPLES // each) * each])  # whole prompts
-    batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), job.parts.rewards)
-    found = preflight(job.learner, batch)
-    if found.get("reward_std") == 0:
-        progress.say(
-            "warning: all rewards of the first walks are equal; while they are, there is nothing to learn from"
-        )
-    walked = job.parts.task.rollout.path
-    if walked and (message := narrow(job.config.chain, job.denoiser)):
-        progress.say(f"warning: {message}, and the guard may stop the run")
-    progress.say("preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
 
 
 def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
