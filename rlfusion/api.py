@@ -34,6 +34,8 @@ from rlfusion.rewards.registry import built
 from rlfusion.training.devices import pick_device
 
 PLAIN = CallOptions()
+HELD_OUT = 0.25
+"""The share of the data that a model is measured against, as of ``rlfusion evaluate``."""
 DIGITS, DIGITS_SHAPE = range(10), (1, 8, 8)
 ChainLike = Chain | Mapping[str, Any] | None
 Labels = str | int | Sequence[str] | Sequence[int] | Tensor | None
@@ -282,7 +284,6 @@ def evaluate(
     seed: int = 0,
     data: str = "",
     size: int = 32,
-    held_out: float = 0.25,
     root: str | os.PathLike[str] = "runs",
     reward_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
@@ -295,7 +296,7 @@ def evaluate(
         seed: keys the noise.
         data: the real data to compare with, such as "digits"; then the result has agreement, frechet, precision,
             recall, ... of a judge, which is trained on them once and kept in ``root``/cache. "" compares with none.
-        size, held_out: of the data, as for ``rlfusion evaluate``.
+        size: images of a folder are brought to size x size.
         root: whose cache holds what is trained on the data.
         reward_options: settings of each named reward.
 
@@ -309,7 +310,7 @@ def evaluate(
     if data:
         found = load_data(data, size)
         require_models_data(data, found, held.card)
-        judged = Judged.of(found, held_out, Path(root), held.device)
+        judged = Judged.of(found, HELD_OUT, Path(root), held.device)
     names, objects = named(reward) if reward is not None else ("", {})
     scorer = None
     if reward is not None:
