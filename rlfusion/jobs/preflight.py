@@ -33,8 +33,8 @@ def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights
     found, told = preflight(learner, batch), []
     if found.get("reward_std") == 0:
         told.append("warning: all rewards of the first walks are equal; while they are, there is nothing to learn from")
-    if spec.rollout.path and (said := narrow(spec.chain, learner.policy.denoiser)):
-        told.append(f"warning: {said}, and the guard may stop the run")
+    if spec.rollout.path and (message := narrow(spec.chain, learner.policy.denoiser)):
+        told.append(f"warning: {message}, and the guard may stop the run")
     return [*told, "preflight: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())]
 
 
