@@ -105,7 +105,7 @@ def _shown(value: Any) -> str:
     """A value as it was written, in quotes where it is text that would be misread without."""
     if value is None:
         return "null"
-    if isinstance(value, str) and re.fullmatch(r"[\w.+/-]+", value):
+    if isinstance(value, str) and re.fullmatch(r"[\w.+/-]+", value) and not re.fullmatch(r"-?\d+(\.\d+)?", value):
         return shorten(value)
     try:
         return shorten(repr(value))

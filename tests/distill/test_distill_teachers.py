@@ -101,7 +101,8 @@ def test_models_say_whether_they_answer_with_the_mean_or_the_end(tmp_path):
     models.save(tmp_path, scrambled(teach["cd"]), teach["cd"])
     card = models.load_card(tmp_path)
     assert card.answers == "end"
-    assert models.Card.from_json({k: v for k, v in asdict(card).items() if k != "answers"}).answers == "mean"
+    silent = json.loads(json.dumps({k: v for k, v in asdict(card).items() if k != "answers"}))
+    assert models.Card.from_json(silent).answers == "mean"
 
 
 @pytest.mark.parametrize("name", ["cd", "lcm", "ct", "dmd", "reflow", "regression"])
