@@ -5,7 +5,7 @@
 with scores a tensor, an array or a list, (B,) or (B, 1), of any real kind and on any device; info is left aside.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlfusion.rewards.base import RewardError
+from rlfusion.rewards.base import RewardError, answered, as_tensor
 
 
 def scores(answer: Any, count: int, name: str, weights: Mapping[str, float]) -> Tensor:
@@ -25,7 +25,7 @@ def scores(answer: Any, count: int, name: str, weights: Mapping[str, float]) -> 
     held = _without_info(answer, count, name)
     if not isinstance(held, Mapping):
         if weights:
-            raise RewardError(f"reward {name!r}: scores {list(weights)} are asked for, it answered {_said(held)}")
+            raise RewardError(f"reward {name!r}: scores {list(weights)} are asked for, it answered {answered(held)}")
         return _column(held, count, name)
     named = list(held)
     if not weights and len(named) == 1:
@@ -61,45 +61,17 @@ def _without_info(answer: Any, count: int, name: str) -> Any:
     if len(answer) == count and all(isinstance(part, Tensor) and part.numel() == 1 for part in answer):
         return list(answer)
     raise RewardError(
-        f"reward {name!r} answered {_said(answer)}: expected scores ({count},), or (scores, info), info a mapping"
+        f"reward {name!r} answered {answered(answer)}: expected scores ({count},), or (scores, info), info a mapping"
     )
 
 
 def _column(held: Any, count: int, name: str) -> Tensor:
     """One number a sample, (count,)."""
-    found = _tensor(held, name)
+    found = as_tensor(held, name)
     if found.shape == (count, 1):
         found = found[:, 0]
     if found.shape != (count,):
-        raise RewardError(f"reward {name!r} answered {_said(held)}: expected ({count},)")
+        raise RewardError(f"reward {name!r} answered {answered(held)}: expected ({count},)")
     if found.is_complex():
-        raise RewardError(f"reward {name!r} answered {_said(held)}: expected real numbers")
+        raise RewardError(f"reward {name!r} answered {answered(held)}: expected real numbers")
     return found
-
-
-def _tensor(held: Any, name: str) -> Tensor:
-    if isinstance(held, Tensor):
-        return held
-    try:
-        if isinstance(held, np.ndarray | np.generic):
-            return torch.from_numpy(np.ascontiguousarray(held).reshape(np.shape(held)))
-        if isinstance(held, Sequence) and not isinstance(held, str):
-            if held and all(isinstance(part, Tensor) for part in held):
-                return torch.stack([part.reshape(()) for part in held])
-            wrong = [i for i, part in enumerate(held) if not isinstance(part, Real | Tensor | np.ndarray | np.generic)]
-            if wrong:
-                raise RewardError(
-                    f"reward {name!r} answered {_said(held[wrong[0]])} for item {wrong[0]}: expected a number"
-                )
-            return torch.as_tensor(np.asarray([np.asarray(part).reshape(()) for part in held], dtype=np.float64))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(f"reward {name!r} answered {_said(held)}: expected one number a sample ({error})") from error
-    raise RewardError(f"reward {name!r} answered {_said(held)}: expected a tensor, an array or a list of numbers")
-
-
-def _said(held: Any) -> str:
-    if isinstance(held, Tensor | np.ndarray):
-        return f"{held.dtype} of shape {tuple(held.shape)}"
-    if isinstance(held, tuple):
-        return f"({', '.join(type(part).__name__ for part in held[:5])})"
-    return f"{type(held).__name__} of {len(held)}" if isinstance(held, Sequence) else type(held).__name__

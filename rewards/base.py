@@ -8,9 +8,11 @@ if autograd passes through it. A result that is missing, short or not finite is 
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,14 +118,52 @@ def well_formed(result: object, samples: Tensor, name: str) -> Tensor:
         RewardError: it is not a tensor, not (B,), or not real numbers.
     """
     if not isinstance(result, Tensor):
-        raise RewardError(
-            f"reward {name!r} answered {type(result).__name__}: expected a tensor of shape ({len(samples)},)"
-        )
+        if not isinstance(result, list | np.ndarray):
+            raise RewardError(
+                f"reward {name!r} answered {type(result).__name__}: expected a tensor of shape ({len(samples)},)"
+            )
+        result = as_tensor(result, name)
     if result.shape != samples.shape[:1]:
         raise RewardError(f"reward {name!r} answered shape {tuple(result.shape)}: expected ({len(samples)},)")
     if result.is_complex():
         raise RewardError(f"reward {name!r} answered {result.dtype}: expected real numbers")
     return result.to(samples.device, torch.promote_types(samples.dtype, torch.float32))
+
+
+def as_tensor(held: Any, name: str) -> Tensor:
+    """The numbers that a reward answered in a tensor, an array or a list.
+
+    Raises:
+        RewardError: they are not such.
+    """
+    if isinstance(held, Tensor):
+        return held
+    try:
+        if isinstance(held, np.ndarray | np.generic):
+            return torch.from_numpy(np.ascontiguousarray(held).reshape(np.shape(held)))
+        if isinstance(held, Sequence) and not isinstance(held, str):
+            if held and all(isinstance(part, Tensor) for part in held):
+                return torch.stack([part.reshape(()) for part in held])
+            wrong = [i for i, part in enumerate(held) if not isinstance(part, Real | Tensor | np.ndarray | np.generic)]
+            if wrong:
+                raise RewardError(
+                    f"reward {name!r} answered {answered(held[wrong[0]])} for item {wrong[0]}: expected a number"
+                )
+            return torch.as_tensor(np.asarray([np.asarray(part).reshape(()) for part in held], dtype=np.float64))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(
+            f"reward {name!r} answered {answered(held)}: expected one number a sample ({error})"
+        ) from error
+    raise RewardError(f"reward {name!r} answered {answered(held)}: expected a tensor, an array or a list of numbers")
+
+
+def answered(held: Any) -> str:
+    """An answer in words, for errors."""
+    if isinstance(held, Tensor | np.ndarray):
+        return f"{held.dtype} of shape {tuple(held.shape)}"
+    if isinstance(held, tuple):
+        return f"({', '.join(type(part).__name__ for part in held[:5])})"
+    return f"{type(held).__name__} of {len(held)}" if isinstance(held, Sequence) else type(held).__name__
 
 
 def valid(values: Tensor, name: str, most: float) -> tuple[Tensor, float]:

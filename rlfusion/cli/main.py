@@ -6,6 +6,7 @@ handlers of Ctrl-C and SIGTERM stand.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -73,7 +74,7 @@ def _guarded(arguments: list[str], entry: Entry) -> int:
     except KeyboardInterrupt:
         return _say("stopped by Ctrl-C", INTERRUPTED)
     except Exception as error:
-        return _stopped(entry.stopping) if entry.stopping and not _ours(error) else _failed(error)
+        return _stopped(entry.stopping) if entry.stopping and not _ours(error) else _failed(error, arguments)
     return DONE
 
 
@@ -82,7 +83,7 @@ def _stopped(stop: StopRequested) -> int:
     return _say(f"stopped by {stop}; {stop.left}", stop.exit_code)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, arguments: list[str]) -> int:
     """Say what went wrong; the exit code."""
     import traceback
 
@@ -93,8 +94,15 @@ def _failed(error: Exception) -> int:
         at = traceback.extract_tb(error.__traceback__)[-1]
         message = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
         return _say(f"{message}; please report it with this traceback:\n{traceback.format_exc()}".rstrip(), UNFORESEEN)
-    message = f"{known.kind}: {_one_line(known)}" if known.kind else _one_line(known)
+    text = _as_typed(str(known), arguments)
+    message = f"{known.kind}: {_one_line(text)}" if known.kind else _one_line(text)
     return _say("\n".join(filter(None, ["; ".join([message, *_notes(error)]), known.frames])), known.exit_code)
+
+
+def _as_typed(text: str, arguments: list[str]) -> str:
+    """An error in which the model is called as it was typed: --model is another name of finetune's --base."""
+    typed = [f"--{name}" for name in ("base", "model") if any(a.partition("=")[0] == f"--{name}" for a in arguments)]
+    return re.sub(r"(?<![\w.])base = ", "model = ", text) if typed == ["--model"] else text
 
 
 def _ours(error: Exception) -> bool:

@@ -46,6 +46,13 @@ class NumericalError(RlfusionError, ArithmeticError):
     kind = "numerical failure"
 
 
+class OutOfMemory(RlfusionError, MemoryError):
+    """The memory of the GPU or of the machine is not enough for these settings."""
+
+    exit_code = 2
+    kind = "out of memory"
+
+
 class UnavailableError(RlfusionError, RuntimeError):
     """Another process or machine that the work needs (a Ray cluster, workers, a reward server) cannot be had."""
 
@@ -75,6 +82,9 @@ def foreseen(error: Exception) -> RlfusionError | None:
         return error
     if isinstance(error, ArgumentError):
         return ConfigError(str(error))
+    if _out_of_memory(error):
+        first = next(iter(str(error).strip().splitlines()), "") or "no room for what was asked"
+        return OutOfMemory(f"{shorten(first, 200)}; {LESS_MEMORY}")
     if not isinstance(error, OSError) or error.errno is None:
         return None
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) and not isinstance(error, BrokenPipeError):
@@ -83,6 +93,19 @@ def foreseen(error: Exception) -> RlfusionError | None:
         return ConfigError(f"{str(error.filename)!r} cannot be read: {error.strerror}")
     where = "standard output" if isinstance(error, BrokenPipeError) else str(error.filename or "")
     return StorageError(error.errno, error.strerror, where)
+
+
+LESS_MEMORY = (
+    "expected a smaller agent.micro_batch, rollout.item, train.batch or pipeline.decode, or pipeline.checkpointing "
+    "(rlfusion doctor with the same settings says what they need)"
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, torch's of a GPU, or torch's of the machine, which is a RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 LONGEST = 80

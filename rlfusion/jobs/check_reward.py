@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import stream
 from rlfusion.common.user_code import described
 from rlfusion.config import CheckReward
@@ -84,7 +85,7 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
         known = Unjudged(card.shape, card.names, card.metadata)
         reward, classes = known.reward(settings.reward, options, root, call_options), card.classes
     else:
-        data = load(settings.data, settings.size)
+        data = load(settings.data, settings.size, Progress().say)
         if settings.model:
             require_models_data(settings.data, data, card)
         else:

@@ -412,3 +412,31 @@ def test_a_pipeline_has_small_defaults(agent, tiny_pipelines):
     assert (one.agent.micro_batch, one.rollout.item, one.evaluation.samples) == (8, 8, 64)
     assert settings_of("finetune", [*model, "--agent", agent, "--agent.micro_batch", "2"]).agent.micro_batch == 2
     assert settings_of("compare", [*model, "--agents", agent]).micro_batch == 8
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_scheduler_is_read_as_its_pipeline_corrects_it(name, tiny_pipelines, tmp_path):
+    """Older files say clip_sample and steps_offset otherwise; the pipeline of Stable Diffusion mends them."""
+    folder = shutil.copytree(tiny_pipelines[name], tmp_path / name)
+    file = folder / "scheduler" / "scheduler_config.json"
+    held = json.loads(file.read_text())
+    old = {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0}
+    file.write_text(
+        json.dumps({k: v for k, v in held.items() if k in ("beta_start", "beta_end", "beta_schedule")} | old)
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder).scheduler
+    ours = hub.scheduler(folder)
+    assert _said(ours) == _said(theirs)
+    assert (ours.config.clip_sample, ours.config.steps_offset) == ((False, 1) if name == "sd" else (True, 0))
+    if name == "sd":
+        read(ours, plain_grid({}, ()))
+    else:
+        with pytest.raises(ConfigError, match="clip_sample = True"):
+            read(ours, plain_grid({}, ()))
+
+
+def _said(scheduler):
+    """Its settings, but for the library's notes on them."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}

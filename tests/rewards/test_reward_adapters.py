@@ -377,3 +377,29 @@ def test_words_that_the_model_has_not_are_an_error(named, samples):
         reward(samples, COND)
     with pytest.raises(ConfigError, match=r"knows the labels 0\.\.2: got 0\.\.7"):
         build(named(swapped), {}, TOLD)(samples, torch.tensor([0, 7, 1, 1]))
+
+
+@pytest.mark.parametrize("made", [np.asarray, list, lambda m: m.tolist(), lambda m: list(m.numpy())])
+def test_a_reward_of_samples_and_cond_may_answer_an_array_or_a_list(made):
+    samples = torch.rand(4, 1, 8, 8)
+    means = samples.mean((1, 2, 3))
+    found = score(lambda samples, cond: made(means), samples, None, "mine")
+    torch.testing.assert_close(found, means)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0, 2.0], r"answered shape \(2,\): expected \(4,\)"),
+        ([1.0, "x", 2.0, 3.0], "answered str .* for item 1"),
+        (np.full(4, np.nan), "not finite for 4 of 4"),
+        (np.ones((4, 2)), r"answered shape \(4, 2\)"),
+        (1.0, "answered float"),
+        (None, "answered NoneType"),
+        (np.array(list("abcd")), "expected one number a sample"),
+    ],
+)
+def test_what_is_no_number_a_sample_is_refused(answer, said):
+    with pytest.raises(RewardError, match=said):
+        score(lambda samples, cond: answer, torch.rand(4, 1, 8, 8), None, "mine")

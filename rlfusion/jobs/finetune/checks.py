@@ -10,6 +10,7 @@ from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import to_pixels
 from rlfusion.config import Finetune
 from rlfusion.data import load
+from rlfusion.diffusion.policy import Policy, require_stochastic
 from rlfusion.evaluation import require_bound
 from rlfusion.jobs import base_model
 from rlfusion.jobs.groups import require_whole_groups
@@ -17,7 +18,7 @@ from rlfusion.jobs.measure import Unjudged, require_judgeable
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import card_of, require_no_class, require_same_data, require_solvable
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task
-from rlfusion.models import lora
+from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import build, find, score, task_info
 from rlfusion.rollout.ray_address import require_cluster
@@ -79,7 +80,7 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
         ConfigError: says which setting and why.
     """
     parts = opened(config)
-    config.chain.make_kernel()
+    _require_noise(config, card)
     adapters = lora.parse(config.lora)
     if adapters is None:
         models.require_trainable(card)
@@ -100,3 +101,16 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
         require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
         label = torch.zeros(PIPELINE_TRIED, dtype=torch.int64)  # of one prompt, for rewards that compare
         score(reward, samples, label, parts.rewards.name, parts.rewards.masked)
+
+
+def _require_noise(config: Finetune, card: models.Card) -> None:
+    """Refuse a chain without noise for an agent that takes log-probabilities of its steps.
+
+    Raises:
+        ConfigError: there is none; or a kernel or a grid that cannot be.
+    """
+    outline = pipelines.outline(card.pipeline)
+    policy, times = Policy(outline, config.chain.make_kernel()), config.chain.times(outline)
+    weighs_samples = getattr(config.agent, "on", "") == "noised"  # a walk's steps are its critic's alone
+    if config.agent.rollout_spec(config.chain.moves).path and not weighs_samples:
+        require_stochastic(policy, times)

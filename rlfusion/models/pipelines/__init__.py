@@ -4,7 +4,7 @@ from rlfusion.models.pipelines.conditions import Conditions
 from rlfusion.models.pipelines.export import save
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
-from rlfusion.models.pipelines.model import LORA, build, placed
+from rlfusion.models.pipelines.model import LORA, build, outline, placed
 from rlfusion.models.pipelines.parity import Whole, published
 from rlfusion.models.pipelines.prompts import Prompts
 from rlfusion.models.pipelines.prompts import read as read_prompts
@@ -27,6 +27,7 @@ __all__ = [
     "folder",
     "index",
     "is_pipeline",
+    "outline",
     "placed",
     "published",
     "read_prompts",

@@ -5,6 +5,7 @@ Weights are read from safetensors alone: never a pickle, never code from a repos
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ FAMILIES: dict[str, Family] = {
     "SanaPipeline": sana.FAMILY,
 }
 """The families by their pipeline's class."""
+CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
+"""What a pipeline itself changes in the settings of its scheduler, where they are there: older files have others."""
 
 
 def diffusers() -> Any:
@@ -97,7 +100,7 @@ def family(path: Path) -> Family:
 
 
 def scheduler(path: Path) -> Any:
-    """The pipeline's scheduler, alone.
+    """The pipeline's scheduler, alone, with the settings that the pipeline itself gives it (``CORRECTED``).
 
     Raises:
         ConfigError: there is none, one of no class of the library's, or settings that its class refuses.
@@ -109,13 +112,21 @@ def scheduler(path: Path) -> Any:
     if made is None:
         raise ConfigError(f"scheduler {name!r}: the library has no such class")
     try:
-        return made.from_pretrained(path / "scheduler")
+        held = made.from_pretrained(path / "scheduler")
+        held.register_to_config(**corrected(str(index(path).get("_class_name", "")), held.config))
+        return held
     except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = str(path / "scheduler" / "scheduler_config.json")
         raise ConfigError(
             f"{place!r}: diffusers makes no {name} of it: {first}; expected settings that it allows"
         ) from error
+
+
+def corrected(pipeline: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a scheduler that a pipeline of this class changes as it is loaded, with their new values."""
+    given = CORRECTED.get(pipeline, {})
+    return {name: value for name, value in given.items() if settings.get(name, value) != value}
 
 
 def config(path: Path, component: str) -> dict[str, Any]:

@@ -85,6 +85,22 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     return denoiser
 
 
+def outline(about: dict[str, Any]) -> Denoiser:
+    """The denoiser of ``about`` without its weights: its schedule and its own times, and no network.
+
+    Raises:
+        ConfigError: as ``build``.
+    """
+    path = hub.folder(about["name"], about["variant"])
+    family = hub.family(path)
+    config, (_, high, wide) = hub.config(path, family.network), hub.shape(path, about["side"])
+    latent = (family.channels(config), high // hub.factor(path), wide // hub.factor(path))
+    sampling = read(hub.scheduler(path), family.grid(config, latent))
+    denoiser = Denoiser(nn.Identity(), sampling.schedule, sampling.kind)
+    denoiser.own = Published(sampling, Conditions({"": torch.zeros(0)}, None))
+    return denoiser
+
+
 def _require_no_negatives(path: Path, family: Family, about: dict[str, Any]) -> None:
     """Raise ConfigError for negative prompts of a model that gives no second answer (its guidance is an input)."""
     found = [text for text in about["negatives"] if text]
