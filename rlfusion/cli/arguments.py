@@ -20,6 +20,7 @@ from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
 from rlfusion.cli.values import checked, read
 from rlfusion.cli.words import RESUMABLE
 from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.registry import Registry, absolute
 
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
@@ -37,7 +38,7 @@ PIPELINE_DEFAULTS = {
 ROLLING = ("finetune", "compare")
 """The commands that have rollout.prompts."""
 
-OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain"
+OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain; or a loss alone"
 
 RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
 
@@ -67,22 +68,22 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     return parse(typed, "finetune", arguments, make=config.Finetune, model="base")
 
 
-def _long(arguments: list[str], what: str, table: Iterable[str]) -> list[str]:
+def _long(arguments: list[str], what: str, table: Registry) -> list[str]:
     """``--agent NAME``, in any case, as ``--agent.name NAME``; a mapping or a file of settings after it stays."""
-    out, known = [], {name.lower(): name for name in table}
+    out, known = [], {name.lower(): name for name in table.names()}
     for argument in arguments:
         before = out[-1] if out else ""
         if before == f"--{what}" and _is_name(argument):
-            out[-1], argument = f"--{what}.name", known.get(argument.strip().lower(), argument)
+            out[-1], argument = f"--{what}.name", known.get(argument.strip().lower(), absolute(argument))
         elif argument.startswith(f"--{what}=") and _is_name(argument.partition("=")[2]):
             name = argument.partition("=")[2]
-            argument = f"--{what}.name={known.get(name.strip().lower(), name)}"
+            argument = f"--{what}.name={known.get(name.strip().lower(), absolute(name))}"
         out.append(argument)
     return out
 
 
 def _is_name(text: str) -> bool:
-    return re.fullmatch(r"\s*[\w-]*\s*", text) is not None and not text.startswith("--")
+    return re.fullmatch(r"\s*[\w-]*\s*|[^{}\n]+:\s*\w+\s*", text) is not None and not text.startswith("--")
 
 
 def _told(arguments: list[str], *key: str) -> Any:
@@ -197,6 +198,7 @@ def parse(
     if not flags:
         _require(settings, command, values)
     told = dict(defaults or {}) | (model_defaults(command, arguments, model) if model else {})
+    told = {key: value for key, value in told.items() if key in known.leaves}
     if preset := values.pop("objective", ""):
         own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
         found = _preset(preset, PRESET_PREFIX[command])
@@ -314,10 +316,14 @@ def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple
 
 def _preset(objective: str, prefix: str) -> dict[str, Any]:
     """The settings of a pretraining preset, as defaults by dotted key: a preset is shorthand, not a setting."""
-    from rlfusion.pretrain import PRESETS
+    from rlfusion.pretrain import PRESETS, losses
 
     if objective not in PRESETS:
-        raise unknown("objective", objective, PRESETS)
+        try:
+            losses.make(absolute(objective))
+        except ConfigError as error:
+            raise error if "(" in objective or ":" in objective else unknown("objective", objective, PRESETS) from error
+        return {f"{prefix}train.loss": absolute(objective)}
     return {key if key.startswith("chain.") else prefix + key: value for key, value in PRESETS[objective].items()}
 
 

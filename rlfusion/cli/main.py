@@ -45,6 +45,8 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion finetune --model HUB-ID --pipeline.prompts FILE.txt
                                              a pretrained text-to-image pipeline (docs/models.md)
   rlfusion check-model HUB-ID                is a model fit to be trained by reward?
+  rlfusion list [agents | kernels | ...]     what there is of each kind, and where it comes from
+  rlfusion check-agent FILE.py:NAME          does an algorithm learn, resume, repeat? also your own (docs/doors.md)
   rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
   tensorboard --logdir runs                  all runs, with before/after grids
@@ -88,8 +90,9 @@ def _failed(error: Exception, arguments: list[str]) -> int:
     import traceback
 
     from rlfusion.common.errors import foreseen
+    from rlfusion.common.user_code import blamed
 
-    known = foreseen(error)
+    known = foreseen(error) or blamed(error)
     if known is None:
         at = traceback.extract_tb(error.__traceback__)[-1]
         message = f"unforeseen: {type(error).__name__}: {_one_line(error)} ({at.filename}, line {at.lineno})"
@@ -140,8 +143,11 @@ def _run(arguments: list[str]) -> None:
 
 def _job(kind: str, arguments: list[str]) -> None:
     """A new run of what takes --resume, or an old one to resume."""
+    from dataclasses import asdict
+
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import resumed, settings_of
+    from rlfusion.common.registry import pinned
     from rlfusion.jobs import compare, distill, finetune, pretrain, pretrain_autoencoder, runs, train_clip
 
     check, run = {
@@ -154,13 +160,14 @@ def _job(kind: str, arguments: list[str]) -> None:
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
         settings, folder = resumed(kind, arguments)
-        with runs.at_work(kind, folder, new=False):
+        with pinned(asdict(settings)), runs.at_work(kind, folder, new=False):
             run(settings, folder)
         return
     settings = settings_of(kind, arguments)
-    check(settings)
-    with runs.new_run(kind, settings, settings.default_name) as (settings, folder):
-        run(settings, folder)
+    with pinned(asdict(settings)):
+        check(settings)
+        with runs.new_run(kind, settings, settings.default_name) as (settings, folder):
+            run(settings, folder)
 
 
 def _sample(arguments: list[str]) -> None:
@@ -186,6 +193,20 @@ def _check_reward(arguments: list[str]) -> None:
 
     arguments = _first(arguments, "--reward")
     tables.run_check_reward(parse(CheckReward, "check-reward", arguments, model="model"))
+
+
+def _check_agent(arguments: list[str]) -> None:
+    from rlfusion import config
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+
+    tables.run_check_agent(parse(config.CheckAgent, "check-agent", _first(arguments, "--agent")))
+
+
+def _list(arguments: list[str]) -> None:
+    from rlfusion.cli.listing import show
+
+    show(arguments)
 
 
 def _doctor(arguments: list[str]) -> None:
@@ -232,6 +253,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "check-model": _check_model,
     "doctor": _doctor,
     "check-reward": _check_reward,
+    "check-agent": _check_agent,
+    "list": _list,
     "serve-reward": _serve_reward,
 }
 

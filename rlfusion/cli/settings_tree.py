@@ -268,6 +268,7 @@ def command_trees() -> dict[str, Tree]:
         "train-clip": TrainClip,
         "sample": config.Sample,
         "evaluate": config.Evaluate,
+        "check-agent": config.CheckAgent,
         "check-model": CheckModel,
         "check-reward": CheckReward,
         "serve-reward": Serve,

@@ -9,8 +9,9 @@ from rich.table import Table
 
 from rlfusion import config
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import CheckModel, CheckReward, Serve
+from rlfusion.config import CheckAgent, CheckModel, CheckReward, Serve
 from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
+from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
 from rlfusion.jobs.distill import distill
@@ -103,6 +104,15 @@ def run_check_reward(settings: CheckReward) -> None:
         ConfigError: it fails a check.
     """
     _findings(f"reward {settings.reward!r}", check_reward(settings))
+
+
+def run_check_agent(settings: CheckAgent) -> None:
+    """Check an agent, and print what was found, row by row.
+
+    Raises:
+        ConfigError: it fails a check.
+    """
+    _findings(f"agent {settings.agent!r}", check_agent(settings))
 
 
 def run_check_model(settings: CheckModel) -> None:

@@ -9,6 +9,7 @@ from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree
 from rlfusion.common.annotations import fits, kinds, refused
 from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.registry import absolute
 
 MOST_NAME, MOST_PATH = 240, 3500
 """Bytes of the name of a folder, and of a path: what file systems take, less what is added."""
@@ -49,6 +50,8 @@ def checked(key: str, value: Any, known: Tree) -> str:
     if key in ("root", "name"):
         _require_short(key, value)
     _require_text(key, value)
+    value = [absolute(one) if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+    value = absolute(value) if isinstance(value, str) else value
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -18,6 +18,7 @@ import linecache
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 from rlfusion.common.errors import ConfigError, near, unknown
 from rlfusion.common.user_code import loading
 
-BUILT_IN = "built in"
+BUILT_IN, ABSENT = "built in", "absent"
 FORMS = "package.module:name, path/to/file.py:name"
 PLACED = re.compile(r"\s*(?P<file>[^()'\"\n]+\.py):(?P<rest>\w+\s*(\(.*)?)", re.DOTALL)
 """A text that names a thing in a file, with settings or without."""
@@ -71,7 +72,7 @@ class Registry(Mapping[str, Any]):
         what: the kind, in a word: "kernel".
         group: of entry points: "rlfusion.kernels".
         built_in: by short name, "module:Name", which is imported when it is asked for; or the thing itself.
-        protocol: what each of them, or what it makes, must be: a class, or a protocol whose members it must have.
+        protocol: what each of them must be: of a class, or of a protocol, whose members it must have.
         adopt: (thing, name) -> what stands for a stranger's thing in this kind.
         also: what else a name may be, for errors.
     """
@@ -126,20 +127,6 @@ class Registry(Mapping[str, Any]):
             except ConfigError as error:
                 yield Row(name, "not usable", str(error))
 
-    def require(self, made: Any, name: str) -> Any:
-        """``made`` itself, which is what ``name`` stands for or made.
-
-        Raises:
-            ConfigError: it is not what a thing of this kind must be.
-        """
-        lacking = _lacking(made, self.protocol)
-        if lacking:
-            raise ConfigError(
-                f"{self.what} {name!r} is of {type(made).__name__}, without {', '.join(lacking)}: expected "
-                f"{self.protocol.__module__}.{self.protocol.__qualname__} (docs/doors.md)"
-            )
-        return made
-
     def _forms(self, name: str) -> str:
         """The other forms of a name; of one that nearly is such a form, what it should be."""
         forms = ", ".join(filter(None, (FORMS, self.also)))
@@ -171,7 +158,20 @@ class Registry(Mapping[str, Any]):
         return self._adopted(held, point.name, _distribution(point), "")
 
     def _adopted(self, held: Any, name: str, source: str, digest: str) -> Found:
-        return Found(self.adopt(held, name) if self.adopt else held, name, source, digest)
+        """What was found, once it is seen to be one of this kind: nothing is called that a file or a model only names.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if self.adopt:
+            return Found(self.adopt(held, name), name, source, digest)
+        if lacking := _lacking(held, self.protocol):
+            said = f"the class {held.__name__}" if inspect.isclass(held) else f"of {type(held).__name__}"
+            raise ConfigError(
+                f"{self.what} {name!r} is {said}, without {', '.join(lacking)}: expected a class that is a "
+                f"{self.protocol.__module__}.{self.protocol.__qualname__} (docs/doors.md)"
+            )
+        return Found(held, name, source, digest)
 
     def _ambiguous(self, name: str, ours: list[str], theirs: list[EntryPoint]) -> str:
         candidates = [f"{BUILT_IN} ({held})" for key in ours if isinstance(held := self.built_in[key], str)]
@@ -206,9 +206,7 @@ def files_of(value: Any) -> dict[str, str]:
 
     A file that is not there has "absent".
     """
-    return {
-        path: hashlib.sha256(held).hexdigest() if (held := _bytes(Path(path))) else "absent" for path in _paths(value)
-    }
+    return {path: _digest(path) for path in _paths(value)}
 
 
 def texts_of(value: Any) -> dict[str, str]:
@@ -222,6 +220,38 @@ def receive(texts: Mapping[str, str]) -> None:
 
 
 _RECEIVED: dict[str, bytes] = {}
+
+
+@contextmanager
+def pinned(value: Any) -> Iterator[None]:
+    """Within the context the files named in ``value``, plain data, are what they are now, whoever edits them."""
+    before = dict(_RECEIVED)
+    receive(texts_of(value))
+    try:
+        yield
+    finally:
+        _RECEIVED.clear()
+        _RECEIVED.update(before)
+
+
+def found_again(files: Mapping[str, str], what: str) -> dict[str, str]:
+    """Where the files of these SHA-256, by path, are now: there, or under their names in the working directory.
+
+    Raises:
+        ConfigError: one is nowhere, or was edited; ``what`` says what was made with it.
+    """
+    places = {}
+    for path, digest in files.items():
+        tried = [path, str(Path(Path(path).name).resolve())]
+        places[path] = next((one for one in tried if _digest(one) == digest), "")
+        if not places[path]:
+            now = _digest(path)
+            state = "is not there" if now == ABSENT else f"was edited since (its SHA-256 is {now[:12]})"
+            raise ConfigError(
+                f"{what} was made with {path} of SHA-256 {digest[:12]}, which {state}: expected that file as it was, "
+                f"there or as {Path(path).name} in the working directory"
+            )
+    return places
 
 
 def _paths(value: Any) -> list[str]:
@@ -240,6 +270,11 @@ def _bytes(path: Path) -> bytes | None:
     """What a file holds; None where there is none."""
     held = _RECEIVED.get(str(path.resolve()))
     return held if held is not None else path.read_bytes() if path.is_file() else None
+
+
+def _digest(path: str) -> str:
+    held = _bytes(Path(path))
+    return ABSENT if held is None else hashlib.sha256(held).hexdigest()
 
 
 def _load_file(what: str, path: Path) -> tuple[ModuleType, str]:
@@ -298,13 +333,16 @@ def _distribution(point: EntryPoint) -> str:
     return f"{held.name} {held.version}" if held is not None else f"module {point.module}"
 
 
-def _lacking(made: Any, protocol: type | None) -> list[str]:
-    """What ``made`` lacks to be of a class, or to have the members of a protocol."""
+def _lacking(held: Any, protocol: type | None) -> list[str]:
+    """What a class, or an object, lacks to be of another class, or to have the members of a protocol."""
     if protocol is None:
         return []
     if not getattr(protocol, "_is_protocol", False):
-        return [] if isinstance(made, protocol) else [f"the base {protocol.__name__}"]
-    return [name for name in members(protocol) if not hasattr(made, name)]
+        fine = issubclass(held, protocol) if inspect.isclass(held) else isinstance(held, protocol)
+        return [] if fine else [f"the base {protocol.__name__}"]
+    bases = held.__mro__ if inspect.isclass(held) else ()
+    fields = {name for base in bases for name in vars(base).get("__annotations__", ())}  # without a default, not in dir
+    return [name for name in members(protocol) if name not in {*dir(held), *fields}]
 
 
 def members(protocol: type) -> list[str]:

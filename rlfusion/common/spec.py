@@ -81,7 +81,7 @@ def make(registry: Registry, found: Found, settings: Mapping[str, Any]) -> Any:
     """What a thing of a registry makes of its settings; one that makes nothing, being no class or function, is itself.
 
     Raises:
-        ConfigError: as ``call``; or it is not what a thing of its kind must be.
+        ConfigError: as ``call``.
         UserCodeError: a stranger's raises.
     """
     what = f"{registry.what} {found.name!r}"
@@ -90,9 +90,9 @@ def make(registry: Registry, found: Found, settings: Mapping[str, Any]) -> Any:
     if not inspect.isclass(found.object) and not inspect.isroutine(found.object):
         if settings:
             raise ConfigError(f"{what} has no settings: got {next(iter(settings))!r}")
-        return registry.require(found.object, found.name)
+        return found.object
     with running(what):
-        return registry.require(call(found.object, settings, what), found.name)
+        return call(found.object, settings, what)
 
 
 def call(factory: Callable[..., Any], settings: Mapping[str, Any], what: str) -> Any:

@@ -79,6 +79,16 @@ def loading(what: str) -> Iterator[None]:
         raise wrapped from error
 
 
+def blamed(error: Exception) -> UserCodeError | None:
+    """What is said of an error that nobody foresaw and that passed through the user's own code; None for others."""
+    frames = _frames(error)
+    if not frames:
+        return None
+    wrapped = UserCodeError(f"{described(error)}{_place(frames)}")
+    wrapped.frames = _shown(frames, error)
+    return wrapped
+
+
 def described(error: BaseException) -> str:
     """An error's type and message, in one line; of the user's own code, what is said of it."""
     if isinstance(error, UserCodeError):

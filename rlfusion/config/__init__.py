@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlfusion.config.autoencoder import Autoencode
-from rlfusion.config.checks import CheckModel, CheckReward
+from rlfusion.config.checks import CheckAgent, CheckModel, CheckReward
 from rlfusion.config.clip import TrainClip
 from rlfusion.config.compare import Compare
 from rlfusion.config.distill import Distill, with_method
@@ -24,6 +24,7 @@ __all__ = [
     "Autoencode",
     "Base",
     "Chain",
+    "CheckAgent",
     "CheckModel",
     "CheckReward",
     "Compare",

@@ -1,11 +1,38 @@
-"""The settings of ``rlfusion check-reward`` and ``rlfusion check-model``."""
+"""The settings of ``rlfusion check-agent``, ``rlfusion check-reward`` and ``rlfusion check-model``."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.registry import absolute
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
+
+
+@dataclass(frozen=True)
+class CheckAgent:
+    """Is an algorithm fit to be trained with? On a chain whose expected reward is known in closed form.
+
+    Attributes:
+        agent: the algorithm, with settings or without: grpo, grpo(epochs=1), my_agent.py:Mine(lr=0.01).
+        walks: of a rollout.
+        repeats: rollouts, of noise of their own, whose first updates are averaged.
+        seed: keys the noise.
+        threads: CPU threads of torch.
+    """
+
+    agent: str
+    walks: int = 64
+    repeats: int = 16
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "threads")
+        for name, least in (("walks", 8), ("repeats", 4)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}")
+        object.__setattr__(self, "agent", absolute(self.agent))
 
 
 @dataclass(frozen=True)

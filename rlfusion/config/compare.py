@@ -1,12 +1,13 @@
 """The settings of ``rlfusion compare``."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.registry import label
 from rlfusion.config.finetune import Finetune
 from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base
@@ -94,7 +95,7 @@ class Compare:
 
     @property
     def default_name(self) -> str:
-        names = [spec.split(written(text))[0] for text in self.agents]
+        names = [label(written(text)) for text in self.agents]
         return f"compare-{'-'.join(dict.fromkeys(names))}"
 
     def runs(self) -> Iterator[tuple[str, str, int, Finetune]]:
@@ -108,6 +109,7 @@ class Compare:
         """The settings of one of ``agents``."""
         agent: Any = make_agent(text)
         own = self.micro_batch is None or "micro_batch" in spec.split(written(text))[1]
+        own = own or "micro_batch" not in {field.name for field in fields(agent)}
         return agent if own else replace(agent, micro_batch=self.micro_batch)
 
     def unmasked(self) -> list[str]:
@@ -151,7 +153,13 @@ class Compare:
 def shown(text: str) -> str:
     """The name under which an agent is shown."""
     name, given, _ = text.partition(" = ")
-    return name.strip() if given and "(" not in name else text
+    return name.strip() if given and "(" not in name else _short(text)
+
+
+def _short(text: str) -> str:
+    """A text without the place of what it names."""
+    name, bracket, settings = text.partition("(")
+    return f"{label(name)}{bracket}{settings}"
 
 
 def written(text: str) -> str:

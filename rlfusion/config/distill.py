@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, make_dataclass
 from rlfusion import distill
 from rlfusion.common import spec
 from rlfusion.common.errors import require_positive
+from rlfusion.common.registry import label
 from rlfusion.config.parts import Evaluation, Ray
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
@@ -64,7 +65,7 @@ class Distill:
 
     @property
     def default_name(self) -> str:
-        return f"distill-{self.method.name}-{self.chain.steps}-seed{self.seed}"
+        return f"distill-{label(self.method.name)}-{self.chain.steps}-seed{self.seed}"
 
 
 def with_method(name: str) -> type[Distill]:

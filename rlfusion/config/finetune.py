@@ -7,6 +7,7 @@ from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, unknown
+from rlfusion.common.registry import label
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
@@ -159,7 +160,7 @@ class Finetune:
 
     @property
     def default_name(self) -> str:
-        return f"{self.agent.name}-{self.reward_name}-seed{self.seed}"
+        return f"{label(self.agent.name)}-{self.reward_name}-seed{self.seed}"
 
 
 def with_agent(name: str) -> type[Finetune]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.registry import absolute
 from rlfusion.config.parts import Evaluation, require_output
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
@@ -83,6 +84,7 @@ class Evaluate:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", absolute(self.data))
         require_positive(self, "size", "threads")
         if self.out:
             require_output("out", self.out, (".json",))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
+from rlfusion.common.registry import absolute
+from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
 
 
@@ -108,14 +110,19 @@ class Evaluation:
         deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
         bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
             needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
+        metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
+            my_metrics.py:name (docs/doors.md).
     """
 
     samples: int = 1000
     every: int = 0
     deterministic: bool = True
     bits_per_dim: bool = False
+    metrics: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", [absolute(text) for text in self.metrics])
+        require_metrics(self.metrics)
         if self.samples < 50:
             raise ConfigError(f"samples = {self.samples}: expected at least 50")
         if self.every < 0:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from rlfusion import models, pretrain
-from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.registry import absolute, label
 from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
 from rlfusion.diffusion.chain import Chain
@@ -38,6 +38,7 @@ class Base:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", absolute(self.data))
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
         require_positive(self, "size", "checkpoint_every")
@@ -80,5 +81,5 @@ class Pretrain(Base):
 
     @property
     def default_name(self) -> str:
-        words = [spec.split(text)[0] for text in (self.model.kind, self.train.loss)]
+        words = [label(text) for text in (self.model.kind, self.train.loss)]
         return f"pretrain-{name_of(self.data)}-{'-'.join(words)}-seed{self.seed}"

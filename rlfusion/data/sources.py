@@ -7,15 +7,17 @@ from typing import Any
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import Registry, label
+from rlfusion.common.user_code import running
 from rlfusion.data.columns import SUFFIXES
 from rlfusion.data.dataset import Dataset, digits
 from rlfusion.data.folder import Folder
-from rlfusion.data.hub import HF
 from rlfusion.data.npz import Npz
 from rlfusion.data.table import Table
 
 DIGITS = "digits"
-SOURCES = {"folder": Folder, "npz": Npz, "table": Table, "hf": HF}
+_PLACES = {"folder": "folder:Folder", "npz": "npz:Npz", "table": "table:Table", "hf": "hub:HF"}
+SOURCES = Registry("data source", "rlfusion.data", {name: f"rlfusion.data.{place}" for name, place in _PLACES.items()})
 
 
 def load(data: str, size: int = 32, say: Callable[[str], None] | None = None) -> Dataset:
@@ -28,10 +30,30 @@ def load(data: str, size: int = 32, say: Callable[[str], None] | None = None) ->
     """
     if data == DIGITS:
         return digits()
-    found = source(data).load(size)
+    found = _loaded(data, source(data), size)
     if say is not None:
         message = "".join(c if c.isprintable() else "?" for c in found.summary)
         say(f"data {data!r}: {message}")
+    return found
+
+
+def _loaded(data: str, made: Any, size: int) -> Dataset:
+    """The data of a source; a function may make them at once.
+
+    Raises:
+        ConfigError: a stranger's source, or what it loads, is something else.
+        UserCodeError: a stranger's source raises.
+    """
+    if isinstance(made, Dataset):
+        return made
+    if not callable(getattr(made, "load", None)):
+        raise ConfigError(
+            f"data = {data!r} makes {type(made).__name__}: expected rlfusion.data.Dataset, or what has load(size)"
+        )
+    with running(f"data {data!r}"):
+        found = made.load(size)
+    if not isinstance(found, Dataset):
+        raise ConfigError(f"data = {data!r} loads {type(found).__name__}: expected rlfusion.data.Dataset")
     return found
 
 
@@ -46,7 +68,7 @@ def source(data: str) -> Any:
         folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise ConfigError(f"data = {data[:80]!r}: {error.strerror if isinstance(error, OSError) else error}") from error
-    if not exists and "(" in data:
+    if not exists and ("(" in data or ":" in data or data in SOURCES.names()):
         return spec.parse(data, SOURCES, "data source")
     if folder and data:
         return Folder(data)
@@ -69,7 +91,7 @@ def _expected() -> str:
 
 def name_of(data: str) -> str:
     """A short name of ``data``, for the folder of a run: that of its folder or file."""
-    if "(" not in data or Path(data).exists():
+    if Path(data).exists() or not ("(" in data or ":" in data):
         return Path(data).stem
-    name, settings = spec.split(data)
+    name, settings = label(data), spec.split(data)[1]
     return Path(str(settings.get("path", name))).stem

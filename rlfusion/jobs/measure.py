@@ -17,6 +17,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
 from rlfusion.evaluation import classifier
+from rlfusion.evaluation.metrics import measured
 from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
 from rlfusion.rewards import CallOptions, Reward, build, names_of, score, task_info, valid
@@ -253,7 +254,7 @@ def measure(
     device = next(policy.parameters()).device
     label = torch.arange(settings.samples, device=device) % judged.classes
     samples = draw(policy, times, label, judged.shape, seed, "evaluation")
-    result = judged.report(samples, label) | bits
+    result = judged.report(samples, label) | bits | measured(settings.metrics, samples, label)
     if scored is None:
         return result
     reward, reward_name, max_failed = scored

@@ -12,6 +12,7 @@ from rlfusion import models
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
+from rlfusion.common.registry import files_of
 from rlfusion.common.stops import Signals
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load
@@ -96,6 +97,8 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
 def _digest(config: Base, data: Dataset) -> str:
     """16 hex digits over all that the weights depend on."""
     same = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
+    if files := files_of(same):
+        same["files"] = files
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, same], sort_keys=True).encode())
     if config.autoencoder:
         space = pretrain_autoencoder.load(Path(config.autoencoder))

@@ -17,6 +17,7 @@ from rlfusion.config import to_yaml
 from rlfusion.training import identity
 from rlfusion.training.folders import locked
 
+FILES = identity.FILES.rstrip(".")
 USAGE = "--resume takes the run's folder, --change KEY=VALUE for each change that is meant, and nothing else"
 FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume", "change")
 """What is no setting of a run that could be changed; the first two are where its folder is."""
@@ -68,17 +69,19 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
         raise ConfigError(f"--resume {str(folder)!r}: expected the folder of a run, with config.yaml")
     if record is not None:
         identity.require_command(folder, record, kind)
+    changes, edited = dict(changes), _edited(changes)
+    changes.pop(FILES, None)
     options = [f"--{key}={value}" for key, value in changes.items()]
     with locked(folder):
         if record is not None and not file.is_file():
-            storage.write(file, yaml.safe_dump(record.settings, sort_keys=False))
+            storage.write(file, yaml.safe_dump(identity.typed(record.settings), sort_keys=False))
         settings = read(["--config", str(file), *options])
         if record is None and changes:
             raise ConfigError(
                 f"--change {next(iter(changes))}: {folder / identity.FILE} is lost: from what is not known"
             )
         if record is not None:
-            _compare(folder, record, settings, options, read)
+            _compare(folder, record, settings, options, read, edited)
     return settings
 
 
@@ -90,11 +93,21 @@ def _record(folder: Path) -> identity.Record | None:
         return None
 
 
-def _compare(folder: Path, record: identity.Record, settings: Any, options: list[str], read: Read) -> None:
-    """Refuse what nobody meant, and record what is meant."""
+def _edited(changes: dict[str, str]) -> bool:
+    """Whether the user's own files are meant as they are now, ``--change files=edited``."""
+    if changes.get(FILES, identity.EDITED) != identity.EDITED:
+        raise ConfigError(f"--change {FILES}={changes[FILES]}: expected --change {FILES}={identity.EDITED}")
+    return FILES in changes
+
+
+def _compare(folder: Path, record: identity.Record, settings: Any, options: list[str], read: Read, files: bool) -> None:
+    """Refuse what nobody meant, and record what is meant; with ``files``, that the user's own were edited."""
     now, then = identity.flat(settings), record.settings
     if identity.differences(identity.decisive(then), identity.decisive(now)):
-        then = identity.flat(_read_again(record, options, read))
+        again = identity.flat(_read_again(record, options, read))
+        then = again | {name: held for name, held in then.items() if name in again and name not in identity.typed(then)}
+    if files:
+        then = identity.typed(then) | {name: held for name, held in now.items() if name not in identity.typed(now)}
     if edited := identity.differences(identity.decisive(then), identity.decisive(now)):
         raise identity.DiffersError(identity.differs(folder, edited))
     total, done = now.get(identity.LENGTH.get(record.command, "")), identity.done(folder)
@@ -108,6 +121,6 @@ def _compare(folder: Path, record: identity.Record, settings: Any, options: list
 def _read_again(record: identity.Record, options: list[str], read: Read) -> Any:
     """The settings of the record with these changes; a version of rlfusion that has more of them adds its defaults."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(record.settings, file, sort_keys=False)
+        yaml.safe_dump(identity.typed(record.settings), file, sort_keys=False)
         file.flush()
         return read(["--config", file.name, *options])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rlfusion.common.registry import absolute
+from rlfusion.common.registry import absolute, files_of
 from rlfusion.diffusion.denoiser import Answers
 
 KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -85,8 +85,12 @@ class Card:
         return replace(self, names=self.names[rows], pipeline=self.pipeline | kept)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that ``from_json`` reads back; it shares its values with the card."""
-        return {**vars(self), "config": asdict(self.config)}
+        """A JSON-able dict that ``from_json`` reads back; it shares its values with the card. ``sources`` are the files of
+        the user's own code that it names, and their SHA-256.
+        """
+        held = {**vars(self), "config": asdict(self.config)}
+        sources = files_of([held["config"], self.chain, self.boundary])
+        return held | ({"sources": sources} if sources else {})
 
     @classmethod
     def from_json(cls, card: dict) -> "Card":

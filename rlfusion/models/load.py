@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import found_again
 from rlfusion.common.weights import read_file, sha256, unpack
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.models import pipelines
@@ -65,6 +66,21 @@ def find(path: Path) -> Path:
     raise ConfigError(f"{str(path)!r} is no model: expected a folder with model.json, or a finished run's folder")
 
 
+def _placed(held: dict, file: Path) -> dict:
+    """A description with the files of the user's own code where they are now.
+
+    Raises:
+        ConfigError: one is not there, or not as it was.
+    """
+    sources = held.get("sources", {})
+    if not isinstance(sources, dict) or not all(isinstance(digest, str) for digest in sources.values()):
+        raise ConfigError(f"{str(file)!r}: sources = {sources!r}, expected SHA-256 by path")
+    text = json.dumps(held)
+    for old, new in found_again(sources, f"model {str(file.parent)!r}").items():
+        text = text.replace(json.dumps(f"{old}:")[:-1], json.dumps(f"{new}:")[:-1])
+    return json.loads(text) if sources else held
+
+
 def load_card(path: Path) -> Card:
     """The card of the model that ``path`` names.
 
@@ -72,6 +88,7 @@ def load_card(path: Path) -> Card:
         ConfigError: no model there, one of another format, or a file that cannot be understood.
     """
     held, file = _read_about(path)
+    held = _placed(held, file)
     try:
         card = Card.from_json(held)
         if not card.pipeline:

@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rlfusion.common.numerics import differences, fingerprint
+from rlfusion.common.registry import receive, texts_of
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
 from rlfusion.rollout.item import WorkItem
@@ -40,14 +41,21 @@ class Worker:
     """An actor: a task, and the weights that it last loaded."""
 
     def build(
-        self, recipe: tuple[str, str], blobs: Mapping[str, bytes], paths: list[str], threads: int
+        self,
+        recipe: tuple[str, str],
+        blobs: Mapping[str, bytes],
+        paths: list[str],
+        threads: int,
+        texts: Mapping[str, str],
     ) -> dict[str, str]:
-        """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``.
+        """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``; ``texts`` are
+        the files of the user's own code (``registry.receive``).
 
         The answer is this process's numerics fingerprint.
         """
         sys.path.extend(path for path in paths if path not in sys.path)
         torch.set_num_threads(threads)
+        receive(texts)
         self.task = Recipe.from_text(*recipe, blobs).build()
         self.loaded = ""
         return fingerprint()
@@ -82,7 +90,8 @@ class RayBackend(Backend):
         cpus, gpus = (max(1, settings.workers) * n for n in (settings.cpus_per_worker, settings.gpus_per_worker))
         self._stack.enter_context(shared_cluster(settings, math.ceil(cpus), math.ceil(gpus)))
         paths = [os.path.abspath(path) for path in sys.path]
-        self._recipe = ((recipe.builder, text), ray.put(dict(recipe.blobs)), paths, settings.threads)
+        blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
+        self._recipe = ((recipe.builder, text), blobs, paths, settings.threads, texts)
         self._actor = ray.remote(
             num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0, max_task_retries=0
         )(Worker)

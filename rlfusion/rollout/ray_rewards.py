@@ -21,6 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import receive, texts_of
 from rlfusion.common.tensors import Cond
 from rlfusion.rewards import Reward, asks, build
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable
@@ -37,7 +38,16 @@ RESTARTS = 3
 class RewardActor:
     """A reward, made anew wherever Ray starts it."""
 
-    def __init__(self, name: str, options: Mapping[str, Any], paths: list[str], threads: int, gpu: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        paths: list[str],
+        threads: int,
+        gpu: bool,
+        texts: Mapping[str, str],
+    ) -> None:
+        receive(texts)
         sys.path.extend(path for path in paths if path not in sys.path)  # last: the environment's own come first
         torch.set_num_threads(threads)
         self.device = "cuda" if gpu else "cpu"
@@ -131,7 +141,8 @@ def reward_actors(
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            held.append(actor.remote(name, dict(options.get(name) or {}), paths, settings.threads, gpus_per_reward > 0))
+            given, gpu = dict(options.get(name) or {}), gpus_per_reward > 0
+            held.append(actor.remote(name, given, paths, settings.threads, gpu, texts_of(name)))
         try:
             yield names
         finally:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import files_of
 from rlfusion.common.weights import read_file, sha256
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Owner, write_json_atomic
@@ -44,6 +45,9 @@ LENGTH = {"finetune": "updates", "pretrain": "train.steps", "pretrain-autoencode
 """The setting that says how many updates a run of a command has, where one does."""
 
 PLACE = ("root", "name")
+FILES = "files."
+EDITED = "edited"
+"""What ``--change files=`` says: the files of the user's own code are meant as they are now."""
 ABSENT = "absent"
 SAID = 3
 
@@ -53,9 +57,17 @@ class DiffersError(ConfigError):
 
 
 def flat(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass, or their mapping, by dotted name, as JSON has them."""
+    """The settings of a dataclass, or their mapping, by dotted name, as JSON has them; and for each file that they name
+    as the place of a thing (``path/to/file.py:name``) its SHA-256, as ``files.`` and its path.
+    """
     held = settings if isinstance(settings, Mapping) else asdict(settings)
-    return dict(_leaves(json.loads(json.dumps(held)), ""))
+    plain = json.loads(json.dumps(held))
+    return dict(_leaves(plain, "")) | {f"{FILES}{path}": digest for path, digest in files_of(plain).items()}
+
+
+def typed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of flat settings that can be typed: all but the digests of files."""
+    return {name: value for name, value in settings.items() if not name.startswith(FILES)}
 
 
 def _leaves(held: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -254,13 +266,22 @@ def done(folder: Path) -> int:
 
 def differs(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> str:
     """The sentence for settings that are not those of the run in ``folder``, {name: (old, new)}."""
-    changes = [f"{name} = {_text(new)}, was {_text(old)}" for name, (old, new) in changed.items()]
+    changes = [_difference(name, *pair) for name, pair in changed.items()]
     more = f" and {len(changes) - SAID} more" if len(changes) > SAID else ""
     name, (_, new) = next(iter(changed.items()))
+    if name.startswith(FILES):
+        name, new = FILES.rstrip("."), EDITED
     return (
         f"{folder} was begun with other settings: {'; '.join(changes[:SAID])}{more}; put them back, or say "
         f"--change {name}={_text(new)} where that is meant"
     )
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """A difference in words."""
+    if name.startswith(FILES):
+        return f"the file {name.removeprefix(FILES)} has SHA-256 {str(new)[:12]}, had {str(old)[:12]}"
+    return f"{name} = {_text(new)}, was {_text(old)}"
 
 
 def _text(value: Any) -> str:

@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common.errors import ConfigError, shorten, unknown
-from rlfusion.models.pipelines import flux, sana, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
 
 INDEX = "model_index.json"
 EXTRA = "pip install 'rlfusion[models]'"
-FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": stable_diffusion.FAMILY,
-    "LatentConsistencyModelPipeline": stable_diffusion.FAMILY,
-    "StableDiffusionXLPipeline": stable_diffusion_xl.FAMILY,
-    "StableDiffusion3Pipeline": stable_diffusion_3.FAMILY,
-    "FluxPipeline": flux.FAMILY,
-    "SanaPipeline": sana.FAMILY,
+_MODULES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "LatentConsistencyModelPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
+    "SanaPipeline": "sana",
 }
+FAMILIES = Registry(
+    "pipeline",
+    "rlfusion.families",
+    {name: f"rlfusion.models.pipelines.{module}:FAMILY" for name, module in _MODULES.items()},
+    Family,
+)
 """The families by their pipeline's class."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 """What a pipeline itself changes in the settings of its scheduler, where they are there: older files have others."""
@@ -94,9 +100,9 @@ def family(path: Path) -> Family:
         ConfigError: it is of no family that is known.
     """
     name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
-    if name not in FAMILIES:
-        raise unknown("pipeline", name, FAMILIES)
-    return FAMILIES[name]
+    if ":" in name:  # a folder names no code that is to be loaded
+        raise unknown("pipeline", name, FAMILIES.names())
+    return FAMILIES.find(name).object
 
 
 def scheduler(path: Path) -> Any:
