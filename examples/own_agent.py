@@ -16,7 +16,7 @@ from rlfusion.common.weights import require_entries
 from rlfusion.rl.advantage import group_moments
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions, require_finite
-from rlfusion.rollout import Needs, Task, transitions
+from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Optimization
 
@@ -32,7 +32,7 @@ class LeaveOneOut:
         """Refuse one walk a prompt: there would be no other."""
         plan.require_groups()
 
-    def needs(self, steps: int) -> Needs:
+    def rollout_spec(self, steps: int) -> RolloutSpec:
         """Workers keep every transition with its log-probability."""
         return transitions()
 
@@ -47,7 +47,7 @@ class Learner:
     def __init__(self, task: Task, config: LeaveOneOut, seed: int) -> None:
         self.policy, self.seed = task.policy, seed
         self.transitions = Transitions(task.policy, task.times, config.micro_batch, reference=False)
-        self.optimization = Optimization(task.policy, config.lr, weight_decay=0.0, max_grad_norm=1.0, decay=0.9)
+        self.optimization = Optimization(task.policy, config.lr, weight_decay=0.0, max_grad_norm=1.0, ema=0.9)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
-from rlfusion.common.errors import RlfusionError
+from rlfusion.common.errors import NumericalError, RlfusionError
 from rlfusion.common.nested import flatten, restore
 from rlfusion.common.user_code import running
 from rlfusion.config import CheckAgent
@@ -51,7 +51,7 @@ class Trial:
     def of(cls, agent: Agent) -> "Trial":
         """One with the weights that every trial begins with."""
         chain = Chain.make()
-        chain = replace(chain, task=replace(chain.task, needs=agent.needs(STEPS)))
+        chain = replace(chain, task=replace(chain.task, rollout_spec=agent.rollout_spec(STEPS)))
         trial = cls(chain, agent.learner(chain.task, samples(), 0), [])
         trial._listen()
         return trial
@@ -106,9 +106,13 @@ def check_agent(settings: CheckAgent) -> Iterator[Finding]:
     set_numerics(settings.threads, torch.device("cpu"))
     agent: Any = spec.parse(settings.agent, AGENTS, AGENTS.what)
     agent.check(Plan(PROMPTS, settings.walks // PROMPTS, 0, STEPS))
-    for check in (_up, _repeats, _resume, _dropped, _metrics):
-        with running(f"agent {settings.agent!r}"):
-            found = list(check(agent, settings))
+    checks = {"gradient": _up, "repeats": _repeats, "resume": _resume, "dropped": _dropped, "metrics": _metrics}
+    for name, check in checks.items():
+        try:
+            with running(f"agent {settings.agent!r}"):
+                found = list(check(agent, settings))
+        except NumericalError as error:
+            found = [Finding(name, "FAILS", str(error))]
         yield from found
 
 
@@ -175,7 +179,7 @@ def _resume(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
 
 
 def _dropped(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
-    if not agent.needs(STEPS).end:
+    if not agent.rollout_spec(STEPS).end:
         yield Finding("dropped", "ok", "it scores as it learns: a reward that fails is an error")
         return
     trial = Trial.of(agent)

@@ -1,0 +1,66 @@
+"""check-agent: every algorithm that is built in passes, and each way to be wrong is seen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlfusion.agents import AGENTS
+from rlfusion.config import CheckAgent
+from rlfusion.jobs.check_agent import check_agent
+from rlfusion.rl.check import BEGIN, GOAL, Chain
+
+OWN = "examples/own_agent.py:LeaveOneOut"
+WRONG = {
+    "gradient": ("return -advantage[terms.walk]", "return advantage[terms.walk]"),
+    "gain": ("return -advantage[terms.walk]", "return advantage[terms.walk]"),
+    "repeats": ("norm = self.optimization.step()", "norm = self.optimization.step(); _shake(self.policy)"),
+    "resume": ('self.optimization.load_state_dict(state["optimization"])', "pass"),
+    "dropped": ("/ (count - 1).clamp(min=1)", "/ (len(reward) - 48)"),
+    "metrics": ("self.iteration += 1", "self.iteration += 2"),
+}
+SHAKE = """
+
+def _shake(policy):
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1e-4 * torch.rand(p.shape))
+"""
+
+
+def verdicts(agent: str, **settings: int) -> dict[str, str]:
+    found = {row.check: row for row in check_agent(CheckAgent(agent, **settings))}
+    return {check: row.verdict for check, row in found.items()} | {f"{c} says": r.said for c, r in found.items()}
+
+
+def test_the_closed_form_is_what_many_walks_give():
+    chain = Chain.make()
+    with torch.no_grad():
+        chain.task.policy.denoiser.net.theta.copy_(torch.tensor([0.3, -0.2]))
+    reward = chain.walks(chain.task.policy, 4000, 0, 0).reward.double()
+    error = reward.std().item() / len(reward) ** 0.5
+    assert abs(reward.mean().item() - chain.value(chain.theta).item()) < 3 * error < 0.02
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    chain, theta, h = Chain.make(), torch.tensor(BEGIN, dtype=torch.float64) + 0.1, 1e-6
+    by_hand = [(chain.value(theta + h * e) - chain.value(theta - h * e)) / (2 * h) for e in torch.eye(2).double()]
+    torch.testing.assert_close(chain.gradient(theta), torch.stack(by_hand), rtol=1e-6, atol=1e-8)
+    assert GOAL != 0
+
+
+@pytest.mark.parametrize("agent", [*AGENTS, OWN])
+def test_every_agent_passes(agent):
+    found = verdicts(agent, repeats=4)
+    assert list(found)[:6] == ["gradient", "gain", "repeats", "resume", "dropped", "metrics"]
+    assert "FAILS" not in found.values(), found
+
+
+@pytest.mark.parametrize("check", WRONG)
+def test_what_is_wrong_is_seen(check, tmp_path):
+    right = Path("examples/own_agent.py").read_text()
+    assert WRONG[check][0] in right
+    path = tmp_path / "wrong.py"
+    path.write_text(right.replace(*WRONG[check]) + SHAKE)
+    found = verdicts(f"{path}:LeaveOneOut", repeats=4)
+    assert found[check] == "FAILS", found
