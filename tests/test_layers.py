@@ -43,7 +43,7 @@ HOMES = {
     "pyarrow": {"rlfusion.data.columns", "rlfusion.models.pipelines.prompt_files"},
     "matplotlib": {"rlfusion.jobs.compare.plots"},
     "jsonargparse": {"rlfusion.cli.arguments"},
-    "rich": {"rlfusion.cli.tables", "rlfusion.common.progress"},
+    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"},
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"},
     "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},

@@ -141,6 +141,8 @@ class Registry(Mapping[str, Any]):
         what, (place, _, attribute) = f"{self.what} {name!r}", name.rpartition(":")
         if not place or not attribute:
             raise ConfigError(f"{what}: expected {FORMS}")
+        if not self.adopt and (key := next((k for k, held in self.built_in.items() if held == name), "")):
+            return Found(self[key], name, BUILT_IN)
         file = place.endswith(".py")
         module, digest = _load_file(what, Path(place)) if file else (_import(what, place), "")
         if attribute not in vars(module):
