@@ -31,7 +31,7 @@ from rlfusion.common.user_code import loading
 
 BUILT_IN, ABSENT = "built in", "absent"
 FORMS = "package.module:name, path/to/file.py:name"
-PLACED = re.compile(r"\s*(?P<file>[^()'\"\n]+\.py):(?P<rest>\w+\s*(\(.*)?)", re.DOTALL)
+PLACED = re.compile(r"\s*(?![^('\"]*\s=\s)(?P<file>[^()'\"\n]+\.py):(?P<rest>\w+\s*(\(.*)?)", re.DOTALL)
 """A text that names a thing in a file, with settings or without."""
 
 

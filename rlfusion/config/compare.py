@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_positive
-from rlfusion.common.registry import label
+from rlfusion.common.registry import absolute, label
 from rlfusion.config.finetune import Finetune
 from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base
@@ -87,6 +87,7 @@ class Compare:
             raise ConfigError(f"agents = {self.agents}, rewards = {self.rewards}: expected one of each at least")
         if any(n < 2 for n in self.best_of):
             raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
+        object.__setattr__(self, "agents", [_whole(text) for text in self.agents])
         for text in self.agents:
             self.agent(text)
         names = [shown(text) for text in self.agents]
@@ -160,6 +161,12 @@ def _short(text: str) -> str:
     """A text without the place of what it names."""
     name, bracket, settings = text.partition("(")
     return f"{label(name)}{bracket}{settings}"
+
+
+def _whole(text: str) -> str:
+    """A text whose file, if it names one, has its path from the root."""
+    agent = written(text)
+    return text.replace(agent, absolute(agent)) if text.endswith(agent) else text
 
 
 def written(text: str) -> str:

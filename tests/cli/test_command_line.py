@@ -28,6 +28,7 @@ from rlfusion.jobs import distill as distilling
 NEEDED = {
     "sample": ("--checkpoint", "x"),
     "evaluate": ("--checkpoint", "x"),
+    "check-agent": ("grpo",),
     "check-model": ("x",),
     "check-reward": ("ink",),
     "serve-reward": ("ink",),

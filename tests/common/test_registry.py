@@ -190,6 +190,7 @@ def test_a_process_elsewhere_makes_a_thing_of_the_text_that_it_got(there, monkey
         ("d/../my.py:K", "{here}/my.py:K", "K"),
         ("folder(path='x.py:y')", "folder(path='x.py:y')", "folder"),
         ("my.py", "my.py", "my.py"),
+        ("mine = my.py:K(x=1)", "mine = my.py:K(x=1)", "K"),
         ("grpo", "grpo", "grpo"),
     ],
 )
