@@ -85,8 +85,8 @@ class Card:
         return replace(self, names=self.names[rows], pipeline=self.pipeline | kept)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict that ``from_json`` reads back; it shares its values with the card. ``sources`` holds the files
-        of the user's own code that it names, and their SHA-256.
+        """A JSON-able dict that ``from_json`` reads back; it shares its values with the card. ``sources``
+        holds the files of the user's own code that it names, and their SHA-256.
         """
         held = {**vars(self), "config": asdict(self.config)}
         sources = files_of([held["config"], self.chain, self.boundary])
