@@ -56,6 +56,7 @@ def finetune(names: dict[str, str], name: str, *more: object) -> int:
     return run("finetune", "--name", name, "--base", "runs/base", *agent, *small, *QUICK, "--updates", 2, *more)
 
 
+@pytest.mark.alone
 def test_own_code_is_trained_saved_sampled_resumed_and_run_by_a_worker(own, capsys):
     folder, names = own
     assert pretrain(names) == 0, capsys.readouterr().err
