@@ -8,7 +8,8 @@ if autograd passes through it. A result that is missing, short or not finite is 
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Protocol, Self
 
@@ -98,7 +99,7 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
         UserCodeError: the reward is the user's own code, which raised.
     """
     try:
-        with running(f"reward {name!r} on samples {tuple(samples.shape)}"):
+        with running(f"reward {name!r} on samples {tuple(samples.shape)}"), unchanged(name, samples, cond):
             result = reward(samples.contiguous(), cond)  # as a served one gets them: sums in another order differ
     except RewardFailure as failure:
         if not masked:
@@ -109,6 +110,35 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
     checked = result.detach()
     _require_finite(checked.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) if masked else checked, name)
     return result
+
+
+@contextmanager
+def unchanged(name: str, *held: object) -> Iterator[None]:
+    """Within the context a reward works: torch's threads, dtype, device and gradient mode are afterwards as before, and
+    so are the tensors ``held``, which others read after it.
+
+    Raises:
+        RewardError: it changed one of them in place.
+    """
+    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), torch.get_default_device()
+    grad, versions = torch.is_grad_enabled(), [_version(part) for part in held]
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+    if versions != [_version(part) for part in held]:
+        raise RewardError(f"reward {name!r} changed its samples or conditions in place: expected it to work on a copy")
+
+
+def _version(held: object) -> int:
+    """How often a tensor has been written into."""
+    return held._version if isinstance(held, Tensor) and not held.is_inference() else 0
 
 
 def well_formed(result: object, samples: Tensor, name: str) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import integer, stream
+from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data.augment import shifted
 from rlfusion.nets.classifier import Classifier
@@ -121,10 +122,11 @@ def _initial(data: Dataset, config: Config) -> Classifier:
         return Classifier(config.kind, data.shape, data.classes)
 
 
-def save(module: Classifier, path: Path) -> None:
-    """Write weights and architecture as safetensors: to a temporary name, then renamed."""
+def save(module: Classifier, path: Path, of: str = "") -> None:
+    """Write weights and architecture as safetensors: to a temporary name, then renamed; ``of`` is its fingerprint."""
     storage.make_folder(path.parent)
-    about = {"kind": module.kind, "shape": module.shape, "classes": module.classes}
+    about = {"kind": module.kind, "shape": module.shape, "classes": module.classes, "of": of}
+    about["sha256"] = _digest(module.state_dict())
     storage.write(path, serialized(module.state_dict(), metadata={"classifier": json.dumps(about)}))
 
 
@@ -146,6 +148,8 @@ def load(path: Path) -> Classifier:
         raise ConfigError(f"{str(path)!r} holds no classifier: its metadata has {sorted(metadata)}, not 'classifier'")
     try:
         about = json.loads(metadata["classifier"])
+        if about.get("sha256", _digest(state)) != _digest(state):
+            raise ConfigError(f"classifier file {str(path)!r} is damaged: its weights do not match their SHA-256")
         module = Classifier(about["kind"], tuple(about["shape"]), about["classes"])
         module.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
@@ -159,15 +163,29 @@ def cached(data: Dataset, config: Config, root: Path) -> Path:
     The name holds a hash of the settings and of the data themselves, so another data set never meets an old
     classifier. A file that cannot be read is replaced, with a warning.
     """
-    path = root / "cache" / f"classifier-{config.kind}-{fingerprint(data, config)}.safetensors"
+    of = fingerprint(data, config)
+    path = root / "cache" / f"classifier-{config.kind}-{of}.safetensors"
     if path.is_file():
         try:
             load(path)
-            return path
+            if _trained_as(path) == of:
+                return path
+            warnings.warn(f"classifier file {str(path)!r} is of other data; it is trained again", stacklevel=2)
         except ConfigError as error:
             warnings.warn(f"{error}; it is trained again", stacklevel=2)
-    save(train(data, config), path)
+    save(train(data, config), path, of)
     return path
+
+
+def _trained_as(path: Path) -> str:
+    """The fingerprint that a classifier's file states."""
+    with safe_open(path, framework="pt") as held:
+        return json.loads(held.metadata()["classifier"]).get("of", "")
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of weights."""
+    return sha256(serialized({name: state[name].contiguous() for name in sorted(state)}))
 
 
 def fingerprint(data: Dataset, config: Config) -> str:

@@ -56,16 +56,19 @@ class AdamW:
             p.grad = None
 
     def state_dict(self) -> dict:
-        return {"lr": self.lr, "state": self.state}
+        """The moments. The learning rate is a setting (or set before each step), and is not kept: one that is changed
+        between stop and resume holds.
+        """
+        return {"state": self.state}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises StateError where it is of other parameters."""
+        state = {name: held for name, held in state.items() if name != "lr"}  # as it was saved once
         require_entries(state, self.state_dict(), "the optimiser")
         for name, held in state["state"].items():
             if (p := self.named.get(name)) is None:
                 raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
             require_entries(held, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}, f"moments of {name!r}")
-        self.lr = state["lr"]
         self.state = {
             name: {key: value.to(self.named[name].device) if key != "step" else value for key, value in held.items()}
             for name, held in state["state"].items()

@@ -53,17 +53,17 @@ class AdamW8bit:
 
     def state_dict(self) -> dict:
         held = {name: self._inner.state[p] for name, p in self.named.items() if self._inner.state.get(p)}
-        return {"lr": self.lr, "state": {name: _tensors(state) for name, state in held.items()}}
+        return {"state": {name: _tensors(state) for name, state in held.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises StateError where it is of other parameters, or of another optimiser."""
+        state = {name: held for name, held in state.items() if name != "lr"}  # as it was saved once
         require_entries(state, self.state_dict(), "the optimiser")
         for name, held in state["state"].items():
             if name not in self.named:
                 raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
             if not isinstance(held, dict) or "state1" not in held:
                 raise StateError(f"moments of {name!r} have no 'state1': expected those of 8-bit AdamW")
-        self.lr = state["lr"]
         self._inner.state.clear()
         for name, held in state["state"].items():
             p = self.named[name]

@@ -163,3 +163,16 @@ def test_a_torn_cache_file_is_trained_again_and_named(parts, tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         assert cached(parts[0], SHORT["mlp"], tmp_path) == path
     assert path.read_bytes() == whole
+
+
+def test_a_cache_file_of_other_data_or_with_flipped_bits_is_trained_again(parts, tmp_path):
+    path, other = cached(parts[0], SHORT["mlp"], tmp_path), cached(parts[1], SHORT["mlp"], tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    with pytest.warns(UserWarning, match="of other data"):
+        cached(parts[0], SHORT["mlp"], tmp_path)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
+    with pytest.warns(UserWarning, match="SHA-256"):
+        cached(parts[0], SHORT["mlp"], tmp_path)
+    assert path.read_bytes() == whole

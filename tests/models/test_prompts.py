@@ -4,6 +4,7 @@ import codecs
 import json
 import logging
 import random
+import re
 import time
 
 import pytest
@@ -261,3 +262,29 @@ def test_a_large_file_takes_no_quadratic_time():
         return time.process_time() - begin
 
     assert seconds(30_000) < 40 * max(seconds(3_000), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ('["a cat", "a dog"]', ".json"),
+        ('{"prompts": ["a cat"]}', ".json"),
+        ('{"prompt": "a cat"}\n{"prompt": "a dog"}\n', ".jsonl"),
+        ("prompt\tcategory\na cat\tanimals\n", ".tsv"),
+        ("id,caption\n1,a cat\n", ".csv"),
+        ('"Prompt";"Tag"\na;b\n', ".csv"),
+    ],
+)
+def test_a_table_is_no_text_of_prompts(text, suffix):
+    with pytest.raises(ConfigError, match=re.escape(f"a {suffix} file")):
+        read(written("p.txt", text))
+
+
+@pytest.mark.parametrize("line", ["[a cat], in brackets", "{a cat}", "a prompt, a caption of it", "cat, dog", "a\tb"])
+def test_a_line_that_looks_a_little_like_a_table_is_a_prompt(line):
+    assert read(written("p.txt", f"{line}\na dog\n")).texts == (line, "a dog")
+
+
+@pytest.mark.parametrize("title", ["negative prompt", "Negative Prompt", "negative-prompt", "NEGATIVE"])
+def test_the_column_of_negative_prompts_in_any_spelling(title):
+    assert read(written("p.csv", f"prompt,{title}\na cat,ugly\n")).negatives == ("ugly",)

@@ -1,5 +1,6 @@
 """Rewards against hand-worked numbers, finite differences and an encoder called on its own; names, options, errors."""
 
+import contextlib
 import math
 import sys
 import textwrap
@@ -395,3 +396,30 @@ def test_an_entry_point_of_an_installed_package_is_found(plug, images):
         build("blnk")
     with pytest.raises(ConfigError, match="'odd' is float"):
         find("odd")
+
+
+@pytest.mark.parametrize("change", [lambda x, c: x.zero_(), lambda x, c: c.add_(1), lambda x, c: x[:, 0].mul_(2)])
+def test_a_reward_that_changes_what_others_read_is_refused(change, images, label):
+    with pytest.raises(RewardError, match="in place"):
+        score(lambda x, c: change(x, c) is None or x.mean((1, 2, 3)), images, label, "rude")
+
+
+SETTERS = {
+    "threads": (torch.get_num_threads, lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
+    "gradients": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(not torch.is_grad_enabled())),
+    "device": (torch.get_default_device, lambda: torch.set_default_device("meta")),
+}
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(("get", "change"), SETTERS.values(), ids=SETTERS)
+def test_what_a_reward_sets_of_torch_is_put_back(get, change, raises, images, label):
+    def rude(x, c):
+        change()
+        return x.mean((1, 2, 3)) if not raises else 1 / 0
+
+    before = get()
+    with pytest.raises(UserCodeError) if raises else contextlib.nullcontext():
+        score(rude, images, label, "rude")
+    assert get() == before

@@ -44,16 +44,24 @@ def test_its_state_continues_bit_for_bit():
     a = AdamW(dict(straight.named_parameters()), 1e-2)
     descend(straight, a, [1e-2] * 3, lambda r: None)
     resumed.load_state_dict(straight.state_dict())
-    b = AdamW(dict(resumed.named_parameters()), 9.0)
+    b = AdamW(dict(resumed.named_parameters()), 1e-2)
     b.load_state_dict(copy.deepcopy(a.state_dict()))
     for net, optimizer in ((straight, a), (resumed, b)):
         descend(net, optimizer, [1e-2] * 3, lambda r: None)
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters()))
 
 
+def test_a_learning_rate_that_is_set_holds_whatever_the_state_was_saved_with():
+    net = network()
+    a, b = (AdamW(dict(net.named_parameters()), lr) for lr in (1e-2, 3e-2))
+    descend(net, a, [1e-2], lambda r: None)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert b.lr == 3e-2
+
+
 def test_it_imports_no_compiler():
     code = (
-        "import sys, torch; from rlfusion.adamw import AdamW\n"
+        "import sys, torch; from rlfusion.training.adamw import AdamW\n"
         "p = torch.nn.Parameter(torch.ones(2)); p.grad = p.clone()\n"
         "o = AdamW({'p': p}, 0.1); o.step(); o.zero_grad(); o.load_state_dict(o.state_dict())\n"
         "print('torch._dynamo' in sys.modules)"

@@ -51,7 +51,7 @@ def test_its_state_continues_bit_for_bit_through_a_checkpoint(tmp_path):
     descend(straight, a, range(3))
     checkpoint.save(tmp_path, 3, {"optimizer": a.state_dict()})
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
-    b = AdamW8bit(dict(resumed.named_parameters()), 9.0)
+    b = AdamW8bit(dict(resumed.named_parameters()), 1e-2)
     b.load_state_dict(checkpoint.load(checkpoint.latest(tmp_path).path)["optimizer"])
     for net, optimizer in ((straight, a), (resumed, b)):
         descend(net, optimizer, range(3, 6))

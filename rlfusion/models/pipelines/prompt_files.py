@@ -27,6 +27,8 @@ from rlfusion.models.pipelines.prompt_encoding import decoded
 
 USUAL = (("prompt", "prompts"), ("caption", "captions", "text", "texts", "description"))
 """Usual names of the column of prompts: one of the first group, else one of the second, never two of a group."""
+HEADERS = {"prompt", "prompts", "caption", "captions"}
+"""What the first line of a table has among its columns, and of a list of prompts hardly."""
 NEGATIVE = ("negative", "negative_prompt", "negative_prompts")
 NEWLINE = re.compile(r"\r\n|\r|\n")
 LISTED = 12
@@ -64,8 +66,35 @@ def read_table(path: Path, name: str, column: str, encoding: str) -> Table:
 def _text(path: Path, where: str, column: str, encoding: str) -> Table:
     if column:
         raise ConfigError(f"prompt_column = {column!r}: {where} has no columns, expected none")
-    lines = enumerate(NEWLINE.split(decoded(path, where, encoding)), 1)
+    text = decoded(path, where, encoding)
+    if kind := _other_kind(text):
+        raise ConfigError(
+            f"{where}: what a {kind} file holds is no text of one prompt a line: expected its name to end so"
+        )
+    lines = enumerate(NEWLINE.split(text), 1)
     return Table(((number, {"": line}) for number, line in lines if line.strip()), "")
+
+
+def _holds(text: str, kind: Any) -> bool:
+    """Whether a text is JSON of this kind."""
+    try:
+        return isinstance(json.loads(text), kind)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _other_kind(text: str) -> str:
+    """The suffix that a text of another form than one prompt a line should have; "" for prompts."""
+    first = next((line.strip() for line in NEWLINE.split(text) if line.strip()), "")
+    if _holds(first, dict):
+        return ".json" if _holds(text, dict) else ".jsonl"
+    if first[:1] in ("[", "{") and _holds(text, list | dict):
+        return ".json"
+    for delimiter, suffix in (("\t", ".tsv"), (",", ".csv"), (";", ".csv")):
+        names = [name.strip().strip('"').lower() for name in first.split(delimiter)]
+        if len(names) > 1 and set(names) & HEADERS and all(re.fullmatch(r"[\w-]*( [\w-]+)?", name) for name in names):
+            return suffix
+    return ""
 
 
 def _separated(delimiter: str) -> Callable[[Path, str, str, str], Table]:
@@ -132,7 +161,7 @@ def _columns(names: Sequence[str], where: str, column: str) -> tuple[str, list[s
         raise ConfigError(
             f"{where}: {what}: expected pipeline.prompt_column to say which (usual: {', '.join(USUAL[0])})"
         )
-    negatives = [name for name in names if name.lower() in NEGATIVE and name != fits[0]]
+    negatives = [name for name in names if re.sub("[ -]", "_", name.lower()) in NEGATIVE and name != fits[0]]
     if len(negatives) > 1:
         raise ConfigError(f"{where}: the columns {named(negatives)} could all be the negative prompt, expected one")
     return fits[0], negatives

@@ -4,7 +4,7 @@ A text is a prompt, or the name of a file of them (``prompt_files`` reads these)
 
     (1)  it ends as a table does (``READERS``), or something of that name exists
     (2)  it begins with /, ./, ../, ~ or a drive's letter, or is one word with a slash, or one word that ends in a
-         suffix (a dot, a letter, up to seven more letters or digits)
+         suffix (a dot, a letter, up to eleven more letters or digits)
 
 A name without a file, a folder, or a file of another kind is an error, never a prompt. A prompt that looks like a
 name goes into a file of one line. Each row of a file is a prompt of its own, also where its text comes again.
@@ -25,7 +25,7 @@ from rlfusion.common.notices import say_once
 from rlfusion.models.pipelines.prompt_files import READERS, Table, named, read_table
 
 Metadata = Mapping[str, Any]
-PATH = re.compile(r"(?s)(?:/|\.\.?[/\\]|~\S*/|[A-Za-z]:[/\\]).*|\S*[/\\]\S*|\S+\.[A-Za-z][A-Za-z0-9]{0,7}")
+PATH = re.compile(r"(?s)(?:/|\.\.?[/\\]|~\S*/|[A-Za-z]:[/\\]).*|\S*[/\\]\S*|\S+\.[A-Za-z][A-Za-z0-9]{0,11}")
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 EXPECTED = f"expected a prompt, or a file of them: {', '.join(READERS)}"
 ONE_LINE = "a prompt that looks like a path goes into a .txt of one line"
