@@ -68,7 +68,8 @@ def source(data: str) -> Any:
         folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise ConfigError(f"data = {data[:80]!r}: {error.strerror if isinstance(error, OSError) else error}") from error
-    if not exists and ("(" in data or ":" in data or data in SOURCES.names()):
+    place = ":" in data and "://" not in data
+    if not exists and ("(" in data or place or data in SOURCES.names()):
         return spec.parse(data, SOURCES, "data source")
     if folder and data:
         return Folder(data)

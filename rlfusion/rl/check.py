@@ -24,7 +24,7 @@ from rlfusion.diffusion.schedule import Cosine
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 
-SHAPE, PROMPTS, STEPS, GOAL = (1, 4, 4), 2, 5, 0.8
+SHAPE, PROMPTS, STEPS, GOAL, KIND = (1, 4, 4), 2, 5, 0.8, "v"
 BEGIN = (0.05, 0.0)
 """theta at first: near the exact denoiser of N(0, 1) data, which is (0, 0) for "v"."""
 
@@ -54,14 +54,14 @@ class Chain:
     @classmethod
     def make(cls) -> "Chain":
         """One with the weights ``BEGIN``."""
-        policy = Policy(Denoiser(Affine(), Cosine(), "v"), DDIM(1.0))
+        policy = Policy(Denoiser(Affine(), Cosine(), KIND), DDIM(1.0))
         task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(PROMPTS), lambda x: x, reward, "the chain's own")
         return cls(task)
 
     @property
     def theta(self) -> Tensor:
         """The weights (2,), float64."""
-        return self.task.policy.denoiser.net.theta.detach().double().clone()
+        return self.task.policy.get_parameter("denoiser.net.theta").detach().double().clone()
 
     def value(self, theta: Tensor) -> Tensor:
         """J of Eq. (3)."""
@@ -69,7 +69,7 @@ class Chain:
         for t, s in pairwise(times):
             level, to = policy.schedule(t), policy.schedule(s)
             x0, eps, std = policy.kernel.coefficients(level, to, s - t)
-            c = solve(policy.denoiser.kind, level)
+            c = solve(KIND, level)
             p, q = x0 * c.x0_x + eps * c.eps_x, x0 * c.x0_y + eps * c.eps_y
             slope = p + q * theta[0]
             mean, var = slope * mean + q * theta[1], slope.square() * var + std.square()

@@ -30,7 +30,7 @@ def _shake(policy):
 
 def verdicts(agent: str, **settings: int) -> dict[str, str]:
     found = {row.check: row for row in check_agent(CheckAgent(agent, **settings))}
-    return {check: row.verdict for check, row in found.items()} | {f"{c} says": r.said for c, r in found.items()}
+    return {check: row.verdict for check, row in found.items()} | {f"{c} says": r.message for c, r in found.items()}
 
 
 def test_the_closed_form_is_what_many_walks_give():
