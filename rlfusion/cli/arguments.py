@@ -8,8 +8,8 @@ changes of the defaults is found before.
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
 from rlfusion.cli.values import checked, read
 from rlfusion.cli.words import RESUMABLE
 from rlfusion.common.errors import ConfigError, shorten, unknown
-from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.registry import Registry, absolute, pinned
 
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
@@ -115,16 +115,22 @@ def _mapping(option: str, text: str) -> dict[str, Any]:
     return held
 
 
-def resumed(kind: str, arguments: list[str]) -> tuple[Any, Path]:
+def resumed(kind: str, arguments: list[str], check: Callable[[Any], Any]) -> tuple[Any, Path]:
     """The settings with which the run of ``--resume FOLDER [--change KEY=VALUE ...]`` goes on, and its folder.
+    ``check`` refuses changes that cannot work.
 
     Raises:
-        ConfigError: something beside them, no folder of a run, or settings that are no longer the run's.
+        ConfigError: something beside them, no folder of a run, settings that are no longer the run's, or a bad change.
     """
     from rlfusion.jobs import resuming
 
     folder, changes = resuming.asked(arguments)
-    settings = resuming.settings_of_run(kind, folder, changes, partial(settings_of, kind))
+
+    def workable(settings: Any) -> None:
+        with pinned(asdict(settings)):
+            check(replace(settings, root=str(folder.parent)))
+
+    settings = resuming.settings_of_run(kind, folder, changes, partial(settings_of, kind), workable)
     return replace(settings, root=str(folder.parent)), folder
 
 

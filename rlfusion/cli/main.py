@@ -159,7 +159,7 @@ def _job(kind: str, arguments: list[str]) -> None:
         "train-clip": (train_clip.check, tables.run_clip),
     }[kind]
     if any(argument.partition("=")[0] == "--resume" for argument in arguments):
-        settings, folder = resumed(kind, arguments)
+        settings, folder = resumed(kind, arguments, check)
         with pinned(asdict(settings)), runs.at_work(kind, folder, new=False):
             run(settings, folder)
         return

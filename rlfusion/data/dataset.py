@@ -3,6 +3,9 @@
 ``digits`` is scikit-learn's copy of the UCI handwritten digits: 1,797 real 8x8 images of 10 classes, 0..16 grey levels.
 """
 
+import hashlib
+import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +59,14 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """(C, H, W)."""
         return tuple(self.x.shape[1:])
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the samples, their labels and the names: of what a model learns from, wherever it lies."""
+        digest = hashlib.sha256(json.dumps([self.names, self.shape, self.levels, self.captioned]).encode())
+        for part in (self.x, self.label, *([] if self.held is None else [self.held])):
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def split(self, held_out: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """(training, held-out) parts. Where the data mark their own (``held``), those; otherwise stratified by class,
@@ -117,8 +128,12 @@ def captioned(x: Tensor, captions: list[str], levels: int | None) -> Dataset:
 
 
 def numbered(values: list[str]) -> tuple[tuple[str, ...], Tensor]:
-    """The distinct values in the order of their names, and the number (N,) of each value among them."""
-    names = tuple(sorted(set(values)))
+    """The distinct values in the order of their names (whole numbers: 2 before 10), and the number (N,) of each value
+    among them.
+    """
+    distinct = set(values)
+    whole = all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", value) for value in distinct)
+    names = tuple(sorted(distinct, key=int if whole else None))
     place = {name: i for i, name in enumerate(names)}
     return names, torch.tensor([place[value] for value in values], dtype=torch.int64)
 

@@ -169,6 +169,8 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
         StopRequested: a signal came; all work is saved.
     """
     run = identity.enter(folder, "distill", config)
+    told = {"teacher": models.digest(Path(config.teacher))} if config.teacher else {}
+    run.require_inputs({"pretrain.data": teaching.data.sha256, **told})
     learner, stages = make_learner(config, teaching), plan(config, teaching)
     given = partial(batches, config, teaching)
     every, bar = config.checkpoint_every, fitting.Shown("distilling", "distill")

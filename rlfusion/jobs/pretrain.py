@@ -49,6 +49,7 @@ def fit(
         StopRequested: a signal came; all work is saved.
     """
     run = identity.enter(folder, "pretrain", config)
+    run.require_inputs({"data": data.sha256})
     denoiser = models.build(card, config.seed).to(device)
     if config.autoencoder:
         denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
@@ -57,6 +58,7 @@ def fit(
     fitting.fit(learner, run, config.train.steps, every, signals, progress, fitting.Shown("pretraining", "pretrain"))
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
+    run.finish(*identity.MODEL)
 
 
 def card_of(config: Base, data: Dataset) -> models.Card:
@@ -87,10 +89,13 @@ def base_model(config: Base, root: Path, device: torch.device, signals: Signals,
     folder = root / "cache" / f"base-{_digest(config, data)}"
     storage.make_folder(folder)
     with locked(folder, signals, progress.say):
-        if not (folder / "model" / "model.json").is_file():
+        if not identity.made(folder, config, identity.MODEL[0]):
             storage.write(folder / "config.yaml", to_yaml(config))
             card = card_of(config, data)
-            fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
+            try:
+                fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
+            except identity.DiffersError as error:
+                raise ConfigError(f"{folder} holds another base model: remove it, and this is made again") from error
     return folder / "model"
 
 

@@ -22,8 +22,14 @@ USAGE = "--resume takes the run's folder, --change KEY=VALUE for each change tha
 FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume", "change")
 """What is no setting of a run that could be changed; the first two are where its folder is."""
 
+MADE_BY = ("agent", "method")
+"""Groups of which the name says what made the checkpoint, which no other can go on with."""
+
 Read = Callable[[list[str]], Any]
 """The settings of a command from its arguments."""
+
+Check = Callable[[Any], None]
+"""Refuses settings that cannot work, before any work."""
 
 
 def asked(arguments: list[str]) -> tuple[Path, dict[str, str]]:
@@ -44,6 +50,11 @@ def asked(arguments: list[str]) -> tuple[Path, dict[str, str]]:
             raise ConfigError(f"{USAGE}: got {option} {value!r}; its settings are those of its config.yaml")
         elif key in FIXED:
             raise ConfigError(f"--change {key}: no setting of the run, whose folder may be moved and renamed as it is")
+        elif key in [f"{group}.name" for group in MADE_BY] or (key in MADE_BY and new.isidentifier()):
+            raise ConfigError(
+                f"--change {key}={new}: no other {key.partition('.')[0]} can go on with the run's checkpoint; begin "
+                "another run from its model, with --base"
+            )
         else:
             changes[key] = new
     if len(folders) != 1:
@@ -57,8 +68,8 @@ def _parted(argument: str) -> list[str]:
     return [option, value] if equals and option in ("--resume", "--change") else [argument]
 
 
-def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read) -> Any:
-    """The settings with which the run of command ``kind`` in ``folder`` goes on, its changes recorded.
+def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read, check: Check | None = None) -> Any:
+    """The settings with which the run of command ``kind`` in ``folder`` goes on, its changes checked and recorded.
 
     Raises:
         DiffersError: config.yaml differs from the run in a setting that decides bits, and no change says so.
@@ -78,10 +89,11 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
         settings = read(["--config", str(file), *options])
         if record is None and changes:
             raise ConfigError(
-                f"--change {next(iter(changes))}: {folder / identity.FILE} is lost: from what is not known"
+                f"--change {next(iter(changes))}: {folder / identity.FILE} is lost: from what is not known; go on with "
+                "--resume alone first, which makes it again from the newest checkpoint"
             )
         if record is not None:
-            _compare(folder, record, settings, options, read, edited)
+            _compare(folder, record, settings, options, read, edited, check)
     return settings
 
 
@@ -100,8 +112,18 @@ def _edited(changes: dict[str, str]) -> bool:
     return FILES in changes
 
 
-def _compare(folder: Path, record: identity.Record, settings: Any, options: list[str], read: Read, files: bool) -> None:
-    """Refuse what nobody meant, and record what is meant; with ``files``, that the user's own were edited."""
+def _compare(
+    folder: Path,
+    record: identity.Record,
+    settings: Any,
+    options: list[str],
+    read: Read,
+    files: bool,
+    check: Check | None,
+) -> None:
+    """Refuse what nobody meant or what cannot work, and record what is meant; with ``files``, that the user's own were
+    edited.
+    """
     now, then = identity.flat(settings), record.settings
     if identity.differences(identity.decisive(then), identity.decisive(now)):
         again = identity.flat(_read_again(record, options, read))
@@ -113,9 +135,11 @@ def _compare(folder: Path, record: identity.Record, settings: Any, options: list
     total, done = now.get(identity.LENGTH.get(record.command, "")), identity.done(folder)
     if total is not None and total < done:
         raise ConfigError(identity.too_short(folder, done, total))
+    if (options or files) and check is not None:
+        check(settings)
     if options or identity.digest(now) not in record.digests:
         storage.write(folder / "config.yaml", to_yaml(settings))
-        identity.change(folder, record, settings)
+        identity.change(folder, record, settings, [option.removeprefix("--").partition("=")[0] for option in options])
 
 
 def _read_again(record: identity.Record, options: list[str], read: Read) -> Any:

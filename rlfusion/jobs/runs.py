@@ -33,7 +33,7 @@ def new_run(command: str, settings: Any, name: str) -> Iterator[tuple[Any, Path]
         ConfigError: a name that is none of a folder.
         StorageError: the folder cannot be made or written to.
     """
-    if settings.name and Path(settings.name).name != settings.name:
+    if settings.name and (Path(settings.name).name != settings.name or settings.name == ".."):
         raise ConfigError(f"name = {settings.name!r}: expected the name of a folder, without a path")
     storage.require_local("root", settings.root)
     settings = _recorded(settings)

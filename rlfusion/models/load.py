@@ -81,6 +81,11 @@ def _placed(held: dict, file: Path) -> dict:
     return json.loads(text) if sources else held
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of the description of the model that ``path`` names, which states that of its weights."""
+    return sha256(read_file(find(path) / "model.json"))
+
+
 def load_card(path: Path) -> Card:
     """The card of the model that ``path`` names.
 

@@ -4,6 +4,7 @@
     settings   all of them, as they were when work was last done
     digests    SHA-256 of those that decide the bits of the result, the present ones last; manifests have one of them
     changes    what ``--change`` has changed since: {"after": updates done, "settings": {name: [old, new]}}
+    inputs     SHA-256 of what settings name and the run learns from (its data, the model it begins with)
     saved      whether a checkpoint was ever written, so that their loss is noticed
     sealed     SHA-256 of the result, by file, once the run is finished
     sha256     of all this
@@ -16,8 +17,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ KINDS = {"command": str, "run": str, "settings": dict, "digests": list, "changes
 
 LENGTH = {"finetune": "updates", "pretrain": "train.steps", "pretrain-autoencoder": "steps", "train-clip": "steps"}
 """The setting that says how many updates a run of a command has, where one does."""
+
+MODEL = ("model/model.json", "model/weights.safetensors")
+"""What of a finished run's model is compared; of a pipeline, model.json has the SHA-256 of its files."""
+
+CONTENT = ("data", "size", "base", "teacher", "autoencoder")
+"""Settings on which the content of ``inputs`` depends."""
 
 PLACE = ("root", "name")
 FILES = "files."
@@ -111,7 +118,8 @@ class Record:
     digests: tuple[str, ...]
     changes: tuple[dict[str, Any], ...] = ()
     saved: bool = False
-    sealed: tuple[str, str] | None = None
+    sealed: dict[str, str] | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Put it into ``folder``."""
@@ -136,11 +144,29 @@ class Record:
                 if not isinstance(held[name], kind):
                     raise ValueError(f"{name!r} is {type(held[name]).__name__}")
             tuples = {name: tuple(held[name]) for name in ("digests", "changes")}
-            return cls(**held | tuples | {"sealed": held["sealed"] and tuple(held["sealed"])})
+            return cls(**held | tuples | {"sealed": held["sealed"] if isinstance(held["sealed"], dict) else None})
         except FileNotFoundError:
             raise
         except MALFORMED as error:
             raise ConfigError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def intact(folder: Path, record: Record, name: str) -> bool:
+    """Whether a run is finished, with the file ``name``, and all that it made is as it was written."""
+    made = record.sealed or {}
+    return name in made and all(
+        (folder / made_name).is_file() and sha256((folder / made_name).read_bytes()) == digest
+        for made_name, digest in made.items()
+    )
+
+
+def made(folder: Path, settings: Any, name: str) -> bool:
+    """Whether ``folder`` holds a finished run of these settings, with the file ``name``, all as it was written."""
+    try:
+        record = Record.read(folder)
+    except (ConfigError, FileNotFoundError):
+        return False
+    return record.digests[-1] == digest(flat(settings)) and intact(folder, record, name)
 
 
 class Run:
@@ -157,6 +183,21 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def require_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Write down the SHA-256 of what settings name, by setting, when the run begins; afterwards it is the same.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        for name, digest in inputs.items():
+            if (was := self.record.inputs.get(name, digest)) != digest:
+                raise ConfigError(
+                    f"{self.folder} was begun with other content of {name} (SHA-256 {digest[:12]}, was {was[:12]}): "
+                    f"put that back, say --change {name}=... where the new one is meant, or begin again"
+                )
+        if self.record.inputs != (held := {**self.record.inputs, **inputs}):
+            self._write(inputs=held)
 
     def newest(self, total: int) -> Found | None:
         """The newest checkpoint that is whole and its own, up to step ``total``; None where none was ever saved.
@@ -190,14 +231,18 @@ class Run:
     def seal(self, name: str, result: dict[str, Any]) -> None:
         """Write the result into the file of that name: the run is finished."""
         write_json_atomic(self.folder / name, result)
-        self._write(sealed=(name, sha256((self.folder / name).read_bytes())))
+        self.finish(name, *MODEL)
+
+    def finish(self, *names: str) -> None:
+        """The run is finished, and these files, where they are, are what it made."""
+        made = {name: sha256(file.read_bytes()) for name in names if (file := self.folder / name).is_file()}
+        self._write(sealed=made)
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """The result of a finished run; None where it is not finished, or its file not what was written."""
-        file = self.folder / name
-        if not file.is_file() or self.record.sealed != (name, sha256(file.read_bytes())):
+        """The result of a finished run; None where it is not finished, or its files not what was written."""
+        if not intact(self.folder, self.record, name):
             return None
-        return json.loads(file.read_text())
+        return json.loads((self.folder / name).read_text())
 
     def _write(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
@@ -289,14 +334,22 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def change(folder: Path, record: Record, settings: Any) -> None:
-    """Record that the run goes on with ``settings`` from here on, on purpose."""
+def change(folder: Path, record: Record, settings: Any, meant: Iterable[str] = ()) -> None:
+    """Record that the run goes on with ``settings`` from here on, on purpose; ``meant`` were named, changed or not."""
     now = flat(settings)
     moved = differences(record.settings, now)
     changed = {name: list(pair) for name, pair in moved.items() if name not in PLACE}
     digests = (*(d for d in record.digests if d != digest(now)), digest(now))
     changes = (*record.changes, {"after": done(folder), "settings": changed})
-    replace(record, settings=now, digests=digests, changes=changes, sealed=None).write(folder)
+    kept = {name: held for name, held in record.inputs.items() if not _touched(name, (*changed, *meant))}
+    replace(record, settings=now, digests=digests, changes=changes, sealed=None, inputs=kept).write(folder)
+
+
+def _touched(name: str, changed: Iterable[str]) -> bool:
+    """Whether the content that the setting ``name`` stands for depends on a setting that is changed."""
+    return any(
+        key.rpartition(".")[0] == name.rpartition(".")[0] for key in changed if key.rpartition(".")[2] in CONTENT
+    )
 
 
 def _sha256(value: Any) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from rlfusion import data
 from rlfusion.common.errors import ConfigError
+from rlfusion.data.dataset import numbered
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -521,3 +522,9 @@ def test_the_own_split_of_the_data_is_that_of_every_job(tmp_path):
     settings = Pretrain(data=str(tmp_path), size=4)
     assert levels(split) == levels(plain)[::1] or sorted(levels(split)) == sorted(levels(plain))
     assert _digest(settings, split) != _digest(settings, plain)
+
+
+def test_classes_of_whole_numbers_stand_in_their_order():
+    assert numbered(["10", "2", "-1", "2"])[0] == ("-1", "2", "10")
+    assert numbered(["10", "02"])[0] == ("02", "10")
+    assert numbered(["10", "2", "x"])[0] == ("10", "2", "x")

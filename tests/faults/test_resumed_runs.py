@@ -9,6 +9,8 @@ import pytest
 from processes import rlfusion
 from tiny_runs import TINY
 
+from rlfusion.cli.main import main
+
 SETTINGS = (*TINY, "--updates", 4, "--checkpoint_every", 2, "--reward", "ink", "--monitor.every", 2)
 SETTINGS += ("--monitor.samples", 50, "--evaluation.deterministic", "false")
 
@@ -92,6 +94,38 @@ def test_a_result_that_was_not_written_by_the_run_is_measured_again(cwd, text):
     assert outcome(folder) == outcome(cwd / "runs" / "whole")
 
 
+def other_model(folder: Path) -> None:
+    shutil.rmtree(folder / "model")
+    shutil.copytree(folder.parent / "short" / "model", folder / "model")
+
+
+LOST: dict[str, Callable[[Path], None]] = {
+    "no model": lambda f: shutil.rmtree(f / "model"),
+    "another model": other_model,
+    "damaged weights": lambda f: cut(f, "model/weights.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", LOST.values(), ids=LOST)
+def test_a_finished_run_gives_its_own_model(cwd, damage, request, capsys):
+    folder = shutil.copytree(
+        cwd / "runs" / "whole", cwd / "runs" / request.node.callspec.id.replace(" ", "-"), dirs_exist_ok=True
+    )
+    damage(folder)
+    assert main(["finetune", "--resume", str(folder)]) == 0, capsys.readouterr().err
+    assert outcome(folder) == outcome(cwd / "runs" / "whole")
+
+
+def test_a_base_model_that_is_not_what_its_run_made_is_made_again(cwd, tiny_root, tmp_path, capsys):
+    shutil.copytree(tiny_root / "cache", tmp_path / "cache")
+    (base,) = (tmp_path / "cache").glob("base-*")
+    shutil.rmtree(base / "model")
+    shutil.copytree(cwd / "runs" / "whole" / "model", base / "model")
+    code = main(["finetune", *map(str, SETTINGS), "--root", str(tmp_path), "--name", "poisoned"])
+    assert code == 0, capsys.readouterr().err
+    assert outcome(tmp_path / "poisoned") == outcome(cwd / "runs" / "whole")
+
+
 def test_a_longer_run_is_the_run_that_was_never_shorter(cwd):
     folder = shutil.copytree(cwd / "runs" / "short", cwd / "runs" / "longer")
     result = rlfusion(cwd, "finetune", "--resume", "runs/longer", "--change", "updates=4")
@@ -130,6 +164,37 @@ def test_a_change_of_the_net_does_not_fit_the_checkpoint_and_says_so(cwd):
     said = refused(cwd, "finetune", "--resume", "runs/adapted", "--change", "lora=LoRA(rank=2)")
     assert "does not fit this run" in said
     assert "lora_" in said
+
+
+CHANGES = ("agent.lr=0.01", "agent.max_grad_norm=0.001", "agent.ema_decay=0.5", "agent.weight_decay=30", "seed=3")
+CHANGES += ("agent.kl_loss=50", "agent.clip=0.0001", "chain.kernel=DDIM(eta=0.5)", "rollout.samples_per_prompt=4")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_meant_change_changes_what_is_learned(cwd, change, capsys):
+    folder = stopped(cwd, f"meant-{CHANGES.index(change)}")
+    assert main(["finetune", "--resume", str(folder), "--change", change]) == 0, capsys.readouterr().err
+    weights = "model/weights.safetensors"
+    assert (folder / weights).read_bytes() != (cwd / "runs" / "whole" / weights).read_bytes()
+
+
+BAD = (
+    "rollout.prompts=100",
+    "agent=grpo",
+    "agent.name=grpo",
+    "reward=nosuch",
+    "chain.kernel=DDIM(eta=-1)",
+    "updates=1",
+)
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_a_change_that_cannot_work_is_refused_before_it_is_recorded(cwd, change, capsys):
+    folder = stopped(cwd, f"bad-{BAD.index(change)}")
+    held = [(folder / name).read_bytes() for name in ("config.yaml", "run.json")]
+    assert main(["finetune", "--resume", str(folder), "--change", change]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert held == [(folder / name).read_bytes() for name in ("config.yaml", "run.json")]
 
 
 def test_a_meant_change_goes_on_and_is_remembered(cwd):

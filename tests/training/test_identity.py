@@ -3,9 +3,11 @@
 import shutil
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 
+from rlfusion.cli.main import main
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Distill, Finetune, Pretrain, to_yaml
 from rlfusion.jobs import resuming
@@ -273,3 +275,34 @@ def test_nobodys_checkpoints_are_no_runs(tmp_path):
     checkpoint.save(run.checkpoints, 3, state(1.0))
     assert run.newest(6) is None
     assert (run.checkpoints / "step-00000003.foreign").is_dir()
+
+
+def test_what_the_settings_name_must_hold_what_it_held(tmp_path):
+    run = enter(tmp_path, "finetune", Settings())
+    run.require_inputs({"data": "aa", "base": "bb"})
+    again = enter(tmp_path, "finetune", Settings())
+    again.require_inputs({"data": "aa", "base": "bb"})
+    with pytest.raises(ConfigError, match="other content of base"):
+        again.require_inputs({"data": "aa", "base": "cc"})
+    identity.change(tmp_path, again.record, Settings(seed=1), ["seed"])
+    with pytest.raises(ConfigError, match="other content of data"):
+        enter(tmp_path, "finetune", Settings(seed=1)).require_inputs({"data": "dd"})
+    identity.change(tmp_path, Record.read(tmp_path), Settings(seed=1), ["data"])
+    enter(tmp_path, "finetune", Settings(seed=1)).require_inputs({"data": "dd"})
+
+
+def test_a_pretraining_does_not_go_on_with_data_that_were_exchanged(tmp_path, capsys):
+    def write(shift: int) -> None:
+        images = (np.arange(24 * 64).reshape(24, 8, 8) * 7 + shift).astype(np.uint8)
+        np.savez(tmp_path / "data.npz", images=images)  # no classes, so that no judge is trained
+
+    write(0)
+    tiny = ["--train.steps", "2", "--train.batch", "4", "--model.net", "ResidualMLP(width=8, depth=1)"]
+    tiny += ["--chain.steps", "2", "--evaluation.samples", "50", "--held_out", "0.5"]
+    data = ["--data", str(tmp_path / "data.npz"), "--root", str(tmp_path / "runs"), "--name", "it"]
+    assert main(["pretrain", *tiny, *data]) == 0, capsys.readouterr().err
+    write(1)
+    assert main(["pretrain", "--resume", str(tmp_path / "runs" / "it")]) == 2
+    assert "other content of data" in capsys.readouterr().err
+    write(0)
+    assert main(["pretrain", "--resume", str(tmp_path / "runs" / "it")]) == 0, capsys.readouterr().err

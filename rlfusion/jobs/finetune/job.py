@@ -58,6 +58,12 @@ class Job:
     def folder(self) -> Path:
         return self.run.folder
 
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 of the data and of the model that the settings name, by setting."""
+        data = {"pretrain.data": self.judged.train.sha256} if isinstance(self.judged, Judged) else {}
+        own = self.config.base and not self.card.pipeline
+        return data | ({"base": models.digest(Path(self.config.base))} if own else {})
+
     def probe(self, done: int, progress: Progress) -> str:
         """Let the monitor probe the averaged weights; why the training shall stop here, or ""."""
         if not self.monitor.due(done):

@@ -60,6 +60,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     parts, device = opened(config), pick_device(config.device)
     with cluster_of(parts.workers), actors_of(parts.workers, parts.rewards.given) as actors:
         job = prepare(config, parts, run, tracker, signals, progress, actors)
+        run.require_inputs(job.inputs())
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
         with _backend(job, described) as backend:
