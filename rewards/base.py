@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError
+from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError, UserCodeError
 from rlfusion.common.tensors import Cond
 from rlfusion.common.user_code import running
 
@@ -83,6 +83,13 @@ class RewardUnavailable(RewardFailure, UnavailableError):
 
     exit_code = UnavailableError.exit_code
     kind = UnavailableError.kind
+
+
+class RewardRaised(RewardFailure, UserCodeError):
+    """A failure because the user's own code raised in another process: a server, or an actor of its own."""
+
+    exit_code = UserCodeError.exit_code
+    kind = UserCodeError.kind
 
 
 def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool = False) -> Tensor:

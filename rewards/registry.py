@@ -53,15 +53,6 @@ REWARDS = Registry(
     also="http://host:port",
 )
 
-_CLIP = ("model", "a run of train-clip (or runs/cache/clip-...), or a model of open_clip")
-FROM_DATA: dict[str, tuple[str, str]] = {
-    "class_logprob": ("weights", "the file of a classifier (runs/cache/classifier-...)"),
-    "clip_score": _CLIP,
-    "clip_class": _CLIP,
-    "clip_similarity": _CLIP,
-}
-"""Rewards that a run trains on its data where one option, given here with its meaning, does not name their weights."""
-
 Options = Mapping[str, Mapping[str, Any]]
 NO_CALL_OPTIONS = CallOptions()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.common.tensors import Cond, map_cond
-from rlfusion.rewards.base import RewardFailure, RewardUnavailable
+from rlfusion.rewards.base import RewardUnavailable
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.remote.exchange import Answer, answered, ask, greet
 from rlfusion.rewards.remote.frames import PROTOCOL, FrameError, decode
@@ -135,6 +135,7 @@ class Remote(MayGroup):
 
         Raises:
             RewardFailure: the servers cannot score some of the samples.
+            RewardRaised: because the user's own code raised there.
             RewardUnavailable: none can be reached for some of them.
             ConfigError: they refuse the question.
         """
@@ -151,8 +152,9 @@ class Remote(MayGroup):
                 answers = list(several.map(self._answer, frames, map(len, rows)))
         values = torch.cat([a.values for a in answers])
         errors = {int(r[i]): why for r, a in zip(rows, answers) for i, why in a.errors.items()}
-        failure = RewardFailure if all(a.identity for a in answers) else RewardUnavailable
-        return Answer(values, errors, "").checked(self.name, failure)
+        raised = frozenset(int(r[i]) for r, a in zip(rows, answers) for i in a.raised)
+        failure = None if all(a.identity for a in answers) else RewardUnavailable
+        return Answer(values, errors, "", raised).checked(self.name, failure)
 
     def _frame(self, samples: Tensor, cond: Cond) -> bytes:
         try:

@@ -1,8 +1,8 @@
 """The question to a reward elsewhere and its answer: the same two frames over HTTP and between Ray actors.
 
     question   samples (B, C, H, W) in [0, 1], cond, and the task's prompts, shape, classes (key ``facts``)
-    answer     values (B,), NaN for the items in ``errors``, which says why, by item; the identity of the reward, and
-               the digest of the question
+    answer     values (B,), NaN for the items in ``errors``, which says why, by item, and where the user's own code
+               raised; the identity of the reward, and the digest of the question
 
 A question is refused, and not scored, where its samples are not finite or outside [0, 1], where their shape is not that
 of the task info, or a label of the condition is none of its classes. A reward that raises for a batch is asked for
@@ -22,7 +22,7 @@ from torch import Tensor
 from rlfusion.common.errors import UserCodeError
 from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.common.user_code import described, running
-from rlfusion.rewards.base import Reward, RewardError, RewardFailure, well_formed
+from rlfusion.rewards.base import Reward, RewardError, RewardFailure, RewardRaised, well_formed
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.rewards.remote.frames import (
     FrameError,
@@ -191,64 +191,81 @@ def answer(reward: Reward, identity: str, question: Question, device: str = "cpu
     """The frame of a reward's answer; what it could not score is an error per item, never an exception."""
     samples = question.samples.to(device)
     cond = map_cond(lambda c: c.to(device), question.cond)
-    values, reasons = graded(reward, samples, cond)
-    return encode(Answer(values, reasons, identity).sent(question.digest))
+    values, reasons, raised = graded(reward, samples, cond)
+    return encode(Answer(values, reasons, identity, raised).sent(question.digest))
+
+
+class Graded(NamedTuple):
+    """Values (B,), NaN for those that failed; why each of these did, by item; and where the user's own code raised."""
+
+    values: Tensor
+    errors: dict[int, str]
+    raised: frozenset[int] = frozenset()
 
 
 @torch.no_grad()
-def graded(reward: Reward, samples: Tensor, cond: Cond, log: bool = True) -> tuple[Tensor, dict[int, str]]:
-    """The values (B,) of samples, NaN for those that failed, and why each of these did; what the user's own code
-    raises is logged with its frames.
-    """
+def graded(reward: Reward, samples: Tensor, cond: Cond, log: bool = True) -> Graded:
+    """The values of samples; what the user's own code raises is logged with its frames."""
+    raised: frozenset[int] = frozenset()
     try:
         with running("it"):
             values, reasons = well_formed(reward(samples, cond), samples, "it"), {}
     except RewardFailure as failure:
         values, reasons = failure.values, failure.reasons
+        raised = frozenset(reasons if isinstance(failure, UserCodeError) else ())
     except Exception as error:  # whatever a user's reward raises is told to the asker, item by item
         if isinstance(error, UserCodeError) and log:
             _log.warning("%s\n%s", error, error.frames)
         if len(samples) == 1 or isinstance(error, RewardError) or needs_groups(reward):
             failed = torch.full((len(samples),), torch.nan, device=samples.device)
-            return failed, dict.fromkeys(range(len(samples)), described(error))
+            reasons = dict.fromkeys(range(len(samples)), described(error))
+            return Graded(failed, reasons, frozenset(reasons if isinstance(error, UserCodeError) else ()))
         return _one_by_one(reward, samples, cond)
     odd = {i: f"answered {values[i].item()}" for i in (~values.isfinite()).nonzero().flatten().tolist()}
     values = values.masked_fill(~values.isfinite(), math.nan)
-    return values, odd | reasons
+    return Graded(values, odd | reasons, raised)
 
 
-def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> tuple[Tensor, dict[int, str]]:
-    values, reasons = [], {}
+def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> Graded:
+    values, reasons, raised = [], {}, set()
     for i in range(len(samples)):
-        value, why = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond), log=False)
-        values.append(value)
-        if why:
-            reasons[i] = why[0]
-    return torch.cat(values), reasons
+        one = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond), log=False)
+        values.append(one.values)
+        if one.errors:
+            reasons[i] = one.errors[0]
+        if one.raised:
+            raised.add(i)
+    return Graded(torch.cat(values), reasons, frozenset(raised))
 
 
 class Answer(NamedTuple):
-    """An answer: values (B,), NaN where ``errors`` says why, and the identity of the reward that answered."""
+    """An answer: values (B,), NaN where ``errors`` says why, the identity of the reward that answered, and the items
+    for which the user's own code raised.
+    """
 
     values: Tensor
     errors: dict[int, str]
     identity: str
+    raised: frozenset[int] = frozenset()
 
     def sent(self, question: str) -> dict[str, Any]:
         """The message that ``answered`` reads, to the question of this digest."""
         items = sorted(self.errors)
         reasons = [self.errors[i][:LONGEST].encode(errors="replace").decode() for i in items]
-        errors = {"items": torch.tensor(items, dtype=torch.int64), "reasons": packed(reasons)}
+        raised = torch.tensor([i in self.raised for i in items], dtype=torch.uint8)
+        errors = {"items": torch.tensor(items, dtype=torch.int64), "reasons": packed(reasons), "raised": raised}
         return {"values": self.values, "errors": errors, "identity": self.identity, "question": question}
 
-    def checked(self, name: str, failure: type[RewardFailure] = RewardFailure) -> Tensor:
+    def checked(self, name: str, failure: type[RewardFailure] | None = None) -> Tensor:
         """The values.
 
         Raises:
-            RewardFailure: of the kind ``failure``: some could not be scored.
+            RewardFailure: some could not be scored; of the kind ``failure``, where it is given.
+            RewardRaised: of some the user's own code raised.
         """
         if self.errors:
-            raise failure(name, self.values, self.errors)
+            kind = failure or (RewardRaised if self.raised else RewardFailure)
+            raise kind(name, self.values, self.errors)
         return self.values
 
 
@@ -267,20 +284,24 @@ def answered(frame: bytes, count: int, question: bytes) -> Answer:
         raise FrameError(f"values {_kind(values)}: expected values ({count},) of floating-point numbers")
     if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
         raise FrameError(f"identity {identity!r:.50}: expected 16 hexadecimal digits")
-    reasons = _reasons(errors)
+    reasons, raised = _reasons(errors)
     failed = values.isnan().nonzero().flatten().tolist()
     if failed != list(reasons) or bool(values.isinf().any()):
         raise FrameError(f"errors for the items {list(reasons)[:10]}, no number for the items {failed[:10]}")
-    return Answer(values, reasons, identity)
+    return Answer(values, reasons, identity, raised)
 
 
-def _reasons(errors: Any) -> dict[int, str]:
-    """Why items failed, by item, in their order."""
-    items, told = fields_of(errors, "errors", "items", "reasons").values()
+def _reasons(errors: Any) -> tuple[dict[int, str], frozenset[int]]:
+    """Why items failed, by item, in their order; and for which of them the user's own code raised."""
+    items, told, raised = fields_of(errors, "errors", "items", "reasons", "raised").values()
     reasons = unpacked(told, "the errors' reasons")
     if not isinstance(items, Tensor) or items.dtype != torch.int64 or items.shape != (len(reasons),):
         raise FrameError(f"the errors' items {_kind(items)}: expected int64 ({len(reasons)},)")
     found = dict(zip(items.tolist(), reasons))
     if len(found) != len(reasons):
         raise FrameError("the errors' items: one comes twice")
-    return found
+    if not isinstance(raised, Tensor) or raised.dtype != torch.uint8 or raised.shape != items.shape:
+        raise FrameError(f"the errors' raised {_kind(raised)}: expected uint8 ({len(reasons)},)")
+    if bool((raised > 1).any()):
+        raise FrameError("the errors' raised: expected 0 or 1 an item")
+    return found, frozenset(items[raised.bool()].tolist())

@@ -35,11 +35,11 @@ from rlfusion.common.weights import pack
 from rlfusion.common.weights import sha256 as digest
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.grouped import needs_groups
-from rlfusion.rewards.registry import FROM_DATA
 from rlfusion.rewards.remote.budget import Budget
 from rlfusion.rewards.remote.client import Served
 from rlfusion.rewards.remote.exchange import QuestionError, answer, asked, greeted
 from rlfusion.rewards.remote.frames import DamagedFrame, FrameError, encode
+from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 _log = logging.getLogger(__name__)
 MODELS = 4
@@ -79,7 +79,10 @@ class Limits:
 
 
 def require_servable(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a reward whose weights a run would train for it, but a server, without data, cannot."""
+    """Raise ConfigError for a reward whose weights a run would train for it, but a server, without data, cannot; and
+    for options that leave it without any.
+    """
+    require_weights({name: options})
     key, expected = FROM_DATA.get(name, ("", ""))
     if key and not options.get(key):
         raise ConfigError(f"options.{key} = None: expected {expected}")

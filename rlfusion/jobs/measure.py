@@ -21,7 +21,7 @@ from rlfusion.evaluation.metrics import measured
 from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
 from rlfusion.rewards import CallOptions, Reward, build, names_of, score, task_info, valid
-from rlfusion.rewards.registry import FROM_DATA
+from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 NO_CALL_OPTIONS = CallOptions()
 GRID_ROWS, GRID_COLUMNS = 8, 20
@@ -109,6 +109,7 @@ class Unjudged:
         Raises:
             ConfigError: as ``build``, or one of ``TRAINED`` that would need data to learn from.
         """
+        require_weights(options)
         for name in names_of(reward):
             key, _ = TRAINED.get(name, ("", None))
             if key and name not in (made or {}) and not (options.get(name) or {}).get(key):
@@ -160,6 +161,7 @@ def make_reward(
     Raises:
         ConfigError: an unknown reward or option.
     """
+    require_weights(options)
     full = {}
     for name in names_of(reward):
         given = options.get(name) or {}

@@ -94,6 +94,7 @@ class ActorReward(MayGroup):
 
         Raises:
             RewardFailure: some samples cannot be scored.
+            RewardRaised: because the user's own code raised there.
             RewardUnavailable: the actor is gone or late.
         """
         frame = ask(samples.detach(), cond, self.task_info)

@@ -454,9 +454,15 @@ def reply(**changes) -> bytes:
     return encode({key: value for key, value in message.items() if value is not ...})
 
 
-def failing(items: list[int], reasons: list[str], values: list[float]) -> dict:
+def failing(items: list[int], reasons: list[str], values: list[float], raised: torch.Tensor | None = None) -> dict:
     errors = {"items": torch.tensor(items, dtype=torch.int64), "reasons": packed(reasons)}
+    errors["raised"] = torch.zeros(len(items), dtype=torch.uint8) if raised is None else raised
     return {"values": torch.tensor(values), "errors": errors}
+
+
+def of_one(raised: torch.Tensor) -> dict:
+    """An answer whose first item failed, because the user's code raised or not."""
+    return failing([0], ["why"], [math.nan] + [0.0] * 5, raised)
 
 
 ANSWERS = {
@@ -472,6 +478,13 @@ ANSWERS = {
     "a reason twice": failing([0, 0], ["why", "why"], [math.nan] + [0.0] * 5),
     "an item that is not there": failing([0, 9], ["why", "why"], [math.nan] + [0.0] * 5),
     "infinity with a reason": failing([0], ["why"], [math.inf] + [0.0] * 5),
+    "raised of another size": of_one(torch.zeros(2, dtype=torch.uint8)),
+    "raised of another kind": of_one(torch.zeros(1)),
+    "raised above 1": of_one(torch.full((1,), 2, dtype=torch.uint8)),
+    "errors that do not say whether the code raised": {
+        "values": torch.tensor([math.nan] + [0.0] * 5),
+        "errors": {"items": torch.tensor([0]), "reasons": packed(["why"])},
+    },
     "errors of another kind": {"errors": {}},
     "errors that are words": {"errors": "none"},
     "no identity": {"identity": ...},
@@ -486,6 +499,7 @@ ANSWERS = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_of_another_kind_is_refused(name):
     assert answered(reply(), 6, QUESTION).errors == {}
+    assert answered(reply(**of_one(torch.ones(1, dtype=torch.uint8))), 6, QUESTION).raised == {0}
     with pytest.raises(FrameError):
         answered(reply(**ANSWERS[name]), 6, QUESTION)
 

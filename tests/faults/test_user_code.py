@@ -2,13 +2,15 @@
 
 import pickle
 import signal
+from concurrent.futures import Future
 
 import pytest
 import torch
+from reward_servers import client, serving
 
 from rlfusion.cli import main
 from rlfusion.common.errors import ConfigError, UserCodeError
-from rlfusion.rewards import build, score
+from rlfusion.rewards import RewardFailure, build, score
 from rlfusion.rewards.remote.exchange import graded
 
 FILE = """
@@ -113,11 +115,50 @@ def test_what_rlfusions_own_rewards_raise_is_not_the_users(monkeypatch):
 
 
 def test_a_server_tells_its_client_one_line_and_its_log_the_frames(own, caplog):
-    values, reasons = graded(build("own.py:raises"), SAMPLES, torch.zeros(4, dtype=torch.int64))
+    values, reasons, raised = graded(build("own.py:raises"), SAMPLES, torch.zeros(4, dtype=torch.int64))
+    assert raised == set(range(4))
     assert bool(values.isnan().all())
     assert reasons == dict.fromkeys(range(4), "it: ValueError: no score (own.py, line 6, in helper)")
     assert len(caplog.records) == 1
     assert caplog.text.count(f'File "{own}"') == 2
+
+
+def test_what_a_served_reward_raises_is_code_3_for_its_client(own, monkeypatch, capsys):
+    label = torch.zeros(4, dtype=torch.int64)
+    line = "failed for 4 of 4 samples: it: ValueError: no score (own.py, line 6, in helper)"
+    with serving(build("own.py:raises")) as url:
+
+        def run(arguments):
+            score(client(url), SAMPLES, label, "mine")
+
+        monkeypatch.setitem(main.COMMANDS, "sample", run)
+        assert main.main(["sample"]) == UserCodeError.exit_code == 3
+        assert capsys.readouterr().err == f"rlfusion: your code failed: reward {url!r} {line}\n"
+        with pytest.raises(UserCodeError) as caught:
+            client(url, batch=2)(SAMPLES, label)
+        again = pickle.loads(pickle.dumps(caught.value))  # as a Ray worker that asks a server passes it on
+        assert (type(again), str(again)) == (type(caught.value), str(caught.value))
+        assert score(client(url), SAMPLES, label, "mine", masked=True).isnan().all()
+        with serving(client(url)) as relay, pytest.raises(UserCodeError):
+            client(relay)(SAMPLES, label)
+    with serving(lambda samples, cond: samples.mean((1, 2, 3)) / 0) as url, pytest.raises(RewardFailure) as caught:
+        client(url)(SAMPLES, label)
+    assert not isinstance(caught.value, UserCodeError)  # no number, and nothing was raised
+
+
+def test_what_a_reward_raises_in_a_ray_worker_is_code_3_with_its_frames(own):
+    from ray.exceptions import RayError, RayTaskError
+
+    from rlfusion.rollout.ray_backend import _cause
+
+    with pytest.raises(UserCodeError) as caught:
+        score(build("own.py:raises"), SAMPLES, None, "mine")
+    sent = RayTaskError("run", "Traceback", caught.value).as_instanceof_cause()
+    arrived = _cause(RayError.from_bytes(RayError.to_bytes(sent)), 3)
+    assert type(arrived) is UserCodeError
+    assert arrived.exit_code == 3
+    assert (str(arrived), arrived.frames) == (str(caught.value), caught.value.frames)
+    assert arrived.__notes__ == ["on Ray worker 3"]
 
 
 @pytest.mark.parametrize(
@@ -139,10 +180,9 @@ def test_a_server_tells_its_client_one_line_and_its_log_the_frames(own, caplog):
     ],
 )
 def test_every_error_is_one_line_and_a_documented_code(monkeypatch, capsys, error, code, lines):
-    def fail(arguments):
-        raise error
-
-    monkeypatch.setitem(main.COMMANDS, "sample", fail)
+    failed = Future()
+    failed.set_exception(error)
+    monkeypatch.setitem(main.COMMANDS, "sample", failed.result)  # a function of this file would be the user's own code
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert main.main(["sample"]) == code
     said = capsys.readouterr().err.splitlines()

@@ -39,6 +39,7 @@ from rlfusion.rewards.remote.server import Limits
 from rlfusion.rewards.remote.transport import Failed
 
 TOKEN = "a-secret-of-24-characters"
+NOT_RAISED = torch.zeros(1, dtype=torch.uint8)
 
 
 class Net(nn.Module):
@@ -147,9 +148,9 @@ def test_one_broken_sample_costs_no_other_its_value(samples):
 
     means = samples.mean((1, 2, 3))
     limit = means.topk(2).values[1] - 1e-6
-    values, reasons = graded(picky, samples, None)
+    values, reasons, raised = graded(picky, samples, None)
     bad = set(means.topk(2).indices.tolist())
-    assert set(reasons) == bad
+    assert set(reasons) == raised == bad
     (why,) = set(reasons.values())
     assert re.fullmatch(r"it: ValueError: too bright \(.*test_remote_rewards\.py, line \d+, in picky\)", why)
     good = [i for i in range(24) if i not in bad]
@@ -166,8 +167,9 @@ def test_one_broken_sample_costs_no_other_its_value(samples):
     ],
 )
 def test_what_is_no_number_is_an_error_of_its_item(given, reasons, samples):
-    values, found = graded(lambda x, c: given, samples[:3], None)
+    values, found, raised = graded(lambda x, c: given, samples[:3], None)
     assert found == reasons
+    assert not raised
     assert values.isnan().tolist() == [i in reasons for i in range(3)]
 
 
@@ -176,7 +178,7 @@ def test_an_answer_that_hides_a_failure_or_is_to_another_question_is_refused(sam
     frame = answer(lambda x, c: x.mean((1, 2, 3)), IDENTITY, asked(question))
     assert answered(frame, 24, question).identity == IDENTITY
     good = decode(frame)
-    errors = {"items": torch.tensor([2]), "reasons": packed(["why"])}
+    errors = {"items": torch.tensor([2]), "reasons": packed(["why"]), "raised": NOT_RAISED}
     for wrong in ({"errors": errors}, {"values": good["values"] + math.nan}, {"values": good["values"][:3]}):
         with pytest.raises(FrameError):
             answered(encode(good | wrong), 24, question)
@@ -497,12 +499,13 @@ def test_an_asker_that_drips_its_headers_is_cut_off(samples, label):
 
 def test_an_answer_of_odd_errors_or_a_server_of_odd_words_is_no_answer():
     question = ask(torch.zeros(2, 1, 2, 2), None, {})
-    errors = {"items": torch.tensor([0]), "reasons": packed(["why"])}
+    errors = {"items": torch.tensor([0]), "reasons": packed(["why"]), "raised": NOT_RAISED}
     good = {"values": torch.tensor([math.nan, 1.0]), "errors": errors, "identity": IDENTITY}
     good["question"] = digest_of(question)
     assert answered(encode(good), 2, question).errors == {0: "why"}
     for items, reasons in (([0, 1], ["a", "b"]), ([1], ["a"]), ([0, 0], ["a", "b"]), ([0], ["a", "b"])):
-        errors = {"items": torch.tensor(items), "reasons": packed(reasons)}
+        raised = torch.zeros(len(items), dtype=torch.uint8)
+        errors = {"items": torch.tensor(items), "reasons": packed(reasons), "raised": raised}
         with pytest.raises(FrameError, match="errors"):
             answered(encode(good | {"errors": errors}), 2, question)
     told = {"reward": "it", "identity": IDENTITY, "groups": False, "max_bytes": 10**6}

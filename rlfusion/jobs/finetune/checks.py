@@ -21,6 +21,7 @@ from rlfusion.jobs.tasks import actors_of, from_actors, make_task
 from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import build, find, score, task_info
+from rlfusion.rewards.untrained import require_weights
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import adamw8bit
 from rlfusion.training.devices import pick_device
@@ -66,6 +67,7 @@ def check(config: Finetune) -> None:
         find(name)
     with actors_of(parts.workers, parts.rewards.given) as actors:
         made = from_actors(actors, known, config.ray.limits.item_s)
+        require_weights(parts.rewards.options)
         reward = build(config.reward, parts.rewards.options, known, config.call_options, made)
         require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
         config.agent.learner(make_task(parts.task, card, policy, reward), encoded(data, denoiser.space), config.seed)
