@@ -387,7 +387,7 @@ def test_a_reward_in_a_file(mine, samples, monkeypatch):
     assert everywhere("my-rewards.py:Bright") == name
     monkeypatch.chdir("/")
     for wrong, said in (
-        ("my-rewards.py:Bright", "no file 'my-rewards.py' .from the folder '/'."),
+        ("my-rewards.py:Bright", "no file '/my-rewards.py' .from the folder '/'."),
         (f"{mine}:Brigt", "'Brigt': .*did you mean 'Bright'"),
     ):
         with pytest.raises(ConfigError, match=said):
