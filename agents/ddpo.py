@@ -38,6 +38,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Objective, Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
 
 
@@ -48,7 +49,7 @@ class Config:
     Attributes:
         name: the algorithm.
         form: "is" (importance sampling, several epochs, clipped) or "sf" (score function, one on-policy step).
-        lr: learning rate of AdamW.
+        lr: learning rate.
         epochs: passes over each rollout; None is 2, or the 1 that "sf" allows.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks; None is 4, or 1 for "sf".
         clip: clip range c of the ratio.
@@ -68,7 +69,10 @@ class Config:
         step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses.
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -92,6 +96,8 @@ class Config:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -113,7 +119,8 @@ class Config:
             raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
         if self.last_step == "pathwise" and self.advantage == "prompt":
             raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
-        require_not_negative(self, "kl_reward", "kl_loss", "weight_decay")
+        require_not_negative(self, "kl_reward", "kl_loss", "weight_decay", "warmup")
+        optimizers.settle(self)
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for too few walks, or stale ones where the algorithm is on-policy."""
@@ -191,7 +198,15 @@ class Learner:
         """
         self.policy, self.config, self.seed, self.last = policy, config, seed, last
         self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss))
-        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.optimization = Optimization(
+            policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
+        )
         self.running = RunningAdvantage(window=config.advantage_window)
         self.iteration = self.queries = 0
 

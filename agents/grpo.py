@@ -28,6 +28,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
 
 
@@ -37,7 +38,7 @@ class Config:
 
     Attributes:
         name: the algorithm.
-        lr: learning rate of AdamW.
+        lr: learning rate.
         epochs: passes over each rollout.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks.
         clip_low: c_low of Eq. (2).
@@ -52,7 +53,10 @@ class Config:
         window_every: rollouts between its moves.
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -73,12 +77,15 @@ class Config:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
         require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm")
-        require_not_negative(self, "kl_loss", "window", "weight_decay")
+        require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
+        optimizers.settle(self)
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
 
@@ -119,7 +126,15 @@ class Learner:
             raise ConfigError(
                 f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
             )
-        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.optimization = Optimization(
+            policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
+        )
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

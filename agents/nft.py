@@ -33,6 +33,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
 
 
@@ -42,7 +43,7 @@ class Config:
 
     Attributes:
         name: the algorithm.
-        lr: learning rate of AdamW.
+        lr: learning rate.
         beta: b of Eq. (2).
         noisings: times that each sample is noised in a pass.
         epochs: passes over each rollout.
@@ -55,7 +56,10 @@ class Config:
         eta_max: limit of eta.
         micro_batch: noised samples in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -74,13 +78,16 @@ class Config:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
         spec.parse(self.times, TIMES, "distribution of times")
         require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "advantage_clip")
         require_positive(self, "micro_batch", "max_grad_norm")
-        require_not_negative(self, "kl", "eta_rate", "weight_decay")
+        require_not_negative(self, "kl", "eta_rate", "weight_decay", "warmup")
+        optimizers.settle(self)
         if not 0 <= self.eta_max < 1:
             raise ConfigError(f"eta_max = {self.eta_max}: expected 0 <= eta_max < 1")
 
@@ -111,7 +118,15 @@ class Learner:
         self.policy = frozen_copy(policy)
         self.base = frozen_copy(policy) if config.kl else None
         self.times = spec.parse(config.times, TIMES, "distribution of times")
-        self.optimization = Optimization(policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay)
+        self.optimization = Optimization(
+            policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
+        )
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

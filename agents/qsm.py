@@ -47,6 +47,7 @@ from rlfusion.rl.critic import COPY, Mean, Regression, Soft, make_critic
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, prefix, samples
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
 
 ALPHA = {"score": 3.0, "noise": 50.0}
@@ -69,7 +70,7 @@ class Config:
         acts: who draws the samples: "trained", or "base", for which a rollout's reward does not rise.
         through: whose x0_hat "denoised" looks at: the base model's, or that of the trained one as it is.
         critic: Copy(), a copy of the base's network, or a new one as of pretrain.model.net.
-        critic_lr: learning rate of the critic's AdamW.
+        critic_lr: learning rate of the critic.
         critic_updates: its optimiser steps a rollout.
         critic_batch: samples in each of them.
         memory: samples that it learns from, the newest ones, and never fewer than the last rollout's.
@@ -78,12 +79,15 @@ class Config:
             code's; TruncatedSNR(), SNRPlusOne(), MinSNR(gamma=...) or VLB(). It does not move the minimiser. At low
             noise a small error of the network is a large one of the score, hence the default.
         noisings: times that each sample is noised in a pass.
-        lr: learning rate of AdamW.
+        lr: learning rate.
         epochs: passes over each rollout.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the samples.
         micro_batch: noised samples in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets; of the critic too.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -110,6 +114,8 @@ class Config:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -117,7 +123,8 @@ class Config:
         spec.parse(self.weight, WEIGHTS, "weight")
         require_positive(self, "critic_lr", "critic_updates", "critic_batch", "memory", "noisings", "lr", "epochs")
         require_positive(self, "updates_per_epoch", "micro_batch", "max_grad_norm")
-        require_not_negative(self, "anchor", "weight_decay")
+        require_not_negative(self, "anchor", "weight_decay", "warmup")
+        optimizers.settle(self)
         if self.alpha is not None:
             require_positive(self, "alpha")
         if self.value == "soft" and (self.q, self.form) != ("learned", "score"):
@@ -169,7 +176,13 @@ class Learner:
         self.critic = self._critic() if config.q == "learned" else None
         self.q: qvalue.Q = self.critic or self._of_reward()
         self.optimization = Optimization(
-            task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+            task.policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
         )
         self.first: dict[str, float] | None = None
         self.iteration = self.queries = 0
@@ -178,7 +191,8 @@ class Learner:
         c = self.config
         value = Soft(c.strength) if c.value == "soft" else Mean()
         critic = make_critic(c.critic, self.task, self.seed)
-        return Regression(critic, value, self.times, c.critic_lr, c.critic_updates, c.critic_batch, c.memory, self.seed)
+        optimization = Optimization(critic, c.critic_lr, optimizer=c.optimizer)
+        return Regression(optimization, value, self.times, c.critic_updates, c.critic_batch, c.memory, self.seed)
 
     def _of_reward(self) -> qvalue.Q:
         if self.config.q == "noised":

@@ -47,7 +47,7 @@ HOMES = {
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"},
     "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},
-    "bitsandbytes": {"rlfusion.training.adamw8bit"},
+    "bitsandbytes": {"rlfusion.training.optimizers.eight_bits"},
     "lpips": {"rlfusion.pretrain.metrics"},
     "starlette": {"rlfusion.rewards.remote.server"},
     "uvicorn": {"rlfusion.jobs.serve_reward"},

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.data import name_of
 from rlfusion.models import autoencoder
+from rlfusion.training import optimizers
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class Autoencode:
         model: the architecture.
         steps: optimiser steps.
         batch: samples in a step.
-        lr: peak learning rate of AdamW; it falls to 0 along a cosine.
+        lr: peak learning rate; it falls to 0 along a cosine, after ``warmup`` steps.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are saved.
         checkpoint_every: optimiser steps between checkpoints.
         root: folder of all runs.
@@ -37,6 +41,8 @@ class Autoencode:
     steps: int = 1500
     batch: int = 128
     lr: float = 2e-3
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.99
     checkpoint_every: int = 500
     root: str = "runs"
@@ -46,6 +52,8 @@ class Autoencode:
 
     def __post_init__(self) -> None:
         require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
+        require_not_negative(self, "warmup")
+        optimizers.settle(self)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
         if not 0 <= self.ema_decay < 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.data import name_of
 from rlfusion.rewards.clip.small import SmallClip
+from rlfusion.training import optimizers
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class TrainClip:
             for captions.
         steps: optimiser steps.
         batch: images in a step.
-        lr: peak learning rate of AdamW, after a tenth of the steps; it falls to 0 along a cosine.
-        weight_decay: of AdamW.
+        lr: peak learning rate, after a tenth of the steps; it falls to 0 along a cosine.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
         ema_decay: decay of the averaged weights that are saved.
         shift: images are shifted by up to this many pixels each way, edges repeated.
         noise: standard deviation of the Gaussian noise added to the pixels.
@@ -45,6 +48,7 @@ class TrainClip:
     batch: int = 64
     lr: float = 2e-3
     weight_decay: float = 0.01
+    optimizer: str = "adamw"
     ema_decay: float = 0.99
     shift: int = 1
     noise: float = 0.1
@@ -57,6 +61,7 @@ class TrainClip:
     def __post_init__(self) -> None:
         require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
         require_not_negative(self, "weight_decay", "shift", "noise")
+        optimizers.settle(self)
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
         if not 0 <= self.ema_decay < 1:

@@ -32,7 +32,6 @@ class Finetune:
         threads: CPU threads of torch.
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
-        optimizer: AdamW with moments in float32 ("adamw") or in 8 bits ("adamw8bit", by the package bitsandbytes).
         base: the model to start from: folder of a run or of its model, a diffusers folder or a name on the hub of a
             pretrained pipeline; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
@@ -69,7 +68,6 @@ class Finetune:
     device: str = "auto"
     threads: int = 1
     precision: Precision = "float32"
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)

@@ -26,6 +26,7 @@ from rlfusion.distill.student import Config as Student
 from rlfusion.models import Card
 from rlfusion.pretrain import Draws, Loss, LossLearner
 from rlfusion.rollout import Settings as Workers
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import EMA_RULES, Learner, Optimization
 
 
@@ -157,10 +158,13 @@ class Settings:
     Attributes:
         steps: optimiser steps of the student.
         batch: samples in a step.
-        lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
+        lr: peak learning rate; it falls to 0 along a cosine, after ``warmup`` steps.
         warmup: steps over which the learning rate rises from 0.
         label_dropout: probability that a sample's label is replaced by "no class".
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets; of every network
+            that the method trains.
         max_grad_norm: gradient clipping.
         ema: the average of the weights that is saved, Constant(decay=...) or Power(sigma_rel=...).
     """
@@ -171,6 +175,7 @@ class Settings:
     warmup: int = 100
     label_dropout: float = 0.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     ema: str = "Constant(decay=0.999)"
 
@@ -184,6 +189,7 @@ class Settings:
         if not 0 <= self.label_dropout <= 1:
             raise ConfigError(f"label_dropout = {self.label_dropout}: expected a probability in [0, 1]")
         spec.parse(self.ema, EMA_RULES, "ema")
+        optimizers.settle(self)
 
     def card(self, student: Card) -> Card:
         return student
@@ -205,7 +211,7 @@ class Settings:
     def optimization(self, module: nn.Module) -> Optimization:
         """An optimiser of ``module`` with these settings."""
         rule = spec.parse(self.ema, EMA_RULES, "ema")
-        return Optimization(module, self.lr, self.weight_decay, self.max_grad_norm, rule)
+        return Optimization(module, self.lr, self.weight_decay, self.max_grad_norm, rule, self.optimizer)
 
     def fit(
         self,

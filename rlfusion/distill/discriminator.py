@@ -24,10 +24,16 @@ class Discriminator:
     """Eq. (1) and (2). ``times`` is the law of t, or None for clean samples; the schedule is the critic's own."""
 
     def __init__(
-        self, critic: Critic, losses: Adversarial, times: Times | None, r1: float, lr: float, weight_decay: float = 0.0
+        self,
+        critic: Critic,
+        losses: Adversarial,
+        times: Times | None,
+        r1: float,
+        lr: float,
+        optimizer: str = "adamw",
     ) -> None:
         self.critic, self.losses, self.times, self.r1 = critic, losses, times, r1
-        self.optimization = Optimization(critic, lr, weight_decay)
+        self.optimization = Optimization(critic, lr, optimizer=optimizer)
 
     def update(self, draw: Draw, fake: Tensor) -> dict[str, Tensor]:
         """A step of D on the draw's real samples and as many generated ones, (B, *), constants here.

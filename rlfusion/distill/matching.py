@@ -38,8 +38,9 @@ from rlfusion.nets.critic import Critic
 from rlfusion.objectives import MATCHING, Adversarial, MatchingWeight, pull
 from rlfusion.objectives.renoise import noised
 from rlfusion.objectives.times import TIMES, Times
-from rlfusion.pretrain import Draw, Loss, rate
+from rlfusion.pretrain import Draw, Loss
 from rlfusion.pretrain.denoising import Denoising
+from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization, average
 
 Drawing = Callable[[int], Draw]
@@ -48,9 +49,9 @@ Drawing = Callable[[int], Draw]
 class Fake:
     """The denoiser of the generator's own law: ``loss`` on its samples (handbook 3.2.3; VSD's phi, DMD's mu_fake)."""
 
-    def __init__(self, denoiser: Denoiser, loss: Loss, lr: float) -> None:
+    def __init__(self, denoiser: Denoiser, loss: Loss, lr: float, optimizer: str = "adamw") -> None:
         self.denoiser, self.loss = denoiser, loss
-        self.optimization = Optimization(denoiser, lr)
+        self.optimization = Optimization(denoiser, lr, optimizer=optimizer)
 
     def update(self, draw: Draw, samples: Tensor) -> dict[str, Tensor]:
         """A step on generated samples (B, *). Returns fake_loss, 0-dim."""
@@ -109,7 +110,7 @@ class Learner:
 
     def __init__(self, parts: Parts, draw: Drawing, optimization: Optimization, warmup: int, total: int) -> None:
         self.parts, self.draw, self.optimization = parts, draw, optimization
-        self.lr, self.warmup, self.total = optimization.optimizer.lr, warmup, total
+        optimization.follow(cosine(total, warmup))
 
     def update(self, batch: int) -> dict[str, float]:
         """Update number ``batch``.
@@ -126,8 +127,7 @@ class Learner:
         records = [self._follow(self.draw(first + i)) for i in range(others)]
         loss, record = self._loss(self.draw(first + others), batch)
         loss.backward()
-        lr = self.optimization.optimizer.lr = rate(self.lr, self.warmup, batch, self.total)
-        norm = self.optimization.step()
+        lr, norm = self.optimization.optimizer.lr, self.optimization.step()
         return (average(records) if records else {}) | average([record]) | {"grad_norm": norm, "lr": lr}
 
     def _follow(self, draw: Draw) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ class Matching(Settings):
         critic = Critic(self.begins(teaching), teaching.data.shape)
         nn.init.zeros_(critic.head.weight)
         nn.init.zeros_(critic.head.bias)
-        return Discriminator(critic.to(teaching.device), losses, times, r1, lr)
+        return Discriminator(critic.to(teaching.device), losses, times, r1, lr, self.optimizer)
 
     def drawing(self, teaching: Teaching, each: int) -> Drawing:
         """Draws of the data, ``each`` for every update."""
@@ -258,7 +258,7 @@ class Following(Matching):
         require_positive(self, "fake_lr", "fake_updates")
 
     def parts(self, teaching: Teaching, inputs: Inputs = "simulated") -> dict[str, Any]:
-        fake = Fake(self.begins(teaching), Denoising(times=self.times), self.fake_lr)
+        fake = Fake(self.begins(teaching), Denoising(times=self.times), self.fake_lr, self.optimizer)
         return {**super().parts(teaching, inputs), "fake": fake, "fake_updates": self.fake_updates}
 
 

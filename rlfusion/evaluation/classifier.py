@@ -30,6 +30,7 @@ from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data.augment import shifted
 from rlfusion.nets.classifier import Classifier
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
 
 FORMAT = 1
@@ -44,8 +45,11 @@ class Config:
         kind: architecture, "mlp" or "conv".
         steps: optimiser steps.
         batch: images a step.
-        lr: learning rate of AdamW.
-        weight_decay: of AdamW.
+        lr: learning rate.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are kept.
         shift: images are shifted by up to this many pixels each way, edges repeated.
         noise: standard deviation of the Gaussian noise added to the pixels.
@@ -57,6 +61,8 @@ class Config:
     batch: int = 64
     lr: float = 4e-3
     weight_decay: float = 0.01
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.99
     shift: int = 1
     noise: float = 0.1
@@ -64,7 +70,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch", "lr")
-        require_not_negative(self, "shift", "noise", "weight_decay")
+        require_not_negative(self, "shift", "noise", "weight_decay", "warmup")
+        optimizers.settle(self)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
 
@@ -82,7 +89,14 @@ def train(data: Dataset, config: Config) -> Classifier:
     """
     with one_thread():
         module = _initial(data, config)
-        optimization = Optimization(module, config.lr, config.weight_decay, ema=config.ema_decay)
+        optimization = Optimization(
+            module,
+            config.lr,
+            config.weight_decay,
+            ema=config.ema_decay,
+            optimizer=config.optimizer,
+            warmup=config.warmup,
+        )
         pixels = to_pixels(data.x)
         for step in range(config.steps):
             at = torch.from_numpy(batch_indices(len(data), config.batch, step, config.seed, "classifier"))

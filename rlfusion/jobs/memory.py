@@ -3,7 +3,7 @@
 With n bytes of trained and f of frozen weights, and A(b) what one call of the network on b samples keeps for the
 backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:
 
-    (1)  weights n + f,   gradients n,   AdamW's moments 2 n (n / 2 in 8 bits),   their average n
+    (1)  weights n + f,   gradients n,   the optimiser's moments (AdamW: 2 n, in 8 bits n / 2),   their average n
     (2)  copies of what is trained: the rollouts' in this process, the reference, the monitor's base, n each; and the
          guard's, to undo an update: weights, moments and average (and the reference's), once, or 1 + 3 for rollback
     (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
+from rlfusion.training import optimizers
 
 FUNCTION = "_gradient_checkpointing_func"
 """By which diffusers' modules make activations again."""
@@ -37,7 +38,7 @@ class Holds(NamedTuple):
         reference: so does a reference model.
         watched: and the monitor, if the chain has noise.
         undo: times that all that an update changes is kept, to undo it.
-        eight_bit: the optimiser's moments are in 8 bits.
+        optimizer: of the learner, by its name.
         rows: samples that have activations at once.
         decodes: samples are decoded with a gradient, which is the reward's own.
     """
@@ -46,7 +47,7 @@ class Holds(NamedTuple):
     reference: bool
     watched: bool
     undo: int
-    eight_bit: bool
+    optimizer: str
     rows: int
     decodes: bool
 
@@ -123,12 +124,13 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     frozen = sum(size for wanted, size in sizes if not wanted)
     noisy = bool((policy.stds(times) > 0).any())
     copies = holds.here + holds.reference + (holds.watched and noisy)
-    moments, rows = trained // 2 if holds.eight_bit else 2 * trained, holds.rows
+    wanted = [p for p in denoiser.parameters() if p.requires_grad]
+    moments, rows = optimizers.state_bytes(optimizers.parse(holds.optimizer), wanted), holds.rows
     vae = getattr(policy.space, "vae", None)
     found = {
         "network, frozen": frozen,
         "network, trained": trained,
-        "gradients and AdamW": trained + moments,
+        "gradients and optimiser": trained + moments,
         "average": trained,
         "copies of what is trained": copies * trained,
         "to undo an update": holds.undo * ((2 + holds.reference) * trained + moments),

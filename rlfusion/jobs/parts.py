@@ -128,7 +128,7 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         reference=getattr(agent, "kl_loss", 0.0) > 0,
         watched=config.monitor.every > 0,
         undo={"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1),
-        eight_bit=config.optimizer == "adamw8bit",
+        optimizer=getattr(agent, "optimizer", "adamw"),
         rows=getattr(agent, "micro_batch", config.rollout.item),
         decodes=decodes,
     )

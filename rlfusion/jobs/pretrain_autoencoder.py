@@ -5,7 +5,6 @@ and the SHA-256 of the weights. Draws are keyed by (seed, step).
 """
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from rlfusion.models.autoencoder import FORMAT, KLVAE, UNSEALED, Latents, fitted
 from rlfusion.training import checkpoint, fit, identity
 from rlfusion.training.checkpoint import MALFORMED
 from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.tracking import grid, save_png
 
@@ -40,7 +40,8 @@ class Learner:
     def __init__(self, module: KLVAE, data: Dataset, config: Autoencode) -> None:
         self.module, self.config = module, config
         self.x = data.x.to(next(module.parameters()).device)
-        self.optimization = Optimization(module, config.lr, ema=config.ema_decay)
+        self.optimization = Optimization(module, config.lr, ema=config.ema_decay, optimizer=config.optimizer)
+        self.optimization.follow(cosine(config.steps, config.warmup))
 
     def update(self, batch: int) -> dict[str, float]:
         """One optimiser step: step number ``batch`` of the run.
@@ -55,8 +56,6 @@ class Learner:
         guess = self.module(mean + (log_var / 2).exp() * torch.from_numpy(noise).to(mean))
         loss = negative_elbo(x, guess, mean, log_var, self.module.noise).mean() / x[0].numel()
         loss.backward()
-        decay = 0.5 * (1 + math.cos(math.pi * batch / self.config.steps))
-        self.optimization.optimizer.lr = self.config.lr * decay
         error = (x - guess).detach().square().mean().sqrt().item()
         return {"negative_elbo": loss.item(), "error": error, "grad_norm": self.optimization.step()}
 

@@ -76,7 +76,10 @@ class Learner:
         tokens = towers.tokenizer(config.model.context)
         texts = fill_all(templates_of(config.templates, data), data.names)
         self.tokens = torch.stack([tokens(of_one) for of_one in texts]).to(device)  # (templates, P, length)
-        self.optimization = Optimization(clip, config.lr, config.weight_decay, ema=config.ema_decay)
+        self.optimization = Optimization(
+            clip, config.lr, config.weight_decay, ema=config.ema_decay, optimizer=config.optimizer
+        )
+        self.optimization.follow(lambda n: rate(n / config.steps))
 
     def update(self, batch: int) -> dict[str, float]:
         """One optimiser step: step number ``batch`` of the run.
@@ -93,7 +96,6 @@ class Learner:
         texts = self.clip.encode_text(self.tokens[torch.from_numpy(drawn).to(present), present], normalize=True)
         value = loss(images, texts, place, self.clip.logit_scale.clamp(max=COLDEST).exp())
         value.backward()
-        self.optimization.optimizer.lr = c.lr * rate(batch / c.steps)
         return {"loss": value.item(), "grad_norm": self.optimization.step()}
 
     def state_dict(self) -> dict:

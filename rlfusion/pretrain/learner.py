@@ -19,6 +19,7 @@ from rlfusion.models.autoencoder import encoded
 from rlfusion.pretrain import losses
 from rlfusion.pretrain.draws import Draws
 from rlfusion.pretrain.loss_learner import LossLearner
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import EMA_RULES, Optimization
 
 
@@ -30,13 +31,15 @@ class Config:
         loss: the objective, with its settings: Denoising(weight=..., times=...).
         steps: optimiser steps.
         batch: samples in a step.
-        lr: peak learning rate of AdamW; it falls to 0 along a cosine, after ``warmup`` steps.
+        lr: peak learning rate; it falls to 0 along a cosine, after ``warmup`` steps.
         warmup: steps over which the learning rate rises from 0.
         augment: of the training images, Augment(flip=..., shift=...); empty for none.
         label_dropout: probability that a sample's label is replaced by "no class".
         label_noise: share of the training samples whose label is replaced by a random class, once and for all: a base
             model that follows its prompt only in part of its samples.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
         max_grad_norm: gradient clipping.
         ema: the average of the weights that is saved: Constant(decay=...), decay 0 for none, or Power(sigma_rel=...) of
             Karras et al. 2024, whose window grows with the training.
@@ -51,6 +54,7 @@ class Config:
     label_dropout: float = 0.1
     label_noise: float = 0.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     ema: str = "Constant(decay=0.999)"
 
@@ -64,6 +68,7 @@ class Config:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected a probability in [0, 1]")
         require_not_negative(self, "warmup", "weight_decay")
         spec.parse(self.ema, EMA_RULES, "ema")
+        optimizers.settle(self)
 
 
 def noisy_labels(data: Dataset, share: float, seed: int) -> Tensor:
@@ -92,6 +97,11 @@ class Learner(LossLearner):
         draw = Draws(data, config.batch, config.label_dropout, config.steps, device, seed, "pretrain")
         draw.augment, draw.space = changed, denoiser.space
         optimization = Optimization(
-            denoiser, config.lr, config.weight_decay, config.max_grad_norm, spec.parse(config.ema, EMA_RULES, "ema")
+            denoiser,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            spec.parse(config.ema, EMA_RULES, "ema"),
+            config.optimizer,
         )
         super().__init__(denoiser, loss, draw, optimization, config.warmup)

@@ -1,7 +1,6 @@
 """Minimising an objective on keyed draws: the loop's body of pretraining and of most distillation."""
 
 import copy
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from rlfusion.common.weights import require_entries, restore
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.pretrain.base import Loss
 from rlfusion.pretrain.draws import Draws
+from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization
 
 
@@ -31,7 +31,8 @@ class LossLearner:
         kept: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.denoiser, self.loss, self.draw, self.optimization = denoiser, loss, draw, optimization
-        self.lr, self.warmup, self.kept = optimization.optimizer.lr, warmup, dict(kept or {})
+        self.kept = dict(kept or {})
+        optimization.follow(cosine(draw.total, warmup))
         follows = loss.teacher_decay(0, draw.total) is not None
         self.teacher = copy.deepcopy(denoiser).requires_grad_(False) if follows else denoiser
 
@@ -43,8 +44,7 @@ class LossLearner:
         """
         loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
         loss.backward()
-        lr = self.optimization.optimizer.lr = rate(self.lr, self.warmup, batch, self.draw.total)
-        norm = self.optimization.step()
+        lr, norm = self.optimization.optimizer.lr, self.optimization.step()
         self.follow(batch)
         return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
 
@@ -68,9 +68,3 @@ class LossLearner:
             restore(module, state[name], name)
         if self.teacher is not self.denoiser:
             restore(self.teacher, state["teacher"], "the teacher")
-
-
-def rate(peak: float, warmup: int, step: int, total: int) -> float:
-    """The learning rate of a step: a linear rise to ``peak`` over ``warmup`` steps, a cosine to 0 over ``total``."""
-    rise = min(1.0, (step + 1) / (warmup + 1))
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / total))

@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         value_net: its network, as of the model: ResidualMLP(width=..., depth=...), UNet(...), DiT(...).
-        value_lr: learning rate of its own AdamW.
+        value_lr: learning rate of its own.
         value_epochs: passes over each rollout.
         value_batch: states in one of its optimiser steps.
         gamma: discount of each step on the way to the reward.
@@ -47,6 +47,7 @@ class Settings:
     value_batch: int = 512
     gamma: float = 1.0
     lam: float = 0.95
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         require_positive(self, "value_lr", "value_epochs", "value_batch")
@@ -86,7 +87,7 @@ class ChainValue:
         with models.initial(seed):
             net = models.make_net(config.value_net, task.shape, task.prompts)
             self.value = Value(net, task.policy.schedule, math.prod(task.shape)).to(task.device)
-        self.optimization = Optimization(self.value, config.value_lr)
+        self.optimization = Optimization(self.value, config.value_lr, optimizer=config.optimizer)
 
     @torch.no_grad()
     def see(self, reward: Tensor) -> None:

@@ -73,14 +73,15 @@ class Regression:
     """A critic that learns from the newest ``memory`` samples, each noised afresh whenever it is drawn."""
 
     def __init__(
-        self, critic: Critic, value: Value, times: Times, lr: float, updates: int, batch: int, memory: int, seed: int
+        self, optimization: Optimization, value: Value, times: Times, updates: int, batch: int, memory: int, seed: int
     ) -> None:
-        """``value`` says what is learned, ``times`` how t is drawn; a ``fit`` makes ``updates`` steps on ``batch``
-        rows each; ``seed`` keys all draws.
+        """``optimization`` is that of a ``Critic``; ``value`` says what is learned, ``times`` how t is drawn; a ``fit``
+        makes ``updates`` steps on ``batch`` rows each; ``seed`` keys all draws.
         """
-        self.critic, self.value, self.times, self.seed = critic, value, times, seed
+        self.critic: Critic = optimization.module
+        self.value, self.times, self.seed = value, times, seed
         self.updates, self.batch, self.replay = updates, batch, Replay(memory)
-        self.optimization = Optimization(critic, lr)
+        self.optimization = optimization
 
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """q (B,)."""

@@ -25,6 +25,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.rl.agent import Plan
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
 
 PREFLIGHT = -1
@@ -36,7 +37,7 @@ class Settings:
     """Settings of every learner through a reward's gradient.
 
     Attributes:
-        lr: learning rate of AdamW.
+        lr: learning rate.
         epochs: passes over each rollout.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the walks.
         kl_loss: coefficient of D, the KL to the base model, in units of the reward a nat. A learned reward needs it:
@@ -44,7 +45,10 @@ class Settings:
         kl_std: the noise that D takes steps without noise to have, in units of the latent.
         micro_batch: walks in one graph; gradients accumulate over graphs.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -56,11 +60,14 @@ class Settings:
     micro_batch: int = 64
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "kl_std", "micro_batch", "max_grad_norm")
-        require_not_negative(self, "kl_loss", "weight_decay")
+        require_not_negative(self, "kl_loss", "weight_decay", "warmup")
+        optimizers.settle(self)
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates."""
@@ -123,7 +130,13 @@ class Learner:
         self.pretraining_term = pretraining_term
         self.policy = task.policy
         self.optimization = Optimization(
-            task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+            task.policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
         )
         self.iteration = self.queries = 0
 

@@ -54,6 +54,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
 
 ON_POLICY = 1.0
@@ -65,7 +66,7 @@ class Settings:
     """Settings of every weighted regression.
 
     Attributes:
-        lr: learning rate of AdamW; on noised samples a smaller one, of some 1e-4.
+        lr: learning rate; on noised samples a smaller one, of some 1e-4.
         beta: inverse temperature of the weights exp(beta A).
         w_max: limit of exp(beta A), before it is scaled; null for none. It moves the fixed point to q min(exp(beta A),
             w_max), and the zero of A then matters.
@@ -88,7 +89,10 @@ class Settings:
         label_dropout: probability that such a sample's label is replaced by "no class".
         micro_batch: noised samples or transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
-        weight_decay: of AdamW.
+        weight_decay: of the optimizer.
+        optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
+            path/to/file.py:Class, its arguments in brackets.
+        warmup: optimiser steps over which the learning rate rises from 0.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
@@ -111,12 +115,15 @@ class Settings:
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    warmup: int = 0
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "pretrain_batch")
         require_positive(self, "micro_batch", "max_grad_norm")
-        require_not_negative(self, "kl", "pretrain_weight", "weight_decay")
+        require_not_negative(self, "kl", "pretrain_weight", "weight_decay", "warmup")
+        optimizers.settle(self)
         if self.w_max is not None and not 0 < self.w_max < float("inf"):
             raise ConfigError(f"w_max = {self.w_max}: expected a finite number > 0, or null")
         if not 0 <= self.label_dropout <= 1:
@@ -280,7 +287,13 @@ class Regression:
         )
         self.pretraining_term = term.of(task.policy.denoiser, data, seed, "weighted")
         self.optimization = Optimization(
-            task.policy, config.lr, config.weight_decay, config.max_grad_norm, config.ema_decay
+            task.policy,
+            config.lr,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.ema_decay,
+            config.optimizer,
+            config.warmup,
         )
 
     def fit(self, batch: Trajectory, count: int, weigh: Weigh, iteration: int) -> dict[str, float]:

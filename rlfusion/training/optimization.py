@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.weights import learned, require_entries, restore
-from rlfusion.training.adamw import AdamW
+from rlfusion.training.learning_rate import Factor, rise
+from rlfusion.training.optimizers import NamedOptimizer, parse
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -156,7 +158,11 @@ def _rule(decay: Decay | float) -> Decay:
 
 
 class Optimization:
-    """AdamW with gradient clipping, a guard, and an EMA, over the trainable parameters of one module."""
+    """An optimiser with gradient clipping, a guard, and an EMA, over the trainable parameters of one module.
+
+    Attributes:
+        scheduler: of the learning rate; None while it is constant, and may be set (``optimizer.lr``).
+    """
 
     def __init__(
         self,
@@ -165,15 +171,25 @@ class Optimization:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         ema: Decay | float = 0.0,
+        optimizer: str = "adamw",
+        warmup: int = 0,
     ) -> None:
+        """``optimizer`` is a name of ``optimizers``; the learning rate rises to ``lr`` over ``warmup`` steps.
+
+        Raises:
+            ConfigError: no such optimiser, or it refuses the parameters.
+        """
         self.module, self.max_grad_norm = module, max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = AdamW(self.named, lr, weight_decay)
+        self.optimizer = NamedOptimizer(parse(optimizer), self.named, lr, weight_decay)
         self.ema = EMA(module, ema)
+        self.scheduler: LambdaLR | None = None
+        if warmup:
+            self.follow(rise(warmup))
 
-    def use(self, optimizer: Callable[..., Any]) -> None:
-        """Another optimiser with the interface of ``AdamW``, before the first step."""
-        self.optimizer = optimizer(self.named, self.optimizer.lr, self.optimizer.weight_decay)
+    def follow(self, factor: Factor, done: int = 0) -> None:
+        """Let the learning rate of step n be ``factor(n)`` times that of the settings, from n = ``done`` on."""
+        self.scheduler = LambdaLR(self.optimizer.inner, factor, done - 1)
 
     def step(self) -> float:
         """Step on the accumulated gradients, clear them, and return their norm before clipping.
@@ -188,6 +204,8 @@ class Optimization:
             raise NumericalError(f"the gradient is not finite (norm {norm}) in {', '.join(bad[:5]) or 'its norm only'}")
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.ema.update()
         return norm
 
@@ -196,6 +214,7 @@ class Optimization:
             "module": learned(self.module),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            "scheduled": 0 if self.scheduler is None else self.scheduler.last_epoch,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -204,6 +223,8 @@ class Optimization:
         restore(self.module, state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
+        if self.scheduler is not None:
+            self.follow(self.scheduler.lr_lambdas[0], state["scheduled"])
 
 
 def average(metrics: list[dict[str, Tensor]]) -> dict[str, float]:

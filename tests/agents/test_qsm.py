@@ -36,6 +36,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.critic import Mean, Regression, Soft, explained_variance, make_critic
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.optimization import Optimization
 
 K, R = 4.0, 0.7
 ONE = {"epochs": 1, "updates_per_epoch": 1, "noisings": 1, "micro_batch": 10**6, "scale": "none"}
@@ -342,7 +343,7 @@ def test_a_critic_learns_the_value_of_noised_samples(value):
     torch.manual_seed(0)
     critic = Critic(Denoiser(ResidualMLP((1,), classes=1, width=32, depth=2, frequency=10.0), VP(), "eps"), (1,))
     times = spec.parse("Uniform(margin=0.02)", TIMES, "times")
-    regression = Regression(critic, value, times, lr=5e-3, updates=90, batch=512, memory=20_000, seed=0)
+    regression = Regression(Optimization(critic, 5e-3), value, times, updates=90, batch=512, memory=20_000, seed=0)
     x0 = Gaussian.m + Gaussian.lam**0.5 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
     none = torch.zeros(20_000, dtype=torch.int64)
     for i in range(4):

@@ -27,6 +27,7 @@ from rlfusion.objectives import ADVERSARIAL, MATCHING
 from rlfusion.objectives.times import TIMES
 from rlfusion.pretrain import LOSSES, Draws
 from rlfusion.pretrain.metrics import METRICS
+from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization
 
 M, S = (0.5, -0.3), (0.4, 0.2)
@@ -107,7 +108,7 @@ def setting(
 
 
 def run(learner: Learner, steps: int) -> Learner:
-    learner.total = steps
+    learner.optimization.follow(cosine(steps))
     for step in range(steps):
         learner.update(step)
     return learner

@@ -57,7 +57,7 @@ def test_copies_are_counted(tiny_pipelines, tmp_path):
     trained = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
     frozen = sum(p.numel() * 4 for p in policy.parameters() if not p.requires_grad)
     assert (found["network, trained"], found["network, frozen"]) == (trained, frozen)
-    assert found["gradients and AdamW"] == 3 * trained
+    assert found["gradients and optimiser"] == 3 * trained
     assert found["to undo an update"] == 4 * trained
     assert found["copies of what is trained"] == trained  # the rollouts'; no reference, no monitor here
     assert found["autoencoder"] == sum(p.numel() * 4 for p in policy.space.vae.parameters())

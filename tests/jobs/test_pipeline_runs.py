@@ -118,9 +118,8 @@ def test_whole_weights_are_exported_as_a_pipeline(whole):
 
 
 def test_a_trained_pipeline_is_trained_on(adapted, root):
-    config = settings(
-        adapted, "draft", root, lora=LORA, pipeline=pipelines.Settings(), updates=1, optimizer="adamw8bit"
-    )
+    config = settings(adapted, "draft", root, lora=LORA, pipeline=pipelines.Settings(), updates=1)
+    config = replace(config, agent=replace(config.agent, optimizer="adamw8bit"))
     ran(config, "again")
     held = json.loads((root / "again" / "model" / "model.json").read_text())["pipeline"]
     assert held["adapters"] == [str((adapted / "model").resolve()), "."]

@@ -23,7 +23,6 @@ from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import build, find, score, task_info
 from rlfusion.rewards.untrained import require_weights
 from rlfusion.rollout.ray_address import require_cluster
-from rlfusion.training import adamw8bit
 from rlfusion.training.devices import pick_device
 
 TRIED, PIPELINE_TRIED = 4, 2
@@ -42,8 +41,6 @@ def check(config: Finetune) -> None:
     pick_device(config.device)
     if config.rollout.workers:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
-    if config.optimizer == "adamw8bit":
-        adamw8bit.require()
     parts = opened(config)
     card = base_model.pretrained(parts.base)
     if card is not None:

@@ -29,7 +29,6 @@ from rlfusion.rewards import Reward, task_info
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
-from rlfusion.training import adamw8bit
 from rlfusion.training.devices import pick_device
 from rlfusion.training.identity import Run
 from rlfusion.training.tracking import Tracker, grid, save_png
@@ -166,7 +165,4 @@ def make_learner(
     Raises:
         ConfigError: as ``Agent.learner``.
     """
-    learner = config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
-    if config.optimizer == "adamw8bit":
-        learner.optimization.use(adamw8bit.AdamW8bit)
-    return learner
+    return config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)

@@ -1,0 +1,109 @@
+"""An optimiser that keeps its state by the names of the parameters."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import StateError
+from rlfusion.common.weights import require_entries
+from rlfusion.training.optimizers.recipe import Recipe
+
+
+class NamedOptimizer:
+    """An optimiser of named parameters. One without a gradient is left as it is, and has no state until it has one."""
+
+    def __init__(self, recipe: Recipe, named: Mapping[str, nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+        """Raises ConfigError as ``Recipe.build``."""
+        self.recipe, self.named, self.weight_decay = recipe, dict(named), weight_decay
+        self.inner = recipe.build(list(self.named.values()), lr, weight_decay)
+        self._start = copy.deepcopy(_settings(self.inner))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate; it may be set between steps."""
+        return self.inner.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> None:
+        """One step on the gradients that are there."""
+        with self.recipe.running():
+            self.inner.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.inner.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state by the parameters' names, no copy; and what the optimiser has changed of its groups' settings. The
+        learning rate is not in it: it is of the settings and of its course.
+        """
+        held = {name: self.inner.state.get(p) for name, p in self.named.items()}
+        groups = [
+            {key: value for key, value in now.items() if key not in before or not _same(value, before[key])}
+            for now, before in zip(_settings(self.inner), self._start)
+        ]
+        return {
+            "kind": self.recipe.kind.__qualname__,
+            "groups": groups,
+            "state": {name: dict(state) for name, state in held.items() if state},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises StateError where it is of other parameters, or of another optimiser."""
+        require_entries(state, self.state_dict(), "the optimiser")
+        kind = self.recipe.kind.__qualname__
+        if state["kind"] != kind:
+            raise StateError(f"the optimiser is {state['kind']!r}, expected {kind!r}")
+        if len(state["groups"]) != len(self._start):
+            raise StateError(f"the optimiser has {len(state['groups'])} groups, expected {len(self._start)}")
+        loaded = {name: self._fitted(name, held) for name, held in state["state"].items()}
+        self._load_groups(state["groups"])
+        self.inner.state.clear()
+        for name, held in loaded.items():
+            self.inner.state[self.named[name]] = held
+
+    def _fitted(self, name: str, held: Any) -> dict[str, Any]:
+        """The saved state of a parameter, on the devices where it belongs."""
+        if name not in self.named:
+            raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
+        like = next(iter(self.recipe.stepped(self.named[name]).state.values()), {})
+        require_entries(held, like, f"moments of {name!r}")
+        return {k: v.to(like[k].device) if isinstance(like[k], Tensor) else v for k, v in held.items()}
+
+    def _load_groups(self, saved: list[Any]) -> None:
+        new = _settings(self.recipe.stepped(next(iter(self.named.values())))) if any(saved) else []
+        for group, start, given, like in zip(self.inner.param_groups, self._start, saved, new or self._start):
+            keys = given if isinstance(given, Mapping) else ()
+            require_entries(given, {k: like[k] for k in keys if k in like}, "the optimiser's settings")
+            group.update(copy.deepcopy(start) | given)
+
+
+def state_bytes(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> int:
+    """Bytes that the optimiser holds of ``parameters`` once each had a gradient; single numbers are not counted."""
+    sizes: dict[Any, int] = {}
+    for p in parameters:
+        key = (p.shape, p.dtype, p.device)
+        if key not in sizes:
+            held = [v for state in recipe.stepped(p).state.values() for v in state.values()]
+            tensors = [v for v in held if isinstance(v, Tensor) and v.dim()]
+            sizes[key] = sum(v.numel() * v.element_size() for v in tensors)
+    return sum(sizes[p.shape, p.dtype, p.device] for p in parameters)
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What its groups hold beside the parameters and the learning rate."""
+    beside = ("params", "param_names", "lr", "initial_lr")
+    return [{k: v for k, v in group.items() if k not in beside} for group in optimizer.param_groups]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
