@@ -11,6 +11,7 @@ from rlfusion.models import NETS, SCHEDULES
 from rlfusion.models.pipelines import FAMILIES
 from rlfusion.pretrain import LOSSES
 from rlfusion.rewards import REWARDS
+from rlfusion.training.optimizers import OPTIMIZERS
 
 DOORS: dict[str, tuple[Registry, str]] = {
     "agents": (AGENTS, "finetune --agent"),
@@ -23,6 +24,7 @@ DOORS: dict[str, tuple[Registry, str]] = {
     "networks": (NETS, "pretrain --model.net"),
     "families": (FAMILIES, "finetune --model"),
     "data": (SOURCES, "pretrain --data"),
+    "optimizers": (OPTIMIZERS, "finetune --agent.optimizer"),
     "metrics": (METRICS, "evaluate --evaluation.metrics"),
 }
 """Each registry, and the option that takes a name of it."""
