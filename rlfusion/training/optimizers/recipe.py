@@ -14,8 +14,8 @@ from rlfusion.common.errors import ConfigError, RlfusionError, shorten
 from rlfusion.common.user_code import running
 
 FUSED = ("cuda",)
-"""Devices where AdamW is fused unless told otherwise. On a CPU ``adamw(fused=True)`` takes a third to a sixth of the time of
-the plain step and is no less exact, but it rounds otherwise: runs made before would not repeat to the bit."""
+"""Devices where AdamW is fused unless told otherwise. On a CPU ``adamw(fused=True)`` takes a third to a sixth of the
+plain step's time and is no less exact, but rounds otherwise: runs made before would not repeat to the bit."""
 
 _UNUSABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError)
 
