@@ -73,7 +73,7 @@ class NamedOptimizer:
         """The saved state of a parameter, on the devices where it belongs."""
         if name not in self.named:
             raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
-        like = next(iter(self.recipe.stepped(self.named[name]).state.values()), {})
+        like: dict[str, Any] = next(iter(self.recipe.stepped(self.named[name]).state.values()), {})
         require_entries(held, like, f"moments of {name!r}")
         return {k: v.to(like[k].device) if isinstance(like[k], Tensor) else v for k, v in held.items()}
 

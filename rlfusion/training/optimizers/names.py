@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SparseAdam
 
 from rlfusion.common import nested, spec
@@ -93,7 +93,8 @@ def _try(recipe: Recipe) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         first = _Trial(recipe, device)
         first.step(1)
-        record, tensors = copy.deepcopy(first.optimizer.state_dict()), {}
+        record = copy.deepcopy(first.optimizer.state_dict())
+        tensors: dict[str, Tensor] = {}
         try:
             nested.flatten(record, "its state", tensors)
         except TypeError as error:

@@ -50,7 +50,8 @@ class Recipe:
         if self.kind is torch.optim.AdamW and not {"fused", "foreach"} & self.settings.keys():
             arguments["fused"] = all(p.device.type in FUSED for p in parameters)
         with self.refusing(f"with {shorten(arguments)}"):
-            return without_compiler(self.kind)(parameters, **arguments)
+            kind = without_compiler(self.kind)  # type: ignore[arg-type]  # mypy reads the __hash__ of its instances
+            return kind(parameters, **arguments)
 
     def running(self) -> AbstractContextManager[None]:
         """Within the context the optimiser's own code runs; what a user's raises is said to be theirs."""
