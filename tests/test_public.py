@@ -99,7 +99,7 @@ def test_load_changes_what_it_is_told_of_the_chain(tiny_root):
     ("settings", "said"),
     [
         ({"chain": {"stepz": 2}}, "did you mean 'steps'"),
-        ({"chain": {"steps": "2"}}, "steps = 2 of chain: expected int"),
+        ({"chain": {"steps": "2"}}, "steps = '2' of chain: expected int"),
         ({"prompts": "a cat"}, "no pretrained pipeline"),
         ({"pipeline": {"size": 8}}, "no pretrained pipeline"),
         ({"device": "gpu"}, "did you mean 'cuda'"),

@@ -464,7 +464,7 @@ def test_a_reward_that_learns_from_data_learns_from_the_part_that_finetune_train
     [
         ("random", "repeats"),
         ("normalised", "batch"),
-        ("greedy", "input"),
+        ("greedy", "answers"),
         ("detached", "gradient"),
         ("step", "gradient"),
         ("broken", "answers"),

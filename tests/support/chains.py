@@ -76,10 +76,7 @@ class Capture:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.gradients = module, []
-
-    @property
-    def optimizer(self) -> nn.Module:
-        return self.module
+        self.optimizer = module
 
     def step(self) -> float:
         self.gradients.append(flat_gradient(self.module))
