@@ -98,7 +98,7 @@ def test_who_cannot_leave_a_sample_out_is_named_and_stops_nobody_else():
         ({"agents": ["ddppo"]}, "did you mean 'ddpo'"),
         ({"agents": ["grpo(windw=3)"]}, "did you mean 'window'"),
         ({"agents": ["grpo(window=-3)"]}, "window = -3"),
-        ({"agents": ["ddpo(form='iss')"]}, "form = 'iss' of agent 'ddpo': expected one of is, sf"),
+        ({"agents": ["ddpo(form='iss')"]}, "form = iss of agent 'ddpo': expected one of 'is', 'sf'"),
         ({"agents": ["mine = ddppo"]}, "did you mean 'ddpo'"),
         ({"agents": ["ddpo", "ddpo"]}, "expected each once"),
         ({"agents": ["it = ddpo", "it = grpo"]}, "expected each once"),
@@ -305,7 +305,7 @@ def test_guidance_that_a_model_does_not_know_is_a_row_that_says_so(tiny_pipeline
     found = dict(
         baselines(schnell, chain, Unjudged((3, 16, 16), ("a red cat",)), Scored(mean, "reward"), Tries(4, [], [3.0]))
     )
-    assert found["guidance 3"].startswith("refused: guidance: this model knows no negative prompts")
+    assert found["guidance 3"].startswith("refused: guidance = 3.0: this model reads no guidance weight")
     assert found["base"]["diversity"] > 0
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlfusion import models, pretrain
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import Autoencode, Base
+from rlfusion.config import Base
 from rlfusion.data import Dataset, digits, to_pixels
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
@@ -24,7 +24,6 @@ from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.pretrain import _digest, card_of
 from rlfusion.models import autoencoder
 from rlfusion.models.autoencoder import KLVAE, Latents, encoded, fitted, from_diffusers, negative_elbo
-from rlfusion.training import checkpoint
 
 QUICK = ("--steps", 120, "--batch", 32, "--lr", 0.01, "--model.width", 8, "--checkpoint_every", 20)
 MODEL = ("--train.steps", 40, "--train.batch", 16, "--evaluation.samples", 60, "--chain.steps", 2)
@@ -225,24 +224,6 @@ def test_fine_tuning_in_latents_is_rewarded_for_pixels(workers, folder):
     assert mine.net.shape == (4, 4, 4)
     first = folder / "runs" / "tuned0" / "model" / "weights.safetensors"
     assert first.read_bytes() == (folder / "runs" / f"tuned{workers}" / "model" / "weights.safetensors").read_bytes()
-
-
-def test_an_interrupted_training_ends_with_the_same_bits(folder, tmp_path):
-    (tmp_path / "runs").mkdir()
-    config = (folder / "runs" / "ae" / "config.yaml").read_text()
-    half = tmp_path / "runs" / "ae"
-    half.mkdir()
-    (half / "config.yaml").write_text(config)
-    run = Autoencode(steps=120, batch=32, lr=0.01, checkpoint_every=20, model=autoencoder.Config(width=8))
-    data, _ = digits().split(0.25)
-    learner = pretrain_autoencoder.Learner(pretrain_autoencoder._build(run, (1, 8, 8)), data, run)
-    for step in range(20):
-        learner.update(step)
-    checkpoint.save(half / "checkpoints", 20, learner.state_dict())
-    said = rlfusion(tmp_path, "pretrain-autoencoder", "--resume", "runs/ae")
-    assert said.code == 0, said.err
-    name = "autoencoder/space.safetensors"
-    assert (half / name).read_bytes() == (folder / "runs" / "ae" / name).read_bytes()
 
 
 def test_a_stopped_training_is_code_75_and_goes_on_to_the_same_bits(folder, tmp_path):
