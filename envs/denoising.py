@@ -113,7 +113,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.single_action_space = gymnasium.spaces.Box(-bound, bound, tuple(shape), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._shape = tuple(shape)
+        self._shape, self._bound = tuple(shape), float(bound)
         self._episode, self._k = -1, 0
         self._x: Tensor | None = None
         self._cond: Tensor | None = None
@@ -150,7 +150,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._begin()
             return self._result(None, {})
         with torch.set_grad_enabled(self._io.differentiable and torch.is_grad_enabled()):
-            self._advance(self._io.action(actions, self.action_space))
+            self._advance(self._io.action(actions, (self.num_envs, *self._shape), self._bound))
             reward, info = self._score() if self._ended else (None, dict[str, Any]())
         if reward is None or mode is not AutoresetMode.SAME_STEP:
             return self._result(reward, info)

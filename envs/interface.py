@@ -93,7 +93,7 @@ class Interface(Protocol):
     differentiable: ClassVar[bool]
     device: torch.device
 
-    def action(self, value: Any, space: spaces.Box) -> Tensor: ...
+    def action(self, value: Any, shape: tuple[int, ...], bound: float) -> Tensor: ...
     def tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor: ...
     def observation(self, obs: Observation) -> Any: ...
     def array(self, x: Tensor) -> Any: ...
@@ -108,8 +108,8 @@ class Torch:
     device: torch.device
     differentiable: ClassVar[bool] = True
 
-    def action(self, value: Any, space: spaces.Box) -> Tensor:
-        return self.tensor("action", value, space.shape)
+    def action(self, value: Any, shape: tuple[int, ...], bound: float) -> Tensor:
+        return self.tensor("action", value, shape)
 
     def tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
         """``value`` itself, if it is a tensor of this shape on the environment's device; else ValueError."""
@@ -142,10 +142,9 @@ class Numpy:
     device: torch.device
     differentiable: ClassVar[bool] = False
 
-    def action(self, value: Any, space: spaces.Box) -> Tensor:
+    def action(self, value: Any, shape: tuple[int, ...], bound: float) -> Tensor:
         """A copy of the action, float32; ValueError if it has another shape, is not finite or is out of bounds."""
-        held = self._array("action", value, space.shape)
-        bound = float(space.high.flat[0])
+        held = self._array("action", value, shape)
         wrong = ~(np.abs(held) <= bound).reshape(len(held), -1).all(1)
         if wrong.any():
             rows = np.flatnonzero(wrong)

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten
 
 VARIABLE = "RLFUSION_REWARD_TOKEN"
 SHORTEST = 16
@@ -26,12 +26,14 @@ def read_token(file: str) -> str:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"token_file = {shorten(repr(file))}: cannot be read ({getattr(error, 'strerror', error)})"
+            f"token_file = {shorten(repr(file), LONGEST_PATH)}: cannot be read ({getattr(error, 'strerror', error)})"
         ) from error
     if stat.S_IMODE(mode) & 0o077:
-        raise ConfigError(f"token_file = {shorten(repr(file))}: its mode is {stat.S_IMODE(mode):o}, expected 600")
+        raise ConfigError(
+            f"token_file = {shorten(repr(file), LONGEST_PATH)}: its mode is {stat.S_IMODE(mode):o}, expected 600"
+        )
     if not token:
-        raise ConfigError(f"token_file = {shorten(repr(file))}: is empty")
+        raise ConfigError(f"token_file = {shorten(repr(file), LONGEST_PATH)}: is empty")
     return _checked(token, file)
 
 

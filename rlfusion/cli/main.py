@@ -15,9 +15,9 @@ from rlfusion.common.stops import Entry, StopRequested
 
 DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
 
-MOST_CHARACTERS = 600
+MOST_CHARACTERS = 900
 """Of an error's line, whatever other libraries say in it."""
-LONGEST_WORD = 200
+LONGEST_WORD = 400
 """Characters of a name or path in it that is said whole."""
 
 GUIDE = """\
@@ -262,7 +262,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def _one_line(error: object) -> str:
     from rlfusion.common.errors import shorten
 
-    words = (shorten(word) if len(word) > LONGEST_WORD else word for word in str(error).split())
+    words = (shorten(word, LONGEST_WORD) if len(word) > LONGEST_WORD else word for word in str(error).split())
     return shorten(" ".join(words), MOST_CHARACTERS)
 
 

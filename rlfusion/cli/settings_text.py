@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten
 
 MOST_BYTES = 2**20
 MOST_DEEP = 100
@@ -81,10 +81,12 @@ def load_file(path: str, option: str = "config") -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or none that holds a mapping in YAML and UTF-8.
     """
-    what, file = f"--{option} {shorten(repr(path))}", Path(path)
+    what, file = f"--{option} {shorten(repr(path), LONGEST_PATH)}", Path(path)
     try:
         if not file.exists():
-            raise ConfigError(f"{what}: there is no such file (from {shorten(os.getcwd(), 60)}); expected a YAML file")
+            raise ConfigError(
+                f"{what}: there is no such file (from {shorten(os.getcwd(), LONGEST_PATH)}); expected a YAML file"
+            )
         if not file.is_file():
             inside = file / "config.yaml"
             advice = f"; did you mean {str(inside)!r}?" if inside.is_file() else ""

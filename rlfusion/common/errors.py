@@ -110,6 +110,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 LONGEST = 80
 """Characters of a value that an error shows."""
+LONGEST_PATH = 400
+"""Characters of a path that an error shows: one reads, and copies, the whole of it."""
 LISTED = 160
 """Characters of the names that an error lists; of more it says how many there are, and the nearest."""
 

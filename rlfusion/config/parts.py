@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.common.registry import absolute
 from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
@@ -18,7 +18,7 @@ def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
         ConfigError: another suffix, a folder, or a place where nothing can be made.
     """
     file = Path(path)
-    what = f"{name} = {shorten(repr(path))}"
+    what = f"{name} = {shorten(repr(path), LONGEST_PATH)}"
     if file.suffix.lower() not in suffixes:
         raise ConfigError(f"{what}: expected a file that ends in {' or '.join(suffixes)}")
     try:
@@ -28,7 +28,7 @@ def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
     except OSError as error:
         raise ConfigError(f"{what}: {shorten(error.strerror)}") from error
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ConfigError(f"{what}: nothing can be written in {shorten(repr(str(above)))}")
+        raise ConfigError(f"{what}: nothing can be written in {shorten(repr(str(above)), LONGEST_PATH)}")
 
 
 @dataclass(frozen=True)

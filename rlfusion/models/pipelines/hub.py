@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
 
@@ -74,7 +74,7 @@ def folder(name: str, variant: str = "") -> Path:
     except Exception as error:  # the hub's client has dozens of errors of its own, and requests' beside them
         first = (str(error).strip() or "no message").splitlines()[0]
         raise ConfigError(
-            f"model {shorten(repr(name))} is no folder here and cannot be fetched from the hub "
+            f"model {shorten(repr(name), LONGEST_PATH)} is no folder here and cannot be fetched from the hub "
             f"({type(error).__name__}: {shorten(first, 60)}): expected a diffusers folder with {INDEX} and "
             ".safetensors weights, or a hub cache (HF_HOME) that holds it"
         ) from error
