@@ -242,7 +242,8 @@ def test_captions_through_the_commands(tmp_path):
     for label in ("a handwritten two", "a large two"):
         words_ = ("sample", "--checkpoint", "runs/it", "--label", label, "--count", 4, "--out", f"{label[-3:]}.png")
         assert rlfusion(tmp_path, *words_).code == 0
-    tuned = rlfusion(tmp_path, "finetune", "--base", "runs/it", "--pretrain.data", "said.npz", "--reward", "ink", *TINY)
+    few = (*TINY, "--reward", "ink", "--rollout.prompts", 3)
+    tuned = rlfusion(tmp_path, "finetune", "--base", "runs/it", "--pretrain.data", "said.npz", *few)
     assert tuned.code == 0, tuned.err
 
 
