@@ -10,6 +10,7 @@ or a numpy array, 8-bit ones, without gradient. A method ``score`` is called as 
 A parameter that no name binds is an error; ``adapter``, an option of every reward, says what cannot be recognised.
 """
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,7 @@ def bind(name: str, signature: inspect.Signature, adapter: Adapter, method: str 
     for parameter in signature.parameters.values():
         role = _role(name, parameter, adapter, order)
         if role:
+            _require_no_default(name, parameter, role, adapter)
             if role in roles.values():
                 raise ConfigError(f"reward {name!r}: two of its parameters are {role}{remedy(signature)}")
             roles[parameter.name] = role
@@ -165,6 +167,18 @@ def _role(name: str, parameter: inspect.Parameter, adapter: Adapter, order: list
             "expected an adapter of that order, or none"
         )
     return role
+
+
+def _require_no_default(name: str, parameter: inspect.Parameter, role: str, adapter: Adapter) -> None:
+    """Refuse a parameter that would be bound by its name alone and has a value of its own: it may be a setting."""
+    default, told = parameter.default, bool(adapter.like) or parameter.name in adapter.parameters
+    if told or not default or not isinstance(default, str | int | float):
+        return
+    raise ConfigError(
+        f"reward {name!r}: is its parameter {parameter.name!r} = {default!r} a setting, or the {role} of the samples? "
+        f"expected its option {{{parameter.name}: {default!r}}}, or {{adapter: {{parameters: {{{parameter.name}: "
+        f"{role}}}}}}}"
+    )
 
 
 def _annotated(parameter: inspect.Parameter) -> str:
@@ -308,7 +322,8 @@ def adapted(
 ) -> Any:
     """The reward that a scorer is; itself where it is one already. ``options`` are given to it by keyword."""
     signature = signature_of(name, scorer)
-    left = [p for p in signature.parameters.values() if p.name not in options]
+    settled = {*options, *(fixed(scorer) - set(adapter.parameters))}
+    left = [p for p in signature.parameters.values() if p.name not in settled]
     bound = bind(name, signature.replace(parameters=left), adapter, method)
     if bound.native and inside is scorer and not adapter.scores:
         return None
@@ -328,9 +343,33 @@ def signature_of(name: str, scorer: Callable[..., Any]) -> inspect.Signature:
     Raises:
         ConfigError: it has none that can be read.
     """
+    called = _flat(scorer.forward if isinstance(scorer, nn.Module) else scorer)
     try:
-        return inspect.signature(scorer.forward if isinstance(scorer, nn.Module) else scorer)
+        return inspect.signature(called)
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"reward {name!r}: its parameters cannot be read: expected a function around it with named ones"
         ) from error
+
+
+def fixed(scorer: Callable[..., Any]) -> set[str]:
+    """The keywords that functools.partial has fixed: they stand, unless an option or the adapter names them."""
+    called = scorer.forward if isinstance(scorer, nn.Module) else scorer
+    if not isinstance(called, functools.partial):
+        called = getattr(called, "__call__", None)  # noqa: B004 - of a class with a partialmethod
+    return set(_flat(called).keywords) if isinstance(called, functools.partial) else set()
+
+
+def whole(thing: Any) -> Any:
+    """What functools.partial is a part of; else the thing itself."""
+    return _flat(thing).func if isinstance(thing, functools.partial) else thing
+
+
+def _flat(thing: Any) -> Any:
+    """A partial of a partial as one, without the ``__wrapped__`` for which inspect would overlook what it fixes."""
+    if not isinstance(thing, functools.partial):
+        return thing
+    inner = _flat(thing.func)
+    if not isinstance(inner, functools.partial):
+        return functools.partial(inner, *thing.args, **thing.keywords)
+    return functools.partial(inner.func, *inner.args, *thing.args, **{**inner.keywords, **thing.keywords})

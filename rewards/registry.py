@@ -27,7 +27,7 @@ from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.common.registry import Registry, absolute
 from rlfusion.common.user_code import running
-from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, remedy, signature_of
+from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, fixed, remedy, signature_of, whole
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.remote.client import Remote, is_url
 from rlfusion.rewards.weighted import WeightedSum
@@ -102,12 +102,13 @@ def build(
 def asks(name: str) -> set[str]:
     """The entries of ``task_info`` that the reward of that name asks for; all, where they cannot be known before."""
     found = find(name)
-    wanted = {"prompts", "shape", "classes", "metadata"} & set(signature_of(name, found).parameters)
+    wanted = {"prompts", "shape", "classes", "metadata"} & (set(signature_of(name, found).parameters) - fixed(found))
     if name in REWARDS or is_url(name):
         return wanted
-    if inspect.isclass(found):
-        methods = [held for held in ("forward", "__call__", "score") if (held in vars(found))]
-        names = {p for method in methods for p in inspect.signature(vars(found)[method]).parameters}
+    if inspect.isclass(whole(found)):
+        own = vars(whole(found))
+        methods = [held for held in ("forward", "__call__", "score") if callable(own.get(held))]
+        names = {p for method in methods for p in inspect.signature(own[method]).parameters}
     elif isinstance(found, nn.Module) or _takes_images(name, found, Adapter()):
         names = set(signature_of(name, found).parameters)
     else:
@@ -173,7 +174,8 @@ def built(name: str, found: Any, options: Mapping[str, Any], task_info: Mapping[
     """
     options = dict(options)
     adapter = Adapter.read(name, options.pop("adapter", None))
-    if inspect.isclass(found) or (inspect.isfunction(found) and not _takes_images(name, found, adapter)):
+    kind = whole(found)
+    if inspect.isclass(kind) or (inspect.isfunction(kind) and not _takes_images(name, found, adapter)):
         return _reward(name, _made(name, found, options, task_info), {}, adapter, task_info)
     return _reward(name, found, options, adapter, task_info)
 
@@ -200,7 +202,7 @@ def _takes_images(name: str, found: Callable[..., Any], adapter: Adapter) -> boo
         return True  # which is refused, in words, as nothing says what they are
     if adapter.told("order", ()):
         return bool(_ordered(parameters, adapter))
-    given = {NAMES.get(parameter.lower(), "") for parameter in parameters}
+    given = {NAMES.get(parameter.lower(), "") for parameter in parameters if parameter not in fixed(found)}
     return bool({"images", "image"} & {*given, *adapter.parameters.values()})
 
 
@@ -213,7 +215,8 @@ def _settings(
 ) -> dict[str, Any]:
     """The options, and the ``task_info`` that they leave open, of those parameters that are not ``kept``."""
     parameters = [p for p in signature_of(name, found).parameters.values() if p.name not in kept]
-    options = {p.name: task_info[p.name] for p in parameters if p.name in task_info} | options
+    asked = [p.name for p in parameters if p.name in task_info and p.name not in fixed(found)]
+    options = {asked_for: task_info[asked_for] for asked_for in asked} | options
     _require_options(name, options, parameters)
     return options
 
@@ -222,7 +225,7 @@ def _reward(name: str, found: Any, options: dict[str, Any], adapter: Adapter, ta
     """The reward that an object or a function is, or that its method ``score`` is."""
     scorer, method = _scorer(name, found, adapter)
     parameters = signature_of(name, scorer).parameters
-    words = {p: NAMES.get(p.lower(), "") for p in parameters if p not in options}
+    words = {p: NAMES.get(p.lower(), "") for p in parameters if p not in options and p not in fixed(scorer)}
     if "cond" in words.values():  # beside the condition, prompts are a setting: the text of each condition
         words = {p: role for p, role in words.items() if role != "prompts" or parameters[p].kind <= 1}
     kept = [p for p, role in words.items() if role] + list(adapter.parameters) + _ordered(parameters, adapter)

@@ -1,5 +1,6 @@
 """Rewards as people have them: published signatures and their variants give the right numbers, or are refused."""
 
+import functools
 import sys
 import types
 from typing import Union
@@ -272,6 +273,107 @@ def test_what_cannot_be_bound_is_refused_with_the_remedy(thing, options, said, n
     with pytest.raises(ConfigError, match=said) as error:
         build(name, {name: options} if options else {}, TOLD)
     assert "\n" not in str(error.value)
+
+
+def of_c(samples, c=None):
+    return means(samples) if c is None else means(samples) + c
+
+
+def scaled(images, prompts=None, shape=None, scale=1.0):
+    return scale * means(images) + (0.0 if prompts is None else len(prompts)) + (0.0 if shape is None else len(shape))
+
+
+def first_fixed(offset, images, c):
+    return means(images) + offset + (100.0 if c is None else 0.0)
+
+
+class OfC:
+    def of_c(self, samples, c=None):
+        return of_c(samples, c)
+
+    __call__ = functools.partialmethod(of_c, c=None)
+
+
+class ScoreOfC:
+    def scored(self, samples, c=None):
+        return of_c(samples, c)
+
+    score = functools.partialmethod(scored, c=None)
+
+
+class ForwardOfC(nn.Module):
+    def of_c(self, samples, c=None):
+        return of_c(samples, c)
+
+    forward = functools.partialmethod(of_c, c=None)
+
+
+class Sized:
+    def __init__(self, classes, prompts=()):
+        self.classes, self.prompts = classes, prompts
+
+    def __call__(self, images):
+        return means(images) + self.classes + len(self.prompts)
+
+
+def sized(prompts, scale):
+    return lambda images: scale * means(images) + len(prompts)
+
+
+def like(thing, partial):
+    return functools.update_wrapper(partial, thing)
+
+
+@pytest.mark.parametrize(
+    ("thing", "options", "expected"),
+    [
+        (functools.partial(of_c, c=None), {}, means),
+        (like(of_c, functools.partial(of_c, c=None)), {}, means),
+        (functools.partial(like(of_c, functools.partial(of_c, c=None))), {}, means),
+        (functools.partial(of_c, c=None), {"adapter": {"parameters": {"c": "cond"}}}, lambda x: means(x) + COND),
+        (functools.partial(of_c), {}, lambda x: means(x) + COND),
+        (functools.partial(scaled, prompts=None, shape=None), {}, means),
+        (functools.partial(scaled, prompts=None, shape=None, scale=3.0), {}, lambda x: 3 * means(x)),
+        (functools.partial(scaled, prompts=None, shape=(1, 2), scale=3.0), {"scale": 2.0}, lambda x: 2 * means(x) + 2),
+        (functools.partial(first_fixed, 7.0, c=None), {}, lambda x: means(x) + 107),
+        (like(first_fixed, functools.partial(first_fixed, 7.0)), {}, lambda x: means(x) + 7),
+        (OfC, {}, means),
+        (OfC(), {}, means),
+        (ScoreOfC, {"adapter": {"images": "tensor"}}, means),
+        (ForwardOfC, {}, means),
+        (functools.partial(Sized, classes=40), {}, lambda x: means(x) + 43),
+        (functools.partial(Sized, classes=40, prompts=()), {}, lambda x: means(x) + 40),
+        (functools.partial(sized, scale=2.0), {}, lambda x: 2 * means(x) + 3),
+        (functools.partial(sized, prompts="ab", scale=2.0), {}, lambda x: 2 * means(x) + 2),
+    ],
+)
+def test_what_partial_has_fixed_stands(thing, options, expected, named, samples):
+    name = named(thing)
+    reward = build(name, {name: options}, TOLD)
+    torch.testing.assert_close(score(reward, samples, COND, name), expected(samples).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        lambda images, label=3: means(images),
+        lambda images, c=0.5: means(images),
+        lambda image, prompt="a cat": 0.0,
+        lambda images, *, texts="a cat": means(images),
+        functools.partial(lambda images, label, c=2.0: means(images), label=3),
+    ],
+)
+def test_a_parameter_that_may_be_a_setting_is_no_condition(thing, named, samples):
+    with pytest.raises(ConfigError, match=r"a setting, or the .* samples\? expected its option \{.* or \{adapter"):
+        build(named(thing), {}, TOLD)
+
+
+def test_a_parameter_that_may_be_a_setting_is_what_the_options_say(named, samples):
+    name = named(lambda images, label=3: means(images) + label)
+    as_setting = build(name, {name: {"label": 5}}, TOLD)
+    torch.testing.assert_close(score(as_setting, samples, COND, name), means(samples) + 5)
+    as_condition = build(name, {name: {"adapter": {"parameters": {"label": "cond"}}}}, TOLD)
+    torch.testing.assert_close(score(as_condition, samples, COND, name), means(samples) + COND)
 
 
 def paths(images: list[str], prompts: list[str]):
