@@ -3,6 +3,7 @@
 What is done on the way beyond decoding is counted, so that the data set can say it in its line.
 """
 
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.notices import say_once
 
 NO_PICTURES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC", "FITS", "FLI", "DCX"}
 """Formats that Pillow names and that are no still images, or are drawn by another program (EPS by Ghostscript)."""
@@ -32,6 +34,18 @@ ALPHA = {"LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA", "RGBa": "RGBA"}
 PLAIN = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 DEEP = {"I;16", "I;16L", "I;16B", "I;16N"}
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 274, 258, 262
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""What brings an image of an EXIF orientation upright."""
+BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError, struct.error)
+"""What Pillow's reader of EXIF blocks raises."""
 
 
 @dataclass
@@ -65,10 +79,11 @@ class Reader:
         require_size(image, where)
         self._require_one(image, where)
         image.load()
-        image = self._upright(image)
+        turn = self._turn(image)
         plain, alpha = self._eight_bits(image, where)
         coloured = self._srgb(plain, image.info.get("icc_profile"))
-        return self._over_background(coloured, alpha)
+        shown = self._over_background(coloured, alpha)
+        return shown if turn is None else shown.transpose(turn)
 
     def _require_one(self, image: Any, where: str) -> None:
         frames = getattr(image, "n_frames", 1)
@@ -79,21 +94,21 @@ class Reader:
         image.seek(0)
         self.notes["of several pictures (the first is taken)"] += 1
 
-    def _upright(self, image: Any) -> Any:
-        from PIL import ImageOps
+    def _turn(self, image: Any) -> Any | None:
+        """What brings the pixels of an image upright, of PIL's Transpose; None for nothing."""
+        from PIL import Image
 
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # whatever a broken block makes its parser raise; viewers show such an image as it lies
-            self.notes["with broken EXIF data (taken as upright)"] += 1
-            return image
-        if orientation not in range(2, 9):
-            return image
-        self.notes["turned upright (EXIF)"] += 1
-        info = image.info  # the profile and the transparent colour go with the pixels
-        image = ImageOps.exif_transpose(image)
-        image.info = {**info, **image.info}
-        return image
+        orientation, whole = exif_orientation(image)
+        upright = "turned as far as they say" if orientation in TURNS else "taken as upright"
+        if not whole:
+            self.notes[f"with damaged EXIF data ({upright})"] += 1
+        elif orientation not in (None, 1, *TURNS):
+            self.notes[f"with an EXIF orientation outside of 1..8 ({upright})"] += 1
+        if orientation not in TURNS:
+            return None
+        if whole:
+            self.notes["turned upright (EXIF)"] += 1
+        return Image.Transpose[TURNS[orientation]]
 
     def _eight_bits(self, image: Any, where: str) -> tuple[Any, Any | None]:
         """The image without transparency in a mode of 8 bits, and its opacity (mode L) if it is not all opaque."""
@@ -158,6 +173,21 @@ class Reader:
         return Image.composite(image, Image.new("RGB", image.size, colour(self.background)), alpha)
 
 
+def exif_orientation(image: Any) -> tuple[Any, bool]:
+    """The orientation that the EXIF data of a PIL image say (None for none), and whether they could be read whole."""
+    from PIL import Image
+
+    orientation = None
+    with warnings.catch_warnings(record=True) as told:  # Pillow warns of a block that is cut, and reads what it can
+        warnings.simplefilter("always")
+        try:
+            orientation = image.getexif().get(ORIENTATION)
+            Image.Exif().load(image.info.get("exif") or b"")  # again: some were read, and warned of, while opening
+        except BROKEN_EXIF:
+            return orientation, False
+    return orientation, not told
+
+
 def colour(name: str) -> tuple[int, int, int]:
     """
     Raises:
@@ -188,9 +218,11 @@ def read_image(file: Path) -> Tensor:
     Raises:
         ConfigError: no image there that can be read.
     """
-    where = f"image {str(file)!r}"
+    where, reader = f"image {str(file)!r}", Reader()
     with opened(file, where) as image:
-        pixels = np.array(Reader().rgb(image, where), dtype=np.float32)
+        pixels = np.array(reader.rgb(image, where), dtype=np.float32)
+    if reader.notes:
+        say_once(f"{where}: {', '.join(sorted(reader.notes))}")
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 

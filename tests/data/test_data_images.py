@@ -162,6 +162,51 @@ def test_exif_orientation_is_applied(orientation, suffix, tmp_path):
     assert np.abs(read(tmp_path, 16) - upright).max() <= 4
 
 
+def with_exif(block: bytes, suffix: str) -> bytes:
+    """The top half of a picture is red; ``block`` is its EXIF data."""
+    held, out = np.zeros((SIDE, SIDE, 3), np.uint8), io.BytesIO()
+    held[: SIDE // 2] = (250, 0, 0)
+    kind = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[suffix]
+    Image.fromarray(held).save(out, kind, exif=block, **({"lossless": True} if kind == "WEBP" else {}))
+    return out.getvalue()
+
+
+def exif_block(orientation: object) -> bytes:
+    exif = Image.Exif()
+    exif[274], exif[271], exif[306] = orientation, "maker" * 9, "2020:01:01 00:00:00"
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_damaged_exif_data_are_counted_and_never_overlooked(suffix, tmp_path):
+    whole, turned, upright = exif_block(3), 0, 0
+    for cut in range(len(b"Exif\0\0"), len(whole)):
+        (tmp_path / f"a{suffix}").write_bytes(with_exif(whole[:cut] or b"Exif\0\0", suffix))
+        found = data.Folder(str(tmp_path)).load(SIDE)
+        top = found.x[0, 0, 0, 0] > 0
+        if cut == len(b"Exif\0\0"):  # nothing in the block
+            continue
+        assert "1 with damaged EXIF data" in found.summary, cut
+        assert ("turned as far as they say" in found.summary) == (not top)
+        turned, upright = turned + int(not top), upright + int(top)
+    assert min(turned, upright) > 5
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("orientation", [0, 9, 77, 65535])
+def test_an_orientation_that_is_none_is_counted(orientation, suffix, tmp_path):
+    (tmp_path / f"a{suffix}").write_bytes(with_exif(exif_block(orientation), suffix))
+    found = data.Folder(str(tmp_path)).load(SIDE)
+    assert "1 with an EXIF orientation outside of 1..8 (taken as upright)" in found.summary
+    assert found.x[0, 0, 0, 0] > 0
+
+
+def test_a_turned_tiff_keeps_its_white_and_its_depth(tmp_path):
+    Image.fromarray(WIDE).save(tmp_path / "a.tif", tiffinfo={262: 0, 274: 3})
+    expected = grey(deep(65535 - WIDE.astype(int)))[::-1, ::-1]
+    assert np.abs(read(tmp_path) - expected).max() <= 1e-4
+
+
 def test_the_background_is_a_setting_and_is_said(tmp_path):
     Image.fromarray(np.dstack([RGB, ALPHA])).save(tmp_path / "a.png")
     assert np.abs(read(tmp_path, background="black") - over(RGB, ALPHA, 0)).max() <= 1
@@ -299,11 +344,12 @@ def test_other_shapes_are_cropped_to_their_middle(tmp_path):
     assert np.abs(read(tmp_path) - np.array([3, 4, 5])).max() <= 1e-4
 
 
-def test_reading_one_image_follows_the_same_rules(tmp_path):
+def test_reading_one_image_follows_the_same_rules(tmp_path, caplog):
     exif = Image.Exif()
     exif[274] = 3
     Image.fromarray(np.ascontiguousarray(RGB[::-1, ::-1])).save(tmp_path / "a.png", exif=exif)
     found = data.read_image(tmp_path / "a.png").permute(1, 2, 0).numpy() * 255
     np.testing.assert_allclose(found, RGB, atol=1e-4)
+    assert caplog.messages == [f"image {str(tmp_path / 'a.png')!r}: turned upright (EXIF)"]
     with pytest.raises(ConfigError, match="is no file"):
         data.read_image(tmp_path / "b.png")
