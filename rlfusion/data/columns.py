@@ -1,4 +1,7 @@
-"""Tables as files: CSV, TSV, JSON lines and Parquet as columns by name; and which column holds what."""
+"""Tables as files: CSV, TSV, JSON lines and Parquet as columns by name; and which column holds what.
+
+The cells of CSV and TSV are read without the blanks around them, as prompts' are.
+"""
 
 import csv
 import io
@@ -84,12 +87,14 @@ def _separated(file: Path, delimiter: str) -> Columns:
         raise ConfigError(f"delimiter = {delimiter!r}: expected one character")
     try:
         text = io.StringIO(read_text(file), newline="")
-        lines = [row for row in csv.reader(text, delimiter=delimiter, strict=True) if row]
+        reader = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
+        read = ([cell.strip() for cell in row] for row in reader)
+        lines = [row for row in read if len(row) > 1 or any(row)]
     except csv.Error as error:
         raise ConfigError(f"table {str(file)!r} cannot be read: {error}") from error
     if not lines:
         raise ConfigError(f"table {str(file)!r} is empty: expected a line of column names")
-    names = [name.strip() for name in lines[0]]
+    names = lines[0]
     if len(set(names)) < len(names) or not all(names[1:]):  # a first column without a name is the index of pandas
         raise ConfigError(f"table {str(file)!r} begins with {names}: expected distinct names of columns")
     for i, row in enumerate(lines[1:], 1):

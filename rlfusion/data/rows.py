@@ -163,7 +163,7 @@ def require_known(names: Sequence[str], label: Tensor, held: Tensor, where: str)
 
 
 def class_text(value: Any, where: str) -> str:
-    """A label as the name of its class.
+    """A label as the name of its class, without the blanks around it.
 
     Raises:
         ConfigError: neither a text nor a whole number.
@@ -172,18 +172,18 @@ def class_text(value: Any, where: str) -> str:
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{where}: the label is {shown(value)}, expected a text or a whole number")
-    return plain(value, where)
+    return plain(value.strip(), where)
 
 
 def caption_text(value: Any, where: str) -> str:
-    """A caption.
+    """A caption without the blanks around it.
 
     Raises:
         ConfigError: no text, or an empty one.
     """
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{where}: the caption is {shown(value)}, expected a text")
-    return plain(value, where)
+    return plain(value.strip(), where)
 
 
 def plain(text: str, where: str) -> str:

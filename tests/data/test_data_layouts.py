@@ -312,6 +312,35 @@ def write(file, rows: list[dict]) -> None:
             writer.writerows(rows)
 
 
+BLANKS = ("cat", " cat", "cat ", "\u00a0cat", "  cat  ")
+
+
+@pytest.mark.parametrize("column", ["label", "text"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"])
+def test_blanks_around_a_label_or_a_caption_are_no_part_of_it(suffix, column, tmp_path):
+    texts = [*BLANKS, "dog"]
+    for i in range(len(texts)):
+        picture(tmp_path / f"{i}.png")
+    write(tmp_path / f"list{suffix}", [{"file_name": f"{i}.png", column: text} for i, text in enumerate(texts)])
+    found = data.load(str(tmp_path / f"list{suffix}"), 4)
+    assert (found.names, found.label.tolist()) == (("cat", "dog"), [0, 0, 0, 0, 0, 1])
+
+
+def test_blanks_after_a_comma_and_before_a_quote_are_no_part_of_a_cell(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    rows = 'file_name, label , split\n0.png, "cat", train\n   \n1.png,cat,train \n 2.png ,"a, b", train\n'
+    (tmp_path / "list.csv").write_text(rows)
+    found = data.load(of("table", tmp_path / "list.csv", split="train"), 4)
+    assert (found.names, found.label.tolist()) == (("a, b", "cat"), [1, 1, 0])
+
+
+def test_blanks_around_names_in_arrays_are_no_part_of_them(tmp_path):
+    x = np.arange(2 * 6 * 4 * 4, dtype=np.uint8).reshape(12, 4, 4)[:6]
+    np.savez(tmp_path / "a.npz", images=x, labels=np.array([*BLANKS, "dog"]))
+    assert data.load(str(tmp_path / "a.npz"), 4).names == ("cat", "dog")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"])
 def test_tables_of_metadata_and_tables_given_themselves(suffix, tmp_path):
     make(tmp_path, [f"{i}.png" for i in range(4)])

@@ -108,7 +108,7 @@ def _separated(delimiter: str) -> Callable[[Path, str, str, str], Table]:
             rows = list(_records(text, where, delimiter, quoted=False))
         if not rows:
             raise ConfigError(f"{where}: the file holds no prompt")
-        header = [title.strip() for title in rows[0][1]]
+        header = rows[0][1]
         if twice := sorted({title for title in header if header.count(title) > 1}):
             raise ConfigError(f"{where}: two columns are named {twice[0]!r}, expected distinct names in the first row")
         key, negatives = _columns(header, where, column)
@@ -118,22 +118,23 @@ def _separated(delimiter: str) -> Callable[[Path, str, str, str], Table]:
 
 
 def _records(text: str, where: str, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a table by the line that each begins in, blank lines left out; all as long as the first.
+    """The rows of a table by the line that each begins in, blank lines left out; all as long as the first, cells
+    without the blanks around them.
 
     Raises:
         ConfigError: a quote out of place, or a row of another length.
     """
-    style = {"strict": True} if quoted else {"quoting": csv.QUOTE_NONE}
+    style = {"strict": True, "skipinitialspace": True} if quoted else {"quoting": csv.QUOTE_NONE}
     csv.field_size_limit(max(csv.field_size_limit(), 2**24))
     reader, line, width = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **style), 1, 0
     while True:
         try:
-            row = next(reader)
+            row = [cell.strip() for cell in next(reader)]
         except StopIteration:
             return
         except csv.Error as error:
             raise ConfigError(f"{where}, line {line}: no well-formed row ({error})") from error
-        if row and (len(row) > 1 or row[0].strip()):
+        if len(row) > 1 or any(row):
             width = width or len(row)
             if len(row) != width:
                 raise ConfigError(
