@@ -50,9 +50,25 @@ def checked(key: str, value: Any, known: Tree) -> str:
     if key in ("root", "name"):
         _require_short(key, value)
     _require_text(key, value)
-    value = [absolute(one) if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
-    value = absolute(value) if isinstance(value, str) else value
+    value = _placed(key, value)
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _placed(key: str, value: Any) -> Any:
+    """A value in which what names a thing in a file has the file's path from the root; so have the keys of a mapping,
+    which are names of rewards.
+    """
+    if isinstance(value, list):
+        return [absolute(one) if isinstance(one, str) else one for one in value]
+    if not isinstance(value, dict):
+        return absolute(value) if isinstance(value, str) else value
+    held: dict[Any, Any] = {}
+    for name, one in value.items():
+        place = absolute(name) if isinstance(name, str) else name
+        if place in held:
+            raise ConfigError(f"{key}: {shorten(repr(name))} names {shorten(repr(place))} twice: expected it once")
+        held[place] = one
+    return held
 
 
 def _require_short(key: str, path: str) -> None:

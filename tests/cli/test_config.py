@@ -12,6 +12,7 @@ from rlfusion.agents import ddpo
 from rlfusion.cli import main
 from rlfusion.cli.arguments import parse as arguments_of
 from rlfusion.cli.arguments import settings_of
+from rlfusion.cli.main import MOST_CHARACTERS
 from rlfusion.common.errors import ConfigError
 
 FAR = {
@@ -211,7 +212,7 @@ def test_a_name_too_long_for_any_file_is_one_short_line(line, tmp_path, monkeypa
     assert main.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert (err.count("\n"), out) == (1, "")
-    assert len(err) < 400
+    assert len(err) <= MOST_CHARACTERS + len("rlfusion: \n")
     assert "xxx" in err or "no model" in err
     assert "Errno" not in err
     assert os.listdir(tmp_path) == []
@@ -269,3 +270,25 @@ def test_run_folders_are_never_shared(tmp_path):
     for held, folder in made:
         assert parse("pretrain", "--config", str(folder / "config.yaml")) == held == replace(settings, name=folder.name)
     assert asdict(made[0][0])["root"] == str(Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mapping"),
+    [
+        (["--reward={r.py:score: 1, ink: 2}"], lambda read: read.reward),
+        (["--reward=r.py:score", "--reward_options={r.py:score: {a: 1}}"], lambda read: read.reward_options),
+        (
+            ["--reward=r.py:score", "--ray.reward_envs={r.py:score: {}}", "--rollout.workers=1"],
+            lambda read: read.ray.reward_envs,
+        ),
+    ],
+)
+def test_a_reward_in_a_file_has_one_name_wherever_a_setting_names_it(arguments, mapping, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"{tmp_path}/r.py:score" in mapping(settings_of("finetune", arguments))
+
+
+def test_a_reward_in_a_file_is_not_named_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="twice"):
+        settings_of("finetune", ["--reward={r.py:score: 1, ./r.py:score: 2}"])
