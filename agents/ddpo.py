@@ -198,15 +198,7 @@ class Learner:
         """
         self.policy, self.config, self.seed, self.last = policy, config, seed, last
         self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss))
-        self.optimization = Optimization(
-            policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(policy, config)
         self.running = RunningAdvantage(window=config.advantage_window)
         self.iteration = self.queries = 0
 

@@ -118,15 +118,7 @@ class Learner:
         self.policy, self.config, self.seed = policy, config, seed
         self.reference = frozen_copy(policy)
         self.times = spec.parse(config.times, TIMES, "distribution of times")
-        self.optimization = Optimization(
-            policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(policy, config)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

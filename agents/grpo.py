@@ -126,15 +126,7 @@ class Learner:
             raise ConfigError(
                 f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
             )
-        self.optimization = Optimization(
-            policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(policy, config)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

@@ -175,15 +175,7 @@ class Learner:
         self.weight = spec.parse(config.weight, WEIGHTS, "weight")
         self.critic = self._critic() if config.q == "learned" else None
         self.q: qvalue.Q = self.critic or self._of_reward()
-        self.optimization = Optimization(
-            task.policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(task.policy, config)
         self.first: dict[str, float] | None = None
         self.iteration = self.queries = 0
 

@@ -188,6 +188,18 @@ def require_at_most(settings: object, **limits: float) -> None:
             raise ConfigError(f"{name} = {value}: expected a number of at most {limit:g}")
 
 
+def require_share(settings: object, name: str) -> None:
+    """Raise ConfigError unless the named setting is in (0, 1)."""
+    if not 0 < (value := getattr(settings, name)) < 1:
+        raise ConfigError(f"{name} = {value}: expected a share in (0, 1)")
+
+
+def require_decay(ema_decay: float) -> None:
+    """Raise ConfigError unless it can be the decay of an average."""
+    if not 0 <= ema_decay < 1:
+        raise ConfigError(f"ema_decay = {ema_decay}: expected 0 <= ema_decay < 1")
+
+
 def _require(name: str, value: float, within: bool, message: str) -> None:
     if not within:
         raise ConfigError(f"{name} = {value}: expected a number {message}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError, require_positive, require_share
 from rlfusion.common.registry import absolute
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
@@ -75,8 +75,7 @@ class CheckReward:
 
     def __post_init__(self) -> None:
         require_positive(self, "size", "samples", "timeout_s", "threads")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        require_share(self, "held_out")
         if not self.model and self.pipeline != pipelines.Settings():
             raise ConfigError("pipeline.* is given without a model: expected --model, a pretrained pipeline")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.errors import require_decay, require_not_negative, require_positive, require_share
 from rlfusion.data import name_of
 from rlfusion.rewards.clip.small import SmallClip
 from rlfusion.training import optimizers
@@ -62,10 +62,8 @@ class TrainClip:
         require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
         require_not_negative(self, "weight_decay", "shift", "noise")
         optimizers.settle(self)
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+        require_share(self, "held_out")
+        require_decay(self.ema_decay)
 
     @property
     def default_name(self) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import require_positive, require_share
 from rlfusion.common.registry import absolute
 from rlfusion.config.parts import Evaluation, require_output
 from rlfusion.diffusion.chain import Chain
@@ -88,5 +88,4 @@ class Evaluate:
         require_positive(self, "size", "threads")
         if self.out:
             require_output("out", self.out, (".json",))
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        require_share(self, "held_out")

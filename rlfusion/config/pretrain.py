@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from rlfusion import models, pretrain
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import require_positive, require_share
 from rlfusion.common.registry import absolute, label
 from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
@@ -39,8 +39,7 @@ class Base:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", absolute(self.data))
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"held_out = {self.held_out}: expected a share in (0, 1)")
+        require_share(self, "held_out")
         require_positive(self, "size", "checkpoint_every")
 
 

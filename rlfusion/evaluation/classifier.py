@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlfusion.common import storage
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.errors import ConfigError, require_decay, require_not_negative, require_positive
 from rlfusion.common.seeding import integer, stream
 from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset, batch_indices, to_pixels
@@ -72,8 +72,7 @@ class Config:
         require_positive(self, "steps", "batch", "lr")
         require_not_negative(self, "shift", "noise", "weight_decay", "warmup")
         optimizers.settle(self)
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay = {self.ema_decay}: expected 0 <= ema_decay < 1")
+        require_decay(self.ema_decay)
 
 
 REWARD = Config(kind="mlp")

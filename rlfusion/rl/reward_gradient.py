@@ -129,15 +129,7 @@ class Learner:
         self.task, self.config, self.paths, self.seed = task, config, paths, seed
         self.pretraining_term = pretraining_term
         self.policy = task.policy
-        self.optimization = Optimization(
-            task.policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(task.policy, config)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:

@@ -286,15 +286,7 @@ class Regression:
             config.pretrain_weight, config.pretrain_loss, config.pretrain_batch, config.label_dropout
         )
         self.pretraining_term = term.of(task.policy.denoiser, data, seed, "weighted")
-        self.optimization = Optimization(
-            task.policy,
-            config.lr,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.ema_decay,
-            config.optimizer,
-            config.warmup,
-        )
+        self.optimization = Optimization.of(task.policy, config)
 
     def fit(self, batch: Trajectory, count: int, weigh: Weigh, iteration: int) -> dict[str, float]:
         """The updates of rollout ``iteration``, each pass over ``count`` walks of ``batch`` drawn without replacement.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlfusion.common.errors import ConfigError, NumericalError
+from rlfusion.common.errors import ConfigError, NumericalError, require_decay
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.training.learning_rate import Factor, rise
 from rlfusion.training.optimizers import NamedOptimizer, parse
@@ -152,9 +152,30 @@ class EMA:
 def _rule(decay: Decay | float) -> Decay:
     if not isinstance(decay, float | int):
         return decay
-    if not 0 <= decay < 1:
-        raise ConfigError(f"ema_decay = {decay}: expected 0 <= ema_decay < 1")
+    require_decay(decay)
     return Constant(decay)
+
+
+class Settings(Protocol):
+    """The settings of an optimisation, as every agent has them."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def max_grad_norm(self) -> float: ...
+
+    @property
+    def ema_decay(self) -> float: ...
+
+    @property
+    def optimizer(self) -> str: ...
+
+    @property
+    def warmup(self) -> int: ...
 
 
 class Optimization:
@@ -186,6 +207,12 @@ class Optimization:
         self.scheduler: LambdaLR | None = None
         if warmup:
             self.follow(rise(warmup))
+
+    @classmethod
+    def of(cls, module: nn.Module, settings: Settings) -> "Optimization":
+        """As an agent's settings have it. Raises ConfigError as the constructor does."""
+        s = settings
+        return cls(module, s.lr, s.weight_decay, s.max_grad_norm, s.ema_decay, s.optimizer, s.warmup)
 
     def follow(self, factor: Factor, done: int = 0) -> None:
         """Let the learning rate of step n be ``factor(n)`` times that of the settings, from n = ``done`` on."""

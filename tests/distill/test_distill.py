@@ -140,7 +140,7 @@ def test_guidance_is_built_into_what_the_student_learns_from():
 
 
 def test_a_student_of_another_kind_and_schedule_learns_to_answer_as_the_teacher():
-    student = Student(kind="flow", schedule="Rectified()", init="match", match=400, match_lr=1e-2)
+    student = Student(kind="flow", schedule="Rectified()", init="match", match=160, match_lr=2e-2)
     settings = settings_of("cd", student, batch=64)
     given = teaching(settings)
     learner = distill.make_learner(settings, given)
@@ -151,7 +151,7 @@ def test_a_student_of_another_kind_and_schedule_learns_to_answer_as_the_teacher(
         return (given.student(x, t, label).x0 - given.teacher(x, t, label).x0).square().mean().item()
 
     before = gap()
-    for step in range(400):
+    for step in range(160):
         learner.update(step)
     assert gap() < 0.25 * before
 

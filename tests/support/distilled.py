@@ -24,13 +24,13 @@ SMALL: dict[str, dict] = {
     "ct": {"s0": 2, "s1": 8, "mu0": 0.9},
     "pd": {"steps": 3, "start": 8},
     "guided_pd": {"steps": 2, "start": 8, "first": 3},
-    "dmd": {"regression": 0.5, "r1": 0.1, "pairs": FEW},
+    "dmd": {"regression": 0.5, "r1": 0.1, "pairs": FEW, "fake_updates": 2},
     "reflow": {"rounds": 2, "pairs": FEW},
     "regression": {"pairs": FEW},
 }
 """Settings with which a run of a method is a matter of a second, beside 6 steps of 8 samples."""
 
-CHAINS: dict[str, Chain] = {name: replace(METHODS[name].CHAIN, steps=2) for name in ("pd", "guided_pd")}
+CHAINS: dict[str, Chain] = {name: replace(METHODS[name].CHAIN, steps=2) for name in ("pd", "guided_pd", "dmd", "add")}
 """The chain of such a run, where it is not the method's own."""
 
 STUDENTS: dict[str, Student] = {
