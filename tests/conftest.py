@@ -12,6 +12,14 @@ from filelock import FileLock
 from processes import rlfusion
 from tiny_runs import TINY
 
+LONG = ("learning", "faults", "test_docs", "jobs", "distill", "agents", "models")
+"""Folders, and files, that take longest. They begin first, so that no process of a parallel run ends alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: min(rank.get(name, len(LONG)) for name in (item.path.stem, item.path.parent.name)))
+
 
 def shared(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
     """The folder that ``fill`` makes, once for all processes of a parallel run: the first makes it, others wait."""

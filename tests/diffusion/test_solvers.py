@@ -39,7 +39,7 @@ WAYS = [(0.9, 0.1), (0.1, 0.9)]
 @pytest.mark.parametrize("schedule", [Rectified(), Trig(0.5), VP(), Cosine(), Geometric(0.2, 2.0)], ids=repr)
 @pytest.mark.parametrize(("step", "order"), [(euler, 1), (heun, 2), (edm_heun, 2)], ids=["euler", "heun", "edm_heun"])
 def test_order_of_convergence_in_both_directions(step, order, schedule, start, stop):
-    coarse, fine = errors(step, schedule, start, stop, (60, 120))
+    coarse, fine = errors(step, schedule, start, stop, (30, 60))
     assert 2**order * 0.7 < coarse / fine < 2**order * 1.4
 
 
