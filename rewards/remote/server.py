@@ -7,7 +7,7 @@
     401 wrong or no token · 400 no frame, a frame of another protocol, or task info for which there is no reward ·
     411 no length said · 412 a frame that was damaged on the way · 413 too many bytes · 415 another content type ·
     422 a whole frame that is no question, or one that cannot be scored · 408 the question was not complete in time ·
-    503 an earlier question hangs, or there was no room · 504 this one was not scored in time
+    503 an earlier question hangs, there was no room, or the server ends · 504 this one was not scored in time
 
 A request is refused before its body is read where its token is wrong, compared in constant time; a body is read up to
 ``max_bytes`` and no further, and only once there is room for it among the questions that are held (``budget``). Bodies
@@ -197,6 +197,11 @@ class Service:
             raise Refused(401, "the token is wrong or missing")
 
     @property
+    def scoring(self) -> bool:
+        """Whether a question is being scored."""
+        return self._since is not None
+
+    @property
     def hanging(self) -> bool:
         """Whether the question that is being scored is past its deadline."""
         since = self._since
@@ -286,6 +291,8 @@ def application(service: Service) -> Any:
                 return PlainTextResponse(refused.text[:1000], refused.status, {"Connection": "close"})
             except ConfigError as error:
                 return PlainTextResponse(f"{type(error).__name__}: {error}"[:1000], 400)
+            except asyncio.CancelledError:
+                return PlainTextResponse("the server ends", 503, {"Connection": "close"})
             except ClientDisconnect:
                 return PlainTextResponse("the asker went away", 400)
             except Exception as error:  # a reward that cannot be made, say: told to the asker, who asks again later

@@ -6,6 +6,7 @@ It listens on this machine's loopback unless told otherwise, and elsewhere only 
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,10 @@ from rlfusion.training.devices import pick_device, set_numerics
 MIB = 2**20
 CONNECTIONS = 2 * ASKING
 """Open at once; a further one takes the place of the one that has been sending its request for longest."""
-GRACE_S = 5
+GRACE_S = 1
+"""For what is being answered when the server ends; what is being received or scored then is refused, and asked again
+elsewhere.
+"""
 HEAD_S = 10.0
 """Within which a connection must have sent the headers of its next request."""
 
@@ -49,8 +53,9 @@ def serve(settings: Serve, say: Callable[[str], None] = print) -> None:
             if not serving.started:
                 raise
             stop.arrived()  # uvicorn has ended as it should, and raises the signal again
-    if service.hanging:
-        os._exit(1)  # its thread cannot be ended in any other way
+    if service.scoring:
+        sys.stdout.flush()
+        os._exit(1 if service.hanging else 0)  # its thread cannot be ended in any other way
 
 
 def make_service(settings: Serve) -> Service:
@@ -110,7 +115,13 @@ def server(service: Service, idle_s: float = 0.0) -> Any:
         if idle_s and time.monotonic() - service.last > idle_s:
             made.should_exit = True
 
-    made = uvicorn.Server(
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for task in self.server_state.tasks:
+                task.cancel()
+            await super().shutdown(sockets)
+
+    made = Ending(
         uvicorn.Config(
             app,
             http=connection,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,17 +24,23 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckReward, Serve
 from rlfusion.jobs import check_reward
 from rlfusion.jobs.serve_reward import make_service
-from rlfusion.rewards import build, task_info
+from rlfusion.rewards import RewardFailure, build, task_info
 
 TOKEN = "a-secret-of-24-characters"
 MINE = """
 import os
 import signal
+import time
 from pathlib import Path
 
 
 def half(samples, cond):
     return samples[..., :4].mean((1, 2, 3))
+
+
+def sleeping(samples, cond):
+    Path("asleep").touch()
+    time.sleep(60)
 
 
 def dying(samples, cond):
@@ -117,6 +124,19 @@ def test_a_wrong_token_is_refused_before_any_work(root):
         assert not (root / "runs" / "it").exists()
         process.signal(signal.SIGTERM)
         assert process.wait().code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_server_that_is_scoring(root, number):
+    with server(root, "mine.py:sleeping") as (process, url):
+        asker = client(url, token_file=str(root / "token"))
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(asker, torch.zeros(2, 1, 8, 8), None)
+            process.once((root / "asleep").exists, number)
+            result = process.wait(20)
+            assert (result.code, result.err) == (0, "")
+            with pytest.raises(RewardFailure):
+                asked.result()
 
 
 def test_a_server_stops_by_itself_when_nobody_asks(root):

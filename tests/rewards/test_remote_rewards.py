@@ -598,3 +598,26 @@ def test_the_client_knows_that_the_served_reward_compares_whole_groups(samples, 
         assert torch.equal(client(url)(samples, cond), pairs(samples, cond))
         with pytest.raises(ConfigError, match=r"batch = 6: .* compares whole groups"):
             client(url, batch=6)(samples, cond)
+
+
+def test_a_server_that_ends_does_not_wait_for_what_it_receives_or_scores(samples, label, caplog):
+    begun, goes_on, net = threading.Event(), threading.Event(), Net()
+
+    def slow(x, c):
+        begun.set()
+        goes_on.wait(60)
+        return net(x, c)
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            with serving(slow) as url, socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as half:
+                half.sendall(b"POST /score HTTP/1.1\r\nHost: it\r\nContent-Length: 100\r\n\r\nRLF")
+                asked = pool.submit(client(url), samples, label)
+                assert begun.wait(20)
+                end = time.monotonic()
+            assert time.monotonic() - end < 4  # on a busy machine
+            with pytest.raises(RewardFailure, match="HTTP 503 the server ends"):
+                asked.result(20)
+        finally:
+            goes_on.set()
+    assert not [record for record in caplog.records if record.exc_info]
