@@ -16,7 +16,7 @@ the kernel sets the std of the steps.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Config(weighted.Settings, chain_value.Settings):
         advantage: Eq. (2): "gae", "critic", "prompt" or "batch".
     """
 
+    KEPT: ClassVar[dict[str, str]] = {"critic": "critic"}
     name: Literal["dawr"] = "dawr"
     advantage: Literal["gae", "critic", "prompt", "batch"] = "gae"
 

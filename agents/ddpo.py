@@ -22,7 +22,7 @@ chain: FlowSDE and Langevin keep noise in other steps, and a schedule with sigma
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,7 @@ class Config:
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
+    KEPT: ClassVar[dict[str, str]] = {"running": "advantages"}
     name: Literal["ddpo"] = "ddpo"
     form: Literal["is", "sf"] = "is"
     lr: float = 1e-3

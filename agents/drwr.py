@@ -18,7 +18,7 @@ that drew them. What is kept is the walk and its reward; moments and weights are
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class Config(weighted.Settings):
             as a rollout has. 0 holds none beyond its rollout.
     """
 
+    KEPT: ClassVar[dict[str, str]] = {"memory": "walks"}
     name: Literal["drwr"] = "drwr"
     memory: int = 0
 

@@ -23,7 +23,7 @@ Any sampler may collect, because only the noised samples x_t of the acting polic
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Config:
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
+    KEPT: ClassVar[dict[str, str]] = {"critic": "critic", "first": "unit"}
     name: Literal["qsm"] = "qsm"
     q: Literal["learned", "denoised", "noised"] = "learned"
     form: Literal["score", "noise"] = "score"

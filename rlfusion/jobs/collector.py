@@ -39,7 +39,7 @@ class Collector:
 
     def version(self, step: int) -> int:
         """The version that acts in a step."""
-        return version_for(step, self.spec.rollout.lag, self.spec.checkpoint_every)
+        return min(step, max(self.spec.least, version_for(step, self.spec.rollout.lag, self.spec.checkpoint_every)))
 
     def items(self, step: int, version: int) -> list:
         """The work items of a step."""

@@ -87,12 +87,15 @@ class Workers:
 
 @dataclass(frozen=True)
 class Collecting:
-    """How many walks each step collects, and under which version of the weights."""
+    """How many walks each step collects, and under which version of the weights: of none before the update ``least``,
+    after which the settings of that were changed.
+    """
 
     seed: int
     rollout: Rollout
     updates: int
     checkpoint_every: int
+    least: int = 0
 
 
 class Parts(NamedTuple):

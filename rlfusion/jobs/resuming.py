@@ -85,7 +85,7 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
     options = [f"--{key}={value}" for key, value in changes.items()]
     with locked(folder):
         if record is not None and not file.is_file():
-            storage.write(file, yaml.safe_dump(identity.typed(record.settings), sort_keys=False))
+            storage.write(file, yaml.safe_dump(record.config, sort_keys=False))
         settings = read(["--config", str(file), *options])
         if record is None and changes:
             raise ConfigError(
@@ -145,6 +145,6 @@ def _compare(
 def _read_again(record: identity.Record, options: list[str], read: Read) -> Any:
     """The settings of the record with these changes; a version of rlfusion that has more of them adds its defaults."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(identity.typed(record.settings), file, sort_keys=False)
+        yaml.safe_dump(record.config, file, sort_keys=False)
         file.flush()
         return read(["--config", file.name, *options])

@@ -1,7 +1,8 @@
 """The interface of an algorithm: its settings, the part of a rollout that it takes, and its learner."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.data import Dataset
@@ -81,7 +82,14 @@ class AgentLearner(Learner[Trajectory], Protocol):
 
 
 class Defaults:
-    """Defaults of an agent: any plan will do, and the first line of its docstring is its description."""
+    """Defaults of an agent: any plan will do, and the first line of its docstring is its description.
+
+    Attributes:
+        KEPT: what the learner's state has of the rewards of earlier rollouts, {entry: kind}, and a resumed run begins
+            anew where a change of settings makes them others'; the kinds are those of ``jobs.finetune.anew``.
+    """
+
+    KEPT: ClassVar[Mapping[str, str]] = {}
 
     def check(self, plan: Plan) -> None:
         return

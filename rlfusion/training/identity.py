@@ -1,9 +1,11 @@
 """Which run a folder is: ``run.json``, written when it begins and compared whenever it goes on.
 
     run        drawn once; each checkpoint's manifest has it, so that no other run's is taken for one of this
-    settings   all of them, as they were when work was last done
+    settings   all of them, as they were when work was last done, by dotted name
+    config     the same as a file of settings has them: a name may have dots of its own, as a reward's has
     digests    SHA-256 of those that decide the bits of the result, the present ones last; manifests have one of them
-    changes    what ``--change`` has changed since: {"after": updates done, "settings": {name: [old, new]}}
+    changes    what ``--change`` has changed since: {"after": updates done, "settings": {name: [old, new]}}, and
+               "content", the settings that name other content as they are
     inputs     SHA-256 of what settings name and the run learns from (its data, the model it begins with)
     saved      whether a checkpoint was ever written, so that their loss is noticed
     sealed     SHA-256 of the result, by file, once the run is finished
@@ -39,7 +41,7 @@ far it goes. ``device`` and ``threads`` decide last bits only, as all of the num
 CACHED = re.compile(r".*cache/(base-[0-9a-f]{16})/model")
 """A model of the cache: its name says what it is, and where the cache lies says nothing."""
 
-KINDS = {"command": str, "run": str, "settings": dict, "digests": list, "changes": list, "saved": bool}
+KINDS = {"command": str, "run": str, "config": dict, "settings": dict, "digests": list, "changes": list, "saved": bool}
 """What the entries of ``run.json`` are."""
 
 LENGTH = {"finetune": "updates", "pretrain": "train.steps", "pretrain-autoencoder": "steps", "train-clip": "steps"}
@@ -67,9 +69,13 @@ def flat(settings: Any) -> dict[str, Any]:
     """The settings of a dataclass, or their mapping, by dotted name, as JSON has them; and for each file that they name
     as the place of a thing (``path/to/file.py:name``) its SHA-256, as ``files.`` and its path.
     """
-    held = settings if isinstance(settings, Mapping) else asdict(settings)
-    plain = json.loads(json.dumps(held))
-    return dict(_leaves(plain, "")) | {f"{FILES}{path}": digest for path, digest in files_of(plain).items()}
+    held = plain(settings)
+    return dict(_leaves(held, "")) | {f"{FILES}{path}": digest for path, digest in files_of(held).items()}
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass, or their mapping, as a file of settings holds them: group by group, as of JSON."""
+    return json.loads(json.dumps(settings if isinstance(settings, Mapping) else asdict(settings)))
 
 
 def typed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +120,7 @@ class Record:
 
     command: str
     run: str
+    config: dict[str, Any]
     settings: dict[str, Any]
     digests: tuple[str, ...]
     changes: tuple[dict[str, Any], ...] = ()
@@ -125,6 +132,24 @@ class Record:
         """Put it into ``folder``."""
         held = {"format": FORMAT, **asdict(self)}
         write_json_atomic(folder / FILE, {**held, "sha256": _sha256(held)})
+
+    def since(self, found: Found) -> dict[str, tuple[Any, Any]]:
+        """{name: (old value, new value)} of what decides bits and has changed since a checkpoint of the run was saved:
+        the two are equal where a setting names other content.
+        """
+        then = dict(self.settings)
+        named: dict[str, tuple[Any, Any]] = {}
+        for one in reversed(self.changes):
+            if one["after"] >= found.step:
+                named |= {name: (self.settings.get(name), self.settings.get(name)) for name in one.get("content", ())}
+            if digest(then) != found.settings:
+                then |= {name: old for name, (old, _) in one["settings"].items()}
+                then = {name: value for name, value in then.items() if value != ABSENT}
+        return named | differences(decisive(then), decisive(self.settings))
+
+    def changed_after(self, *names: str) -> int:
+        """The updates that were done when one of these settings was last changed; 0 for never."""
+        return max((one["after"] for one in self.changes if not one["settings"].keys().isdisjoint(names)), default=0)
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -260,7 +285,7 @@ def enter(folder: Path, command: str, settings: Any) -> Run:
     try:
         record = Record.read(folder)
     except (ConfigError, FileNotFoundError) as error:
-        record = _again(folder, command, now, error)
+        record = _again(folder, command, settings, error)
         if isinstance(error, ConfigError):
             notes.append(f"{error}; set aside as {checkpoint.set_aside(folder / FILE, 'corrupt').name}")
         if record.saved:
@@ -272,7 +297,8 @@ def enter(folder: Path, command: str, settings: Any) -> Run:
     if moved := differences(record.settings, now):
         told = {name: pair for name, pair in moved.items() if name not in PLACE}
         notes += [f"{name} was {old}, is {new}" for name, (old, new) in told.items()]
-        record = replace(record, settings=now, sealed=None if "updates" in moved else record.sealed)
+        sealed = None if "updates" in moved else record.sealed
+        record = replace(record, config=plain(settings), settings=now, sealed=sealed)
         record.write(folder)
     return Run(folder, record, tuple(notes))
 
@@ -283,9 +309,10 @@ def require_command(folder: Path, record: Record, command: str) -> None:
         raise ConfigError(f"{folder} is a run of {record.command!r}: expected rlfusion {record.command} --resume")
 
 
-def _again(folder: Path, command: str, now: dict[str, Any], error: Exception) -> Record:
+def _again(folder: Path, command: str, settings: Any, error: Exception) -> Record:
     """The record of a run that has none: a new one, or what its newest checkpoint says."""
-    new = Record(command, secrets.token_hex(16), now, (digest(now),))
+    now = flat(settings)
+    new = Record(command, secrets.token_hex(16), plain(settings), now, (digest(now),))
     checkpoints = folder / "checkpoints"
     if not os.path.lexists(checkpoints):
         return new
@@ -340,9 +367,12 @@ def change(folder: Path, record: Record, settings: Any, meant: Iterable[str] = (
     moved = differences(record.settings, now)
     changed = {name: list(pair) for name, pair in moved.items() if name not in PLACE}
     digests = (*(d for d in record.digests if d != digest(now)), digest(now))
-    changes = (*record.changes, {"after": done(folder), "settings": changed})
+    content = [name for name in meant if name not in changed and _touched(name, [name])]
+    one = {"after": done(folder), "settings": changed} | ({"content": content} if content else {})
+    changes = (*record.changes, one)
     kept = {name: held for name, held in record.inputs.items() if not _touched(name, (*changed, *meant))}
-    replace(record, settings=now, digests=digests, changes=changes, sealed=None, inputs=kept).write(folder)
+    said: dict[str, Any] = {"config": plain(settings), "settings": now, "digests": digests, "changes": changes}
+    replace(record, **said, sealed=None, inputs=kept).write(folder)
 
 
 def _touched(name: str, changed: Iterable[str]) -> bool:

@@ -13,6 +13,7 @@ from rlfusion.data import load
 from rlfusion.diffusion.policy import Policy, require_stochastic
 from rlfusion.evaluation import require_bound
 from rlfusion.jobs import base_model
+from rlfusion.jobs.finetune.anew import kept
 from rlfusion.jobs.groups import require_whole_groups
 from rlfusion.jobs.measure import Unjudged, require_judgeable
 from rlfusion.jobs.parts import opened
@@ -39,6 +40,7 @@ def check(config: Finetune) -> None:
         RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    kept(config.agent)
     if config.rollout.workers:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
     parts = opened(config)

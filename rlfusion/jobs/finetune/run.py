@@ -6,7 +6,8 @@ Rollouts are pure functions of (settings, step, weights); so a run that resumes 
 uninterrupted run did, bit for bit, and no queue is saved.
 """
 
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from rlfusion.common.weights import Weights, pack, require_entries, sha256
 from rlfusion.config import Finetune
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.jobs.collector import Collector
+from rlfusion.jobs.finetune import anew
 from rlfusion.jobs.finetune.job import Job, prepare
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.models import lora
+from rlfusion.rewards import names_of
 from rlfusion.rollout import Backend, Local, Recipe, make_backend
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
@@ -64,7 +67,8 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
         with _backend(job, described) as backend:
-            collector = Collector(backend, parts.collecting, parts.rewards, job.card.classes, start, device)
+            collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
+            collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device)
             _begin(job, collector, found, progress)
             done = _improve(job, collector, signals, progress)
             signals.check()
@@ -83,7 +87,8 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     publish the weights.
     """
     state = _fitting(job, found.path) if found else None
-    known = state is not None and found.settings == job.run.owner.digests[-1]
+    changed = job.run.record.since(found) if found else {}
+    known = state is not None and not changed
     job.before = dict(state["before"]) if known else job.evaluate(0)
     checkpoint.write_json_atomic(job.folder / "before.json", job.before)
     if not known or not (job.folder / "samples" / "before.png").is_file():
@@ -91,6 +96,10 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     if job.config.monitor.every:
         job.monitor.begin(state["watch"]["drawn"] if known else "")
     if state is not None:
+        with checkpoint.loading(found.path):
+            line = _anew(job, state, changed)
+        if line:
+            progress.say(line)
         for weights in _load(job, state, found):
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
@@ -108,6 +117,15 @@ def _fitting(job: Job, path: Path) -> dict[str, Any]:
         require_entries(state["watch"], job.monitor.state_dict(), "the monitor")
         require_entries(state["before"], {name: 0.0 for name in state["before"]}, "the evaluation before")
     return state
+
+
+def _anew(job: Job, state: dict[str, Any], changed: Collection[str]) -> str:
+    """Put back to the beginning what of ``state`` does not outlive a change of these settings; the line about it."""
+    kinds = anew.stale(changed, job.run.record.settings, names_of(job.config.reward))
+    begun = anew.begin_anew(state, job.state_dict(), anew.kept(job.config.agent), kinds)
+    if anew.BEST in begun and (job.folder / "best").is_dir():
+        checkpoint.set_aside(job.folder / "best", "before")
+    return anew.told(changed, begun) if begun else ""
 
 
 def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
