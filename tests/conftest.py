@@ -47,9 +47,17 @@ def tiny_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def classifiers(tiny_root) -> list[Path]:
-    """The cached judge and reward classifier, to be linked into other roots."""
-    return sorted((tiny_root / "cache").glob("classifier-*"))
+def with_classifiers(tiny_root) -> Callable[[Path], Path]:
+    """``with_classifiers(root)`` links the judge and the reward classifier of the digits into a root's cache, which
+    would take seconds each to train. It gives the cache."""
+
+    def link(root: Path) -> Path:
+        (root / "cache").mkdir(parents=True)
+        for file in (tiny_root / "cache").glob("classifier-*"):
+            (root / "cache" / file.name).symlink_to(file)
+        return root / "cache"
+
+    return link
 
 
 @pytest.fixture(scope="session")

@@ -85,14 +85,12 @@ def test_sigterm_is_code_75_and_saves_between_two_checkpoints(finetune, kind):
     assert_same(job, expected)
 
 
-def test_killed_at_random_moments_also_while_the_base_is_pretrained(classifiers, tmp_path):
+def test_killed_at_random_moments_also_while_the_base_is_pretrained(with_classifiers, tmp_path):
     longer = ("--pretrain.train.steps", 500, "--seed", 3)  # no cached base has these
     jobs = []
     for name in ("whole", "killed"):
-        (tmp_path / name / "cache").mkdir(parents=True)
-        for file in classifiers:
-            (tmp_path / name / "cache" / file.name).symlink_to(file)
-        jobs.append(place(tmp_path / name / "cwd", tmp_path / name / "cache", "finetune", *tiny("lag"), *longer))
+        cache = with_classifiers(tmp_path / name)
+        jobs.append(place(tmp_path / name / "cwd", cache, "finetune", *tiny("lag"), *longer))
     whole, killed = jobs
     begin = time.monotonic()
     assert whole.start().wait().code == 0

@@ -21,9 +21,10 @@ QUICK = ("--evaluation.samples", "50", "--evaluation.deterministic", "false", "-
 
 
 @pytest.fixture(params=["files", "package"])
-def own(request, tmp_path, monkeypatch):
+def own(request, tmp_path, monkeypatch, with_classifiers):
     """The folder where the work is done, and the names of one's own things there."""
     monkeypatch.chdir(tmp_path)
+    with_classifiers(tmp_path / "runs")
     if request.param == "files":
         for kind in NAMES:
             shutil.copy(EXAMPLES / f"own_{kind}.py", tmp_path)
@@ -78,8 +79,9 @@ def test_own_code_is_trained_saved_sampled_resumed_and_run_by_a_worker(own, caps
     assert Path("runs/part/model/weights.safetensors").read_bytes() == here.read_bytes()
 
 
-def test_an_edited_file_is_noticed_and_a_moved_one_found(tmp_path, monkeypatch, capsys):
+def test_an_edited_file_is_noticed_and_a_moved_one_found(tmp_path, monkeypatch, capsys, with_classifiers):
     monkeypatch.chdir(tmp_path)
+    with_classifiers(tmp_path / "runs")
     for kind in NAMES:
         shutil.copy(EXAMPLES / f"own_{kind}.py", tmp_path)
     assert pretrain(FILES, "--checkpoint_every", 2) == 0

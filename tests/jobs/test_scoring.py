@@ -132,10 +132,12 @@ def trained(folder) -> list[dict]:
     return [line for line in lines if "train/reward" in line]
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_normalised_rewards_through_the_command(root, workers):
-    more = ("--reward", '{"ink": 1.0, "symmetry": 0.5}', "--reward_normalize", "group", "--rollout.workers", workers)
+WORKER = ("--rollout.workers", 1, "--precision", "bfloat16", "--agent.clip", 0.9)
+
+
+@pytest.mark.parametrize("how", [(), pytest.param(WORKER, marks=pytest.mark.alone)], ids=["", "a worker, bfloat16"])
+def test_two_normalised_rewards_through_the_command(root, how):
+    more = ("--reward", '{"ink": 1.0, "symmetry": 0.5}', "--reward_normalize", "group", *how)
     said = rlfusion(root, "finetune", *TINY, *more, "--name", "it")
     assert said.code == 0, said.err
     line = trained(root / "runs" / "it")[-1]

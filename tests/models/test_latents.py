@@ -176,9 +176,10 @@ def test_the_cache_knows_the_scale_of_the_latents(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, with_classifiers):
     """A root with an autoencoder and a model in its latents."""
     cwd = tmp_path_factory.mktemp("latent")
+    with_classifiers(cwd / "runs")
     made = rlfusion(cwd, "pretrain-autoencoder", "--name", "ae", *QUICK)
     assert made.code == 0, made.err
     trained = rlfusion(cwd, "pretrain", "--autoencoder", "runs/ae", "--objective", "v", "--name", "it", *MODEL)

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from processes import rlfusion
 from tiny_runs import TINY
@@ -59,12 +58,11 @@ def test_rollout_and_learner_agree_and_the_gradient_is_float32():
     assert {p.dtype for p in acting.parameters()} == {torch.float32}
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_in_bfloat16(tiny_root, tmp_path, workers):
+def test_a_run_in_bfloat16(tiny_root, tmp_path):
+    """With a worker: tests/jobs/test_scoring.py."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
-    more = ("--precision", "bfloat16", "--reward", "ink", "--name", "it", "--rollout.workers", workers)
+    more = ("--precision", "bfloat16", "--reward", "ink", "--name", "it")
     said = rlfusion(tmp_path, "finetune", *TINY, *more, "--agent.clip", 0.9)
     assert said.code == 0, said.err
     assert json.loads((tmp_path / "runs" / "it" / "summary.json").read_text())["queries"] == 6 * 24
