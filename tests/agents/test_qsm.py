@@ -304,10 +304,10 @@ def test_a_soft_critic_of_the_bases_samples_leads_a_mixture_to_its_tilted_densit
     config = Config(
         value="soft", acts="base", scale="none", alpha=alpha, weight="SNRPlusOne()", noisings=2, memory=20_000
     )
-    config = replace(config, critic="ResidualMLP(width=32, depth=2)", critic_updates=30, critic_lr=3e-3, lr=3e-3)
+    config = replace(config, critic="ResidualMLP(width=32, depth=2)", critic_updates=30, critic_lr=4e-3, lr=4e-3)
     learner = config.learner(place_, plane_data(), 1)
-    for i in range(20):
-        learner.optimization.optimizer.lr = learner.critic.optimization.optimizer.lr = 3e-3 * (1 - i / 20)
+    for i in range(12):
+        learner.optimization.optimizer.lr = learner.critic.optimization.optimizer.lr = 4e-3 * (1 - i / 12)
         item = plan(1, i, 1, 512, 512, 1, i)[0]
         found = learner.update(
             run_item(replace(place_, policy=learner.policy, rollout_spec=config.rollout_spec(8)), item)
