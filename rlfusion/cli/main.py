@@ -49,6 +49,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion check-agent FILE.py:NAME          does an algorithm learn, resume, repeat? also your own (docs/doors.md)
   rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
+  rlfusion supervise -- finetune ...         the same, resumed by itself where its process dies (docs/cluster.md)
   tensorboard --logdir runs                  all runs, with before/after grids
 
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
@@ -69,15 +70,15 @@ def main(argv: list[str] | None = None) -> int:
 def _guarded(arguments: list[str], entry: Entry) -> int:
     sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
     try:
-        _run(arguments)
+        code = _run(arguments)
         sys.stdout.flush()
+        return code
     except StopRequested as stop:
         return _stopped(stop)
     except KeyboardInterrupt:
         return _say("stopped by Ctrl-C", INTERRUPTED)
     except Exception as error:
         return _stopped(entry.stopping) if entry.stopping and not _ours(error) else _failed(error, arguments)
-    return DONE
 
 
 def _stopped(stop: StopRequested) -> int:
@@ -119,17 +120,18 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
+    """Run a command; its exit code, where it is no error."""
     if arguments[:1] == ["help"] and len(arguments) == 2:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(GUIDE)
-        return
+        return DONE
     if arguments[0] == "--version":
         from rlfusion import __version__
 
         print(__version__)
-        return
+        return DONE
     if arguments[0].startswith("-"):
         from rlfusion.common.errors import ConfigError, shorten
 
@@ -138,7 +140,7 @@ def _run(arguments: list[str]) -> None:
         from rlfusion.common.errors import unknown
 
         raise unknown("command", arguments[0], COMMANDS)
-    COMMANDS[arguments[0]](arguments[1:])
+    return COMMANDS[arguments[0]](arguments[1:]) or DONE
 
 
 def _job(kind: str, arguments: list[str]) -> None:
@@ -236,12 +238,18 @@ def _serve_reward(arguments: list[str]) -> None:
     tables.run_serve_reward(parse(Serve, "serve-reward", _first(arguments, "--reward")))
 
 
+def _supervise(arguments: list[str]) -> int:
+    from rlfusion.cli import launching
+
+    return launching.supervise(arguments)
+
+
 def _first(arguments: list[str], option: str) -> list[str]:
     """``NAME ...`` as ``OPTION NAME ...``."""
     return [option, *arguments] if arguments and not arguments[0].startswith("-") else arguments
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "finetune": partial(_job, "finetune"),
     "compare": partial(_job, "compare"),
     "pretrain": partial(_job, "pretrain"),
@@ -256,7 +264,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "check-agent": _check_agent,
     "list": _list,
     "serve-reward": _serve_reward,
+    "supervise": _supervise,
 }
+"""What runs each command; one that gives a number ends with it as its exit code."""
 
 
 def _one_line(error: object) -> str:

@@ -13,7 +13,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import NOTHING, Signals, StopRequested, blocked, leaving
-from rlfusion.training.folders import discard, locked, make_root, new_folder
+from rlfusion.training.folders import discard, locked, make_root, new_folder, tell_folder
 
 
 def timed(job: Callable[..., Any], settings: Any, folder: Path) -> tuple[Any, float]:
@@ -64,6 +64,7 @@ def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
         return f"go on with: rlfusion {command} --resume {shlex.quote(str(folder))}"
 
     with leaving(left):
+        tell_folder(folder)
         try:
             yield
         except StopRequested as stop:

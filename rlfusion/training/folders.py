@@ -15,6 +15,8 @@ from rlfusion.common.errors import ConfigError, StorageError
 from rlfusion.common.stops import Signals
 
 LOCK_PATIENCE = 3600.0
+RUN_FILE = "RLFUSION_RUN_FILE"
+"""The environment variable by which a supervisor asks where a run works: a file that is to hold its folder's path."""
 _made: set[Path] = set()
 """The roots that this process made."""
 
@@ -72,6 +74,12 @@ def _is_work(file: Path) -> bool:
         "events.out."
     )
     return not beside and file.stat().st_size > 0
+
+
+def tell_folder(folder: Path) -> None:
+    """Tell the supervisor of this process, if there is one, which folder its run works in."""
+    if file := os.environ.pop(RUN_FILE, ""):
+        storage.write(Path(file), str(folder.resolve()))
 
 
 @contextmanager
