@@ -33,7 +33,10 @@ FLOOR = {name: depth for depth, line in enumerate(FLOORS) for name in line.split
 ROOT_MODULES = 5
 
 HOMES = {
-    "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_cluster", "rlfusion.rollout.ray_rewards"},
+    "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_cluster", "rlfusion.rollout.ray_rewards"}
+    | {"rlfusion.jobs.launch.cluster"},
+    "requests": {"rlfusion.jobs.launch.cluster"},
+    "packaging": {"rlfusion.jobs.launch.environment"},
     "torch.utils.tensorboard": {"rlfusion.training.tracking"},
     "tensorboard": {"rlfusion.training.tracking"},
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
@@ -43,9 +46,10 @@ HOMES = {
     "pyarrow": {"rlfusion.data.columns", "rlfusion.models.pipelines.prompt_files"},
     "matplotlib": {"rlfusion.jobs.compare.plots"},
     "jsonargparse": {"rlfusion.cli.arguments"},
-    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"},
+    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"} | {"rlfusion.cli.cluster_jobs"},
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
-    "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"},
+    "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}
+    | {"rlfusion.jobs.launch.job"},
     "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},
     "bitsandbytes": {"rlfusion.training.optimizers.eight_bits"},
     "lpips": {"rlfusion.pretrain.metrics"},

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rlfusion.jobs.launch.wheel import files
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP = ("envs", "rewards", "agents")
@@ -71,6 +73,16 @@ def test_the_wheel_holds_every_source_file_and_no_other(dist):
     assert held == sources()
     assert {"rlfusion/py.typed", "rlfusion/envs/denoising.py", "rlfusion/rewards/jpeg.py"} < held
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_what_a_job_takes_along_is_the_wheel(dist):
+    """``rlfusion launch`` packs the same files, from a checkout as from an installation, without a build."""
+    (wheel,) = dist.glob("*.whl")
+    built, packed = zipfile.ZipFile(wheel), files()
+    differs = {"RECORD", "WHEEL", "METADATA", "top_level.txt", "LICENSE"}
+    names = {name for name in built.namelist() if name.rpartition("/")[2] not in differs}
+    assert {name for name in packed if name.rpartition("/")[2] not in differs} == names
+    assert all(packed[name].strip() == built.read(name).strip() for name in names)
 
 
 def test_the_sdist_holds_the_tests_too(dist):

@@ -50,6 +50,8 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
   rlfusion supervise -- finetune ...         the same, resumed by itself where its process dies (docs/cluster.md)
+  rlfusion launch finetune ... --root /shared/runs --address http://head:8265 --follow
+                                             a job of a Ray cluster; rlfusion jobs list | status | logs | stop | resume
   tensorboard --logdir runs                  all runs, with before/after grids
 
 Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
@@ -244,6 +246,18 @@ def _supervise(arguments: list[str]) -> int:
     return launching.supervise(arguments)
 
 
+def _launch(arguments: list[str]) -> int:
+    from rlfusion.cli import launching
+
+    return launching.launch(arguments)
+
+
+def _jobs(arguments: list[str]) -> int:
+    from rlfusion.cli import cluster_jobs
+
+    return cluster_jobs.jobs(arguments)
+
+
 def _first(arguments: list[str], option: str) -> list[str]:
     """``NAME ...`` as ``OPTION NAME ...``."""
     return [option, *arguments] if arguments and not arguments[0].startswith("-") else arguments
@@ -265,6 +279,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "list": _list,
     "serve-reward": _serve_reward,
     "supervise": _supervise,
+    "launch": _launch,
+    "jobs": _jobs,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""
 
