@@ -16,12 +16,15 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from fake_ray import FakeRay
 from reward_servers import serving
 from tiny_pipelines import stable_diffusion
 
 import rlfusion as rlf
 from rlfusion.cli import tables
 from rlfusion.cli.main import COMMANDS, main
+from rlfusion.config.launch import Launch
+from rlfusion.jobs.supervise import Supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,6 +163,7 @@ def run_rlfusion(arguments: list[str], mark: str, monkeypatch) -> None:
         assert printed.value.code == 0
         return
     make_runs(arguments)
+    _without_a_cluster(monkeypatch)
     arguments = [*arguments, *FEW] if arguments[0] in ("pretrain-autoencoder", "train-clip") else arguments
     began = []
     for name in vars(tables):
@@ -168,6 +172,21 @@ def run_rlfusion(arguments: list[str], mark: str, monkeypatch) -> None:
     with served(arguments) as (arguments, elsewhere):
         monkeypatch.setenv("RLFUSION_REWARD_TOKEN", "a-token-of-the-tests" if elsewhere else "")
         assert main(arguments) == 0
+
+
+def _without_a_cluster(monkeypatch) -> None:
+    """Jobs go to a client of the tests' own, where one, ``bright``, has ended; what is supervised is read alone."""
+    fake = FakeRay()
+    fake.add("bright", "STOPPED", about={"folder": "/shared/runs/bright"})
+    monkeypatch.setattr("rlfusion.jobs.launch.cluster._client", lambda *_: fake)
+    monkeypatch.setattr("rlfusion.jobs.supervise.supervise", lambda settings, command, *_: main_settings(command))
+
+
+def main_settings(command: list[str]) -> int:
+    """Read the settings of a command, and no more."""
+    with pytest.raises(SystemExit) as printed:
+        main([*command, "--print_config"])
+    return printed.value.code
 
 
 def make_runs(arguments: list[str]) -> None:
@@ -220,7 +239,15 @@ def run_nothing(arguments: list[str], mark: str, monkeypatch) -> None:
     """A tool of the system."""
 
 
+def run_on_a_file(arguments: list[str], mark: str, monkeypatch) -> None:
+    """A tool of a cluster gets a file of ours; ``tests/test_cluster_examples.py`` reads them."""
+    named = [word for word in arguments if word.startswith("examples/")]
+    assert all((ROOT / word).is_file() for word in named)
+    assert named or arguments[0] == "start"
+
+
 PROGRAMS = {
+    **dict.fromkeys(("ray", "kubectl", "sbatch", "docker"), run_on_a_file),
     "rlfusion": run_rlfusion,
     "python": run_python,
     "python3": run_python,
@@ -283,6 +310,8 @@ OTHER_TOOLS = {
     "--against",
     "--case",
     "--cpu-time",
+    "--dashboard-host",
+    "--requeue",
     "--head",
     "--json",
     "--logdir",
@@ -302,6 +331,7 @@ def options() -> set[str]:
     typed += [config.with_method(name) for name in distill.METHODS.names()]
     plain = ("Pretrain", "Autoencode", "TrainClip", "Compare", "Sample", "Evaluate", "CheckModel", "CheckReward")
     typed += [getattr(config, name) for name in (*plain, "CheckAgent", "Serve")]
+    typed += [Launch, Supervise]
     of_lines = {"help", "config", "print_config", "resume", "change", "objective", "model"}
     return of_lines.union(*(tree(settings).names() for settings in typed))
 

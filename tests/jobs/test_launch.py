@@ -5,11 +5,11 @@ import json
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from fake_ray import FakeRay
 from tiny_runs import TINY
 
 from rlfusion import __version__
@@ -297,30 +297,6 @@ def test_a_port_that_accepts_and_says_nothing_is_given_up_at_the_deadline(capsys
     assert "did not answer within timeout_s = 0.5 s" in capsys.readouterr().err
 
 
-class FakeRay:
-    """Ray's client, without a cluster."""
-
-    def __init__(self) -> None:
-        self.submitted, self.details = [], []
-
-    def list_jobs(self):
-        return self.details
-
-    def submit_job(self, *, submission_id, metadata, entrypoint, runtime_env):
-        assert submission_id not in [one.submission_id for one in self.details], "Ray takes an id once"
-        working_dir = runtime_env.get("working_dir")
-        archive = Path(working_dir).read_bytes() if working_dir else b""
-        self.submitted.append(SimpleNamespace(entrypoint=entrypoint, environment=runtime_env, archive=archive))
-        self.add(submission_id, metadata=metadata)
-
-    def add(self, submission_id, status="RUNNING", metadata=None):
-        more = {"message": "", "driver_exit_code": None, "start_time": 1000 + len(self.details), "end_time": None}
-        self.details.append(SimpleNamespace(submission_id=submission_id, status=status, metadata=metadata, **more))
-
-    def get_job_info(self, id):
-        return next(one for one in self.details if one.submission_id == id)
-
-
 @pytest.fixture
 def ray(monkeypatch) -> FakeRay:
     fake = FakeRay()
@@ -381,8 +357,8 @@ def test_a_job_is_resumed_as_it_was_launched(here, ray):
 
 
 def test_a_job_that_is_not_there_is_named_with_the_nearest(ray):
-    ray.add("other", metadata={})
-    ray.add("digits", metadata={"rlfusion": "0", "name": "digits"})
+    ray.add("other", ours=False)
+    ray.add("digits")
     with pytest.raises(ConfigError, match=r"unknown job at .* 'digit': expected one of digits; did you mean 'digits'"):
         cluster.Cluster(Jobs()).job("digit")
 
