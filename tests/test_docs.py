@@ -163,7 +163,7 @@ def run_rlfusion(arguments: list[str], mark: str, monkeypatch) -> None:
         assert printed.value.code == 0
         return
     make_runs(arguments)
-    _without_a_cluster(monkeypatch)
+    _without_a_cluster(arguments, monkeypatch)
     arguments = [*arguments, *FEW] if arguments[0] in ("pretrain-autoencoder", "train-clip") else arguments
     began = []
     for name in vars(tables):
@@ -174,10 +174,11 @@ def run_rlfusion(arguments: list[str], mark: str, monkeypatch) -> None:
         assert main(arguments) == 0
 
 
-def _without_a_cluster(monkeypatch) -> None:
-    """Jobs go to a client of the tests' own, where one, ``bright``, has ended; what is supervised is read alone."""
+def _without_a_cluster(arguments: list[str], monkeypatch) -> None:
+    """Jobs go to a client of the tests' own, where ``jobs`` finds ``bright``; what is supervised is read alone."""
     fake = FakeRay()
-    fake.add("bright", "STOPPED", about={"folder": "/shared/runs/bright"})
+    if arguments[0] == "jobs":
+        fake.add("bright", "RUNNING" if arguments[1] == "stop" else "STOPPED", about={"folder": "/shared/runs/bright"})
     monkeypatch.setattr("rlfusion.jobs.launch.cluster._client", lambda *_: fake)
     monkeypatch.setattr("rlfusion.jobs.supervise.supervise", lambda settings, command, *_: main_settings(command))
 
@@ -222,7 +223,8 @@ def run_python(arguments: list[str], mark: str, monkeypatch) -> None:
 
 def run_pip(arguments: list[str], mark: str, monkeypatch) -> None:
     """The extras are those of the project."""
-    extras = [name for word in arguments for found in re.findall(r"\[([\w,]+)\]", word) for name in found.split(",")]
+    ours = [word for word in arguments if not word.startswith("ray[")]
+    extras = [name for word in ours for found in re.findall(r"\[([\w,]+)\]", word) for name in found.split(",")]
     assert set(extras) <= set(PROJECT["optional-dependencies"])
 
 

@@ -363,6 +363,59 @@ def test_a_job_that_is_not_there_is_named_with_the_nearest(ray):
         cluster.Cluster(Jobs()).job("digit")
 
 
+def test_a_job_is_listed_followed_stopped_and_resumed(here, ray, capsys):
+    """Each word of ``rlfusion jobs``, and a launch that is followed to its end."""
+    assert main(["launch", "finetune", "--name", "it", "--root", "/shared/runs", "--env", "none", "--follow"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["a line", "job it: succeeded"]
+    ray.details[0].status = "RUNNING"
+    for words, code, said in (
+        (["list"], 0, "it"),
+        (["status", "it"], 0, "/shared/runs/it"),
+        (["logs", "it"], 0, "a line"),
+        (["resume", "it"], 2, "job 'it' is running"),
+        (["stop", "it"], 0, "go on with: rlfusion jobs resume it"),
+        (["stop", "it"], 2, "job 'it' has ended already: stopped"),
+        (["resume", "it", "--follow"], 0, "goes on with the run /shared/runs/it"),
+        (["status", "its"], 2, "did you mean 'it'?"),
+    ):
+        assert main(["jobs", *words]) == code, words
+        assert said in "".join(capsys.readouterr()), words
+
+
+@pytest.mark.parametrize(("state", "code", "expected"), [("FAILED", 4, 4), ("FAILED", None, 1), ("STOPPED", None, 75)])
+def test_what_follows_a_job_ends_with_its_exit_code(here, ray, state, code, expected):
+    ray.add("it", state)
+    ray.details[0].driver_exit_code = code
+    assert main(["jobs", "logs", "it", "--follow"]) == expected
+
+
+def test_a_connection_that_breaks_is_made_again_and_nothing_is_shown_twice(ray):
+    """The log is told from its beginning each time."""
+    ray.add("it")
+    told = iter(
+        [
+            ["one ", "tw", ConnectionResetError()],
+            ["one two ", "three ", RuntimeError("closed")],
+            ["one two three ", "four"],
+        ]
+    )
+
+    async def tail(id):
+        for text in next(told):
+            if isinstance(text, Exception):
+                raise text
+            yield text
+        ray.details[0].status = "SUCCEEDED"
+
+    ray.tail_job_logs, ray.get_job_logs = tail, lambda id: "one two three four!"
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "POLL_S", 0.0)
+        at = cluster.Cluster(Jobs())
+        assert at.follow(at.job("it"), shown.append).state == "SUCCEEDED"
+    assert "".join(shown) == "one two three four!"
+
+
 def test_a_run_of_another_cluster_is_resumed_by_its_folder(here, ray, capsys):
     asked = ["launch", "finetune", "--resume", "/shared/runs/it", "--change", "updates=9", "--env", "none"]
     assert main(asked) == 0

@@ -53,4 +53,5 @@ class FakeRay:
 
     async def tail_job_logs(self, id: str):
         yield "a "
-        self.get_job_info(id).status = "SUCCEEDED"
+        job = self.get_job_info(id)
+        job.status = "SUCCEEDED" if job.status == "RUNNING" else job.status

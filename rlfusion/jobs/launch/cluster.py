@@ -159,26 +159,26 @@ class Cluster:
         Raises:
             UnavailableError: the cluster answers no more.
         """
-        shown = 0
+        import aiohttp
+
+        once = _Once(write)
         while True:
             try:
-                shown = asyncio.run(self._tail(job, shown, write))
-            except (RuntimeError, OSError) as error:  # of aiohttp and of Ray: the line below tells whether it matters
+                asyncio.run(self._tail(job, once))
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:  # the lines below tell whether it matters
                 _log.info("the log of %s is asked for again: %s", job.id, _first(error))
-            if (now := self.again(job.id)).ended:
-                rest = self.log(now)[shown:]
-                write(rest) if rest else None
+            now = self.again(job.id)
+            once.from_its_beginning()
+            once.tell(self.log(now))
+            if now.ended:
                 return now
             time.sleep(POLL_S)
 
-    async def _tail(self, job: Job, shown: int, write: Callable[[str], None]) -> int:
-        """Write a log but for the first ``shown`` characters; how many there are now."""
-        seen = 0
+    async def _tail(self, job: Job, once: "_Once") -> None:
+        """Tell a log from its beginning, as it grows."""
+        once.from_its_beginning()
         async for text in self._client.tail_job_logs(job.id):
-            fresh = text[max(0, shown - seen) :]
-            seen += len(text)
-            write(fresh) if fresh else None
-        return max(seen, shown)
+            once.tell(text)
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
@@ -204,6 +204,25 @@ class Cluster:
             ) from error
         except RuntimeError as error:  # Ray's, of an answer that is no success
             raise UnavailableError(f"{self.address} refused: {_first(error)}") from error
+
+
+class _Once:
+    """Writes a text that is told again and again, in parts, each part of it once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._written, self._told = write, 0, 0
+
+    def from_its_beginning(self) -> None:
+        """The text begins again."""
+        self._told = 0
+
+    def tell(self, part: str) -> None:
+        """The next part of it."""
+        fresh = part[max(0, self._written - self._told) :]
+        self._told += len(part)
+        self._written = max(self._written, self._told)
+        if fresh:
+            self._write(fresh)
 
 
 def _client(address: str, ca: str, timeout_s: float) -> Any:
@@ -237,7 +256,7 @@ def _job(details: Any) -> Job:
         about.get("name", details.submission_id),
         int(about.get("attempt", 1)),
         str(getattr(details.status, "value", details.status)),
-        _first(details.message or ""),
+        _first(details.message) if details.message else "",
         details.driver_exit_code,
         details.start_time / 1000 if details.start_time else None,
         details.end_time / 1000 if details.end_time else None,
