@@ -6,12 +6,16 @@ A question goes to the replica that its bytes choose, whoever asks; if that one 
 answers HTTP 5xx or bytes that are no answer to it, or says that the question was damaged on the way), to the others,
 with back-off (``replicas``), until ``patience_s`` is over. What is wrong with the question or its sender (a wrong
 token, too many bytes) is not tried again. Scoring is repeatable, so asking twice does no harm.
+
+The prompts are said to each replica once, in its greeting; questions name them by its digest. A replica that does not
+know it, because it was started anew, say, is greeted again, and asked again.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,7 +27,7 @@ from rlfusion.common.errors import ConfigError, require_not_negative, require_po
 from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.rewards.base import RewardUnavailable
 from rlfusion.rewards.grouped import MayGroup
-from rlfusion.rewards.remote.exchange import Answer, answered, ask, greet
+from rlfusion.rewards.remote.exchange import Answer, answered, ask, greet, table_of
 from rlfusion.rewards.remote.frames import PROTOCOL, FrameError, decode
 from rlfusion.rewards.remote.replicas import Replicas
 from rlfusion.rewards.remote.secret import read_token
@@ -33,7 +37,8 @@ SCHEMES = ("http://", "https://")
 MORE_BYTES, BYTES_PER_ITEM = 65536, 4096
 """An answer longer than that is not read."""
 PROBE_S = 5.0
-NO_FRAME = 400
+NO_FRAME, UNKNOWN = 400, 428
+"""HTTP statuses: no frame of this protocol; a question of prompts that were not said there."""
 MOST_LABEL = 63
 """Characters between the dots of a host's name (RFC 1035)."""
 
@@ -115,6 +120,10 @@ class Remote(MayGroup):
         self._token = read_token(token_file)
         self._seen: dict[str, Served] = {}
 
+    @cached_property
+    def _table(self) -> str:
+        return table_of(self.task_info)
+
     @property
     def groups(self) -> bool:
         """As ``MayGroup.groups``; the servers are asked.
@@ -158,7 +167,7 @@ class Remote(MayGroup):
 
     def _frame(self, samples: Tensor, cond: Cond) -> bytes:
         try:
-            return ask(samples, cond, self.task_info)
+            return ask(samples, cond, self._table)
         except FrameError as error:
             raise ConfigError(f"{self.name} cannot be asked: {error}") from error
 
@@ -230,13 +239,32 @@ class Remote(MayGroup):
                 "expected a smaller batch"
             )
         most = MORE_BYTES + BYTES_PER_ITEM * count
-        body = self._request("POST", f"{url}/score", frame, most, self.timeout_s)
+        try:
+            body = self._request("POST", f"{url}/score", frame, most, self.timeout_s)
+        except RefusedError as error:
+            if error.status != UNKNOWN:
+                raise
+            body = self._asked_again(url, frame, most)
         try:
             answer = answered(body, count, frame)
         except FrameError as error:
             raise Failed(f"it answered nonsense: {error}") from error
         self._require_same(url, answer.identity)
         return answer
+
+    def _asked_again(self, url: str, frame: bytes, most: int) -> bytes:
+        """The answer of one that has forgotten the prompts, or is another than the one that was greeted.
+
+        Raises:
+            Failed: it does not know them when it has just been told, either.
+        """
+        self._greet(url)
+        try:
+            return self._request("POST", f"{url}/score", frame, most, self.timeout_s)
+        except RefusedError as error:
+            if error.status != UNKNOWN:
+                raise
+            raise Failed(f"it was greeted, and forgot: {error}") from error
 
     def _request(self, method: str, url: str, body: bytes | None, most: int, timeout_s: float) -> bytes:
         return request(method, url, body, self._token, most, timeout_s)

@@ -1,6 +1,7 @@
-"""The question to a reward elsewhere and its answer: the same two frames over HTTP and between Ray actors.
+"""The question to a reward elsewhere and its answer: the same frames over HTTP and between Ray actors.
 
-    question   samples (B, C, H, W) in [0, 1], cond, and the task's prompts, shape, classes (key ``facts``)
+    greeting   the task's prompts, their metadata, shape and classes (key ``facts``): once
+    question   samples (B, C, H, W) in [0, 1], cond, and the digest of the greeting (key ``table``; "" for no facts)
     answer     values (B,), NaN for the items in ``errors``, which says why, by item, and where the user's own code
                raised; the identity of the reward, and the digest of the question
 
@@ -14,7 +15,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from rlfusion.rewards.remote.frames import (
     strict_json,
     unpacked,
 )
+from rlfusion.rewards.remote.tables import UnknownTable
 
 LONGEST = 500
 """Characters of an error that are sent."""
@@ -41,7 +43,7 @@ TOLERANCE = 1e-3
 """By which a sample's value may lie outside [0, 1]: rounding, also in 16 bits."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-_IDENTITY = re.compile(r"[0-9a-f]{16}")
+_IDENTITY, _TABLE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 
@@ -50,17 +52,27 @@ class QuestionError(FrameError):
 
 
 class Question(NamedTuple):
-    """Samples to be scored elsewhere, and the digest of the frame that they came in."""
+    """Samples to be scored elsewhere, what is known of their model, and by which greeting; and the digest of the frame
+    that they came in.
+    """
 
     samples: Tensor
     cond: Cond
     task_info: dict[str, Any]
+    table: str
     digest: str
 
 
-def ask(samples: Tensor, cond: Cond, task_info: Mapping[str, Any]) -> bytes:
-    """The frame of a question. Tensors are sent as they are, without gradient."""
-    return encode({"samples": samples, "cond": cond, "facts": _sent(task_info)})
+class Known(Protocol):
+    """Task infos by the digests of their greetings."""
+
+    def __getitem__(self, digest: str, /) -> dict[str, Any]:
+        """Raises KeyError."""
+
+
+def ask(samples: Tensor, cond: Cond, table: str = "") -> bytes:
+    """The frame of a question; ``table`` as of ``table_of``. Tensors are sent as they are, without gradient."""
+    return encode({"samples": samples, "cond": cond, "table": table})
 
 
 def greet(task_info: Mapping[str, Any]) -> bytes:
@@ -68,20 +80,26 @@ def greet(task_info: Mapping[str, Any]) -> bytes:
     return encode({"facts": _sent(task_info)})
 
 
-def asked(frame: bytes) -> Question:
-    """The question of a frame.
+def table_of(task_info: Mapping[str, Any]) -> str:
+    """How questions name this task info: the digest of its greeting, hexadecimal; "" for none."""
+    return digest_of(greet(task_info)) if task_info else ""
+
+
+def asked(frame: bytes, tables: Known | None = None) -> Question:
+    """The question of a frame, to one whom the ``tables`` were told, none by default.
 
     Raises:
         FrameError: the frame is none.
+        UnknownTable: it names a table that is none of them.
         QuestionError: it holds no question that can be scored: samples (B, C, H, W) of floating-point numbers in
             [0, 1], B > 0, of the shape that the task info says, and a condition of batch B, whose labels are among the
             task info's classes.
     """
-    samples, cond, told = _question(frame, "samples", "cond", "facts").values()
-    task_info = _task_info(told)
+    samples, cond, table = _question(frame, "samples", "cond", "table").values()
+    task_info = _known(table, {} if tables is None else tables)
     _require_samples(samples, task_info)
     _require_condition(cond, len(samples), task_info)
-    return Question(samples, cond, task_info, digest_of(frame))
+    return Question(samples, cond, task_info, table, digest_of(frame))
 
 
 def greeted(frame: bytes) -> dict[str, Any]:
@@ -92,6 +110,17 @@ def greeted(frame: bytes) -> dict[str, Any]:
         QuestionError: it holds no task info.
     """
     return _task_info(_question(frame, "facts")["facts"])
+
+
+def _known(table: Any, tables: Known) -> dict[str, Any]:
+    if table == "":
+        return {}
+    if not isinstance(table, str) or not _TABLE.fullmatch(table):
+        raise QuestionError(f"table {_shown(table)}: expected 64 hexadecimal digits, or none")
+    try:
+        return tables[table]
+    except KeyError:
+        raise UnknownTable(f"prompts of digest {table[:12]} are not known here: expected a greeting first") from None
 
 
 def _question(frame: bytes, *names: str) -> dict[str, Any]:
@@ -128,9 +157,9 @@ def _task_info(told: Any) -> dict[str, Any]:
         raise QuestionError(str(error)) from error
     shape, classes = found["shape"], found["classes"]
     if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
-        raise QuestionError(f"the facts' shape = {shape!r:.100}: expected (C, H, W), integers above 0")
+        raise QuestionError(f"the facts' shape = {_shown(shape)}: expected (C, H, W), integers above 0")
     if type(classes) is not int or classes != len(found["prompts"]):
-        raise QuestionError(f"the facts' classes = {classes!r:.100}: expected {len(found['prompts'])}, one a prompt")
+        raise QuestionError(f"the facts' classes = {_shown(classes)}: expected {len(found['prompts'])}, one a prompt")
     return found
 
 
@@ -181,6 +210,11 @@ def _require_condition(cond: Cond, count: int, task_info: Mapping[str, Any]) -> 
         if least < 0 or (task_info and most >= task_info["classes"]):
             known = f"0..{task_info['classes'] - 1}" if task_info else "0 and above"
             raise QuestionError(f"labels from {least} to {most}: expected {known}")
+
+
+def _shown(value: Any) -> str:
+    """A value of a message, whatever it is, in a line."""
+    return " ".join(f"{value!r:.100}".split())
 
 
 def _kind(value: Any) -> str:
@@ -283,7 +317,7 @@ def answered(frame: bytes, count: int, question: bytes) -> Answer:
     if not isinstance(values, Tensor) or values.shape != (count,) or values.dtype not in FLOATS:
         raise FrameError(f"values {_kind(values)}: expected values ({count},) of floating-point numbers")
     if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
-        raise FrameError(f"identity {identity!r:.50}: expected 16 hexadecimal digits")
+        raise FrameError(f"identity {_shown(identity)}: expected 16 hexadecimal digits")
     reasons, raised = _reasons(errors)
     failed = values.isnan().nonzero().flatten().tolist()
     if failed != list(reasons) or bool(values.isinf().any()):

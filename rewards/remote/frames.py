@@ -1,6 +1,6 @@
 """A message of the reward service as bytes: a JSON text and a safetensors blob behind lengths and a digest, no pickle.
 
-    (1)  frame = "RLF2" | n (uint32) | m (uint64) | d (32 bytes) | n bytes of JSON, UTF-8 | m bytes of safetensors
+    (1)  frame = "RLF3" | n (uint32) | m (uint64) | d (32 bytes) | n bytes of JSON, UTF-8 | m bytes of safetensors
     (2)  d = BLAKE2b-256 of all the other bytes                                                          (big-endian)
 
 The JSON is the record that ``nested.flatten`` makes of the message, whose tensors are in the blob. Equal messages give
@@ -26,7 +26,7 @@ from torch import Tensor
 from rlfusion.common.nested import flatten, restore
 from rlfusion.common.weights import pack, unpack
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"RLF%d" % PROTOCOL
 HEAD = struct.Struct(">4sIQ32s")
 DIGESTED = struct.Struct(">4sIQ")

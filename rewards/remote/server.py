@@ -4,9 +4,12 @@
     POST /hello    task info of a model -> what is served for it            (frame -> frame, ``remote.Served``)
     POST /score    question -> answer                                        (frame -> frame, ``exchange``)
 
+    A question names its prompts by the digest of the greeting (/hello) that said them.
+
     401 wrong or no token · 400 no frame, a frame of another protocol, or task info for which there is no reward ·
     411 no length said · 412 a frame that was damaged on the way · 413 too many bytes · 415 another content type ·
     422 a whole frame that is no question, or one that cannot be scored · 408 the question was not complete in time ·
+    428 a question of prompts that were not said here ·
     503 an earlier question hangs, there was no room, or the server ends · 504 this one was not scored in time
 
 A request is refused before its body is read where its token is wrong, compared in constant time; a body is read up to
@@ -25,6 +28,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -36,9 +40,10 @@ from rlfusion.common.weights import sha256 as digest
 from rlfusion.rewards.base import Reward
 from rlfusion.rewards.grouped import needs_groups
 from rlfusion.rewards.remote.budget import Budget
-from rlfusion.rewards.remote.client import Served
+from rlfusion.rewards.remote.client import UNKNOWN, Served
 from rlfusion.rewards.remote.exchange import QuestionError, answer, asked, greeted
-from rlfusion.rewards.remote.frames import DamagedFrame, FrameError, encode
+from rlfusion.rewards.remote.frames import DamagedFrame, FrameError, digest_of, encode
+from rlfusion.rewards.remote.tables import MOST_TABLES, Tables, UnknownTable
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 _log = logging.getLogger(__name__)
@@ -51,7 +56,7 @@ STALL_S = 10.0
 READERS = 2
 """Threads that check and parse questions."""
 MEDIA = "application/octet-stream"
-STATUS = {DamagedFrame: 412, QuestionError: 422, FrameError: 400}
+STATUS = {DamagedFrame: 412, UnknownTable: UNKNOWN, QuestionError: 422, FrameError: 400}
 """Of what is wrong with a frame; the first that fits."""
 
 
@@ -62,7 +67,8 @@ class Limits:
     Attributes:
         max_bytes: of a question.
         deadline_s: to receive a question, and to score it.
-        max_held: bytes of all questions that are held at once, received or being received.
+        max_held: bytes of all questions that are held at once, received or being received; and, beside, of the tables
+            of prompts that are remembered.
 
     Raises:
         ConfigError: no room for one question.
@@ -99,16 +105,18 @@ class Offer:
         self.name, self.wants, self._make = name, wants, make
         self._described = json.dumps([name, dict(options)], sort_keys=True, default=str)
         self._kept: OrderedDict[str, tuple[Reward, str]] = OrderedDict()
+        self._keys: OrderedDict[str, str] = OrderedDict()
 
-    def reward(self, task_info: Mapping[str, Any]) -> tuple[Reward, str]:
+    def reward(self, task_info: Mapping[str, Any], table: str = "") -> tuple[Reward, str]:
         """The reward for a model of this task info, and its identity: a digest of its name, options and weights.
+        ``table`` is the digest of the greeting that said it, if that is known.
 
         Raises:
             ConfigError: there is none.
         """
         told = {key: value for key, value in task_info.items() if key in self.wants}
         task_info = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-        key = json.dumps(task_info, sort_keys=True)
+        key = self._key(task_info, table)
         if key not in self._kept:
             reward = self._make(task_info)
             state = digest(pack(reward.state_dict())) if isinstance(reward, nn.Module) else ""
@@ -118,9 +126,20 @@ class Offer:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def served(self, task_info: Mapping[str, Any], limits: Limits) -> Served:
+    def _key(self, task_info: Mapping[str, Any], table: str) -> str:
+        """Of what a reward is made of; not made again for each question, as there may be a million prompts."""
+        if not table or table not in self._keys:
+            key = sha256(json.dumps(task_info, sort_keys=True).encode()).hexdigest()
+            if not table:
+                return key
+            self._keys[table] = key
+            while len(self._keys) > MOST_TABLES:
+                self._keys.popitem(last=False)
+        return self._keys[table]
+
+    def served(self, task_info: Mapping[str, Any], limits: Limits, table: str = "") -> Served:
         """What is told of it."""
-        reward, identity = self.reward(task_info)
+        reward, identity = self.reward(task_info, table)
         return Served(self.name, identity, needs_groups(reward), limits.max_bytes)
 
 
@@ -143,7 +162,7 @@ class Service:
         self.offer, self.limits, self.device = offer, limits, device
         self._expected = f"Bearer {token}".encode() if token else b""
         self._thread, self._readers = ThreadPoolExecutor(1, "reward"), ThreadPoolExecutor(READERS, "read")
-        self._budget = Budget(limits.max_held)
+        self._budget, self._tables = Budget(limits.max_held), Tables(limits.max_held)
         self._since: float | None = None
         self._asked = 0
         self.last = time.monotonic()
@@ -162,14 +181,22 @@ class Service:
     async def hello(self, request: Any) -> bytes:
         """Describe the reward that is served for the task info in the body."""
         with self._asking(), ExitStack() as held:
-            task_info = await self._read(greeted, await self._body(request, held))
-            return await self._do(lambda: encode(asdict(self.offer.served(task_info, self.limits))), held)
+            body = await self._body(request, held)
+            task_info = await self._read(greeted, body)
+            return await self._do(lambda: self._described(task_info, digest_of(body), len(body)), held)
+
+    def _described(self, task_info: dict[str, Any], table: str, size: int) -> bytes:
+        """What is served for a greeting, which is remembered from here on."""
+        described = encode(asdict(self.offer.served(task_info, self.limits, table)))
+        self._tables.take(table, task_info, size)
+        return described
 
     async def score(self, request: Any) -> bytes:
         """The answer to the question of the body."""
         with self._asking(), ExitStack() as held:
-            question = await self._read(asked, await self._body(request, held))
-            return await self._do(lambda: answer(*self.offer.reward(question.task_info), question, self.device), held)
+            question = await self._read(partial(asked, tables=self._tables), await self._body(request, held))
+            known = question.task_info, question.table
+            return await self._do(lambda: answer(*self.offer.reward(*known), question, self.device), held)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ again afterwards. What does not decide bits may be edited there without a word.
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import to_yaml
+from rlfusion.jobs.runs import recorded
 from rlfusion.training import identity
 from rlfusion.training.folders import locked
 
@@ -24,6 +26,10 @@ FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume"
 
 MADE_BY = ("agent", "method")
 """Groups of which the name says what made the checkpoint, which no other can go on with."""
+
+PROMPTS = ("pipeline.prompts", "pipeline.prompt_column", "pipeline.encoding")
+DIGEST = "pipeline.prompts_sha256"
+"""What a change of one of ``PROMPTS`` changes, too; with the same value it says that the file was edited on purpose."""
 
 Read = Callable[[list[str]], Any]
 """The settings of a command from its arguments."""
@@ -82,6 +88,9 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
         identity.require_command(folder, record, kind)
     changes, edited = dict(changes), _edited(changes)
     changes.pop(FILES, None)
+    if not changes.keys().isdisjoint(PROMPTS):
+        changes |= {DIGEST: ""}
+        read = partial(_with_digest, read)
     options = [f"--{key}={value}" for key, value in changes.items()]
     with locked(folder):
         if record is not None and not file.is_file():
@@ -95,6 +104,11 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
         if record is not None:
             _compare(folder, record, settings, options, read, edited, check)
     return settings
+
+
+def _with_digest(read: Read, words: list[str]) -> Any:
+    """The settings of ``read`` with the digest of the prompts as they are now."""
+    return recorded(read(words))
 
 
 def _record(folder: Path) -> identity.Record | None:

@@ -36,7 +36,7 @@ def new_run(command: str, settings: Any, name: str) -> Iterator[tuple[Any, Path]
     if settings.name and (Path(settings.name).name != settings.name or settings.name == ".."):
         raise ConfigError(f"name = {settings.name!r}: expected the name of a folder, without a path")
     storage.require_local("root", settings.root)
-    settings = _recorded(settings)
+    settings = recorded(settings)
     with ExitStack() as stack:
         make_root(Path(settings.root))
         with blocked():  # until it is known that it is to be removed
@@ -76,7 +76,7 @@ def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
             raise
 
 
-def _recorded(settings: Any) -> Any:
+def recorded(settings: Any) -> Any:
     """The settings with the prompts of a pipeline, if any, as a run writes them down: with their digest."""
     if not isinstance(settings, config.Finetune | config.Compare):
         return settings

@@ -26,8 +26,10 @@ from rlfusion.common.tensors import Cond
 from rlfusion.rewards import Reward, asks, build
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable
 from rlfusion.rewards.grouped import MayGroup
-from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, greet, greeted
+from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, greet, greeted, table_of
+from rlfusion.rewards.remote.frames import digest_of
 from rlfusion.rewards.remote.server import Limits, Offer, require_servable
+from rlfusion.rewards.remote.tables import Tables, UnknownTable
 from rlfusion.rollout.backend import Settings
 from rlfusion.rollout.ray_cluster import shared_cluster
 from rlfusion.rollout.reward_envs import require_possible
@@ -56,16 +58,22 @@ class RewardActor:
             reward = build(name, {name: options} if options else {}, task_info)
             return reward.to(self.device) if isinstance(reward, nn.Module) else reward
 
-        self.offer = Offer(name, options, asks(name), make)
+        self.offer, self.tables = Offer(name, options, asks(name), make), Tables()
 
     def hello(self, frame: bytes) -> dict[str, Any]:
-        """Describe the reward that is served for the task info of the frame (``remote.Served``)."""
-        return asdict(self.offer.served(greeted(frame), Limits()))
+        """Describe the reward that is served for the task info of the frame (``remote.Served``), and remember that."""
+        task_info, table = greeted(frame), digest_of(frame)
+        served = self.offer.served(task_info, Limits(), table)
+        self.tables.take(table, task_info, len(frame))
+        return asdict(served)
 
     def score(self, frame: bytes) -> bytes:
-        """The answer to the question of the frame."""
-        question = asked(frame)
-        return answer(*self.offer.reward(question.task_info), question, self.device)
+        """The answer to the question of the frame; nothing where this actor, started anew, does not know its table."""
+        try:
+            question = asked(frame, self.tables)
+        except UnknownTable:
+            return b""
+        return answer(*self.offer.reward(question.task_info, question.table), question, self.device)
 
 
 class ActorReward(MayGroup):
@@ -78,9 +86,9 @@ class ActorReward(MayGroup):
         """
         super().__init__()
         self.name, self.task_info, self.timeout_s = name, dict(task_info), timeout_s
-        self._actor = ray.get_actor(actor)
+        self._actor, self._table = ray.get_actor(actor), table_of(task_info)
         try:
-            self._groups = ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=timeout_s)["groups"]
+            self._groups = self._greeted()["groups"]
         except (RayError, GetTimeoutError) as error:
             raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
 
@@ -97,13 +105,22 @@ class ActorReward(MayGroup):
             RewardRaised: because the user's own code raised there.
             RewardUnavailable: the actor is gone or late.
         """
-        frame = ask(samples.detach(), cond, self.task_info)
+        frame = ask(samples.detach(), cond, self._table)
         try:
-            found = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
+            found = self._asked(frame)
+            if not found:  # it was started anew
+                self._greeted()
+                found = self._asked(frame)
         except (RayError, GetTimeoutError) as error:
             kind = RewardFailure if isinstance(error, RayTaskError) else RewardUnavailable
             raise kind.of_all(self.name, len(samples), f"its Ray actor failed: {_said(error)}") from error
         return answered(found, len(samples), frame).checked(self.name)
+
+    def _greeted(self) -> dict[str, Any]:
+        return ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=self.timeout_s)
+
+    def _asked(self, frame: bytes) -> bytes:
+        return ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
 
 
 @contextmanager

@@ -33,10 +33,13 @@ from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Owne
 FORMAT = 1
 FILE = "run.json"
 FREE = re.compile(
-    r"(root|name|device|threads|updates|workers|rollout\.workers|ray(\..*)?|(pretrain\.)?checkpoint_every)"
+    r"(root|name|device|threads|updates|budget_queries|workers|rollout\.workers|ray(\..*)?|(pretrain\.)?checkpoint_every)"
 )
 """Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how
 far it goes. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is told."""
+
+FURTHER = ("updates", "budget_queries")
+"""Of these, how far a run goes."""
 
 CACHED = re.compile(r".*cache/(base-[0-9a-f]{16})/model")
 """A model of the cache: its name says what it is, and where the cache lies says nothing."""
@@ -51,7 +54,8 @@ MODEL = ("model/model.json", "model/weights.safetensors")
 """What of a finished run's model is compared; of a pipeline, model.json has the SHA-256 of its files."""
 
 CONTENT = ("data", "size", "base", "teacher", "autoencoder")
-"""Settings on which the content of ``inputs`` depends."""
+"""Settings on which the content of ``inputs`` depends, but for that of ``REWARD``."""
+REWARD = "reward"
 
 PLACE = ("root", "name")
 FILES = "files."
@@ -297,7 +301,7 @@ def enter(folder: Path, command: str, settings: Any) -> Run:
     if moved := differences(record.settings, now):
         told = {name: pair for name, pair in moved.items() if name not in PLACE}
         notes += [f"{name} was {old}, is {new}" for name, (old, new) in told.items()]
-        sealed = None if "updates" in moved else record.sealed
+        sealed = record.sealed if moved.keys().isdisjoint(FURTHER) else None
         record = replace(record, config=plain(settings), settings=now, sealed=sealed)
         record.write(folder)
     return Run(folder, record, tuple(notes))
@@ -367,7 +371,7 @@ def change(folder: Path, record: Record, settings: Any, meant: Iterable[str] = (
     moved = differences(record.settings, now)
     changed = {name: list(pair) for name, pair in moved.items() if name not in PLACE}
     digests = (*(d for d in record.digests if d != digest(now)), digest(now))
-    content = [name for name in meant if name not in changed and _touched(name, [name])]
+    content = [name for name in meant if name not in changed and name in record.inputs]
     one = {"after": done(folder), "settings": changed} | ({"content": content} if content else {})
     changes = (*record.changes, one)
     kept = {name: held for name, held in record.inputs.items() if not _touched(name, (*changed, *meant))}
@@ -377,6 +381,8 @@ def change(folder: Path, record: Record, settings: Any, meant: Iterable[str] = (
 
 def _touched(name: str, changed: Iterable[str]) -> bool:
     """Whether the content that the setting ``name`` stands for depends on a setting that is changed."""
+    if name == REWARD:
+        return any(key == REWARD or key.startswith(f"{REWARD}.") for key in changed)
     return any(
         key.rpartition(".")[0] == name.rpartition(".")[0] for key in changed if key.rpartition(".")[2] in CONTENT
     )

@@ -17,6 +17,8 @@ from torch import nn
 from rlfusion import config, models
 from rlfusion.cli import arguments as command_line
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.consistency import LCM
 from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
@@ -229,6 +231,23 @@ def test_matching_and_the_method_resume_across_their_border(tmp_path):
         folder = tmp_path / str(stop)
         assert run(settings, CARD, folder, stop) + run(settings, CARD, folder) == whole
         assert held(folder) == held(tmp_path / "whole")
+
+
+def test_a_run_does_not_go_on_with_a_teacher_that_was_exchanged(tmp_path):
+    folder, place = tmp_path / "it", tmp_path / "teacher"
+    folder.mkdir()
+    models.save(place, scrambled(CARD), CARD)
+    settings = replace(settings_of("cd"), teacher=str(place))
+
+    def fit() -> None:
+        with Signals() as signals:
+            distill.fit(settings, teaching(settings, folder=folder), folder, signals, Progress())
+
+    fit()
+    fit()
+    models.save(place, scrambled(CARD, seed=2), CARD)
+    with pytest.raises(ConfigError, match=r"other content of teacher .*--change teacher="):
+        fit()
 
 
 DISTILL = ("--evaluation.samples", 60, "--method.steps", 30, "--method.batch", 16, "--checkpoint_every", 10)

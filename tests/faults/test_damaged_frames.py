@@ -22,7 +22,7 @@ from reward_servers import IDENTITY, Faulty, client, framed, serving
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.rewards import task_info
-from rlfusion.rewards.remote.exchange import Answer, answer, answered, ask, asked, greet
+from rlfusion.rewards.remote.exchange import Answer, answer, answered, ask, asked, greet, greeted, table_of
 from rlfusion.rewards.remote.frames import (
     DIGESTED,
     HEAD,
@@ -41,7 +41,7 @@ from rlfusion.rewards.remote.frames import (
 from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application
 
 FACTS = task_info(("zero", "one", "zwei"), (1, 4, 4))
-DAMAGED, MALFORMED, UNSCORABLE = 412, 400, 422
+DAMAGED, MALFORMED, UNSCORABLE, UNKNOWN = 412, 400, 422, 428
 
 
 def generator(seed: int) -> torch.Generator:
@@ -50,7 +50,9 @@ def generator(seed: int) -> torch.Generator:
 
 SAMPLES = torch.rand(6, 1, 4, 4, generator=generator(0))
 LABELS = torch.arange(6) % 3
-QUESTION = ask(SAMPLES, LABELS, FACTS)
+GREETING, TABLE = greet(FACTS), table_of(FACTS)
+KNOWN = {TABLE: greeted(GREETING)}
+QUESTION = ask(SAMPLES, LABELS, TABLE)
 
 
 def mean(samples, cond):
@@ -90,6 +92,12 @@ def counted(samples, cond):
 APP = application(Service(Offer("it", {}, (), lambda task_info: counted), "", Limits(10**6, 20.0, 10**7)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def greeting():
+    """The application knows the prompts of the questions."""
+    assert sent(GREETING, "/hello")[0] == 200
+
+
 def assert_refused(frame: bytes, *statuses: int, path: str = "/score") -> str:
     SCORED.clear()
     status, said = sent(frame, path)
@@ -108,7 +116,6 @@ def test_a_whole_question_is_scored():
     status, said = sent(QUESTION)
     assert status == 200
     assert torch.equal(answered(said, 6, QUESTION).values, mean(SAMPLES, None))
-    assert sent(greet(FACTS), "/hello")[0] == 200
 
 
 def test_hundred_flipped_bits_in_a_question_are_each_refused_and_never_scored():
@@ -138,7 +145,7 @@ def test_swapped_and_zeroed_blocks_are_refused():
 
 
 def test_every_flipped_bit_of_an_answer_is_refused():
-    frame = answer(mean, IDENTITY, asked(QUESTION))
+    frame = answer(mean, IDENTITY, asked(QUESTION, KNOWN))
     for bit in random.Random(3).sample(range(8 * len(frame)), 400):
         broken = bytearray(frame)
         broken[bit // 8] ^= 1 << bit % 8
@@ -306,12 +313,12 @@ def test_json_up_to_the_caps_is_read():
 
 def question(**changes) -> bytes:
     """The frame of a question, some entries changed; an entry that is Ellipsis is left out."""
-    good = {"samples": SAMPLES, "cond": LABELS, "facts": told()} | changes
+    good = {"samples": SAMPLES, "cond": LABELS, "table": TABLE} | changes
     return encode({key: value for key, value in good.items() if value is not ...})
 
 
 def told(**changes) -> dict:
-    """The facts of a question without metadata, some changed; one that is Ellipsis is left out."""
+    """The facts of a greeting without metadata, some changed; one that is Ellipsis is left out."""
     plain = {key: value for key, value in FACTS.items() if key != "metadata"}
     known = dict(plain, prompts=packed(FACTS["prompts"]), shape=list(FACTS["shape"])) | changes
     return {key: value for key, value in known.items() if value is not ...}
@@ -327,7 +334,16 @@ PROMPTS = packed(FACTS["prompts"])
 QUESTIONS = {
     "no samples": {"samples": ...},
     "no condition": {"cond": ...},
-    "no facts": {"facts": ...},
+    "no table": {"table": ...},
+    "facts": {"facts": {}},
+    "a table that is None": {"table": None},
+    "a table that is a list": {"table": [TABLE]},
+    "a table that is facts": {"table": {"prompts": []}},
+    "a table of words": {"table": "a cat"},
+    "half a digest": {"table": TABLE[:32]},
+    "a digest and more": {"table": TABLE + "0"},
+    "a digest in capitals": {"table": "ABCDEF" + TABLE[6:]},
+    "a digest of bytes": {"table": torch.zeros(32, dtype=torch.uint8)},
     "an unknown key": {"seed": 1},
     "samples that are words": {"samples": "a cat"},
     "samples that are a list": {"samples": [1.0]},
@@ -361,25 +377,6 @@ QUESTIONS = {
     "a dict with a part of another batch": {"cond": {"text": torch.zeros(6, 2), "size": torch.zeros(5)}},
     "a dict with a word": {"cond": {"text": "cat"}},
     "a list of conditions": {"cond": [LABELS]},
-    "facts that are a list": {"facts": []},
-    "facts that are words": {"facts": "a cat"},
-    "facts without prompts": {"facts": told(prompts=...)},
-    "facts without a shape": {"facts": told(shape=...)},
-    "facts with an unknown key": {"facts": told(words=["a"])},
-    "prompts as a list": {"facts": told(prompts=["zero", "one", "zwei"])},
-    "prompts that are no texts": {"facts": told(prompts=PROMPTS | {"ends": torch.zeros(3)})},
-    "prompts whose ends fall": {"facts": told(prompts=PROMPTS | {"ends": torch.tensor([7, 4, 11])})},
-    "prompts whose ends are below 0": {"facts": told(prompts=PROMPTS | {"ends": torch.tensor([-1, 4, 11])})},
-    "prompts whose ends are behind the end": {"facts": told(prompts=PROMPTS | {"ends": torch.tensor([4, 7, 2**60])})},
-    "prompts that are not UTF-8": {"facts": told(prompts=PROMPTS | {"utf8": torch.full((11,), 255).byte()})},
-    "fewer classes than prompts": {"facts": told(classes=2)},
-    "classes that are a fraction": {"facts": told(classes=3.0)},
-    "classes that are true": {"facts": told(classes=True)},
-    "a shape of two": {"facts": told(shape=[4, 4])},
-    "a shape of 0": {"facts": told(shape=[1, 4, 0])},
-    "a shape below 0": {"facts": told(shape=[1, -4, -4])},
-    "a shape of fractions": {"facts": told(shape=[1.0, 4.0, 4.0])},
-    "a shape of words": {"facts": told(shape="1x4x4")},
 }  # fmt: skip
 
 
@@ -388,12 +385,39 @@ def test_a_question_that_cannot_be_scored_is_refused_by_name(name):
     assert "expected" in assert_refused(question(**QUESTIONS[name]), UNSCORABLE)
 
 
-FACTLESS = [name for name in QUESTIONS if name.startswith(("facts", "prompts", "classes", "a shape", "fewer"))]
+GREETINGS = {
+    "facts that are a list": [],
+    "facts that are words": "a cat",
+    "facts without prompts": told(prompts=...),
+    "facts without a shape": told(shape=...),
+    "facts with an unknown key": told(words=["a"]),
+    "prompts as a list": told(prompts=["zero", "one", "zwei"]),
+    "prompts that are no texts": told(prompts=PROMPTS | {"ends": torch.zeros(3)}),
+    "prompts whose ends fall": told(prompts=PROMPTS | {"ends": torch.tensor([7, 4, 11])}),
+    "prompts whose ends are below 0": told(prompts=PROMPTS | {"ends": torch.tensor([-1, 4, 11])}),
+    "prompts whose ends are behind the end": told(prompts=PROMPTS | {"ends": torch.tensor([4, 7, 2**60])}),
+    "prompts that are not UTF-8": told(prompts=PROMPTS | {"utf8": torch.full((11,), 255).byte()}),
+    "fewer classes than prompts": told(classes=2),
+    "classes that are a fraction": told(classes=3.0),
+    "classes that are true": told(classes=True),
+    "a shape of two": told(shape=[4, 4]),
+    "a shape of 0": told(shape=[1, 4, 0]),
+    "a shape below 0": told(shape=[1, -4, -4]),
+    "a shape of fractions": told(shape=[1.0, 4.0, 4.0]),
+    "a shape of words": told(shape="1x4x4"),
+    "a shape of a tensor": told(shape=torch.ones(9, 9)),
+    "classes of a tensor": told(classes=torch.ones(9, 9)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FACTLESS)
+@pytest.mark.parametrize("name", GREETINGS)
 def test_a_greeting_of_odd_facts_is_refused(name):
-    assert_refused(encode({"facts": QUESTIONS[name]["facts"]}), UNSCORABLE, path="/hello")
+    assert "expected" in assert_refused(encode({"facts": GREETINGS[name]}), UNSCORABLE, path="/hello")
+
+
+def test_a_question_of_prompts_that_were_never_said_asks_for_them():
+    said = assert_refused(question(table="0" * 64), UNKNOWN)
+    assert "prompts of digest 000000000000 are not known here" in said
 
 
 @pytest.mark.parametrize(
@@ -408,7 +432,7 @@ def test_a_greeting_of_odd_facts_is_refused(name):
         {"cond": LABELS.int()},
         {"cond": torch.randn(6, 5, generator=generator(1))},
         {"cond": {"text": torch.randn(6, 2, 3), "size": torch.full((6,), 99)}},
-        {"facts": {}, "cond": LABELS + 5},
+        {"table": "", "cond": LABELS + 5},
     ],
 )
 def test_what_honest_askers_send_is_scored(changes):
@@ -417,9 +441,9 @@ def test_what_honest_askers_send_is_scored(changes):
 
 
 def test_a_frame_of_an_older_or_newer_protocol_is_told_so():
-    for digit in (b"1", b"3", b"9"):
+    for digit in (b"1", b"2", b"9"):
         said = assert_refused(b"RLF" + digit + QUESTION[4:], MALFORMED)
-        assert f"a frame of protocol {digit.decode()}: expected 2, the same rlfusion on both sides" in said
+        assert f"a frame of protocol {digit.decode()}: expected 3, the same rlfusion on both sides" in said
 
 
 @pytest.mark.parametrize(
@@ -507,7 +531,7 @@ def test_an_answer_of_another_kind_is_refused(name):
 def test_the_reasons_of_many_failures_come_whole():
     """All samples of a large question fail at length: more text than a frame's JSON may have."""
     count = 5000
-    frame = ask(torch.zeros(count, 1, 1, 1), None, {})
+    frame = ask(torch.zeros(count, 1, 1, 1), None)
 
     def picky(samples, cond):
         raise ValueError("too dark, " * 60)
@@ -517,14 +541,16 @@ def test_the_reasons_of_many_failures_come_whole():
     errors = answered(sent_back, count, frame).errors
     assert list(errors) == list(range(count))
     assert errors[17] == ("too dark, " * 60)[:500]
-    few = ask(torch.zeros(3, 1, 1, 1), None, {})
+    few = ask(torch.zeros(3, 1, 1, 1), None)
     assert answered(answer(picky, IDENTITY, asked(few)), 3, few).errors[0].startswith("it: ValueError: too dark")
 
 
 def test_a_million_prompts_travel():
     words = tuple(f"a picture of the number {n}" for n in range(100_000))
-    frame = ask(torch.zeros(2, 1, 1, 1), torch.tensor([0, 99_999]), task_info(words, (1, 1, 1)))
-    assert tuple(asked(frame).task_info["prompts"]) == words
+    told = task_info(words, (1, 1, 1))
+    frame = ask(torch.zeros(2, 1, 1, 1), torch.tensor([0, 99_999]), table_of(told))
+    assert len(frame) < 1000
+    assert tuple(asked(frame, {table_of(told): greeted(greet(told))}).task_info["prompts"]) == words
 
 
 # --- over sockets ---
@@ -645,13 +671,14 @@ def test_more_questions_at_once_than_a_server_takes_are_asked_again_later():
     app = application(inside)
     assert sent(QUESTION, app=app) == (503, b"%d questions at once are being answered" % ASKING)
     inside._asked = 0
+    assert sent(GREETING, "/hello", app=app)[0] == 200
     assert sent(QUESTION, app=app)[0] == 200
     assert inside._asked == 0
 
 
 @pytest.mark.alone
 def test_the_memory_of_a_server_of_damaged_frames_does_not_grow():
-    broken = bytearray(ask(torch.rand(50, 3, 32, 32), None, {}))
+    broken = bytearray(ask(torch.rand(50, 3, 32, 32), None))
     broken[-1] ^= 1
     for _ in range(5):
         sent(bytes(broken))
@@ -664,9 +691,9 @@ def test_the_memory_of_a_server_of_damaged_frames_does_not_grow():
 @pytest.mark.parametrize(
     ("served", "said"),
     [
-        (lambda good: encode({"reward": "it", "identity": IDENTITY, "groups": False, "max_bytes": 9, "protocol": 3}),
-         "speaks protocol 3: expected 2, the same rlfusion on both sides"),
-        (None, r"a frame begins with b'RLF1' \(we speak protocol 2; does another rlfusion serve there\?\)"),
+        (lambda good: encode({"reward": "it", "identity": IDENTITY, "groups": False, "max_bytes": 9, "protocol": 4}),
+         "speaks protocol 4: expected 3, the same rlfusion on both sides"),
+        (None, r"a frame begins with b'RLF1' \(we speak protocol 3; does another rlfusion serve there\?\)"),
     ],
 )  # fmt: skip
 def test_a_server_of_another_protocol_is_refused_at_once(served, said):
@@ -691,4 +718,4 @@ class Other(Faulty):
 
 
 def test_the_head_is_as_documented():
-    assert (HEAD.size, DIGESTED.size, MAGIC) == (48, 16, b"RLF2")
+    assert (HEAD.size, DIGESTED.size, MAGIC) == (48, 16, b"RLF3")

@@ -141,6 +141,17 @@ def test_a_stop_that_was_swallowed_is_raised_again_where_training_begins():
             next(train(Counting(lambda step: None), iter(range(3)), 0, 3, 3, lambda step: None, signals))
 
 
+def test_code_that_catches_every_failure_does_not_catch_a_stop():
+    def careless(step: int) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            raise AssertionError("caught") from None
+
+    saved, stop = trained(careless)
+    assert (saved, stop.saved) == ([], False)
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     entry = Entry()

@@ -176,7 +176,10 @@ def test_walks_of_other_steps_are_not_mixed_with_the_new_ones(done):
     assert tuple(after["learner"]["learner"]["memory"]["x"].shape[:2]) == (WALKS, 4)
 
 
-def test_rollouts_further_ahead_need_no_weights_that_were_not_kept(done):
+def test_rollouts_further_ahead_need_no_weights_that_were_not_kept(done, capsys):
     folder = done("--agent.advantage", "group")
     again = resumed(folder, "rollout.lag=2", "updates=4")
     assert again["learner"]["learner"]["iteration"] == 4
+    capsys.readouterr()
+    assert main(["finetune", "--resume", str(folder), "--change", "budget_queries=50"]) == 2
+    assert "budget_queries = 50: after 4 updates the run has asked for 96 rewards already" in capsys.readouterr().err

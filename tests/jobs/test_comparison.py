@@ -21,7 +21,8 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
 from rlfusion.jobs.compare.baselines import Tries, baselines
-from rlfusion.jobs.compare.curves import best_within, curve, first_at
+from rlfusion.jobs.compare.curves import Point, best_within, curve, first_at
+from rlfusion.jobs.compare.job import _overlay
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
@@ -311,3 +312,15 @@ def test_guidance_that_a_model_does_not_know_is_a_row_that_says_so(tiny_pipeline
 
 def mean(samples, cond):
     return samples.flatten(1).mean(1)
+
+
+def test_the_curves_of_a_run_that_went_on_are_drawn_again(tmp_path):
+    def drawn(*queries: int) -> list[int]:
+        points = [Point(n, n, 1.0, 1.0, 0.1 * n, 0.5, 0.9, 3.0, 0.8, {}) for n in queries]
+        _overlay(tmp_path, Outcome("ddpo", "ink", 0, points, ""))
+        files = sorted(tmp_path.glob("events*"))
+        return [e.step for e in EventAccumulator(str(files[-1])).Reload().Scalars("compare_ink/gain_by_queries")]
+
+    assert drawn(0, 24) == drawn(0, 24) == [0, 24]
+    assert len(list(tmp_path.glob("events*"))) == 1
+    assert drawn(0, 24, 48) == [0, 24, 48]

@@ -1,20 +1,27 @@
 """Prompts with metadata on their way through the commands, on a tiny Stable Diffusion."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import yaml
+from reward_servers import serving
 
 from rlfusion.cli import main
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common import notices
-from rlfusion.config import CheckReward
+from rlfusion.common.errors import ConfigError
+from rlfusion.config import CheckReward, Serve
 from rlfusion.jobs import runs
 from rlfusion.jobs.check_reward import check_reward
 from rlfusion.jobs.finetune.checks import check_pretrained
+from rlfusion.jobs.resuming import settings_of_run
+from rlfusion.jobs.serve_reward import make_service
 from rlfusion.models import describe
 from rlfusion.models.pipelines import Settings
+from rlfusion.rewards import build, task_info
+from rlfusion.training.identity import Record, enter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -50,6 +57,52 @@ def test_a_run_writes_down_its_prompts_and_their_metadata_reach_the_reward(tiny_
     assert card.first(1).metadata == (card.metadata[0],)
     assert card.only("two dogs").names == ("two dogs",)
     assert card.only("two dogs").metadata == (card.metadata[1],)
+
+
+@pytest.fixture
+def begun(tiny_pipelines, here):
+    """The folder of a run that has begun, on the prompts."""
+    model = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "p.jsonl", "--pipeline.size", "16"]
+    settings = settings_of("finetune", [*model, "--reward", "mine.py:brightness", "--lora", "LoRA(rank=2)"])
+    with runs.new_run("finetune", settings, "run") as (settings, folder):
+        enter(folder, "finetune", settings).save(1, {})
+    return folder
+
+
+def resumed(folder, **changes):
+    return settings_of_run("finetune", folder, changes, partial(settings_of, "finetune"))
+
+
+@pytest.mark.parametrize("how", ["a text", "a fact", "one more"])
+def test_prompts_that_were_edited_are_noticed_unless_that_is_meant(begun, here, how):
+    rows = [dict(row) for row in ROWS]
+    rows[0] |= {"a text": {"prompt": "a cat"}, "a fact": {"count": 4}}.get(how, {})
+    rows += [{"prompt": "a third", "tag": "z", "count": 1}] * (how == "one more")
+    file = here / "p.jsonl"
+    original, old = file.read_text(), resumed(begun).pipeline.prompts_sha256
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=r"prompts = .*p.jsonl' are others than the run began with .*--change"):
+        resumed(begun).pipeline.read()
+    meant = resumed(begun, **{"pipeline.prompts": str(file)}).pipeline
+    assert meant.read().metadata[0]["count"] == rows[0]["count"]
+    record = Record.read(begun)
+    assert record.changes[-1]["settings"] == {"pipeline.prompts_sha256": [old, meant.prompts_sha256]}
+    assert resumed(begun).pipeline == meant
+    file.write_text(original)
+    with pytest.raises(ConfigError, match="others than the run began with"):
+        resumed(begun).pipeline.read()
+
+
+def test_metadata_reach_a_served_reward():
+    service = make_service(Serve("mine.py:brightness"))
+    info = task_info(
+        [row["prompt"] for row in ROWS], (3, 16, 16), [{"tag": r["tag"], "count": r["count"]} for r in ROWS]
+    )
+    samples, label = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 2
+    with serving(None, wants=service.offer.wants, make=service.offer._make) as url:
+        served = build(url, task_info=info)(samples, label)
+    assert torch.equal(served, build("mine.py:brightness", task_info=info)(samples, label))
+    assert torch.allclose(served, samples.mean((1, 2, 3)) * torch.tensor([3.0, 50.0, 3.0, 50.0]))
 
 
 def test_check_reward_draws_from_a_model(tiny_pipelines):

@@ -23,7 +23,7 @@ OWN = {"mine.py:bright": {"strength": 0.5, "adapter": {"parameters": {"samples":
 ARGUMENTS = {
     **{f"finetune {name}": ("finetune", ["--agent", name], "updates", "seed") for name in AGENTS},
     **{f"distill {name}": ("distill", ["--method", name], "checkpoint_every", "seed") for name in METHODS},
-    "compare": ("compare", ["--agents", "ddpo,grpo(window=5)"], "threads", "budget_queries"),
+    "compare": ("compare", ["--agents", "ddpo,grpo(window=5)"], "budget_queries", "evaluations"),
     "pretrain": ("pretrain", [], "checkpoint_every", "train.steps"),
     "pretrain-autoencoder": ("pretrain-autoencoder", [], "checkpoint_every", "steps"),
     "train-clip": ("train-clip", [], "checkpoint_every", "steps"),

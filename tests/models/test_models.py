@@ -88,6 +88,20 @@ def test_a_model_that_states_no_digest_is_refused(tmp_path, form):
         models.load(tmp_path)
 
 
+@pytest.mark.parametrize("entry", ["names", "shape", "config", "chain", "sha256"])
+def test_a_description_that_was_edited_is_refused(tmp_path, entry):
+    models.save(tmp_path, scrambled(CARD), CARD)
+    card = json.loads((tmp_path / "model.json").read_text())
+    edited = {"names": ["x", "y", "z"], "shape": [1, 2, 8], "chain": {"steps": 3}, "sha256": "0" * 64}
+    new = edited.get(entry, dict(card["config"], kind="v") if entry == "config" else None)
+    assert new != card[entry]
+    (tmp_path / "model.json").write_text(json.dumps(card | {entry: new}, indent=1))
+    with pytest.raises(ConfigError, match="does not match its own SHA-256"):
+        models.load(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(card, indent=1))
+    models.load(tmp_path)
+
+
 def test_a_model_of_an_earlier_version_is_read(tmp_path):
     models.save(tmp_path, scrambled(CARD), CARD)
     card = json.loads((tmp_path / "model.json").read_text())

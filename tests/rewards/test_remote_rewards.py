@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -20,8 +21,8 @@ from rlfusion.config import Serve
 from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, needs_groups, score, task_info
 from rlfusion.rewards.remote.budget import Budget
-from rlfusion.rewards.remote.client import Served
-from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, graded
+from rlfusion.rewards.remote.client import Remote, Served
+from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, graded, greet, greeted, table_of
 from rlfusion.rewards.remote.frames import (
     MOST_ENTRIES,
     MOST_TENSORS,
@@ -36,7 +37,8 @@ from rlfusion.rewards.remote.frames import (
 from rlfusion.rewards.remote.replicas import Replicas
 from rlfusion.rewards.remote.secret import VARIABLE, read_token
 from rlfusion.rewards.remote.server import Limits
-from rlfusion.rewards.remote.transport import Failed
+from rlfusion.rewards.remote.tables import MOST_TABLES, Tables
+from rlfusion.rewards.remote.transport import Failed, RefusedError
 
 TOKEN = "a-secret-of-24-characters"
 NOT_RAISED = torch.zeros(1, dtype=torch.uint8)
@@ -117,12 +119,12 @@ def test_texts_come_back_as_they_were(texts):
 @pytest.mark.parametrize(
     "message",
     [
-        {"samples": torch.zeros(2, 8, 8), "cond": None, "facts": {}},
-        {"samples": torch.zeros(0, 1, 8, 8), "cond": None, "facts": {}},
-        {"samples": torch.zeros(2, 1, 8, 8, dtype=torch.int64), "cond": None, "facts": {}},
-        {"samples": torch.zeros(2, 1, 8, 8), "cond": torch.zeros(3), "facts": {}},
-        {"samples": torch.zeros(2, 1, 8, 8), "cond": "a cat", "facts": {}},
-        {"samples": torch.zeros(2, 1, 8, 8), "cond": None, "facts": []},
+        {"samples": torch.zeros(2, 8, 8), "cond": None, "table": ""},
+        {"samples": torch.zeros(0, 1, 8, 8), "cond": None, "table": ""},
+        {"samples": torch.zeros(2, 1, 8, 8, dtype=torch.int64), "cond": None, "table": ""},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": torch.zeros(3), "table": ""},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": "a cat", "table": ""},
+        {"samples": torch.zeros(2, 1, 8, 8), "cond": None, "table": []},
         {"samples": torch.zeros(2, 1, 8, 8), "cond": None},
         [],
     ],
@@ -134,7 +136,8 @@ def test_what_is_no_question_is_refused(message):
 
 def test_a_question_comes_back_whole(samples):
     cond = {"text": torch.rand(24, 5), "size": torch.arange(24)}
-    question = asked(ask(samples, cond, task_info(("a", "b"), (1, 8, 8))))
+    told = task_info(("a", "b"), (1, 8, 8))
+    question = asked(ask(samples, cond, table_of(told)), {table_of(told): greeted(greet(told))})
     assert torch.equal(question.samples, samples)
     assert torch.equal(question.cond["text"], cond["text"])
     assert question.task_info == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2, "metadata": [{}, {}]}
@@ -174,7 +177,7 @@ def test_what_is_no_number_is_an_error_of_its_item(given, reasons, samples):
 
 
 def test_an_answer_that_hides_a_failure_or_is_to_another_question_is_refused(samples):
-    question = ask(samples, None, {})
+    question = ask(samples, None)
     frame = answer(lambda x, c: x.mean((1, 2, 3)), IDENTITY, asked(question))
     assert answered(frame, 24, question).identity == IDENTITY
     good = decode(frame)
@@ -183,7 +186,7 @@ def test_an_answer_that_hides_a_failure_or_is_to_another_question_is_refused(sam
         with pytest.raises(FrameError):
             answered(encode(good | wrong), 24, question)
     with pytest.raises(FrameError, match="the answer is to another question"):
-        answered(frame, 24, ask(samples.flip(0), None, {}))
+        answered(frame, 24, ask(samples.flip(0), None))
 
 
 # --- which replica, when: no clock, no sockets ---
@@ -252,6 +255,103 @@ def test_the_words_of_the_prompts_reach_the_server(samples):
             assert client(url, **told)(pictures, cond).tolist() == [3.0, 7.0] * 12
         assert client(url, **task_info(("a", "bc"), (1, 8, 8)))(samples, cond).tolist() == [1.0, 2.0] * 12
     assert made == [{"prompts": ("one", "fifteen")}, {"prompts": ("a", "bc")}]
+
+
+# --- prompts: said once ---
+
+
+MANY = task_info(tuple(f"prompt {n}" for n in range(2000)), (1, 8, 8), tuple({"n": n} for n in range(2000)))
+
+
+def by_metadata(known):
+    numbers = torch.tensor([float(m["n"]) for m in known["metadata"]])
+    return lambda x, cond: numbers[cond]
+
+
+@contextmanager
+def remembered(*urls: str):
+    """A client for ``MANY``, whose requests are noted: (path, bytes, status)."""
+    asker, seen, plain = client(*urls, **MANY), [], Remote._request
+
+    def noted(self, method, url, body, most, timeout_s):
+        try:
+            found, status = plain(self, method, url, body, most, timeout_s), 200
+        except RefusedError as error:
+            status = error.status
+            raise
+        finally:
+            seen.append((url.rpartition("/")[2], len(body or b""), status))
+        return found
+
+    asker._request = noted.__get__(asker)
+    yield asker, seen
+
+
+def test_prompts_travel_once_and_questions_name_them(samples):
+    cond = torch.arange(24) * 80
+    with serving(None, wants={"metadata"}, make=by_metadata) as url, remembered(url) as (asker, seen):
+        for _ in range(3):
+            assert asker(samples, cond).tolist() == cond.tolist()
+    assert [path for path, *_ in seen] == ["hello", "score", "score", "score"]
+    assert seen[0][1] > 30_000
+    assert max(size for path, size, _ in seen if path == "score") < samples.numel() * 4 + 2000
+
+
+@pytest.mark.parametrize("how", ["started anew", "let go"])
+def test_a_server_that_does_not_know_the_prompts_is_greeted_again(samples, how):
+    cond, inside = torch.arange(24) * 80, []
+    with (
+        serving(None, wants={"metadata"}, make=by_metadata, made=inside.append) as url,
+        remembered(url) as (asker, seen),
+    ):
+        asker(samples, cond)
+        if how == "started anew":
+            inside[0]._tables, inside[0].offer._kept, inside[0].offer._keys = Tables(), OrderedDict(), OrderedDict()
+        else:
+            for n in range(MOST_TABLES):
+                inside[0]._tables.take(f"{n:064d}", {}, 1)
+        assert asker(samples, cond).tolist() == cond.tolist()
+    assert [(path, status) for path, _, status in seen] == [
+        *[("hello", 200), ("score", 200), ("score", 428), ("hello", 200), ("score", 200)]
+    ]
+
+
+def test_a_server_that_comes_back_at_its_address_is_greeted_again(samples):
+    cond, url = torch.arange(24) * 80, ""
+    for _ in range(2):
+        port = urlsplit(url).port if url else 0
+        with serving(None, wants={"metadata"}, make=by_metadata, port=port) as address:
+            asker = asker if url else client(address, patience_s=20.0, **MANY)  # noqa: F821
+            url = address
+            assert asker(samples, cond).tolist() == cond.tolist()
+
+
+def test_a_server_that_always_forgets_is_named(samples):
+    class Forgetful(Tables):
+        def take(self, digest, task_info, size):
+            return
+
+    def forget(service):
+        service._tables = Forgetful()
+
+    with (
+        serving(None, wants={"metadata"}, make=by_metadata, made=forget) as url,
+        pytest.raises(RewardFailure, match="it was greeted, and forgot"),
+    ):
+        client(url, **MANY)(samples, torch.arange(24))
+
+
+def test_tables_are_bounded_and_the_newest_stays():
+    tables = Tables(most=100)
+    for n in range(3):
+        tables.take(str(n), {"n": n}, 40)
+    assert len(tables) == 2
+    assert tables["1"] == {"n": 1}  # which makes "2" the oldest
+    tables.take("3", {"n": 3}, 40)
+    with pytest.raises(KeyError):
+        tables["2"]
+    tables.take("large", {"n": 4}, 1000)
+    assert (len(tables), tables["large"]) == (1, {"n": 4})
 
 
 # --- faults ---
@@ -436,7 +536,7 @@ def holding(url: str, count: int):
 
 def test_questions_beyond_the_room_of_all_wait_unread_and_are_answered_in_the_end(samples, label):
     """Eight askers where there is room for two questions."""
-    most, seen, services, net = len(ask(samples, label, {})), [], [], Net()
+    most, seen, services, net = len(ask(samples, label)), [], [], Net()
 
     def watched(x, c):
         seen.append(services[0]._budget.free)
@@ -498,7 +598,7 @@ def test_an_asker_that_drips_its_headers_is_cut_off(samples, label):
 
 
 def test_an_answer_of_odd_errors_or_a_server_of_odd_words_is_no_answer():
-    question = ask(torch.zeros(2, 1, 2, 2), None, {})
+    question = ask(torch.zeros(2, 1, 2, 2), None)
     errors = {"items": torch.tensor([0]), "reasons": packed(["why"]), "raised": NOT_RAISED}
     good = {"values": torch.tensor([math.nan, 1.0]), "errors": errors, "identity": IDENTITY}
     good["question"] = digest_of(question)
@@ -516,7 +616,7 @@ def test_an_answer_of_odd_errors_or_a_server_of_odd_words_is_no_answer():
 
 
 @pytest.mark.parametrize(
-    ("body", "status"), [(b"", 400), (b"garbage", 400), (encode({"samples": None, "cond": None, "facts": {}}), 422)]
+    ("body", "status"), [(b"", 400), (b"garbage", 400), (encode({"samples": None, "cond": None, "table": ""}), 422)]
 )
 def test_the_service_refuses_what_is_no_question(body, status):
     import urllib3

@@ -14,7 +14,7 @@ from torch import nn
 from rlfusion.common import notices
 from rlfusion.common.errors import ConfigError
 from rlfusion.rewards import RewardError, asks, build, score, task_info
-from rlfusion.rewards.remote.exchange import ask, asked
+from rlfusion.rewards.remote.exchange import greet, greeted
 
 PROMPTS = ("a cat", "two dogs", "a long red bridge")
 METADATA = ({"k": 1}, {"k": 20}, {"k": 300})
@@ -465,12 +465,11 @@ def test_which_facts_are_asked_for_is_known_by_name(named):
 
 
 def test_metadata_cross_the_wire():
-    question = asked(ask(torch.zeros(4, 3, 4, 4), COND, TOLD))
-    assert question.task_info["metadata"] == list(METADATA)
+    assert greeted(greet(TOLD))["metadata"] == list(METADATA)
     odd = task_info(("é", "b"), (3, 4, 4), ({"s": "\U0001f600 ß", "n": [1, {"x": None}]}, {}))
-    assert asked(ask(torch.zeros(1, 3, 4, 4), COND[1:2], odd)).task_info["metadata"] == list(odd["metadata"])
+    assert greeted(greet(odd))["metadata"] == list(odd["metadata"])
     none = task_info(("a", "b"), (3, 4, 4))
-    assert asked(ask(torch.zeros(1, 3, 4, 4), COND[1:2], none)).task_info["metadata"] == [{}, {}]
+    assert greeted(greet(none))["metadata"] == [{}, {}]
 
 
 def test_words_that_the_model_has_not_are_an_error(named, samples):

@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from rlfusion.jobs.pretrain import card_of
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task, recipe
 from rlfusion.rewards import RewardFailure, build, score, task_info
 from rlfusion.rollout import Limits, make_backend, plan, ray_rewards, run_item
-from rlfusion.rollout.ray_rewards import ActorReward
+from rlfusion.rollout.ray_rewards import ActorReward, RewardActor
 from rlfusion.rollout.reward_envs import require_possible
 
 ELSEWHERE = """
@@ -177,3 +179,50 @@ def test_a_reward_s_time_limit_lies_within_the_shortest_lease():
             Finetune(reward="ink", reward_timeout_s=late, ray=limits, rollout=Rollout(workers=1))
         Finetune(reward="ink", reward_timeout_s=late, ray=limits)  # no worker, no item_s
     Finetune(reward="ink", reward_timeout_s=59.0, ray=limits, rollout=Rollout(workers=1))
+
+
+BY_AGE = """
+def by_age(images, metadata):
+    return images.new_tensor([held["age"] for held in metadata])
+"""
+
+
+class Reference(NamedTuple):
+    """A method of an actor in this process."""
+
+    remote: Callable[[bytes], Any]
+
+
+class Local:
+    """A ``RewardActor`` in this process, as a handle of Ray shows it; ``restart`` is what Ray does where it dies."""
+
+    def __init__(self) -> None:
+        self.greeted = 0
+        self.restart()
+
+    def restart(self) -> None:
+        self.actor = RewardActor("told_ages:by_age", {}, [], 1, False, {})
+
+    @property
+    def hello(self) -> Reference:
+        self.greeted += 1
+        return Reference(self.actor.hello)
+
+    @property
+    def score(self) -> Reference:
+        return Reference(self.actor.score)
+
+
+def test_an_actor_that_was_started_anew_is_told_the_prompts_again(tmp_path, monkeypatch):
+    (tmp_path / "told_ages.py").write_text(BY_AGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    actor = Local()
+    monkeypatch.setattr(ray_rewards.ray, "get_actor", lambda name: actor)
+    monkeypatch.setattr(ray_rewards.ray, "get", lambda answer, timeout: answer)
+    told = task_info(("a", "b"), (1, 8, 8), ({"age": 1}, {"age": 5}))
+    reward, samples, cond = ActorReward("it", "it", told, 9.0), torch.rand(3, 1, 8, 8), torch.tensor([1, 0, 1])
+    assert actor.greeted == 1
+    for greeted in (1, 2):
+        assert reward(samples, cond).tolist() == [5.0, 1.0, 5.0]
+        assert actor.greeted == greeted
+        actor.restart()

@@ -26,12 +26,19 @@ LIMITS = Limits()
 
 @contextmanager
 def serving(
-    reward, token: str = "", limits: Limits = LIMITS, name: str = "it", wants=(), make=None, made=lambda service: None
+    reward,
+    token: str = "",
+    limits: Limits = LIMITS,
+    name: str = "it",
+    wants=(),
+    make=None,
+    made=lambda service: None,
+    port: int = 0,
 ) -> Iterator[str]:
     """The address of a real service of ``reward``, or of ``make(task_info)``; ``made`` is told the service."""
     service = Service(Offer(name, {}, wants, make or (lambda task_info: reward)), token, limits)
     made(service)
-    with listening("127.0.0.1", 0) as listener:
+    with listening("127.0.0.1", port) as listener:
         running = server(service)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -40,7 +40,7 @@ def test_a_setting_decides_bits_unless_it_is_known_not_to():
     names = flat(Finetune())
     free = names.keys() - decisive(names).keys()
     ray = {name for name in names if name.startswith("ray.")}
-    rest = {"root", "name", "device", "threads", "updates", "rollout.workers", "checkpoint_every"}
+    rest = {"root", "name", "device", "threads", "updates", "budget_queries", "rollout.workers", "checkpoint_every"}
     assert free == ray | rest | {"pretrain.checkpoint_every"}
     assert flat(Distill()).keys() - decisive(flat(Distill())).keys() >= {"workers", "checkpoint_every", "root"}
     assert "train.steps" in decisive(flat(Pretrain()))  # the learning rate falls along a cosine over all of them

@@ -1,5 +1,6 @@
 """The job of ``rlfusion compare``: the runs one after another, each resumable, then the report."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
+from rlfusion.common.weights import sha256
 from rlfusion.config import Finetune, to_yaml
 from rlfusion.config.compare import Compare
 from rlfusion.jobs import base_model as origin
@@ -157,7 +159,7 @@ def _options(config: Compare, name: str) -> dict[str, dict[str, Any]]:
 
 def _overlay(folder: Path, outcome: Outcome) -> None:
     """The run's curves for TensorBoard, whose horizontal axes are whole numbers."""
-    if not outcome.points or (folder / ".overlaid").exists():
+    if not outcome.points:
         return
     group = f"compare_{slug(outcome.reward)}"
     axes = {
@@ -171,5 +173,8 @@ def _overlay(folder: Path, outcome: Outcome) -> None:
             "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
             "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
         }
+    drawn, marker = sha256(json.dumps(axes).encode()), folder / ".overlaid"
+    if marker.is_file() and marker.read_text() == drawn:
+        return
     overlay(folder, {f"{group}/{name}": points for name, points in axes.items()})
-    storage.write(folder / ".overlaid", b"")
+    storage.write(marker, drawn)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlfusion import models
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.common.weights import unpack
+from rlfusion.common.weights import sha256, unpack
 from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
@@ -25,12 +25,13 @@ from rlfusion.jobs.monitored import Monitored
 from rlfusion.jobs.parts import Parts
 from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.jobs.tasks import from_actors, make_task
-from rlfusion.rewards import Reward, task_info
+from rlfusion.rewards import Reward, bare, build, names_of, task_info
+from rlfusion.rewards.remote.client import is_url
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
 from rlfusion.training.devices import pick_device
-from rlfusion.training.identity import Run
+from rlfusion.training.identity import REWARD, Run
 from rlfusion.training.tracking import Tracker, grid, save_png
 
 
@@ -58,10 +59,20 @@ class Job:
         return self.run.folder
 
     def inputs(self) -> dict[str, str]:
-        """SHA-256 of the data and of the model that the settings name, by setting."""
+        """SHA-256 of the data and of the model that the settings name, and of what servers say of the rewards that they
+        serve, by setting.
+        """
         data = {"pretrain.data": self.judged.train.sha256} if isinstance(self.judged, Judged) else {}
         own = self.config.base and not self.card.pipeline
-        return data | ({"base": models.digest(Path(self.config.base))} if own else {})
+        served = self._served()
+        remote = {REWARD: sha256(" ".join(served).encode())} if served else {}
+        return data | ({"base": models.digest(Path(self.config.base))} if own else {}) | remote
+
+    def _served(self) -> list[str]:
+        """The identities of the rewards that are learned from and served elsewhere."""
+        known, given = task_info(self.card.names, self.card.shape, self.card.metadata), self.parts.rewards
+        names = [name for name in names_of(self.config.reward) if is_url(name)]
+        return [bare(build(name, given.options_of(name), known)).served().identity for name in names]
 
     def probe(self, done: int, progress: Progress) -> str:
         """Let the monitor probe the averaged weights; why the training shall stop here, or ""."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion import models
-from rlfusion.common.errors import StateError
+from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, pack, require_entries, sha256
@@ -135,6 +135,11 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
         job.monitor.load_state_dict(state["watch"] | {"drawn": job.monitor.drawn})
         if job.learner.iteration != found.step:
             raise StateError(f"the learner's 'iteration' is {job.learner.iteration}, expected {found.step}")
+        if 0 < job.config.budget_queries < job.learner.queries:
+            raise ConfigError(
+                f"budget_queries = {job.config.budget_queries}: after {found.step} updates the run has asked for "
+                f"{job.learner.queries} rewards already, expected as many at least, or 0"
+            )
         blobs = {int(version): pack(tensors) for version, tensors in state["older_weights"].items()}
         return [Weights(version, sha256(blob), blob) for version, blob in sorted(blobs.items())]
 

@@ -57,8 +57,8 @@ class Settings:
         if self.prompts_sha256 and self.prompts_sha256 != (found := self.digest):
             raise ConfigError(
                 f"prompts = {self.prompts!r} are others than the run began with (SHA-256 {found[:12]}, "
-                f"expected {self.prompts_sha256[:12]}): expected the old file, or another run (prompts_sha256 empty "
-                "takes it as it is)"
+                f"expected {self.prompts_sha256[:12]}): put the old ones back, or, where the new ones are meant, say "
+                "--change pipeline.prompts=... beside --resume; another run has prompts_sha256 empty"
             )
         return prompts
 
