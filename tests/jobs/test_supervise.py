@@ -246,7 +246,7 @@ def test_a_stop_reaches_the_driver_and_a_dead_supervisor_takes_it_along(tiny_roo
     for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
         job = place(tmp_path / number.name, tiny_root / "cache", "finetune", *settings)
         supervisor = Process(job.cwd, "supervise", "--", "finetune", *settings, "--root", "runs", "--name", "it")
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not job.checkpoints() and time.monotonic() < deadline:
             time.sleep(0.05)
         (driver,) = psutil.Process(supervisor.process.pid).children()
