@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from rlfusion.envs import DenoisingEnv, DenoisingVectorEnv
 from rlfusion.evaluation import require_independent
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, draw, measure, require_models_data
 from rlfusion.models import lora, pipelines
+from rlfusion.nets.captions import Captions
+from rlfusion.nets.guidance import Guidance
 from rlfusion.rewards import CallOptions, Reward, task_info
 from rlfusion.rewards.given import named
 from rlfusion.rewards.registry import built
@@ -151,7 +153,7 @@ def opened(
     name, several = os.fspath(path), [prompts] if isinstance(prompts, str) else list(prompts)
     settings = spec.call(pipelines.Settings, {"prompts": several[0] if several else "", **(pipeline or {})}, "pipeline")
     if pipelines.is_pipeline(name):
-        own = pipelines.defaults(name, training, settings.variant)
+        own = pipelines.defaults(name, training, settings.variant, settings.family)
     else:
         card = models.load_card(Path(name))
         if settings != pipelines.Settings() and not card.pipeline:
@@ -246,12 +248,13 @@ def sample(
     label = torch.tensor([numbers[i % len(numbers)] for i in range(count)], device=held.device)
     if names == held.names:
         return draw(held.policy, held.times, label, held.shape, seed, "sample")
-    held.denoiser.net.label.set(names)
+    captions = cast(Captions | Guidance, held.denoiser.net.label)
+    captions.set(names)
     try:
         policy = held.chain.policy(held.denoiser, names)
         return draw(policy, held.times, label, held.shape, seed, "sample")
     finally:
-        held.denoiser.net.label.set(held.names)
+        captions.set(held.names)
 
 
 def _numbers(model: Model, labels: Labels) -> tuple[list[int], tuple[str, ...]]:

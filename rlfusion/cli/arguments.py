@@ -146,9 +146,9 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
     if not name:
         return _fitting(_classes(arguments)) if rolls else {}
     if pipelines.is_pipeline(name):
-        variant = str(_told(arguments, "pipeline", "variant") or "")
+        variant, family = (str(_told(arguments, "pipeline", key) or "") for key in ("variant", "family"))
         training = command in ("finetune", "compare", "check-model")
-        chain, few = pipelines.defaults(name, training, variant), PIPELINE_DEFAULTS[command]
+        chain, few = pipelines.defaults(name, training, variant, family), PIPELINE_DEFAULTS[command]
         few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
     else:
         card = models.load_card(Path(name))

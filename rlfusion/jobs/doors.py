@@ -22,7 +22,7 @@ DOORS: dict[str, tuple[Registry, str]] = {
     "objectives": (LOSSES, "pretrain --train.loss"),
     "methods": (METHODS, "distill --method"),
     "networks": (NETS, "pretrain --model.net"),
-    "families": (FAMILIES, "finetune --model"),
+    "families": (FAMILIES, "finetune --pipeline.family"),
     "data": (SOURCES, "pretrain --data"),
     "optimizers": (OPTIMIZERS, "finetune --agent.optimizer"),
     "metrics": (METRICS, "evaluate --evaluation.metrics"),

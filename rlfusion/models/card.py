@@ -89,7 +89,7 @@ class Card:
         holds the files of the user's own code that it names, and their SHA-256.
         """
         held = {**vars(self), "config": asdict(self.config)}
-        sources = files_of([held["config"], self.chain, self.boundary])
+        sources = files_of([held["config"], self.chain, self.boundary, self.pipeline.get("family", "")])
         return held | ({"sources": sources} if sources else {})
 
     @classmethod

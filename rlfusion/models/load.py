@@ -28,7 +28,8 @@ def of_pipeline(name: str, settings: pipelines.Settings, negative: str, cache: P
     about, texts = settings.about(name, negative, cache)
     path = pipelines.folder(name, settings.variant)
     config = Config(pipelines.index(path)["_class_name"], pipelines.index(path)["scheduler"][1], "of the scheduler")
-    return Card(config, pipelines.shape(path, settings.size), texts, pipeline=about)
+    shape = pipelines.shape(path, settings.size, pipelines.family_of(path, settings.family))
+    return Card(config, shape, texts, pipeline=about)
 
 
 def describe(name: str, settings: pipelines.Settings, negative: str = "", cache: Path | None = None) -> Card:
@@ -42,6 +43,8 @@ def describe(name: str, settings: pipelines.Settings, negative: str = "", cache:
     if pipelines.is_pipeline(name):
         return of_pipeline(name, settings, negative, cache)
     card = load_card(Path(name))
+    if settings.family not in ("", (own := card.pipeline.get("family", ""))):
+        raise ConfigError(f"family = {settings.family!r}: {name!r} was saved with family {own!r}, expected none")
     if not card.pipeline or not settings.prompts:
         return card
     about, texts = settings.prompted(negative)

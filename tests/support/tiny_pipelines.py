@@ -10,6 +10,8 @@ from diffusers import (
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -164,6 +166,17 @@ def sana(scheduler=None) -> SanaPipeline:
     return SanaPipeline(
         tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder, transformer=network, scheduler=scheduler
     )
+
+
+def pixart(scheduler=None) -> PixArtSigmaPipeline:
+    """Of no family that is built in: ``examples/own_family.py`` has it."""
+    network = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=16, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    encoder, tokenizer = t5()
+    scheduler = scheduler or DDIMScheduler(**SD15)
+    return PixArtSigmaPipeline(tokenizer, encoder, vae(), network, scheduler)
 
 
 MAKERS = {

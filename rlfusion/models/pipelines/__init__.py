@@ -4,6 +4,7 @@ from rlfusion.models.pipelines.conditions import Conditions
 from rlfusion.models.pipelines.export import save
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
+from rlfusion.models.pipelines.hub import family as family_of
 from rlfusion.models.pipelines.model import LORA, build, outline, placed
 from rlfusion.models.pipelines.parity import Whole, published
 from rlfusion.models.pipelines.prompts import Prompts
@@ -24,6 +25,7 @@ __all__ = [
     "Whole",
     "build",
     "defaults",
+    "family_of",
     "folder",
     "index",
     "is_pipeline",

@@ -45,7 +45,7 @@ def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[st
 def _save_adapters(folder: Path, path: Path, net: Net) -> None:
     from peft import get_peft_model_state_dict
 
-    pipeline, part = getattr(hub.diffusers(), hub.index(path)["_class_name"]), net.family.network
+    pipeline, part = hub.pipeline_class(path), net.family.network
     held = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(net.model).items()}
     settings = net.model.peft_config["default"].to_dict()  # without it the strength is taken for that of alpha = rank
     layers = {f"{part}_lora_layers": held, f"{part}_lora_adapter_metadata": settings}
@@ -76,7 +76,7 @@ def verify(net: Net, model: nn.Module, space: Space, about: dict[str, Any]) -> f
         NumericalError: it is above ``ALIKE``, or a weight is another.
     """
     device = next(net.parameters()).device
-    shape = space.latent(hub.shape(hub.folder(about["name"], about["variant"]), about["side"]))
+    shape = space.latent(hub.shape(hub.folder(about["name"], about["variant"]), about["side"], net.family))
     again = Net(model.to(device), net.family, net.conditions, DTYPES[about["dtype"]])
     _require_weights(_named(net.model), _named(model))
     a, b = (_answers(one, shape, device) for one in (net, again))

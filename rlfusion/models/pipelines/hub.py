@@ -28,6 +28,7 @@ FAMILIES = Registry(
     "rlfusion.families",
     {name: f"rlfusion.models.pipelines.{module}:FAMILY" for name, module in _MODULES.items()},
     Family,
+    also="each as --pipeline.family",
 )
 """The families by their pipeline's class."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
@@ -93,12 +94,19 @@ def index(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}") from error
 
 
-def family(path: Path) -> Family:
-    """The family of the pipeline in ``path``.
+def family(path: Path, named: str = "") -> Family:
+    """The family of the pipeline in ``path``: the one that is ``named``, else by the pipeline's class.
 
     Raises:
-        ConfigError: it is of no family that is known.
+        ConfigError: it is of no family that is known, or what is named is none.
     """
+    if named:
+        held = FAMILIES.find(named).object
+        if not isinstance(held, Family):
+            raise ConfigError(
+                f"family = {named!r} is a class: expected an object, Family(network=..., encode=..., ...)"
+            )
+        return held
     name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
     if ":" in name:  # a folder names no code that is to be loaded
         raise unknown("pipeline", name, FAMILIES.names())
@@ -146,13 +154,25 @@ def factor(path: Path) -> int:
     return 2 ** (len(held.get("block_out_channels") or held["encoder_block_out_channels"]) - 1)
 
 
-def shape(path: Path, side: int) -> tuple[int, int, int]:
-    """(3, H, W) of images of ``side`` pixels, 0 for the pipeline's own.
+def pipeline_class(path: Path) -> type:
+    """The pipeline's class.
+
+    Raises:
+        ConfigError: diffusers has none of that name.
+    """
+    name = index(path).get("_class_name")
+    found = getattr(diffusers(), name, None) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        raise ConfigError(f"{str(path / INDEX)!r} names the pipeline {name!r}: diffusers has no such class")
+    return found
+
+
+def shape(path: Path, side: int, known: Family) -> tuple[int, int, int]:
+    """(3, H, W) of images of ``side`` pixels of a pipeline of a family, 0 for the pipeline's own.
 
     Raises:
         ConfigError: a side that the latents do not divide.
     """
-    known = family(path)
     found, unit = side or known.side(config(path, known.network)) * factor(path), factor(path) * known.multiple
     if found % unit:
         raise ConfigError(f"size = {found}: expected a multiple of {unit} for this pipeline")

@@ -7,6 +7,7 @@ What a model card holds of one (``about``), all JSON:
     side        pixels, 0 for the model's own          decode         samples decoded at a time
     negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
     metadata    one mapping a prompt, or none at all, which rewards may read
+    family      of the user's own code, by name; absent where it is found by the pipeline's class
     adapters    folders of trained adapters that are merged into the weights, in this order
 
 Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
@@ -25,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.registry import files_of
 from rlfusion.common.tensors import Cond
-from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import hub, lengths
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
@@ -58,7 +60,7 @@ class Published:
     def null(self, cond: Cond) -> Cond:
         return self.conditions.null(cond)
 
-    def around(self, denoiser: nn.Module) -> nn.Module:
+    def around(self, denoiser: Denoising) -> Denoising:
         return self.sampling.around(denoiser)
 
 
@@ -69,7 +71,7 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
         ConfigError: no such pipeline, one of another family, or a setting that it cannot follow.
     """
     path = hub.folder(about["name"], about["variant"])
-    family = hub.family(path)
+    family = hub.family(path, about.get("family", ""))
     read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
     _require_no_negatives(path, family, about)
     pipe, conditions = _conditions(path, family, about, prompts, device)
@@ -77,7 +79,7 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
     space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"], family.normalises)
-    sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"]))))
+    sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"], family))))
     denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
     denoiser.space, denoiser.own = space, Published(sampling, conditions)
     if family.embeds(model.config):
@@ -92,8 +94,8 @@ def outline(about: dict[str, Any]) -> Denoiser:
         ConfigError: as ``build``.
     """
     path = hub.folder(about["name"], about["variant"])
-    family = hub.family(path)
-    config, (_, high, wide) = hub.config(path, family.network), hub.shape(path, about["side"])
+    family = hub.family(path, about.get("family", ""))
+    config, (_, high, wide) = hub.config(path, family.network), hub.shape(path, about["side"], family)
     latent = (family.channels(config), high // hub.factor(path), wide // hub.factor(path))
     sampling = read(hub.scheduler(path), family.grid(config, latent))
     denoiser = Denoiser(nn.Identity(), sampling.schedule, sampling.kind)
@@ -164,7 +166,7 @@ def _conditions(
     if folder is not None and (held := kept(folder, texts)) is not None:
         return load(path, about, without=family.texts), held
     pipe = load(path, about)
-    held = _encode(pipe, family, texts, hub.shape(path, about["side"])[1], device, folder)
+    held = _encode(pipe, family, texts, hub.shape(path, about["side"], family)[1], device, folder)
     pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
     return pipe, held
 
@@ -196,6 +198,8 @@ def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence
     libraries = [version(name) for name in ("diffusers", "transformers")]
     same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
     same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
+    if own := about.get("family"):
+        same += [own, files_of(own)]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]
     return Path(about["cache"]) / f"embeddings-{digest}"
 

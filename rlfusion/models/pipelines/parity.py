@@ -21,7 +21,7 @@ class Whole:
     def __init__(self, about: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Raises ConfigError for files that cannot be read."""
         self.about, self.path = about, hub.folder(about["name"], about["variant"])
-        self.family = hub.family(self.path)
+        self.family = hub.family(self.path, about.get("family", ""))
         self.pipe = adapted(load(self.path, about), about["adapters"]).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.known = inspect.signature(type(self.pipe).__call__).parameters
@@ -49,7 +49,7 @@ class Whole:
 
     def _made(self, texts: list[str], z: Tensor, scheduler: Any, settings: dict[str, Any]) -> Tensor:
         """The latents of a call with ``settings``."""
-        _, height, width = hub.shape(self.path, self.about["side"])
+        _, height, width = hub.shape(self.path, self.about["side"], self.family)
         packed, own = self.family is flux.FAMILY, self.pipe.scheduler
         self.pipe.scheduler = scheduler or own
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
+from rlfusion.common.registry import absolute
 from rlfusion.models.pipelines import hub
 from rlfusion.models.pipelines.family import plain_grid
 from rlfusion.models.pipelines.prompt_files import READERS
@@ -31,6 +32,8 @@ class Settings:
         variant: of the weights' files, such as fp16.
         checkpointing: compute activations again in the backward pass, for less memory.
         decode: samples that the autoencoder decodes at a time.
+        family: how prompts are encoded and the network is called, as package.module:Name or path/to/file.py:Name, of a
+            family of your own (docs/doors.md); empty finds it by the pipeline's class.
     """
 
     prompts: str = ""
@@ -42,8 +45,10 @@ class Settings:
     variant: str = ""
     checkpointing: bool = False
     decode: int = 8
+    family: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "family", absolute(self.family))
         require_not_negative(self, "size")
         require_positive(self, "decode")
 
@@ -91,21 +96,24 @@ class Settings:
         held, texts = self.prompted(negative)
         place = str(Path(name).resolve()) if Path(name).exists() else name  # a worker, or a later run, has another cwd
         held |= {"name": place, "variant": self.variant, "dtype": self.dtype, "checkpointing": self.checkpointing}
-        held |= {"side": self.size, "decode": self.decode}
+        held |= {"side": self.size, "decode": self.decode, **({"family": self.family} if self.family else {})}
         return held | {"cache": str(cache.resolve()) if cache else "", "adapters": []}, texts
 
 
-def defaults(name: str, training: bool, variant: str = "") -> dict[str, Any]:
+def defaults(name: str, training: bool, variant: str = "", named: str = "") -> dict[str, Any]:
     """The chain that a pipeline was published with, as defaults of ``Chain`` by name; for ``training``, with noise at
-    every step and no more than ``MOST_STEPS`` of them.
+    every step and no more than ``MOST_STEPS`` of them. ``named`` is its family, where that is not found by its class.
 
     Raises:
-        ConfigError: no such pipeline, or one with a scheduler that is not followed.
+        ConfigError: no such pipeline, one with a scheduler that is not followed, or one that draws no images of texts
+            in steps.
     """
     path = hub.folder(name, variant)
-    family = hub.family(path)
+    family = hub.family(path, named)
     sampling = read_scheduler(hub.scheduler(path), plain_grid({}, ()))
-    own = inspect.signature(getattr(hub.diffusers(), hub.index(path)["_class_name"]).__call__).parameters
+    own = inspect.signature(hub.pipeline_class(path).__call__).parameters
+    if lacking := [name for name in ("num_inference_steps", "guidance_scale") if name not in own]:
+        raise ConfigError(f"pipeline {name!r}: its call takes no {' and no '.join(lacking)}, expected text to image")
     steps, scale = own["num_inference_steps"].default, own["guidance_scale"].default
     if family.guided or family.embeds(hub.config(path, family.network)):
         guidance = {"guidance_scale": scale}
