@@ -56,6 +56,7 @@ class Config(weighted.Settings, chain_value.Settings):
 
     @property
     def learns_value(self) -> bool:
+        """Whether advantages come from a value function that is learned."""
         return self.advantage in ("gae", "critic")
 
     def check(self, plan: Plan) -> None:

@@ -93,12 +93,23 @@ class Interface(Protocol):
     differentiable: ClassVar[bool]
     device: torch.device
 
-    def action(self, value: Any, shape: tuple[int, ...], bound: float) -> Tensor: ...
-    def tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor: ...
-    def observation(self, obs: Observation) -> Any: ...
-    def array(self, x: Tensor) -> Any: ...
-    def reward(self, x: Tensor) -> Any: ...
-    def each(self, space: spaces.Dict, obs: Any) -> Any: ...
+    def action(self, value: Any, shape: tuple[int, ...], bound: float) -> Tensor:
+        """An action that was given, as a tensor of this shape; ValueError if it is none, or is out of bounds."""
+
+    def tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+        """What was given as ``name``, as a tensor of this shape; else ValueError."""
+
+    def observation(self, obs: Observation) -> Any:
+        """An observation in this form."""
+
+    def array(self, x: Tensor) -> Any:
+        """A tensor in this form."""
+
+    def reward(self, x: Tensor) -> Any:
+        """Rewards (B,) in this form."""
+
+    def each(self, space: spaces.Dict, obs: Any) -> Any:
+        """The observations of a batch, as Gymnasium hands on those that ended."""
 
 
 @dataclass(frozen=True)

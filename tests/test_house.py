@@ -1,4 +1,6 @@
-"""The measures of the house: how many arguments a function takes, how long it is, and how long a file."""
+"""The measures of the house: how many arguments a function takes, how long it is and a file; and that what is public
+says what it is.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -69,3 +71,37 @@ def test_no_test_file_imports_another():
     ]
     assert len(names) > 80
     assert not imported
+
+
+OF_TORCH = {"forward", "state_dict", "load_state_dict"}
+"""Methods that torch's own documentation describes."""
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public(body: list[ast.stmt]) -> list[Definition]:
+    """The public definitions among statements; of an overloaded function the last, which has the docstring."""
+    found = [node for node in body if isinstance(node, Definition) and not node.name.startswith("_")]
+    return [node for node in found if not any(ast.unparse(d) == "overload" for d in node.decorator_list)]
+
+
+def methods(module: str) -> list[tuple[str, Definition]]:
+    """The public methods of the public classes of a module, by Class.method."""
+    classes = [node for node in public(ast.parse(MODULES[module].read_text()).body) if isinstance(node, ast.ClassDef)]
+    return [(f"{held.name}.{node.name}", node) for held in classes for node in public(held.body)]
+
+
+def test_what_is_public_says_what_it_is():
+    """A method may leave it to a class or protocol that describes the method of that name."""
+    told = {node.name for module in MODULES for _, node in methods(module) if ast.get_docstring(node)} | OF_TORCH
+    silent = []
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        silent += [module] if not ast.get_docstring(tree) else []
+        silent += [f"{module}.{node.name}" for node in public(tree.body) if not ast.get_docstring(node)]
+        silent += [f"{module}.{name}" for name, node in methods(module) if node.name not in told]
+    assert not silent
+
+
+def test_a_silent_name_is_found():
+    body = ast.parse("@overload\ndef a(): ...\ndef a(): ...\ndef _b(): ...\nclass C: ...").body
+    assert [node.name for node in public(body)] == ["a", "C"]

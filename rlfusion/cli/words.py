@@ -32,6 +32,7 @@ class Word(NamedTuple):
 
     @property
     def flag(self) -> bool:
+        """Whether it is an option that takes no value: --help, --print_config."""
         return self.key.startswith("-")
 
 

@@ -15,6 +15,7 @@ class Bar:
         self._rich, self._task = rich, task
 
     def advance(self, **values: float) -> None:
+        """One step on, with these values beside the bar."""
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._rich.update(self._task, advance=1, values=shown)
 

@@ -38,6 +38,7 @@ class StopRequested(BaseException):
 
     @property
     def exit_code(self) -> int:
+        """The exit code of the command that the signal ends: 75 or 130."""
         return CODES[self.number]
 
     def arrived(self) -> None:

@@ -59,4 +59,5 @@ class Autoencode:
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         return f"autoencoder-{name_of(self.data)}-seed{self.seed}"

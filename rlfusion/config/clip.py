@@ -67,4 +67,5 @@ class TrainClip:
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         return f"clip-{name_of(self.data)}-seed{self.seed}"

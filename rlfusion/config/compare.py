@@ -96,6 +96,7 @@ class Compare:
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         names = [label(written(text)) for text in self.agents]
         return f"compare-{'-'.join(dict.fromkeys(names))}"
 

@@ -61,10 +61,12 @@ class Distill:
 
     @property
     def held_out(self) -> float:
+        """The share of the data that is kept from training, as of the teacher's."""
         return self.pretrain.held_out
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         return f"distill-{label(self.method.name)}-{self.chain.steps}-seed{self.seed}"
 
 

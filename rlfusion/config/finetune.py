@@ -158,6 +158,7 @@ class Finetune:
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         return f"{label(self.agent.name)}-{self.reward_name}-seed{self.seed}"
 
 

@@ -80,5 +80,6 @@ class Pretrain(Base):
 
     @property
     def default_name(self) -> str:
+        """The name of the run's folder where none is given."""
         words = [label(text) for text in (self.model.kind, self.train.loss)]
         return f"pretrain-{name_of(self.data)}-{'-'.join(words)}-seed{self.seed}"

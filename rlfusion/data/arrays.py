@@ -133,6 +133,11 @@ def _checked(given: np.ndarray, check: Callable[[object, str], str], what: str) 
 
 
 def captions_of(given: np.ndarray, count: int, what: str) -> np.ndarray:
+    """Captions of an array ``given`` of texts, (count,) of dtype "U", each without blanks around it.
+
+    Raises:
+        ConfigError: other than ``count`` texts, or one that is no caption; ``what`` names the array.
+    """
     given = _column(given, count, what, "texts")
     if given.dtype.kind != "U":
         raise ConfigError(f"{what} is {given.dtype}: expected texts ({count},)")
@@ -140,6 +145,12 @@ def captions_of(given: np.ndarray, count: int, what: str) -> np.ndarray:
 
 
 def labels_of(given: np.ndarray, count: int, what: str) -> np.ndarray:
+    """Labels of an array ``given``: (count,) of int64 in 0..99,999 or of names, from such, from (count, 1), or from
+    one-hot rows (count, classes).
+
+    Raises:
+        ConfigError: anything else; ``what`` names the array, and the message its first wrong item.
+    """
     if given.ndim == 2 and given.shape[0] == count and given.shape[1] > 1 and given.dtype.kind in "biuf":
         if not (((given == 0) | (given == 1)).all() and (given.sum(1) == 1).all()):
             raise ConfigError(f"{what} is {given.dtype} {given.shape} and not one-hot: expected one label a sample")

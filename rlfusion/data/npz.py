@@ -37,6 +37,7 @@ class Part(NamedTuple):
 
     @property
     def x(self) -> np.ndarray:
+        """The array of the images."""
         return self.images.x
 
 

@@ -215,6 +215,10 @@ def line(count: int, left: Counter[str]) -> str:
 
 
 def of_names(names: Sequence[str], kind: str) -> str:
+    """The names of conditions in words, as in "3 classes (cat, dog, owl)".
+
+    ``kind`` is "none", "classes" or "captions".
+    """
     if kind == "none":
         return "no classes"
     what = {"captions": "distinct caption", "classes": "class"}[kind]
@@ -225,4 +229,5 @@ def of_names(names: Sequence[str], kind: str) -> str:
 
 
 def counted(notes: Counter[str]) -> Iterable[str]:
+    """Each note with how often it came, in alphabetical order: "3 turned by EXIF"."""
     return (f"{n:,} {what}" for what, n in sorted(notes.items()))

@@ -20,6 +20,7 @@ class Parts(NamedTuple):
 
 
 def is_split(name: str) -> bool:
+    """Whether a name, in any case, is one that people give to a part of their data: train, val, test and the like."""
     return name.lower() in (*TRAIN, *VALIDATION, *TEST)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_at_most, require_not_negative, unknown
 from rlfusion.common.registry import Registry, absolute
-from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
+from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
 from rlfusion.diffusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
 from rlfusion.diffusion.kernel import Kernel, LastStepNoise
 from rlfusion.diffusion.policy import Policy
@@ -144,7 +144,7 @@ class Chain:
         null = torch.tensor([names.index(self.negative) if self.negative else len(names)])
         return Policy(Guided(denoiser, self.weight, null, *self._interval), self.make_kernel())
 
-    def _guided(self, denoiser: Denoiser) -> nn.Module:
+    def _guided(self, denoiser: Denoiser) -> Denoising:
         """A pretrained model under this guidance: by an input that it reads, by two answers, or by neither.
 
         Raises:

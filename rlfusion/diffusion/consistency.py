@@ -34,6 +34,7 @@ class LCM(nn.Module):
 
     @property
     def space(self) -> Space:
+        """What x is a latent of."""
         return self.denoiser.space
 
     @space.setter
@@ -46,6 +47,7 @@ class LCM(nn.Module):
 
     @property
     def precision(self) -> Precision:
+        """Of the network's own arithmetic."""
         return self.denoiser.precision
 
     @precision.setter
@@ -54,10 +56,12 @@ class LCM(nn.Module):
 
     @property
     def net(self) -> nn.Module:
+        """The network."""
         return self.denoiser.net
 
     @property
     def kind(self) -> str | Kind:
+        """What the network predicts."""
         return self.denoiser.kind
 
     @property

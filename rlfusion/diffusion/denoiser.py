@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, Protocol
+from typing import cast as cast_to
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,28 @@ Answers = Literal["mean", "end"]
 consistency function, and of a generator that was taught by its samples."""
 
 
+class Denoising(Protocol):
+    """A denoiser, or a wrapper that calls one in another way."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """What a time means."""
+
+    @property
+    def kind(self) -> str | Kind:
+        """What the network within predicts."""
+
+    @property
+    def space(self) -> Space:
+        """What x is a latent of."""
+
+    @property
+    def own(self) -> "Own | None":
+        """The sampler that a pretrained model brings along; None for none."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction: ...
+
+
 class Own(Protocol):
     """The sampler that a pretrained model was published with."""
 
@@ -34,7 +57,7 @@ class Own(Protocol):
     def null(self, cond: Cond) -> Cond:
         """The conditions (B,) that guidance leads away from, for those of B samples."""
 
-    def around(self, denoiser: nn.Module) -> nn.Module:
+    def around(self, denoiser: Denoising) -> Denoising:
         """Wrap the guided denoiser as its sampler does, for example in a consistency model's boundary."""
 
 
@@ -74,7 +97,7 @@ class Denoiser(nn.Module):
             return self.net(scaled, at.expand(len(x)), cond)
 
 
-def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+def answer(model: Denoising, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
     """The answer y (B, ...) at x_t, in the kind of the network, of a denoiser or of a wrapper with its interface."""
     if isinstance(model, Denoiser):
         return model.answer(x, t, cond).to(x)
@@ -82,7 +105,7 @@ def answer(model: nn.Module, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
     return target(model.kind, prediction.x0, prediction.eps, level(model.schedule, t, x))
 
 
-def require_readable(model: nn.Module, times: Tensor) -> None:
+def require_readable(model: Denoising, times: Tensor) -> None:
     """Refuse times (K,) at which what the network of a denoiser, or of a wrapper with its ``kind``, reads or answers is
     not defined: eps at pure noise, say, or the logarithm of no noise.
 
@@ -108,9 +131,9 @@ def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
 class Wrapper(nn.Module):
     """Base of wrappers that call a denoiser in another way, and have all its other attributes."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: Denoising) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser: Denoising = denoiser
         self.schedule: Schedule = denoiser.schedule
 
     @property
@@ -129,7 +152,7 @@ class Wrapper(nn.Module):
 class Embedded(Wrapper):
     """A denoiser that reads the guidance weight (``nets.guidance``), at one ``weight`` and with the plain condition."""
 
-    def __init__(self, denoiser: nn.Module, weight: float) -> None:
+    def __init__(self, denoiser: Denoising, weight: float) -> None:
         super().__init__(denoiser)
         self.weight = weight
 
@@ -138,7 +161,7 @@ class Embedded(Wrapper):
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """As ``Denoiser.answer``, if a ``Denoiser`` is within."""
-        return self.denoiser.answer(x, t, self._read(x, cond))
+        return cast_to(Denoiser, self.denoiser).answer(x, t, self._read(x, cond))
 
     def _read(self, x: Tensor, cond: Cond) -> Cond:
         return {"label": cond, "w": torch.full((len(x),), self.weight, dtype=x.dtype, device=x.device)}
@@ -159,7 +182,7 @@ class Guided(Wrapper):
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: Denoising,
         weight: float,
         null: Cond | Callable[[Cond], Cond],
         rescale: float = 0.0,

@@ -45,6 +45,8 @@ class Kind(Protocol):
     def time(self, t: Tensor, l: Level) -> Tensor:
         """c_noise: the network's time at ``t``."""
 
+    def __hash__(self) -> int: ...
+
 
 def invert(row: tuple[Tensor, Tensor], l: Level) -> Solution:
     """Eq. (2)."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Denoising
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.kernel import Coefficients, Kernel, apply, transition
 from rlfusion.diffusion.schedule import Schedule, level, prior_std
@@ -27,16 +28,19 @@ class Observation(NamedTuple):
 class Policy(nn.Module):
     """Denoiser + kernel. ``denoiser`` is a ``Denoiser`` or a wrapper with its call, ``schedule`` and ``space``."""
 
-    def __init__(self, denoiser: nn.Module, kernel: Kernel) -> None:
+    def __init__(self, denoiser: Denoising, kernel: Kernel) -> None:
         super().__init__()
-        self.denoiser, self.kernel = denoiser, kernel
+        self.denoiser: Denoising = denoiser
+        self.kernel: Kernel = kernel
 
     @property
     def schedule(self) -> Schedule:
+        """What a time means."""
         return self.denoiser.schedule
 
     @property
     def space(self) -> Space:
+        """What x is a latent of."""
         return self.denoiser.space
 
     def forward(self, obs: Observation) -> Gaussian:

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast
+from rlfusion.diffusion.denoiser import Denoising
 from rlfusion.diffusion.parameterization import Prediction
 from rlfusion.diffusion.schedule import Level, level
 
-OneStep = Callable[[nn.Module, Tensor, Tensor, Tensor, Cond], Tensor]
+OneStep = Callable[[Denoising, Tensor, Tensor, Tensor, Cond], Tensor]
 """(denoiser, x (B, ...), t (), s (), cond) -> x at s."""
 
 
@@ -35,12 +36,12 @@ def velocity(p: Prediction, l: Level) -> Tensor:
     return cast(l.d_alpha, p.x0) * p.x0 + cast(l.d_sigma, p.eps) * p.eps
 
 
-def euler(denoiser: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
+def euler(denoiser: Denoising, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """Eq. (2), Euler: one network call, first order."""
     return x + float(s - t) * velocity(denoiser(x, t, cond), level(denoiser.schedule, t, x))
 
 
-def heun(denoiser: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
+def heun(denoiser: Denoising, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """Eq. (2), Heun: two network calls, second order; Euler's step to sigma_s = 0."""
     to = level(denoiser.schedule, s, x)
     v = velocity(denoiser(x, t, cond), level(denoiser.schedule, t, x))
@@ -50,7 +51,7 @@ def heun(denoiser: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None
     return x + float(s - t) * (v + velocity(denoiser(guess, s, cond), to)) / 2
 
 
-def edm_heun(denoiser: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
+def edm_heun(denoiser: Denoising, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None) -> Tensor:
     """Eq. (3), Heun in sigma / alpha: two network calls, second order; DDIM(0) to sigma_s = 0.
 
     Raises:
@@ -67,7 +68,7 @@ def edm_heun(denoiser: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond = 
     return ratio * x + cast(gap, x) * (eps + denoiser(guess, s, cond).eps) / 2
 
 
-def solve(step: OneStep, denoiser: nn.Module, x: Tensor, times: Tensor, cond: Cond = None) -> Iterator[Tensor]:
+def solve(step: OneStep, denoiser: Denoising, x: Tensor, times: Tensor, cond: Cond = None) -> Iterator[Tensor]:
     """Yield x at ``times``[1], ..., ``times``[K], lazily, from ``x`` (B, ...) at ``times``[0]; times (K+1,) float64.
 
     Sampling starts from x = sigma(times[0]) z. Gradients flow unless the caller forbids them.
@@ -78,7 +79,7 @@ def solve(step: OneStep, denoiser: nn.Module, x: Tensor, times: Tensor, cond: Co
 
 
 @torch.no_grad()
-def end(step: OneStep, denoiser: nn.Module, x: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
+def end(step: OneStep, denoiser: Denoising, x: Tensor, times: Tensor, cond: Cond = None) -> Tensor:
     """The last x of ``solve``, without gradients."""
     for state in solve(step, denoiser, x, times, cond):
         x = state

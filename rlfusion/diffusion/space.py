@@ -18,13 +18,18 @@ CHUNK = 500
 class Space(Protocol):
     """Eq. (1) to (3); ``chunk`` samples are walked and decoded at a time where nothing else says how many."""
 
-    chunk: int
+    @property
+    def chunk(self) -> int:
+        """Samples that are walked and decoded at a time."""
 
-    def encode(self, x: Tensor) -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor:
+        """Eq. (1)."""
 
-    def decode(self, z: Tensor) -> Tensor: ...
+    def decode(self, z: Tensor) -> Tensor:
+        """Eq. (2)."""
 
-    def latent(self, shape: tuple[int, ...]) -> tuple[int, ...]: ...
+    def latent(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Eq. (3)."""
 
 
 @dataclass(frozen=True)

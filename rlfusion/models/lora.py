@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save as serialized
@@ -21,6 +22,8 @@ from rlfusion.common.errors import ConfigError, require_positive, shorten, unkno
 from rlfusion.common.seeding import integer
 from rlfusion.common.weights import ADAPTER
 from rlfusion.models.lora_dropout import Acting, Dropout
+
+Whole = TypeVar("Whole", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _layers(net: nn.Module, targets: str) -> list[str]:
     return sorted(set(chosen))
 
 
-def merged(denoiser: nn.Module) -> nn.Module:
+def merged(denoiser: Whole) -> Whole:
     """A copy with the adapters merged into the weights; the denoiser itself where it has none."""
     if not _adapted(denoiser):
         return denoiser

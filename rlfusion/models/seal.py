@@ -23,6 +23,7 @@ def require_seal(held: dict[str, Any], file: Path) -> None:
 
 
 def digest(file: Path) -> str:
+    """SHA-256 of a file, read again where its size or its time changed."""
     stat = file.stat()
     return _digest_as(file, stat.st_size, stat.st_mtime_ns)
 

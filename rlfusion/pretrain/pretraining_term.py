@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import Key
 from rlfusion.data import Dataset
-from rlfusion.diffusion.denoiser import Denoiser, Guided
+from rlfusion.diffusion.denoiser import Denoiser, Denoising, Guided
 from rlfusion.pretrain.draws import Draws
 from rlfusion.pretrain.losses import make
 
@@ -24,7 +24,7 @@ class PretrainingTerm:
     batch: int
     dropout: float
 
-    def of(self, model: nn.Module, data: Dataset | None, *key: Key) -> Callable[[int], Tensor] | None:
+    def of(self, model: Denoising, data: Dataset | None, *key: Key) -> Callable[[int], Tensor] | None:
         """The term as a function of the optimiser step, of the denoiser within its guidance; None for weight 0.
 
         Raises:

@@ -95,7 +95,7 @@ class Defaults:
         return
 
     def plan(self) -> str:
-        return (type(self).__doc__ or self.name).partition("\n")[0]
+        return (type(self).__doc__ or type(self).__name__).partition("\n")[0]
 
 
 class Agent(Protocol):

@@ -60,6 +60,9 @@ class Settings:
 class Value(nn.Module):
     """Eq. (1): x (N, *), t () or (N,) float64 on the CPU, prompts (N,) -> (N,)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, schedule: Schedule, size: int) -> None:
         super().__init__()
         self.net, self.head, self.schedule = net, nn.Linear(size, 1), schedule

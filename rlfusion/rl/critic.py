@@ -11,7 +11,7 @@ Targets are the rewards themselves, never the critic's own answers: nothing boot
 
 import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from rlfusion.common.seeding import Key, integer, stream
 from rlfusion.common.tensors import Cond
 from rlfusion.common.weights import require_entries
 from rlfusion.diffusion.consistency import LCM
-from rlfusion.diffusion.denoiser import Denoiser, Embedded, Guided
+from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
 from rlfusion.models import lora
 from rlfusion.nets.critic import Critic
 from rlfusion.objectives.renoise import renoise
@@ -78,7 +78,7 @@ class Regression:
         """``optimization`` is that of a ``Critic``; ``value`` says what is learned, ``times`` how t is drawn; a ``fit``
         makes ``updates`` steps on ``batch`` rows each; ``seed`` keys all draws.
         """
-        self.critic: Critic = optimization.module
+        self.critic = cast(Critic, optimization.module)
         self.value, self.times, self.seed = value, times, seed
         self.updates, self.batch, self.replay = updates, batch, Replay(memory)
         self.optimization = optimization
@@ -104,12 +104,12 @@ class Regression:
     @torch.no_grad()
     def _explained(self, new: Trajectory, iteration: int) -> float:
         noise = renoise(new.x[:, -1], self.critic.schedule, self.times, (self.seed, "critic look", iteration))
-        return explained_variance(self.critic(noise.x, noise.t, new.cond), new.reward)
+        return explained_variance(self.critic(noise.x, noise.t, new.cond), new.scored)
 
     def _update(self, held: Trajectory, key: tuple[Key, ...]) -> Tensor:
         rows = held.take(torch.from_numpy(stream(*key).integers(0, len(held), self.batch)))
         noise = renoise(rows.x[:, -1], self.critic.schedule, self.times, (*key, "noise"))
-        loss = self.value(self.critic(noise.x, noise.t, rows.cond), rows.reward).mean()
+        loss = self.value(self.critic(noise.x, noise.t, rows.cond), rows.scored).mean()
         loss.backward()
         self.optimization.step()
         return loss.detach()
@@ -134,8 +134,7 @@ def make_critic(text: str, task: Task, seed: int) -> Critic:
     with models.initial(integer(seed, "critic")):
         net = copy.deepcopy(lora.merged(like).net) if text == COPY else _new(text, task)
         own = Denoiser(net, like.schedule, like.kind, like.precision)
-        reads = text == COPY and weight is not None
-        critic = Critic(Embedded(own, weight) if reads else own, task.shape)
+        critic = Critic(own if text != COPY or weight is None else Embedded(own, weight), task.shape)
     first = next(like.parameters())
     return critic.to(first.device, first.dtype).requires_grad_()
 
@@ -146,10 +145,10 @@ def _new(text: str, task: Task) -> nn.Module:
     return models.make_net(text, task.shape, task.prompts)
 
 
-def bare(denoiser: nn.Module) -> tuple[Denoiser, float | None]:
+def bare(denoiser: Denoising) -> tuple[Denoiser, float | None]:
     """The denoiser within its wrappers, and the guidance weight that one of them gives it to read, if one does."""
     weight = None
     while isinstance(denoiser, Guided | LCM | Embedded):
         weight = denoiser.weight if isinstance(denoiser, Embedded) else weight
         denoiser = denoiser.denoiser
-    return denoiser, weight
+    return cast(Denoiser, denoiser), weight

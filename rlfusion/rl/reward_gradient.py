@@ -109,6 +109,10 @@ def divergence(distribution: Gaussian, mean: Tensor, kl_std: float) -> Tensor:
     return Gaussian(distribution.mean, std).kl(Gaussian(mean, std))
 
 
+def _conditions(cond: Cond, rows: Tensor) -> Cond:
+    return map_cond(lambda c: c[rows.to(c.device)], cond)
+
+
 class Learner:
     """Eq. (1) over one policy. ``update`` takes a ``Trajectory`` of unscored walks that begin as ``paths`` needs."""
 
@@ -163,10 +167,10 @@ class Learner:
                 yield epoch, rows
 
     def _parts(self, batch: Trajectory, rows: Tensor, iteration: int, epoch: int) -> Iterator[Part]:
+        begin = torch.zeros(len(batch), dtype=torch.int64) if batch.begin is None else batch.begin.cpu()
         for some in rows.split(self.config.micro_batch):
             at = some.to(batch.x.device)
-            cond = map_cond(lambda c, some=some: c[some.to(c.device)], batch.cond)
-            yield Part(some, batch.x[at, 0], batch.begin[at].cpu(), cond, iteration, epoch)
+            yield Part(some, batch.x[at, 0], begin[some.cpu()], _conditions(batch.cond, some), iteration, epoch)
 
     def _accumulate(self, part: Part, walks: int) -> Terms:
         """Accumulate the gradient of a part's share of the mean over ``walks``."""
@@ -180,8 +184,8 @@ class Learner:
         reward = torch.cat([t.reward for t in terms])
         found = {"reward": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
         found["loss"] = torch.cat([t.loss for t in terms]).mean().item()
-        if terms[0].kl is not None:
-            found["kl"] = torch.cat([t.kl for t in terms]).mean().item()
+        if apart := [t.kl for t in terms if t.kl is not None]:
+            found["kl"] = torch.cat(apart).mean().item()
         return found
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:

@@ -92,12 +92,12 @@ class RayBackend(Backend):
         paths = [os.path.abspath(path) for path in sys.path]
         blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
         self._recipe = ((recipe.builder, text), blobs, paths, settings.threads, texts)
-        self._actor = ray.remote(
+        self._actor: Any = ray.remote(
             num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0, max_task_retries=0
         )(Worker)
         self._thread = ThreadPoolExecutor(1, "rlfusion-rollout")
         self._closing = threading.Event()
-        self._published: tuple[str, ray.ObjectRef | None] = ("", None)
+        self._published: tuple[str, Any] = ("", None)
         self._begin()
 
     def _begin(self) -> None:

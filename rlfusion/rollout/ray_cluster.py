@@ -33,6 +33,7 @@ POLL_S = 0.2
 TRIES = 2
 UNUSED = -1
 OPTIONS: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+_core: Any = _raylet  # compiled, without types
 _TOKEN = secrets.token_hex(32)  # Ray caches the token for the life of a process, so there is one a process
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _patient(patience_s: float, started: list[Any]) -> Iterator[None]:
     def with_ports(*args: Any, **named: Any) -> Any:
         given = inspect.signature(start_raylet).bind(*args, **named).arguments
         for name, port in _unwritten_ports().items():
-            _raylet.persist_port(given["session_dir"], given["node_id"], name, port)
+            _core.persist_port(given["session_dir"], given["node_id"], name, port)
             if port != UNUSED:
                 named |= {"runtime_env_agent_port": port, "dashboard_agent_listen_port": 0}
         return start_raylet(*args, **named)
@@ -152,16 +153,14 @@ def _patient(patience_s: float, started: list[Any]) -> Iterator[None]:
 def _unwritten_ports() -> dict[str, int]:
     """What each agent's port is written as. Only later versions of Ray wait for such files."""
     try:
-        from ray._raylet import (
-            DASHBOARD_AGENT_LISTEN_PORT_NAME,
-            METRICS_AGENT_PORT_NAME,
-            METRICS_EXPORT_PORT_NAME,
-            RUNTIME_ENV_AGENT_PORT_NAME,
+        unused = (
+            _core.METRICS_AGENT_PORT_NAME,
+            _core.METRICS_EXPORT_PORT_NAME,
+            _core.DASHBOARD_AGENT_LISTEN_PORT_NAME,
         )
-    except ImportError:
+        return dict.fromkeys(unused, UNUSED) | {_core.RUNTIME_ENV_AGENT_PORT_NAME: _free_port()}
+    except AttributeError:
         return {}
-    unused = (METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME, DASHBOARD_AGENT_LISTEN_PORT_NAME)
-    return dict.fromkeys(unused, UNUSED) | {RUNTIME_ENV_AGENT_PORT_NAME: _free_port()}
 
 
 def _free_port() -> int:
@@ -189,7 +188,7 @@ def _private_environment(folder: Path, patience_s: float) -> Iterator[None]:
     network = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(ours)
     ray_constants.ENABLE_RAY_CLUSTER = False
-    _raylet.Config.initialize("")
+    _core.Config.initialize("")
     try:
         yield
     finally:

@@ -88,7 +88,7 @@ class ActorReward(MayGroup):
         self.name, self.task_info, self.timeout_s = name, dict(task_info), timeout_s
         self._actor, self._table = ray.get_actor(actor), table_of(task_info)
         try:
-            self._groups = self._greeted()["groups"]
+            self._groups: bool = self._greeted()["groups"]
         except (RayError, GetTimeoutError) as error:
             raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
 

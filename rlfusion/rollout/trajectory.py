@@ -45,6 +45,17 @@ class Trajectory:
         return len(self.group)
 
     @property
+    def scored(self) -> Tensor:
+        """The rewards (B,) of walks that were walked to their end.
+
+        Raises:
+            ValueError: they were not.
+        """
+        if self.reward is None:
+            raise ValueError("the walks have no rewards: they were not walked to their end")
+        return self.reward
+
+    @property
     def asked(self) -> int:
         """Rewards that were asked for."""
         return len(self) + self.failed

@@ -211,6 +211,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
         return self.folder / "checkpoints"
 
     def require_inputs(self, inputs: Mapping[str, str]) -> None:

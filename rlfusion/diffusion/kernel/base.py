@@ -31,7 +31,10 @@ class Kernel(Protocol):
     def stochastic(self) -> bool:
         """False if S = 0 at every step: such a kernel has no log-probability and trains no policy gradient."""
 
-    def coefficients(self, t: Level, s: Level, dt: Tensor) -> Coefficients: ...
+    def coefficients(self, t: Level, s: Level, dt: Tensor) -> Coefficients:
+        """A, B and S of the step, float64, shaped as the levels."""
+
+    def __hash__(self) -> int: ...
 
 
 def transition(kernel: Kernel, p: Prediction, t: Level, s: Level, dt: Tensor) -> Gaussian:

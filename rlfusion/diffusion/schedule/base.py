@@ -33,6 +33,8 @@ class Schedule(Protocol):
 
     def __call__(self, t: Tensor) -> Level: ...
 
+    def __hash__(self) -> int: ...
+
 
 def level(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
     """The level at ``t`` () or (B,), shaped to act on ``like`` (B, ...): the one place where a time broadcasts.

@@ -56,6 +56,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """The folder of the run."""
         return self.run.folder
 
     def inputs(self) -> dict[str, str]:

@@ -85,6 +85,7 @@ def _canonical(value: Any) -> bytes:
 
 
 def name_of(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 

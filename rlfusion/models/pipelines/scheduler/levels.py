@@ -73,6 +73,8 @@ def _held(count: Tensor, code: Tensor, whole: Whole) -> Tensor:
 
 
 def euler(kernel: str) -> Callable[[Any], Form]:
+    """Reads Euler's schedulers. ``kernel`` is a step of them: DDIM(eta=0.0), or DDIM(eta=1.0) of the ancestral one."""
+
     def form(scheduler: Any) -> Form:
         config = scheduler.config
         if "Ancestral" in type(scheduler).__name__ and config["prediction_type"] == "sample":
@@ -96,6 +98,7 @@ def _flow_kind(config: Mapping[str, Any], whole: Literal["", "floor"] = "") -> T
 
 
 def flow(scheduler: Any) -> Form:
+    """Reads FlowMatchEulerDiscreteScheduler: Euler on a rectified flow, or, stochastic, re-noising."""
     config = scheduler.config
     kernel = "Renoise()" if config.get("stochastic_sampling") else "DDIM(eta=0.0)"
     explore = kernel if kernel == "Renoise()" else "FlowSDE(noise=0.7)"
@@ -103,6 +106,7 @@ def flow(scheduler: Any) -> Form:
 
 
 def flow_lcm(scheduler: Any) -> Form:
+    """Reads FlowMatchLCMScheduler: a rectified flow that re-noises its x0_hat."""
     return replace(flow(scheduler), kernel="Renoise()", explore="Renoise()")
 
 
@@ -162,6 +166,7 @@ def _algorithm(config: Mapping[str, Any]) -> str:
 
 
 def dpm(scheduler: Any) -> Form:
+    """Reads DPMSolverMultistepScheduler in its first-order form."""
     return _solver(scheduler, _algorithm(scheduler.config), _order_one(scheduler, solver_order=1))
 
 
@@ -172,6 +177,7 @@ def unipc(scheduler: Any) -> Form:
 
 
 def deis(scheduler: Any) -> Form:
+    """Reads DEISMultistepScheduler in its first-order form."""
     return _solver(scheduler, "DDIM(eta=0.0)", _order_one(scheduler, solver_order=1))
 
 
@@ -190,5 +196,6 @@ def edm(scheduler: Any) -> Form:
 
 
 def edm_dpm(scheduler: Any) -> Form:
+    """Reads EDMDPMSolverMultistepScheduler in its first-order form."""
     first_order = _order_one(scheduler, solver_order=1)
     return replace(edm(scheduler), kernel=_algorithm(scheduler.config), first_order=first_order)

@@ -86,6 +86,7 @@ def _ddim_times(scheduler: Any, steps: int) -> Tensor:
 
 
 def ddim(scheduler: Any) -> Form:
+    """Reads DDIMScheduler."""
     config = scheduler.config
     return Form(UnitPrior(table(config)), kind_of(config), "DDIM(eta=0.0)", "DDIM(eta=1.0)", _ddim_times)
 
@@ -101,6 +102,11 @@ def pndm(scheduler: Any) -> Form:
 
 
 def ddpm(scheduler: Any) -> Form:
+    """Reads DDPMScheduler.
+
+    Raises:
+        ConfigError: a variance that is neither the small nor the large one.
+    """
     variances = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
     config = scheduler.config
     if config["variance_type"] not in variances:
@@ -110,6 +116,7 @@ def ddpm(scheduler: Any) -> Form:
 
 
 def lcm(scheduler: Any) -> Form:
+    """Reads LCMScheduler: re-noising around the boundary of a consistency function."""
     config = scheduler.config
     scaling = config["timestep_scaling"]
 
