@@ -9,12 +9,14 @@ to their end. YAML and TOML are read by what reads them in use. A comment before
 import ast
 import re
 import shlex
+import sys
 import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from fake_ray import FakeRay
 from reward_servers import serving
@@ -279,14 +281,48 @@ def test_settings_of_a_file_are_read(block, place, capsys):
     assert {name: told[name] for name in said} == said
 
 
-@pytest.mark.parametrize("block", of("text"))
-def test_a_folder_that_is_drawn_is_there(block):
-    above = ROOT
-    for line in block.text.splitlines():
-        if found := re.match(r"( *)([\w.]+)/( |$)", line):
-            above = above if found[1] else ROOT
-            assert (above / found[2]).is_dir(), line
-            above = above if found[1] or line.strip() != f"{found[2]}/" else ROOT / found[2]
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+
+
+def test_every_room_has_a_row():
+    rows = set(re.findall(r"^\| `([\w/]+)/` \|", DESIGN, re.MULTILINE))
+    assert rows == {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("rlfusion/*/__init__.py")} | {
+        "agents",
+        "envs",
+        "rewards",
+    }
+
+
+def test_the_path_of_a_batch_is_the_one_that_it_takes():
+    """The functions of docs/design.md are called for the first time in the order of the page."""
+    told = [f"rlfusion.{name}" for name in re.findall(r"^\| \d+ \| `([\w.]+)` \|", DESIGN, re.MULTILINE)]
+    model = rlf.Model.of(rlf.Denoiser(Tiny(), rlf.Cosine(), "x0"), (1, 2, 2), chain={"steps": 2, "last_noise": 0.1})
+    run = rlf.finetune(model, "ink", updates=2, rollout={"prompts": 1, "samples_per_prompt": 4})
+    next(run)  # with the checks that come before the first update
+    seen: dict[str, None] = {}
+
+    def note(frame, event, _):
+        if event == "call":
+            seen.setdefault(f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        next(run)
+    finally:
+        sys.setprofile(None)
+    assert len(told) == 21
+    assert [name for name in seen if name in told] == told
+
+
+class Tiny(torch.nn.Module):
+    """A network of four weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((1, 2, 2), 0.5))
+
+    def forward(self, x, t, cond):
+        return self.scale * x
 
 
 def test_every_block_has_a_language_that_is_looked_at():
