@@ -160,22 +160,28 @@ class Settings(Protocol):
     """The settings of an optimisation, as every agent has them."""
 
     @property
-    def lr(self) -> float: ...
+    def lr(self) -> float:
+        """The learning rate."""
 
     @property
-    def weight_decay(self) -> float: ...
+    def weight_decay(self) -> float:
+        """That of the optimiser."""
 
     @property
-    def max_grad_norm(self) -> float: ...
+    def max_grad_norm(self) -> float:
+        """The norm to which gradients are clipped."""
 
     @property
-    def ema_decay(self) -> float: ...
+    def ema_decay(self) -> float:
+        """Decay of the averaged weights; 0 for none."""
 
     @property
-    def optimizer(self) -> str: ...
+    def optimizer(self) -> str:
+        """Its name, with settings in brackets."""
 
     @property
-    def warmup(self) -> int: ...
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
 
 
 class Optimization:
