@@ -45,6 +45,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
+        """Whether it will not change any more."""
         return self.state in ENDED
 
 
