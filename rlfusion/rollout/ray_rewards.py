@@ -117,10 +117,12 @@ class ActorReward(MayGroup):
         return answered(found, len(samples), frame).checked(self.name)
 
     def _greeted(self) -> dict[str, Any]:
-        return ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=self.timeout_s)
+        told: Any = ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=self.timeout_s)
+        return told
 
     def _asked(self, frame: bytes) -> bytes:
-        return ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
+        found: Any = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
+        return found
 
 
 @contextmanager
