@@ -105,7 +105,7 @@ def test_a_server_killed_in_the_middle_costs_nothing(root):
         (root / "dies").write_text(str(MIDDLE))
         said = train(root, url, "one", patience_s=0)
         assert said.code == 69
-        assert re.search(rf"reward failure: reward '{url}' failed for \d+ of \d+ samples: no server answered", said.err)
+        assert re.search(rf"unavailable: reward '{url}' failed for \d+ of \d+ samples: no server answered", said.err)
     with server(root, "mine.py:dying", port=int(url.rpartition(":")[2])):
         said = rlfusion(root, "finetune", "--resume", "runs/one")
         assert said.code == 0, said.err
