@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlfusion.common import hub
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import unpack
 
@@ -49,10 +50,12 @@ def local_file(text: str, what: str) -> Path:
     if not (owner and repo and file):
         raise ConfigError(f"{what}: expected hf-hub:OWNER/REPO/FILE, got {text!r}")
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
+        with hub.fetching():
+            return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
     except Exception as error:  # of many libraries below it
         raise ConfigError(
-            f"{what}: cannot be fetched ({short(error)}); expected a network, or the path of {file} in its place"
+            f"{what}: {text!r} cannot be fetched: {hub.failed(error)}; expected a network, or the path of {file} in "
+            "its place"
         ) from error
 
 

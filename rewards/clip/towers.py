@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import storage
+from rlfusion.common import hub, storage
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.common.weights import pack, sha256
 from rlfusion.rewards.clip.checkpoints import HUB, local_file, read_tensors, short
@@ -184,17 +184,19 @@ def _folder(path: Path) -> tuple[str, Path]:
 def _created(name: str, tag: str, file: Path | None, what: str) -> nn.Module:
     """The whole CLIP with its weights: those of ``file``, or of what open_clip itself knows under the name."""
     try:
-        with _quiet():
-            if file is None:
+        if file is None:
+            with hub.fetching(), _quiet():
                 return _open_clip().create_model(name, tag or None, require_pretrained=True)
+        with _quiet():
             clip = _open_clip().create_model(name, load_weights=False, pretrained_text=False)
             _load(clip, file, what)
             return clip
     except ConfigError:
         raise
     except Exception as error:  # of many libraries below open_clip
+        why = short(error) if file else hub.failed(error)
         raise ConfigError(
-            f"{what}: cannot be loaded ({short(error)}); expected a network, or a file or folder of the weights"
+            f"{what}: cannot be loaded: {why}; expected a network, or a file or folder of the weights"
         ) from error
 
 
@@ -225,7 +227,7 @@ def _quiet() -> Iterator[None]:
 
 def _tokenizer(name: str, what: str) -> Callable[[Sequence[str]], Tensor]:
     try:
-        with _quiet():
+        with hub.fetching(), _quiet():
             return _open_clip().get_tokenizer(name)
     except Exception as error:  # of many libraries below open_clip
         raise ConfigError(f"{what}: no tokenizer ({short(error)})") from error

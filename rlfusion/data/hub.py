@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlfusion.common import hub
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.data import splits
 from rlfusion.data.dataset import Dataset, numbered
@@ -147,7 +148,7 @@ class HF:
             raise
         except Exception as error:  # the library's own errors, those of its readers and of the network
             raise ConfigError(
-                f"data = hf({self.path!r}) cannot be loaded ({type(error).__name__}: {_first_line(error)}): expected a "
+                f"data = hf({self.path!r}) cannot be loaded ({self._why(error)}): expected a "
                 "folder of save_to_disk, of images or of Parquet files, or a name on the hub and a way to reach it"
             ) from error
         if not isinstance(held, datasets.DatasetDict):
@@ -167,7 +168,11 @@ class HF:
             return datasets.load_dataset("parquet", data_files={split: files}, split=split)
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=self.path, split=split)
-        return datasets.load_dataset(self.path, self.config or None, split=split)
+        with hub.fetching():
+            return datasets.load_dataset(self.path, self.config or None, split=split)
+
+    def _why(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {_first_line(error)}" if Path(self.path).exists() else hub.failed(error)
 
 
 def parquet_files(path: Path, split: str) -> list[str]:

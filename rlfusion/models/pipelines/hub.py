@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlfusion.common import hub
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
@@ -71,12 +72,12 @@ def folder(name: str, variant: str = "") -> Path:
         raise ConfigError(f"{name!r} is no pipeline: expected a diffusers folder with {INDEX}")
     library = diffusers()
     try:
-        held = library.DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
+        with hub.fetching():
+            held = library.DiffusionPipeline.download(name, variant=variant or None, use_safetensors=True)
     except Exception as error:  # the hub's client has dozens of errors of its own, and requests' beside them
-        first = (str(error).strip() or "no message").splitlines()[0]
         raise ConfigError(
             f"model {shorten(repr(name), LONGEST_PATH)} is no folder here and cannot be fetched from the hub "
-            f"({type(error).__name__}: {shorten(first, 60)}): expected a diffusers folder with {INDEX} and "
+            f"({shorten(hub.failed(error), 140)}): expected a diffusers folder with {INDEX} and "
             ".safetensors weights, or a hub cache (HF_HOME) that holds it"
         ) from error
     return Path(held)
