@@ -5,7 +5,7 @@ from rlfusion.rewards.class_logprob import ClassLogProb
 from rlfusion.rewards.grouped import GroupWise, PairWise, needs_groups
 from rlfusion.rewards.ink import ink
 from rlfusion.rewards.jpeg import JpegCompressibility, JpegIncompressibility
-from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, find, labels, names_of, task_info
+from rlfusion.rewards.registry import REWARDS, asks, build, everywhere, find, labels, names_of, require_named, task_info
 from rlfusion.rewards.remote.client import Remote
 from rlfusion.rewards.symmetry import symmetry
 from rlfusion.rewards.weighted import WeightedSum
@@ -35,6 +35,7 @@ __all__ = [
     "labels",
     "names_of",
     "needs_groups",
+    "require_named",
     "score",
     "symmetry",
     "task_info",

@@ -87,9 +87,7 @@ def build(
             reward that is not in use, or a thing that is no reward.
     """
     names, options = names_of(reward), options or {}
-    for name in options:
-        if name not in names:
-            raise unknown("reward in the options", name, names)
+    require_named(options, names)
     built = dict(made or {})
     for name in names:
         given = options.get(name) or {}
@@ -115,6 +113,16 @@ def asks(name: str) -> set[str]:
         names = {"prompts", "metadata"}
     roles = {NAMES.get(p.lower(), "") for p in names}
     return wanted | {ONE.get(role, role) for role in roles & {"prompts", "prompt", "metadata"}}
+
+
+def require_named(options: Options, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: options of a reward that is not in use.
+    """
+    for name in options:
+        if name not in names:
+            raise unknown("reward in the options", name, names)
 
 
 def names_of(reward: str | Mapping[str, float]) -> list[str]:

@@ -58,8 +58,13 @@ class Source:
     def open(self) -> towers.Opened:
         """
         Raises:
-            ConfigError: as ``openclip.load``.
+            ConfigError: as ``openclip.load``; a checkpoint of no model.
         """
+        if self.checkpoint and not self.model:
+            raise ConfigError(
+                f"checkpoint = {self.checkpoint!r} without a model: expected the option model beside it, the "
+                "architecture of these weights"
+            )
         if self.architecture is not None:
             return towers.blank(self.architecture)
         if self.model is None:

@@ -79,33 +79,42 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
     set_numerics(settings.threads, device)
     options = {settings.reward: settings.options} if settings.options else {}
     call_options, root = CallOptions(timeout_s=settings.timeout_s), Path(settings.root)
-    if settings.model:
-        samples, label, card = _drawn(settings, device)
-    if settings.model and card.pipeline:
+    card = _card(settings) if settings.model else None
+    if card is not None and card.pipeline:
         known = Unjudged(card.shape, card.names, card.metadata)
         reward, classes = known.reward(settings.reward, options, root, call_options), card.classes
     else:
         data = load(settings.data, settings.size, Progress().say)
-        if settings.model:
+        if card is not None:
             require_models_data(settings.data, data, card)
         else:
             samples, label = _samples(data, settings.samples, settings.seed)
         reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], root, call_options)
         classes = data.classes
+    if card is not None:
+        samples, label = _drawn(settings, card, device)
     if isinstance(reward, nn.Module):
         reward.to(device)
     return examine(Trial(settings.reward, reward, samples.to(device), label.to(device), classes, settings.seed))
 
 
-def _drawn(settings: CheckReward, device: torch.device) -> tuple[Tensor, Tensor, models.Card]:
-    """What a model draws: ``EACH`` samples of each of its first prompts, and its card with those alone."""
-    prompts = max(1, settings.samples // EACH)
-    card = models.describe(settings.model, settings.pipeline, settings.chain.negative).first(max(2, prompts))
+def _card(settings: CheckReward) -> models.Card:
+    """Of the model: with those of its prompts alone that are drawn for."""
+    card = models.describe(settings.model, settings.pipeline, settings.chain.negative)
+    return card.first(max(2, _prompts(settings)))
+
+
+def _prompts(settings: CheckReward) -> int:
+    return max(1, settings.samples // EACH)
+
+
+def _drawn(settings: CheckReward, card: models.Card, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a model draws: ``EACH`` samples of each of its first prompts."""
     denoiser = models.build(card, device=device) if card.pipeline else models.load(Path(settings.model))[0]
     denoiser = denoiser.to(device)
     policy, times = settings.chain.policy(denoiser, card.names), settings.chain.times(denoiser)
-    label = torch.arange(min(prompts, card.classes), device=device).repeat_interleave(EACH)
-    return draw(policy, times, label, card.shape, settings.seed, "check"), label, card
+    label = torch.arange(min(_prompts(settings), card.classes), device=device).repeat_interleave(EACH)
+    return draw(policy, times, label, card.shape, settings.seed, "check"), label
 
 
 def _samples(data: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 
 from rlfusion import config, models
 from rlfusion.common.progress import Progress
-from rlfusion.data import load
+from rlfusion.data import Dataset, load
 from rlfusion.evaluation import require_independent
-from rlfusion.jobs.measure import Judged, Scored, Unjudged, measure, require_models_data
+from rlfusion.jobs.measure import Judged, Scored, Unjudged, make_reward, measure, require_models_data
 from rlfusion.jobs.sample import sampler
 from rlfusion.training import checkpoint
 from rlfusion.training.devices import pick_device, set_numerics
@@ -21,10 +21,16 @@ def evaluate(settings: config.Evaluate, show: Callable[[dict[str, float]], None]
     most = settings.evaluation.samples
     _, card, policy, times = sampler(settings, most)
     device, root = pick_device(settings.device), Path(settings.root)
-    judged = Unjudged(card.shape, card.names, card.metadata) if card.pipeline else _judged(settings, card, device)
+    if card.pipeline:
+        judged: Judged | Unjudged = Unjudged(card.shape, card.names, card.metadata)
+        reward = judged.reward(settings.reward, settings.reward_options, root) if settings.reward else None
+    else:
+        data = _data(settings, card)
+        train, _ = data.split(settings.held_out)
+        reward = make_reward(settings.reward, settings.reward_options, train, root) if settings.reward else None
+        judged = Judged.of(data, settings.held_out, root, device)  # trained last: a reward that cannot be is said first
     scored = None
-    if settings.reward:
-        reward = judged.reward(settings.reward, settings.reward_options, root)
+    if reward is not None:
         if judged.judge is not None:
             require_independent(judged.judge, reward)
         if isinstance(reward, torch.nn.Module):
@@ -36,12 +42,12 @@ def evaluate(settings: config.Evaluate, show: Callable[[dict[str, float]], None]
         checkpoint.write_json_atomic(Path(settings.out), result)
 
 
-def _judged(settings: config.Evaluate, card: models.Card, device: torch.device) -> Judged:
-    """The data of an evaluation and their judge.
+def _data(settings: config.Evaluate, card: models.Card) -> Dataset:
+    """The data of an evaluation.
 
     Raises:
-        ConfigError: data that are not the model's.
+        ConfigError: they are not the model's.
     """
     data = load(settings.data, settings.size, Progress().say)
     require_models_data(settings.data, data, card)
-    return Judged.of(data, settings.held_out, Path(settings.root), device)
+    return data

@@ -20,7 +20,7 @@ from rlfusion.evaluation import classifier
 from rlfusion.evaluation.metrics import measured
 from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
-from rlfusion.rewards import CallOptions, Reward, build, names_of, score, task_info, valid
+from rlfusion.rewards import CallOptions, Reward, build, names_of, require_named, score, task_info, valid
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 NO_CALL_OPTIONS = CallOptions()
@@ -162,13 +162,22 @@ def make_reward(
         ConfigError: an unknown reward or option.
     """
     require_weights(options)
-    full = {}
-    for name in names_of(reward):
-        given = options.get(name) or {}
-        key, make = TRAINED.get(name, ("", None))
-        if make and name not in (made or {}) and not given.get(key):
-            full[name] = given | {option: value for option, value in make(train, root).items() if not given.get(option)}
-    return build(reward, options | full, task_info(train.names, train.shape), call_options, made)
+    require_named(options, names_of(reward))
+    known, held = task_info(train.names, train.shape), dict(made or {})
+    own = {name: {name: options.get(name) or {}} for name in names_of(reward) if name not in held}
+    trained = [name for name in own if name in TRAINED and not own[name][name].get(TRAINED[name][0])]
+    for name in own:  # what cannot be is refused before any training; one to be trained is made as a worker has it
+        if name in trained:
+            build(name, {name: {k: v for k, v in own[name][name].items() if k != TRAINED[name][0]}}, known)
+        else:
+            held[name] = build(name, own[name], known)
+    full = {name: _with_weights(own[name][name], TRAINED[name][1](train, root)) for name in trained}
+    return build(reward, options | full, known, call_options, held)
+
+
+def _with_weights(given: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A reward's options, and of those that name its weights the ones that are left open."""
+    return {**given, **{option: value for option, value in weights.items() if not given.get(option)}}
 
 
 def _trained_classifier(train: Dataset, root: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rlfusion.jobs.pretrain import card_of, require_no_class, require_same_data,
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task
 from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
-from rlfusion.rewards import build, find, score, task_info
+from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.untrained import require_weights
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training.devices import pick_device
@@ -63,7 +63,8 @@ def check(config: Finetune) -> None:
         require_bound(policy, config.chain.times(denoiser), data)
     known = task_info(card.names, card.shape, card.metadata)
     for name in config.monitor.held_out:
-        find(name)
+        require_weights(parts.rewards.options_of(name))
+        build(name, parts.rewards.options_of(name), known)
     with actors_of(parts.workers, parts.rewards.given) as actors:
         made = from_actors(actors, known, config.ray.limits.item_s)
         require_weights(parts.rewards.options)
@@ -94,7 +95,7 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
         )
     judged = Unjudged(card.shape, card.names, card.metadata)
     for name in config.monitor.held_out:
-        find(name)
+        judged.reward(name, parts.rewards.options_of(name), parts.base.root)
     samples = to_pixels(normal(("check",), range(PIPELINE_TRIED), card.shape))
     with actors_of(parts.workers, parts.rewards.given) as actors:
         made = from_actors(actors, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
