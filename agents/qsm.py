@@ -318,7 +318,9 @@ class Learner:
         return state if self.critic is None else state | {"critic": self.critic.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        require_entries(state, self.state_dict(), "the learner")
+        require_entries(state, self.state_dict(), "the learner", {"first": dict})
+        if state["first"] is not None:
+            require_entries(state["first"], {"mean": 0.0, "std": 0.0}, "the first rewards")
         self.optimization.load_state_dict(state["optimization"])
         restore(self.base, state["base"])
         self.first, self.iteration, self.queries = state["first"], state["iteration"], state["queries"]

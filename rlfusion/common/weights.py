@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import StateError
 
+NONE: Mapping[str, type] = {}
 ADAPTER = ".lora_"
 """What the names of adapters' parameters have in them, and no others."""
 
@@ -70,7 +71,10 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
         WeightsError: a tensor does not fit; nothing is changed.
     """
     ours = learned(module)
-    wrong = [_misfit(name, ours.get(name), tensors.get(name)) for name in sorted(ours.keys() | tensors.keys())]
+    if not isinstance(tensors, Mapping):
+        raise WeightsError(f"{what} is {type(tensors).__name__}, expected tensors by name")
+    names = sorted(ours.keys() | tensors.keys(), key=str)
+    wrong = [_misfit(name, ours.get(name), tensors.get(name)) for name in names]
     wrong = [text for text in wrong if text]
     if wrong:
         raise WeightsError(f"{what} does not fit the module: {'; '.join(wrong[:5])}")
@@ -79,11 +83,12 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
             tensor.copy_(tensors[name])
 
 
-def require_entries(state: Any, ours: Mapping[Any, Any], what: str) -> None:
+def require_entries(state: Any, ours: Mapping[Any, Any], what: str, optional: Mapping[str, type] = NONE) -> None:
     """Refuse a saved ``state`` that has other entries than ``ours``, of which it shall take the place.
 
-    The names must be the same, tensors of the same shape and dtype, other values of the same type (a number is a
-    number; None stands for what is not there yet). What lies deeper is for the loader of each entry to check.
+    The names must be the same, tensors of the same shape and dtype, other values of the same type (for a float also a
+    whole number). What lies deeper is for the loader of each entry to check. Entries that are ``optional`` may be None
+    on either side, or of the type that is given.
 
     Raises:
         StateError: names the first entry that does not fit.
@@ -101,15 +106,19 @@ def require_entries(state: Any, ours: Mapping[Any, Any], what: str) -> None:
         if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
             if message := _misfit(repr(name), mine, theirs):
                 raise StateError(f"{what}: {message}")
-        elif mine is not None and theirs is not None and _sort(mine) is not _sort(theirs):
-            raise StateError(f"{what}: {name!r} is {type(theirs).__name__}, expected {type(mine).__name__}")
+            continue
+        expected = optional.get(name, type(mine))
+        if (theirs is None and name in optional) or (mine is None and name not in optional):
+            continue  # of what is None here nothing more is known
+        if not _is(theirs, expected):
+            raise StateError(f"{what}: {name!r} is {type(theirs).__name__}, expected {expected.__name__}")
 
 
-def _sort(value: Any) -> type:
-    """The type of a value: all numbers are one, and all mappings."""
-    if isinstance(value, Mapping):
-        return dict
-    return float if type(value) is int else type(value)
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of the type of another one: mappings are one type, a whole number is a float."""
+    if issubclass(kind, Mapping):
+        return isinstance(value, Mapping)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 @dataclass(frozen=True)
@@ -138,9 +147,11 @@ class Weights:
         restore(module, unpack(self.blob), f"the blob of weights of version {self.version}")
 
 
-def _misfit(name: str, ours: Tensor | None, theirs: Tensor | None) -> str:
+def _misfit(name: str, ours: Tensor | None, theirs: Any) -> str:
     if ours is None or theirs is None:
         return f"{name} is {'not in the module' if ours is None else 'missing'}"
+    if not isinstance(theirs, Tensor):
+        return f"{name} is {type(theirs).__name__}, expected {ours.dtype} {tuple(ours.shape)}"
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return f"{name} is {theirs.dtype} {tuple(theirs.shape)}, expected {ours.dtype} {tuple(ours.shape)}"
     return ""

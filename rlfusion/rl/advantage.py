@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import NumericalError
+from rlfusion.common.errors import NumericalError, StateError
 from rlfusion.common.weights import require_entries
 
 
@@ -130,4 +130,8 @@ class RunningAdvantage:
 
     def load_state_dict(self, state: dict) -> None:
         require_entries(state, self.state_dict(), "the running rewards")
+        for group, held in state["history"].items():
+            kept = isinstance(held, Tensor) and held.dtype == torch.float64 and held.ndim == 1
+            if not (isinstance(group, str) and group.isdecimal() and kept and 0 < len(held) <= self.window):
+                raise StateError(f"the running rewards: 'history' of {group!r} holds no rewards of a prompt")
         self.history = {int(g): h for g, h in state["history"].items()}

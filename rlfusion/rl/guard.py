@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any, Literal
 
 from rlfusion.common import storage
-from rlfusion.common.errors import NumericalError, require_positive
+from rlfusion.common.errors import NumericalError, StateError, require_positive
 from rlfusion.common.weights import require_entries
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.agent import AgentLearner
@@ -169,7 +169,9 @@ class Guarded:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require_entries(state, self.state_dict(), "the guarded learner")
-        require_entries(state["guard"], self._own(), "the guard")
+        require_entries(state["guard"], self._own(), "the guard", {"first_std": float})
+        if not all(isinstance(norm, float) for norm in state["guard"]["norms"]):
+            raise StateError("the guard: 'norms' holds other things than numbers")
         self.learner.load_state_dict(state["learner"])
         for name, value in state["guard"].items():
             setattr(self, name, value)

@@ -1,9 +1,13 @@
 """Walks that outlive their rollout: the newest ones, up to a number, with the rewards that they had."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from rlfusion.common.errors import StateError
 from rlfusion.common.weights import require_entries
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 
@@ -34,6 +38,24 @@ class Replay:
 
     def load_state_dict(self, state: dict, device: torch.device | str) -> None:
         """Raises StateError where it is no record of walks."""
-        if state:
-            require_entries(state, {f.name: state.get(f.name) for f in fields(Trajectory)}, "the replay")
-        self.held = Trajectory(**state).to(device) if state else None
+        self.held = _walks(state).to(device) if state != {} else None
+
+
+def _walks(state: Any) -> Trajectory:
+    """
+    Raises:
+        StateError: no record of walks.
+    """
+    counts = {f.name: 0 for f in fields(Trajectory) if f.type in (int, "int")}
+    optional = {f.name: Tensor for f in fields(Trajectory) if "None" in str(f.type)}
+    ours = {f.name: counts.get(f.name) for f in fields(Trajectory)}
+    require_entries(state, ours, "the replay", optional)
+    tensors = {name: state[name] for name in ("x", "times", "group")}
+    tensors |= {name: state[name] for name in optional if state[name] is not None}
+    tensors |= state["cond"] if isinstance(state["cond"], Mapping) else {"cond": state["cond"]}
+    for name, held in tensors.items():
+        if not isinstance(held, Tensor) or held.ndim == 0:
+            raise StateError(f"the replay: {name!r} is {type(held).__name__}, expected a tensor of all walks")
+        if name != "times" and len(held) != len(state["x"]):
+            raise StateError(f"the replay: {name!r} is of shape {tuple(held.shape)}, of {len(state['x'])} walks")
+    return Trajectory(**state)

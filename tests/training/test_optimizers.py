@@ -220,7 +220,7 @@ def bent(change) -> dict:
     [
         (lambda s: s.pop("state"), "the optimiser has no 'state'"),
         (lambda s: s.update(more=1), "the optimiser has 'more'"),
-        (lambda s: s.update(kind="SGD"), "the optimiser is 'SGD', expected 'AdamW'"),
+        (lambda s: s.update(kind="SGD"), "of the kind 'SGD', expected 'AdamW'"),
         (lambda s: s.update(groups=[]), "the optimiser has 0 groups, expected 1"),
         (lambda s: s["groups"][0].update(k=1), "settings has 'k'"),
         (lambda s: s["groups"][0].update(eps="x"), "'eps' is str, expected float"),
@@ -243,7 +243,7 @@ def test_a_state_that_does_not_fit_is_refused_by_its_first_entry(change, said):
 
 
 def test_moments_of_another_optimiser_are_refused_before_the_first_step_too():
-    with pytest.raises(StateError, match="is 'SGD', expected 'AdamW'"):
+    with pytest.raises(StateError, match="kind 'SGD', expected 'AdamW'"):
         named(network(), "adamw").load_state_dict(named(network(), "sgd").state_dict())
 
 

@@ -60,7 +60,7 @@ class NamedOptimizer:
         require_entries(state, self.state_dict(), "the optimiser")
         kind = self.recipe.kind.__qualname__
         if state["kind"] != kind:
-            raise StateError(f"the optimiser is {state['kind']!r}, expected {kind!r}")
+            raise StateError(f"the optimiser is of the kind {state['kind']!r}, expected {kind!r}")
         if len(state["groups"]) != len(self._start):
             raise StateError(f"the optimiser has {len(state['groups'])} groups, expected {len(self._start)}")
         loaded = {name: self._fitted(name, held) for name, held in state["state"].items()}
