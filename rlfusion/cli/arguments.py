@@ -54,17 +54,20 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     plain = {"pretrain": config.Pretrain, "pretrain-autoencoder": Autoencode, "train-clip": TrainClip}
     if kind in plain:
         return parse(plain[kind], kind, arguments)
-    hints = tree(config.with_method("cd") if kind == "distill" else config.with_agent("ddpo")).names()
-    words.read(kind, arguments, hints)  # what is no option is said before anything is read
+    typical = {"distill": lambda: config.with_method("cd"), "compare": lambda: Compare}
+    known = tree(typical.get(kind, lambda: config.with_agent("ddpo"))())
+    words.read(kind, arguments, known.names(), known.leaves)  # what is no option is said before anything is read
     if kind == "distill":
         arguments = _long(arguments, "method", distill.METHODS)
-        typed = config.with_method(str(_told(arguments, "method", "name") or "cd"))
+        method = _told(arguments, "method", "name")
+        typed = config.with_method("cd" if method is None else str(method))
         return parse(typed, kind, arguments, make=config.Distill)
     arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
     if kind == "compare":
         return parse(Compare, kind, arguments, model="base")
     arguments = _long(arguments, "agent", AGENTS)
-    typed = config.with_agent(str(_told(arguments, "agent", "name") or "ddpo"))
+    agent = _told(arguments, "agent", "name")
+    typed = config.with_agent("ddpo" if agent is None else str(agent))
     return parse(typed, "finetune", arguments, make=config.Finetune, model="base")
 
 
@@ -254,7 +257,7 @@ def _given(settings: type, command: str, arguments: list[str], known: Tree) -> I
     typed: dict[str, str] = {}
     mappings: dict[str, dict[str, Any]] = {}
     chosen = next((f"{n} {_default_name(settings, n)!r}" for n in ("agent", "method") if n in known.groups), "")
-    for option, text in words.read(command, arguments, known.names()):
+    for option, text in words.read(command, arguments, known.names(), known.leaves):
         if option.startswith("-"):
             continue
         if text is None:

@@ -33,12 +33,13 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9](?:_?[0-9])*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"[-+]?(?:(?:[0-9](?:_?[0-9])*\.(?:[0-9](?:_?[0-9])*)?|\.[0-9](?:_?[0-9])*)(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9](?:_?[0-9])*[eE][-+]?[0-9]+"
         r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
@@ -85,7 +86,8 @@ def load_file(path: str, option: str = "config") -> dict[str, Any]:
     try:
         if not file.exists():
             raise ConfigError(
-                f"{what}: there is no such file (from {shorten(os.getcwd(), LONGEST_PATH)}); expected a YAML file"
+                f"{what}: there is no such file (from {shorten(os.getcwd(), LONGEST_PATH)}); expected a YAML file, or "
+                "settings in braces, {seed: 1}"
             )
         if not file.is_file():
             inside = file / "config.yaml"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+from rlfusion.cli import foreign
 from rlfusion.common.errors import ConfigError, near, shorten
 
 SYNONYMS = {
@@ -63,7 +64,7 @@ SYNONYMS = {
     "threads": "num_threads n_threads cpus num_cpus",
     "objective": "loss preset recipe",
 }
-"""The words that others use, by the setting that is meant: a leaf, or the end of a dotted name."""
+"""Words for a setting, by the end of the name that it has here; ``foreign`` has those of other programs."""
 
 FIRST = ("agent.", "method.", "train.", "rollout.", "chain.", "evaluation.")
 """Where a leaf of several places is most likely meant; what pretrains a base model comes last."""
@@ -114,7 +115,8 @@ def unknown_setting(typed: str, command: str, known: Tree, chosen: str = "") -> 
     """
     key = _plain(typed)
     message = f"unknown setting {shorten(repr(typed))}"
-    for find in (_same, _owned, _close, _leaves, _commands, _part, _synonym, _off, _near):
+    guesses = () if foreign.known(key) else (_close, _leaves, _commands, _part, _synonym, _off, _near)
+    for find in (_same, _owned, _foreign, *(guesses or (_commands,))):
         if hint := find(key, typed, command, known, chosen):
             return ConfigError(f"{message}{hint}")
     return ConfigError(f"{message}: rlfusion {command} --help lists all settings")
@@ -162,6 +164,11 @@ def _owned(key: str, typed: str, command: str, known: Tree, chosen: str) -> str:
         return ""
     what, names = owners
     return f": it belongs to {_and(names)}, not to {chosen}; expected --{what} {names[0]}, or another setting"
+
+
+def _foreign(key: str, typed: str, command: str, known: Tree, chosen: str) -> str:
+    """What other programs call so."""
+    return foreign.hint(key, list(known.leaves))
 
 
 def _close(key: str, typed: str, command: str, known: Tree, chosen: str) -> str:
@@ -226,7 +233,7 @@ def _part(key: str, typed: str, command: str, known: Tree, chosen: str) -> str:
 
 def _near(key: str, typed: str, command: str, known: Tree, chosen: str) -> str:
     """The nearest of all, at last the nearest leaf."""
-    found = _nearest(key, typed, known, 0.55)
+    found = _nearest(key, typed, known, 0.65)
     if not found and (leaf := near(_leaf(key), map(_leaf, known.names()), 1, 0.7)):
         return _choose(key, [name for name in known.names() if _leaf(name) == leaf[0]], typed)
     return f"; did you mean {found[0]!r}?" if found else ""

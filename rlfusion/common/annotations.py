@@ -94,23 +94,30 @@ def refused(name: str, value: Any, annotation: Any, of: str = "") -> str:
     """The message about a value that does not fit: what it is, what was expected, and what was likely meant. ``of``
     says whose setting it is.
     """
-    hint = _meant(value, annotation)
+    hint = _meant(value, annotation) or _number(value, annotation, name.rpartition("_")[2])
     owner = f" of {of}" if of else ""
     bound = ", of less than 64 bits" if type(value) is int and abs(value) > LARGEST else ""
     meant = f"; did you mean {hint}?" if hint else ""
-    return f"{name} = {_shown(value)}{owner}: expected {described(annotation)}{bound}{meant}"
+    return f"{name} = {shown(value)}{owner}: expected {described(annotation)}{bound}{meant}"
 
 
-def _shown(value: Any) -> str:
-    """A value as it was written, in quotes where it is text that would be misread without."""
+def shown(value: Any) -> str:
+    """A value as it is written, in quotes where it is text that would be read as something else without."""
     if value is None:
         return "null"
-    if isinstance(value, str) and re.fullmatch(r"[\w.+/-]+", value) and not re.fullmatch(r"-?\d+(\.\d+)?", value):
+    if isinstance(value, str) and re.fullmatch(r"[\w.+/-]+", value) and not _reads_otherwise(value):
         return shorten(value)
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # a whole number of more digits, or lists deeper, than Python prints
         return "a value too large to show"
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether a bare word is no text to YAML, or to a reader: a number, a truth, nothing."""
+    if text.lower() in ("true", "false", "yes", "no", "on", "off", "null", "none", "nan", "inf"):
+        return True
+    return re.match(r"[+-]?\.?\d", text) is not None or text.lower().strip("+-.") in ("nan", "inf", "infinity")
 
 
 def _meant(value: Any, annotation: Any) -> str:
@@ -129,6 +136,49 @@ def _meant(value: Any, annotation: Any) -> str:
     if str in allowed and isinstance(value, bool | int | float):
         return "a text in quotes"
     return ""
+
+
+UNITS = {
+    "s": {
+        "s": 1,
+        "sec": 1,
+        "secs": 1,
+        "seconds": 1,
+        "m": 60,
+        "min": 60,
+        "mins": 60,
+        "minutes": 60,
+        "h": 3600,
+        "ms": 1e-3,
+    },
+    "mb": {"mb": 1, "mib": 1, "gb": 1024, "gib": 1024, "kb": 1 / 1024},
+    "": {"k": 1e3, "%": 1e-2, "": 1},
+}
+"""What a number is to be multiplied by, by the unit that the setting's name ends in, and the one that was typed."""
+
+
+def _number(value: Any, annotation: Any, unit: str) -> str:
+    """The number that a text was likely to be, with a unit, a comma, a bar or a typographic minus; "" for none."""
+    if not isinstance(value, str) or not {int, float} & set(kinds(annotation)):
+        return ""
+    text = re.sub("[\u2010-\u2015\u2212\ufe63\uff0d]", "-", value.strip()).replace("\u00a0", "")
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    parts = re.fullmatch(r"([+-]?[\d.]*(?:,\d+)?(?:[eE][+-]?\d+)?)(?:/(\d+))?\s*([a-zA-Z%]*)", text)
+    times = {**UNITS[""], **UNITS.get(unit, {})}.get(parts[3].lower()) if parts else None
+    try:
+        found = float(parts[1].replace(",", ".")) / float(parts[2] or 1) * times if parts and times else None
+    except (ValueError, ArithmeticError):
+        return ""
+    if found is None or not math.isfinite(found):
+        return ""
+    return (
+        f"{found:.0f}"
+        if found.is_integer() and abs(found) < LARGEST
+        else f"{found:.9g}"
+        if fits(found, annotation)
+        else ""
+    )
 
 
 def kinds(annotation: Any) -> tuple[Any, ...]:

@@ -126,18 +126,76 @@ def shorten(value: object, longest: int = LONGEST) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+ALIASES = {
+    "diffusion_dpo": "dpo",
+    "diffusion_nft": "nft",
+    "ppo": "ddpo",
+    "flow_grpo": "grpo",
+    "dance_grpo": "grpo",
+    "rwr": "drwr",
+    "awr": "dawr",
+    "alignprop": "draft",
+    "ddimscheduler": "DDIM",
+    "ddpmscheduler": "DDPM",
+    "lcmscheduler": "Renoise",
+    "linear": "DDPM",
+    "squaredcos_cap_v2": "Cosine",
+    "unet2dmodel": "UNet",
+    "unet2dconditionmodel": "UNet",
+    "mlp": "ResidualMLP",
+    "ddpm": "eps",
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_matching": "flow",
+    "flow_prediction": "flow",
+    "rectified_flow": "flow",
+    "mse": "Denoising",
+    "consistency": "cd",
+    "consistency_distillation": "cd",
+    "progressive": "pd",
+    "progressive_distillation": "pd",
+    "aesthetic_score": "aesthetic",
+    "laion_aesthetic": "aesthetic",
+    "clipscore": "clip_score",
+    "clip": "clip_score",
+    "pickscore": "pick_score",
+    "pickapic": "pick_score",
+    "hps": "hps_v2",
+    "hpsv2": "hps_v2",
+    "hpsv2.1": "hps_v2",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "full": "float32",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "num_train_timesteps": "resolution",
+    "a": "noise",
+}
+"""Words of the papers and of other libraries, as ``_plain`` has them, and what such a thing is called here."""
+
+
 def near(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.55) -> list[str]:
     """The ``count`` names nearest to ``name``, nearest first, none where none is near.
 
-    Case, ``-`` and ``_``, and what stands around the word are taken for alike; a name is never near to itself.
+    Case, ``-`` and ``_``, and what stands around the word are taken for alike; a name is never near to itself. What
+    ``ALIASES`` says comes first, and last the names that begin so, or with which ``name`` begins.
     """
     plain: dict[str, str] = {}
     for one in known:
         plain.setdefault(_plain(one), one)
     sought = _plain(name[:LISTED])
+    meant = [_plain(ALIASES[sought])] if _plain(ALIASES.get(sought, "")) in plain else []
     found = difflib.get_close_matches(sought, plain, n=count + 1, cutoff=cutoff)
-    begun = [one for one in plain if len(sought) > 2 and one.startswith(sought) and one not in found]
-    return [plain[one] for one in [*found, *sorted(begun, key=len)] if plain[one] != name][:count]
+    begun = [one for one in plain if len(sought) > 2 and one.startswith(sought)]
+    begun += [one for one in plain if len(one) > 2 and sought.startswith(f"{one}_")]
+    names = dict.fromkeys([*meant, *found, *sorted(begun, key=len)])
+    return [plain[one] for one in names if plain[one] != name][:count]
 
 
 def _plain(name: str) -> str:

@@ -5,6 +5,7 @@ into their cache. Where the hub cannot be reached they are told to read the cach
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -72,9 +73,20 @@ def unreachable() -> str:
 
 def failed(error: BaseException) -> str:
     """Why something could not be fetched, in one line: the hub's fault where that cannot be reached, else the error."""
-    if reason := unreachable():
+    if _of_the_hub(error) and (reason := unreachable()):
         return f"{_host()} cannot be reached ({reason}), and no whole copy is in the cache of this machine"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _of_the_hub(error: BaseException | None) -> bool:
+    """Whether an error comes of what the hub, or its cache, did not have."""
+    while error is not None:
+        if type(error).__module__.startswith("huggingface_hub") or re.search(
+            r"\b(offline|cached|the Hub)\b", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _host() -> str:

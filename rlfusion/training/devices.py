@@ -30,7 +30,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, colon, number = device.partition(":")
     if name not in DEVICES or (colon and not number.isdigit()):
-        meant = DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
+        numbered = f"{name}:0" if name in DEVICES else ""
+        meant = numbered or DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
         hint = f"; did you mean {meant!r}?" if meant else ""
         raise ConfigError(f"device = {shorten(repr(device))}: expected auto, cpu, cuda or cuda:NUMBER{hint}")
     try:

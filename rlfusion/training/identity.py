@@ -19,11 +19,13 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlfusion.common.annotations import shown
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.registry import files_of
 from rlfusion.common.weights import read_file, sha256
@@ -301,7 +303,7 @@ def enter(folder: Path, command: str, settings: Any) -> Run:
         raise DiffersError(differs(folder, changed))
     if moved := differences(record.settings, now):
         told = {name: pair for name, pair in moved.items() if name not in PLACE}
-        notes += [f"{name} was {old}, is {new}" for name, (old, new) in told.items()]
+        notes += [f"{name} was {shown(old)}, is {shown(new)}" for name, (old, new) in told.items()]
         sealed = record.sealed if moved.keys().isdisjoint(FURTHER) else None
         record = replace(record, config=plain(settings), settings=now, sealed=sealed)
         record.write(folder)
@@ -350,7 +352,7 @@ def differs(folder: Path, changed: Mapping[str, tuple[Any, Any]]) -> str:
         name, new = FILES.rstrip("."), EDITED
     return (
         f"{folder} was begun with other settings: {'; '.join(changes[:SAID])}{more}; put them back, or say "
-        f"--change {name}={_text(new)} where that is meant"
+        f"--change {shlex.quote(f'{name}={_text(new)}')} where that is meant"
     )
 
 
@@ -358,7 +360,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
     """A difference in words."""
     if name.startswith(FILES):
         return f"the file {name.removeprefix(FILES)} has SHA-256 {str(new)[:12]}, had {str(old)[:12]}"
-    return f"{name} = {_text(new)}, was {_text(old)}"
+    return f"{name} = {shown(new)}, was {shown(old)}"
 
 
 def _text(value: Any) -> str:

@@ -19,7 +19,7 @@ import yaml
 
 from rlfusion import config, distill
 from rlfusion.agents import AGENTS
-from rlfusion.cli import arguments, main, tables
+from rlfusion.cli import arguments, foreign, main, tables
 from rlfusion.cli.settings_tree import command_trees, tree
 from rlfusion.common.annotations import kinds
 from rlfusion.jobs import compare, finetune, pretrain, pretrain_autoencoder, runs, train_clip
@@ -258,7 +258,7 @@ FILES = {
     "an unknown key, deep": (b"pretrain: {train: {learning-rate: 3}}", "did you mean 'pretrain.train.lr'"),
     "a number as a key": (b"3: 4", "unknown setting '3'"),
     "a list as a key": (b"? [a]\n: 4", "expected a name"),
-    "octal": (b"seed: 010", "seed = 010"),
+    "octal": (b"seed: 010", "seed = '010'"),
     "sexagesimal": (b"seed: 1:30", "seed = '1:30'"),
     "a float for an int": (b"updates: 1.0", "did you mean 1?"),
     "a bool for an int": (b"updates: true", "updates = True"),
@@ -332,7 +332,7 @@ LINES = [
     ("finetune --chain.steps 0", "chain.steps = 0"),
     ("finetune --chain.steps 99999999", "at most 100000"),
     ("finetune --chain.repeats -1", "chain.repeats = -1"),
-    ("finetune --seed 3 x", "quotes around a value with spaces"),
+    ("finetune --seed 3 x", "--seed takes one value, and has '3'"),
     ("finetune --name \udcff", "expected UTF-8"),
     ("finetune --root= ", "root = ''"),
     ("finetune --threads 99999999999", "at most 1024"),
@@ -354,6 +354,53 @@ LINES = [
     ("FINETUNE", "did you mean 'finetune'?"),
     ("check_reward", "did you mean 'check-reward'?"),
     ("--seed 3", "is no command"),
+    ("finetune --resolution 512", "did you mean 'pipeline.size'?"),
+    ("pretrain --resolution 32", "did you mean 'size'?"),
+    ("finetune --max_train_steps 9", "did you mean 'updates'?"),
+    ("train-clip --max_train_steps 9", "did you mean 'steps'?"),
+    ("finetune --gradient_accumulation_steps 4", "did you mean 'agent.micro_batch'?"),
+    ("pretrain --gradient_accumulation_steps 4", "'gradient_accumulation_steps': rlfusion pretrain --help lists"),
+    ("finetune --train_batch_size 4", "did you mean 'agent.micro_batch'?"),
+    ("check-model x --num_inference_steps 9", "did you mean 'chain.steps'?"),
+    ("sample --checkpoint x --guidance 5", "did you mean 'chain.guidance_scale' or 'chain.guidance'?"),
+    ("finetune --mixed_precision fp16", "did you mean 'precision'?"),
+    ("sample --checkpoint x --mixed_precision fp16", "did you mean 'pipeline.dtype'?"),
+    ("finetune --output_dir x", "did you mean 'root' or 'name'?"),
+    ("evaluate --checkpoint x --output_dir x", "did you mean 'out'?"),
+    ("finetune --report_to wandb", "TensorBoard"),
+    ("compare --learning_rate 1", "did you mean --agents 'ddpo(lr=...)'?"),
+    ("sample --checkpoint x --learning_rate 1", "--help lists"),
+    ("finetune --sample.num_steps 9", "did you mean 'chain.steps'?"),
+    ("finetune --train.adam_beta1 .9", "--agent.optimizer 'adamw(betas=...)'"),
+    ("finetune --agent grpo --train.clip_range .1", "did you mean 'agent.clip_low' or 'agent.clip_high'?"),
+    ("finetune --per_prompt_stat_tracking.buffer_size 9", "did you mean 'agent.advantage_window'?"),
+    ("finetune --lora_alpha 9", "did you mean --lora 'LoRA(alpha=...)'?"),
+    ("finetune --resume_from_checkpoint x", "expected --resume FOLDER"),
+    ("finetune --agent ppo", "did you mean 'ddpo'?"),
+    ("finetune --agent ddpo_trainer", "did you mean 'ddpo'?"),
+    ("pretrain --objective flow_matching", "did you mean 'flow'?"),
+    ("pretrain --objective epsilon", "did you mean 'eps'?"),
+    ("finetune --lora LoRA(r=8)", "did you mean 'rank'?"),
+    ("finetune --pipeline.dtype fp16", "did you mean 'float16'?"),
+    ("finetune --seed 1 2", "--seed takes one value, and has '1'; expected --option VALUE\n"),
+    ("finetune --seed= 3", "expected --seed 3"),
+    ("compare --agents ddpo grpo", "expected a list, --agents ddpo,grpo"),
+    ("finetune --name a b c", "quotes around a value with spaces, --name 'a b c'"),
+    ("finetune --agent=", "unknown agent ''"),
+    ("finetune --updates 1k", "did you mean 1000?"),
+    ("finetune --updates 1,000", "did you mean 1000?"),
+    ("finetune --updates 1_000_", "updates = '1_000_'"),
+    ("finetune --updates \uff13", "did you mean 3?"),
+    ("finetune --agent.lr 1/1000", "did you mean 0.001?"),
+    ("finetune --agent.lr 1e\u22124", "did you mean 0.0001?"),
+    ("finetune --agent.lr 10%", "did you mean 0.1?"),
+    ("finetune --agent.lr 1e-4f", "agent.lr = '1e-4f': expected float, a finite number\n"),
+    ("finetune --chain.guidance_scale 7,5", "did you mean 7.5?"),
+    ("finetune --reward_timeout_s 5min", "did you mean 300?"),
+    ("serve-reward ink --max_mb 64MB", "did you mean 64?"),
+    ("finetune --updates 5MB", "updates = '5MB': expected int, a whole number\n"),
+    ("finetune \u201c--seed\u201d 3", "expected --seed"),
+    ("finetune --config seed", "or settings in braces"),
 ]
 
 
@@ -372,6 +419,32 @@ def test_a_suggestion_is_never_what_was_typed(typed):
             require_refused(said, repr(wrong))
             assert f"mean {wrong!r}" not in said.err
             assert "mean" in said.err or "belongs" in said.err or "--help" in said.err or "part of" in said.err
+
+
+def test_words_in_one_are_told_apart(typed):
+    require_refused(typed("finetune", "--agent grpo"), "expected --agent grpo, without quotes")
+    require_refused(typed("finetune", "--seed = 3"), "expected --seed 3, without quotes")
+
+
+@pytest.mark.parametrize("text", ["0.2", "3", "true", "yes", "null", "1e3", "-.inf", "0x1", "nan", "", " "])
+def test_a_text_that_would_be_read_otherwise_stands_in_quotes(text, typed, tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps({"agent": {"clip": text}}))
+    require_refused(typed("finetune", "--config", str(tmp_path / "c.yaml")), f"agent.clip = {text!r}: expected float")
+
+
+def test_what_other_programs_call_a_setting_is_one_of_the_command():
+    trees = [tree(config.with_agent(a)) for a in AGENTS] + [tree(config.with_method(m)) for m in distill.METHODS]
+    trees += list(command_trees().values())
+    ours = {name for known in trees for name in known.leaves}
+    meant = {name for row, _ in foreign.ROWS for one in row.split() for name in one.partition("=")[0].split("|")}
+    assert meant <= ours
+    words = [word for _, row in foreign.ROWS for word in row.split()]
+    assert len(words) == len(set(words)) > 200
+    for known in trees:
+        for word in words:
+            said = foreign.hint(word, list(known.leaves))
+            named = re.findall(r"'([\w.]+)'", said) if "--" not in said else re.findall(r"--([\w.]+)", said)
+            assert said == "" or (named and set(named) <= set(known.leaves)), (word, said)
 
 
 RIGHT = [
