@@ -40,6 +40,7 @@ from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,15 @@ class PathwiseStep:
 
     def accumulate(self, batch: Trajectory, walks: Tensor, scale: Tensor, micro_batch: int) -> None:
         """Add the descent gradient, the mean over ``walks`` of -scale R: scale (B,) is that of the advantages."""
-        for rows in walks.split(micro_batch):
-            obs, _ = batch.transitions(rows, torch.full_like(rows, batch.steps - 1))
+
+        def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            walk = walks[rows]
+            obs, _ = batch.transitions(walk, torch.full_like(walk, batch.steps - 1))
             reward = self.task.score(self.task.policy(obs).mean, obs.cond)
-            (-(scale[rows.to(scale.device)] * reward).sum() / len(walks)).backward()
+            return -(scale[walk.to(scale.device)] * reward).sum() / len(walks), {}
+
+        ranks = current()
+        ranks.accumulate(self.task.policy, ranks.share(walks, len(batch)), micro_batch, part)
 
 
 class Learner:
@@ -265,7 +271,7 @@ class Learner:
         steps = max(1, round(self.config.step_fraction * len(self.transitions.steps)))
         for epoch in range(epochs):
             draw = stream(self.seed, "ddpo", self.iteration, epoch)
-            for walks in torch.from_numpy(draw.permutation(count)).tensor_split(updates_per_epoch):
+            for walks in current().passes(draw, count, updates_per_epoch):
                 whole = steps == len(self.transitions.steps)
                 yield walks, *(self.transitions.all(walks) if whole else self.transitions.some(walks, steps, draw))
 

@@ -37,6 +37,7 @@ from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
+from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ class Learner:
         winner, loser = pair(batch.reward, batch.group, self.config.pairs)
         records, norms = [], []
         for epoch in range(self.config.epochs if len(winner) else 0):
-            order = stream(self.seed, "dpo", self.iteration, epoch).permutation(len(winner))
-            parts = torch.from_numpy(order).tensor_split(min(self.config.updates_per_epoch, len(winner)))
+            draw = stream(self.seed, "dpo", self.iteration, epoch)
+            parts = current().passes(draw, len(winner), min(self.config.updates_per_epoch, len(winner)))
             for part, rows in enumerate(parts):
                 at = rows.repeat(self.config.noisings).to(winner.device)
                 key = (self.seed, "dpo noise", self.iteration, epoch, part)
@@ -158,22 +159,24 @@ class Learner:
         """Accumulate the gradient of Eq. (2), the mean over the pairs (winner[i], loser[i]), each noised by itself."""
         good, bad, schedule = batch.x[winner, -1], batch.x[loser, -1], self.policy.schedule
         _, t, eps = renoise(good, schedule, self.times, key)
-        records = []
-        for part in torch.arange(len(winner)).split(max(1, self.config.micro_batch // 2)):
-            at = part.to(winner.device)
+
+        def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            at = some.to(winner.device)
             x0, noise, times = (
                 torch.cat([good[at], bad[at]]),
                 eps[at].repeat(2, *[1] * (eps.ndim - 1)),
-                t[part].repeat(2),
+                t[some].repeat(2),
             )
-            cond = map_cond(lambda held, at=at: held[winner[at]].repeat(2, *[1] * (held.ndim - 1)), batch.cond)
+            cond = map_cond(lambda held: held[winner[at]].repeat(2, *[1] * (held.ndim - 1)), batch.cond)
             gap = self._gap(x0, noise, times, cond)
-            margin = -self.config.beta * (gap[: len(part)] - gap[len(part) :])
+            margin = -self.config.beta * (gap[: len(some)] - gap[len(some) :])
             loss = -logsigmoid(margin)
-            (loss.sum() / len(winner)).backward()
             record = {"loss": loss, "accuracy": (margin > 0).float(), "margin": margin}
-            records.append({name: value.detach().mean() for name, value in record.items()})
-        return records
+            return loss.sum() / len(winner), {name: value.mean() for name, value in record.items()}
+
+        ranks = current()
+        share = ranks.share(winner, len(batch))
+        return ranks.accumulate(self.policy, share, max(1, self.config.micro_batch // 2), part)
 
     def _gap(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Eq. (1), (N,)."""

@@ -14,7 +14,6 @@ take the mean, with clip 1e-4: ``clip_per_dim``).
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
@@ -30,6 +29,7 @@ from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class Learner:
 
         records, norms, first = [], [], 0.0
         for epoch in range(c.epochs):
-            order = stream(self.seed, "grpo", self.iteration, epoch).permutation(len(batch))
-            for walks in torch.from_numpy(order).tensor_split(c.updates_per_epoch):
+            draw = stream(self.seed, "grpo", self.iteration, epoch)
+            for walks in current().passes(draw, len(batch), c.updates_per_epoch):
                 walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
                 part = self.transitions.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
                 first = first if norms else largest_log_ratio(part)

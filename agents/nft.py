@@ -35,6 +35,7 @@ from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
+from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Learner:
         optimality = 0.5 + advantage / (2 * c.advantage_clip)
         records, norms = [], []
         for epoch in range(c.epochs):
-            order = stream(self.seed, "nft", self.iteration, epoch).permutation(len(batch))
-            for part, rows in enumerate(torch.from_numpy(order).tensor_split(c.updates_per_epoch)):
+            draw = stream(self.seed, "nft", self.iteration, epoch)
+            for part, rows in enumerate(current().passes(draw, len(batch), c.updates_per_epoch)):
                 key = (self.seed, "nft noise", self.iteration, epoch, part)
                 records += self.accumulate(batch, optimality, rows.repeat(c.noisings).to(batch.x.device), key)
                 norms.append(self.optimization.step())
@@ -156,13 +157,14 @@ class Learner:
     def accumulate(self, batch: Trajectory, optimality: Tensor, rows: Tensor, key: tuple) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself."""
         noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
-        records = []
-        for part in torch.arange(len(rows)).split(self.config.micro_batch):
-            at = part.to(rows.device)
-            record = self._loss(batch, optimality[rows[at]], rows[at], noise.x[at], noise.t[part])
-            (record["loss"].sum() / len(rows)).backward()
-            records.append({name: value.detach().mean() for name, value in record.items()})
-        return records
+
+        def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            at = some.to(rows.device)
+            record = self._loss(batch, optimality[rows[at]], rows[at], noise.x[at], noise.t[some])
+            return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
+
+        ranks = current()
+        return ranks.accumulate(self.trained, ranks.share(rows, len(batch)), self.config.micro_batch, part)
 
     def _loss(self, batch: Trajectory, r: Tensor, rows: Tensor, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Eq. (2) and (3) of each row, (N,)."""

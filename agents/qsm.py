@@ -49,6 +49,7 @@ from rlfusion.rollout import RolloutSpec, Task, prefix, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
+from rlfusion.training.ranks import current
 
 ALPHA = {"score": 3.0, "noise": 50.0}
 
@@ -205,14 +206,14 @@ class Learner:
         """
         reward = self._rewards(batch)
         require_finite(reward)
-        self.optimization.optimizer.zero_grad()  # of an update that was broken off
+        self.optimization.clear()  # of an update that was broken off
         mean, inverse = self._moments(reward, batch.group)
         found = self._fit(batch, (reward - mean) * inverse)
         unit = torch.ones_like(reward) if self.critic else inverse
         records, norms = [], []
         for epoch in range(self.config.epochs):
-            order = stream(self.seed, "qsm", self.iteration, epoch).permutation(len(batch))
-            for part, rows in enumerate(torch.from_numpy(order).tensor_split(self.config.updates_per_epoch)):
+            draw = stream(self.seed, "qsm", self.iteration, epoch)
+            for part, rows in enumerate(current().passes(draw, len(batch), self.config.updates_per_epoch)):
                 key = (self.seed, "qsm noise", self.iteration, epoch, part)
                 records += self.accumulate(batch, unit, rows.repeat(self.config.noisings).to(batch.x.device), key)
                 norms.append(self.optimization.step())
@@ -253,29 +254,27 @@ class Learner:
         is one of Q's in those of alpha.
         """
         noise = renoise(batch.x[rows, -1], self.trained.schedule, self.times, key)
-        records = []
-        for part in torch.arange(len(rows)).split(self.config.micro_batch):
-            at = part.to(rows.device)
-            noised, cond = Noised(noise.x[at], noise.t[part], noise.eps[at]), _rows(batch, rows[at])[1]
+
+        def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            at = some.to(rows.device)
+            noised, cond = Noised(noise.x[at], noise.t[some], noise.eps[at]), _rows(batch, rows[at])[1]
             record = self._loss(noised, cond, unit[rows[at]])
-            (record["loss"].sum() / len(rows)).backward()
-            records.append({name: value.detach().mean() for name, value in record.items()})
+            return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
+
+        ranks = current()
+        records = ranks.accumulate(self.trained, ranks.share(rows, len(batch)), self.config.micro_batch, part)
+        self.queries += 0 if self.critic else len(rows)  # of a reward, each is a query
         return [{**record, "q_gradient": record["q_gradient"].sqrt()} for record in records]
 
     def _loss(self, noised: Noised, cond: Cond, unit: Tensor) -> dict[str, Tensor]:
         """Eq. (3) of each row, Q, and the mean square of alpha dQ/dx, (N,) each."""
         l = level(self.trained.schedule, noised.t, noised.x)
-        value, gradient = self._scored(noised, cond)
+        value, gradient = qvalue.gradient(self.q, noised.x, noised.t, cond)
         step = self.config.strength * unit.reshape(-1, *[1] * (noised.x.ndim - 1)) * gradient
         aim = self._anchor(noised, cond) - (cast(l.sigma, step) * step if self.config.form == "score" else step)
         weight = cast(self.weight("eps", l).flatten(), step)
         loss = weighted_mse(self.trained.denoiser(noised.x, noised.t, cond).eps, aim, weight)
         return {"loss": loss, "q": value, "q_gradient": mean_features(step.square())}
-
-    def _scored(self, noised: Noised, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Q and dQ/dx_t; of a reward, each is a query."""
-        self.queries += 0 if self.critic else len(noised.x)
-        return qvalue.gradient(self.q, noised.x, noised.t, cond)
 
     @torch.no_grad()
     def _anchor(self, noised: Noised, cond: Cond) -> Tensor:

@@ -54,6 +54,7 @@ OF_FOLDERS = (
     "monitor",
     "evaluation",
     "ray",
+    "learner",
     "budget_queries",
     "rollout.workers",
     "threads",

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlfusion import config
+from rlfusion.cli.ranked import ranked
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Serve
 from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
@@ -16,7 +17,6 @@ from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
 from rlfusion.jobs.distill import distill
 from rlfusion.jobs.evaluate import evaluate
-from rlfusion.jobs.finetune import finetune
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.pretrain import pretrain
 from rlfusion.jobs.runs import timed
@@ -26,7 +26,7 @@ from rlfusion.jobs.serve_reward import serve
 
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
     """Fine-tune in ``folder``, and print the result."""
-    result, seconds = timed(finetune, settings, folder)
+    result, seconds = timed(ranked("finetune"), settings, folder)
     table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {seconds:.0f} s")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")

@@ -96,12 +96,33 @@ def patiently(write: Callable[[], Result], path: Path, note: str = "") -> Result
             time.sleep(min(RETRY_S, max(0.0, deadline - now)))
 
 
+_silent = False
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the context this process writes nothing: another one of the same run writes the same."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
+def writes() -> bool:
+    """Whether this process writes what its run is to keep; false within ``silent``."""
+    return not _silent
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Write a file so that ``path`` holds either its old content or all of the new, also after a power cut.
 
     Raises:
         StorageError: it cannot be written.
     """
+    if _silent:
+        return
     blob = content.encode() if isinstance(content, str) else content
     patiently(lambda: _write(path, blob), path)
 
@@ -126,6 +147,8 @@ def append(path: Path, content: bytes | str) -> None:
     Raises:
         StorageError: it cannot be written.
     """
+    if _silent:
+        return
     blob = content.encode() if isinstance(content, str) else content
     patiently(lambda: _append(path, blob), path)
 
@@ -151,6 +174,9 @@ def make_folder(path: Path) -> Path:
         StorageError: it cannot be made.
     """
     require_local("folder", str(path))
+
+    if _silent:
+        return path
 
     def make() -> Path:
         path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, unknown
 from rlfusion.common.registry import label
-from rlfusion.config.parts import Evaluation, Ray, Rollout
+from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Precision
@@ -55,6 +55,7 @@ class Finetune:
         chain: the sampling chain that is trained.
         rollout: how many walks are collected, and by how many workers.
         ray: the workers.
+        learner: the processes that learn.
         agent: the algorithm and its settings.
         guard: what is done about updates that go wrong.
         monitor: what is watched beside the reward.
@@ -84,6 +85,7 @@ class Finetune:
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     ray: Ray = field(default_factory=Ray)
+    learner: Learners = field(default_factory=Learners)
     agent: Agent = field(default_factory=ddpo.Config)
     guard: Guards = field(default_factory=Guards)
     monitor: Monitoring = field(default_factory=Monitoring)
@@ -111,7 +113,9 @@ class Finetune:
                 "(rollout.prompts x rollout.samples_per_prompt; smaller ones ask for less), or 0 for no limit"
             )
         r = self.rollout
-        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves))
+        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves, self.learner.shares))
+        if self.learner.ranks and self.device.startswith("cuda") and not self.learner.gpus_per_rank:
+            raise ConfigError(f"learner.gpus_per_rank = 0 with device = {self.device}: expected 1, or a share of a GPU")
         _ = self.settings  # refuses what no backend can use
 
     def _require_known_options(self) -> None:

@@ -101,6 +101,45 @@ class Ray:
 
 
 @dataclass(frozen=True)
+class Learners:
+    """The processes that learn together, from the same rollouts.
+
+    Attributes:
+        ranks: Ray actors that learn; 0 learns in this process, without Ray.
+        shares: the parts into which a rollout is cut, a multiple of ``ranks``; each optimiser step takes walks of every
+            share. 0 stands for one a rank. Equal shares on other ranks are the same run, to rounding.
+        exact: gradients are summed over the shares in one fixed tree, so that any number of ranks gives the same bits
+            where shares / ranks is a power of two.
+        cpus_per_rank: CPU cores that each rank reserves.
+        gpus_per_rank: GPUs that each rank reserves.
+        restarts: times that ranks which were lost are begun anew, from the newest checkpoint.
+        timeout_s: for which a rank may not answer, or not join in what all do together, before it is lost.
+    """
+
+    ranks: int = 0
+    shares: int = 0
+    exact: bool = False
+    cpus_per_rank: float = 1.0
+    gpus_per_rank: float = 0.0
+    restarts: int = 3
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "ranks", "shares", "cpus_per_rank", "gpus_per_rank", "restarts")
+        require_positive(self, "timeout_s")
+        count = max(1, self.ranks)
+        object.__setattr__(self, "shares", self.shares or count)
+        if self.shares % count:
+            raise ConfigError(f"learner.shares = {self.shares}: expected a multiple of learner.ranks = {self.ranks}")
+        each = self.shares // count
+        if self.exact and each & (each - 1):
+            raise ConfigError(
+                f"learner.exact = true with learner.shares = {self.shares}, learner.ranks = {self.ranks}: expected "
+                f"shares / ranks to be a power of two, is {each}"
+            )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Settings of the evaluation on fixed seeds.
 

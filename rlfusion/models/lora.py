@@ -143,6 +143,8 @@ def save(folder: Path, net: nn.Module) -> None:
     """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     from peft import get_peft_model_state_dict
 
+    if not storage.writes():
+        return
     storage.make_folder(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(net).items()}
     storage.write(folder / "adapter_model.safetensors", serialized(held))

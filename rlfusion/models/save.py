@@ -28,6 +28,8 @@ def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all. Adapters are
     merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written.
     """
+    if not storage.writes():
+        return
     storage.make_folder(folder)
     if card.pipeline:
 

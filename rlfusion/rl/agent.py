@@ -21,12 +21,14 @@ class Plan:
         samples_per_prompt: walks of each.
         lag: rollouts that may be collected ahead of the weights.
         steps: K, denoising steps of a walk.
+        shares: parts into which a rollout is cut for the ranks; each optimiser step takes walks of every one.
     """
 
     prompts: int
     samples_per_prompt: int
     lag: int
     steps: int
+    shares: int = 1
 
     @property
     def walks(self) -> int:
@@ -50,9 +52,11 @@ class Plan:
         Raises:
             ConfigError: says so.
         """
-        if updates_per_epoch > self.walks:
+        if updates_per_epoch > self.walks // self.shares:
+            cut = f", in each of learner.shares = {self.shares}" if self.shares > 1 else ""
             raise ConfigError(
-                f"updates_per_epoch = {updates_per_epoch}: expected at most the {self.walks} walks of a rollout"
+                f"updates_per_epoch = {updates_per_epoch}: expected at most the {self.walks // self.shares} walks of a "
+                f"rollout{cut}"
             )
 
 

@@ -27,6 +27,7 @@ from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import current
 
 PREFLIGHT = -1
 """The iteration of the walks on which a job checks its learner."""
@@ -148,9 +149,9 @@ class Learner:
         """
         terms, norms, more = [], [], []
         updates = self.config.epochs * self.config.updates_per_epoch
-        for number, (epoch, rows) in enumerate(self._shares(len(batch))):
-            self.optimization.optimizer.zero_grad()  # of an update that was broken off
-            terms += [self._accumulate(part, len(rows)) for part in self._parts(batch, rows, self.iteration, epoch)]
+        for number, (epoch, rows) in enumerate(self._passes(len(batch))):
+            self.optimization.clear()  # of an update that was broken off
+            terms += self._accumulate(batch, rows, epoch)
             if self.pretraining_term:
                 more.append(self.pretraining_term(self.iteration * updates + number))
                 more[-1].backward()
@@ -159,26 +160,27 @@ class Learner:
         extra = {"more": torch.stack(more).mean().item()} if more else {}
         return self._summary(terms) | extra | {"grad_norm": sum(norms) / len(norms)}
 
-    def _shares(self, count: int) -> Iterator[tuple[int, Tensor]]:
+    def _passes(self, count: int) -> Iterator[tuple[int, Tensor]]:
         """The epoch and the walks of each optimiser step."""
         for epoch in range(self.config.epochs):
-            order = stream(self.seed, "reward gradient", self.iteration, epoch).permutation(count)
-            for rows in torch.from_numpy(order).tensor_split(self.config.updates_per_epoch):
+            draw = stream(self.seed, "reward gradient", self.iteration, epoch)
+            for rows in current().passes(draw, count, self.config.updates_per_epoch):
                 yield epoch, rows
 
-    def _parts(self, batch: Trajectory, rows: Tensor, iteration: int, epoch: int) -> Iterator[Part]:
-        begin = torch.zeros(len(batch), dtype=torch.int64) if batch.begin is None else batch.begin.cpu()
-        for some in rows.split(self.config.micro_batch):
-            at = some.to(batch.x.device)
-            yield Part(some, batch.x[at, 0], begin[some.cpu()], _conditions(batch.cond, some), iteration, epoch)
+    def _accumulate(self, batch: Trajectory, walks: Tensor, epoch: int) -> list[Terms]:
+        """Accumulate the gradient of the mean over ``walks``."""
 
-    def _accumulate(self, part: Part, walks: int) -> Terms:
-        """Accumulate the gradient of a part's share of the mean over ``walks``."""
-        terms = self.paths(part)
-        self.queries += len(terms.reward)
-        loss = terms.loss if terms.kl is None else terms.loss + self.config.kl_loss * terms.kl
-        (loss.sum() / walks).backward()
-        return Terms(terms.reward.detach(), loss.detach(), None if terms.kl is None else terms.kl.detach())
+        def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            terms = self.paths(_part(batch, walks[rows], self.iteration, epoch))
+            loss = terms.loss if terms.kl is None else terms.loss + self.config.kl_loss * terms.kl
+            record = {"reward": terms.reward, "loss": loss} | ({} if terms.kl is None else {"kl": terms.kl})
+            return loss.sum() / len(walks), record
+
+        ranks = current()
+        share = ranks.share(walks, len(batch))
+        records = ranks.accumulate(self.policy, share, self.config.micro_batch, part)
+        self.queries += sum(len(record["reward"]) for record in records)
+        return [Terms(record["reward"], record["loss"], record.get("kl")) for record in records]
 
     def _summary(self, terms: list[Terms]) -> dict[str, float]:
         reward = torch.cat([t.reward for t in terms])
@@ -195,7 +197,7 @@ class Learner:
             ConfigError: the gradient of the reward, or of the loss, is 0 in every weight.
             NumericalError: it is not finite.
         """
-        part = next(self._parts(batch, torch.arange(len(batch)), PREFLIGHT, 0))
+        part = _part(batch, torch.arange(len(batch))[: self.config.micro_batch], PREFLIGHT, 0)
         terms = self.paths(part)
         seen = f"reward {self.task.reward_name!r} of {len(terms.reward)} samples of the base model"
         if not _norm(terms.reward.mean(), self.policy, keep=True) > 0:
@@ -217,6 +219,13 @@ class Learner:
         self.iteration, self.queries = state["iteration"], state["queries"]
         if self.paths.reference is not None:
             restore(self.paths.reference, state["reference"])
+
+
+def _part(batch: Trajectory, walks: Tensor, iteration: int, epoch: int) -> Part:
+    """The walks of a batch from where their kept part begins."""
+    begin = torch.zeros(len(batch), dtype=torch.int64) if batch.begin is None else batch.begin.cpu()
+    cond = map_cond(lambda c: c[walks.to(c.device)], batch.cond)
+    return Part(walks, batch.x[walks.to(batch.x.device), 0], begin[walks.cpu()], cond, iteration, epoch)
 
 
 def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:

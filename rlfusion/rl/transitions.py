@@ -19,6 +19,7 @@ from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import average
+from rlfusion.training.ranks import current
 
 
 class Terms(NamedTuple):
@@ -89,17 +90,18 @@ class Transitions:
             Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
         """
         scale = (summed or len(self.steps)) / max(1, len(walk))  # none where walks whose rewards failed are left out
-        records = []
-        for rows in torch.arange(len(walk)).split(self.micro_batch):
+
+        def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             distribution, terms = self._terms(batch, walk[rows], step[rows])
             record = {"loss": objective(terms), "log_ratio": terms.log_ratio}
             if reference is not None:
                 mean = reference.mean[walk[rows].to(reference.mean.device), step[rows].to(reference.mean.device)]
                 record["kl"] = distribution.kl(Gaussian(mean, distribution.std))
                 record["loss"] = record["loss"] + kl * record["kl"]
-            (record["loss"].sum() * scale).backward()
-            records.append({name: value.detach() for name, value in record.items()})
-        return records
+            return record["loss"].sum() * scale, record
+
+        ranks = current()
+        return ranks.accumulate(self.policy, ranks.share(walk, len(batch)), self.micro_batch, part)
 
     def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
         """Eq. (1) of the transitions, (N,)."""
@@ -114,12 +116,12 @@ class Transitions:
         return distribution, Terms(log_prob, log_prob - acted[at, k], at, k, distribution)
 
     @torch.no_grad()
-    def refer(self, batch: Trajectory, policy: Policy | None = None) -> Reference:
-        """The reference, or another policy, on a batch."""
+    def refer(self, batch: Trajectory, policy: Policy | None = None, walks: Tensor | None = None) -> Reference:
+        """The reference, or another policy, on a batch; on some of its ``walks``, and 0 elsewhere."""
         acting, acted = self.reference if policy is None else policy, _acted(batch)
         assert acting is not None  # there is a reference, or another policy is given
         means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(acted)
-        walk, step = self.all(torch.arange(len(batch)))
+        walk, step = self.all(torch.arange(len(batch)) if walks is None else walks)
         for rows in torch.arange(len(walk)).split(self.micro_batch):
             at, k = walk[rows].to(means.device), step[rows].to(means.device)
             obs, action = batch.transitions(walk[rows], step[rows])

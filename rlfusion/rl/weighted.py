@@ -56,6 +56,7 @@ from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
+from rlfusion.training.ranks import current
 
 ON_POLICY = 1.0
 """Nats, a tenth of which a first batch's log-probabilities may be off (numerics alone)."""
@@ -208,13 +209,15 @@ class OnNoised:
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         rows = walks.repeat(self.config.noisings).to(batch.x.device)
         noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
-        weight, records = weigh(Places(rows, x=noise.x, t=noise.t)), []
-        for part in torch.arange(len(rows)).split(self.config.micro_batch):
-            at = part.to(rows.device)
-            record = self._record(batch, rows[at], noise.x[at], noise.t[part], noise.eps[at], weight[at])
-            (record["loss"].sum() / len(rows)).backward()
-            records.append({name: value.detach() for name, value in record.items()})
-        return records
+        weight = weigh(Places(rows, x=noise.x, t=noise.t))
+
+        def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            at = some.to(rows.device)
+            record = self._record(batch, rows[at], noise.x[at], noise.t[some], noise.eps[at], weight[at])
+            return record["loss"].sum() / len(rows), record
+
+        ranks = current()
+        return ranks.accumulate(self.policy, ranks.share(rows, len(batch)), self.config.micro_batch, part)
 
     def _record(
         self, batch: Trajectory, rows: Tensor, x: Tensor, t: Tensor, eps: Tensor, weight: Tensor
@@ -251,18 +254,16 @@ class OnChain:
         self.acting = self.transitions.refer(batch, self.transitions.policy).mean if self.centred else None
 
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
-        some, of = batch.take(walks), walks.to(batch.x.device)
-
         def objective(terms: Terms) -> Tensor:
-            weight, own = weigh(Places(of[terms.walk], terms.step)), terms.distribution
+            weight, own = weigh(Places(terms.walk, terms.step)), terms.distribution
             if self.acting is None:
                 return -weight * terms.log_prob
-            acting = Gaussian(self.acting[of[terms.walk], terms.step], own.std)
+            acting = Gaussian(self.acting[terms.walk, terms.step], own.std)
             return (1 - weight) * terms.log_prob + own.kl(acting)
 
-        reference = None if self.base is None else self.transitions.refer(some)
-        places = self.transitions.all(torch.arange(len(walks)))
-        records = self.transitions.accumulate(some, *places, objective, reference, self.kl)
+        reference = None if self.base is None else self.transitions.refer(batch, walks=walks)
+        places = self.transitions.all(walks)
+        records = self.transitions.accumulate(batch, *places, objective, reference, self.kl)
         steps = len(self.transitions.steps)
         return [{name: steps * record[name] for name in ("loss", "kl") if name in record} for record in records]
 
@@ -302,7 +303,7 @@ class Regression:
         records, norms, more = [], [], []
         updates = self.config.epochs * self.config.updates_per_epoch
         for number, walks in enumerate(self._parts(len(batch), count, iteration)):
-            self.optimization.optimizer.zero_grad()  # of an update that was broken off
+            self.optimization.clear()  # of an update that was broken off
             records += self.form.accumulate(batch, walks, weigh, self.seed, "weighted noise", iteration, number)
             if self.pretraining_term:
                 more.append(self.pretraining_term(iteration * updates + number))
@@ -315,8 +316,8 @@ class Regression:
     def _parts(self, held: int, count: int, iteration: int) -> Iterator[Tensor]:
         """The walks of each optimiser step."""
         for epoch in range(self.config.epochs):
-            order = stream(self.seed, "weighted", iteration, epoch).permutation(held)[:count]
-            yield from torch.from_numpy(order).tensor_split(self.config.updates_per_epoch)
+            draw = stream(self.seed, "weighted", iteration, epoch)
+            yield from current().passes(draw, held, self.config.updates_per_epoch, count)
 
     def state_dict(self) -> dict:
         state = {"optimization": self.optimization.state_dict()}

@@ -35,7 +35,8 @@ from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Owne
 FORMAT = 1
 FILE = "run.json"
 FREE = re.compile(
-    r"(root|name|device|threads|updates|budget_queries|workers|rollout\.workers|ray(\..*)?|(pretrain\.)?checkpoint_every)"
+    r"(root|name|device|threads|updates|budget_queries|workers|rollout\.workers|ray(\..*)?|"
+    r"learner\.(ranks|cpus_per_rank|gpus_per_rank|restarts|timeout_s)|(pretrain\.)?checkpoint_every)"
 )
 """Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how
 far it goes. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is told."""

@@ -5,11 +5,13 @@
 Work is saved every so many steps and when a signal asks to stop; what resumes continues bit for bit.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.training.optimization import Learner
+from rlfusion.training.ranks import current
 
 
 def train(
@@ -35,9 +37,17 @@ def train(
         save(done)
         unsaved, signals.saved = False, True
         signals.hold(False)
-        signals.check()
+        check()
 
-    signals.check()
+    def check() -> None:
+        if requested():
+            signals.check()
+            raise StopRequested(signal.SIGTERM, signals.saved)  # only the first of the ranks has heard of it yet
+
+    def requested() -> bool:
+        return bool(current().of_first(bool(signals.requested)))
+
+    check()
     try:
         for step, batch in zip(range(start, total), batches):
             try:
@@ -50,7 +60,7 @@ def train(
             signals.hold(True)
             yield step, metrics
             done = step + 1
-            if done % every == 0 or done == total or signals.requested:
+            if done % every == 0 or done == total or requested():
                 keep(done)
     finally:
         signals.hold(False)

@@ -29,6 +29,7 @@ from rlfusion.common.errors import ConfigError, NumericalError, require_decay
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.training.learning_rate import Factor, rise
 from rlfusion.training.optimizers import NamedOptimizer, parse
+from rlfusion.training.ranks import current
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -209,7 +210,7 @@ class Optimization:
         self.module, self.max_grad_norm = module, max_grad_norm
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = NamedOptimizer(parse(optimizer), self.named, lr, weight_decay)
-        self.ema = EMA(module, ema)
+        self.ema, self.steps = EMA(module, ema), 0
         self.scheduler: LambdaLR | None = None
         if warmup:
             self.follow(rise(warmup))
@@ -225,22 +226,31 @@ class Optimization:
         self.scheduler = LambdaLR(self.optimizer.inner, factor, done - 1)
 
     def step(self) -> float:
-        """Step on the accumulated gradients, clear them, and return their norm before clipping.
+        """Step on the accumulated gradients, those of all ranks, clear them, and return their norm before clipping.
 
         Raises:
             NumericalError: a gradient is not finite; nothing has been changed.
+            RanksDiffer: the ranks' parameters are not the same any more.
         """
+        current().reduce(self.named.values())
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm).item()
         if norm != norm or norm == float("inf"):
             bad = [name for name, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
-            self.optimizer.zero_grad()
+            self.clear()
             raise NumericalError(f"the gradient is not finite (norm {norm}) in {', '.join(bad[:5]) or 'its norm only'}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
         self.ema.update()
+        self.steps += 1
+        current().require_alike(self.named, self.steps)
         return norm
+
+    def clear(self) -> None:
+        """Forget what was accumulated for a step that is broken off."""
+        current().forget()
+        self.optimizer.zero_grad()
 
     def state_dict(self) -> dict:
         return {
@@ -253,6 +263,7 @@ class Optimization:
     def load_state_dict(self, state: dict) -> None:
         """Raises StateError where it is of another module or optimiser."""
         require_entries(state, self.state_dict(), "the optimisation")
+        current().forget()
         restore(self.module, state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])

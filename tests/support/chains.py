@@ -80,5 +80,8 @@ class Capture:
 
     def step(self) -> float:
         self.gradients.append(flat_gradient(self.module))
-        self.module.zero_grad()
+        self.clear()
         return math.nan
+
+    def clear(self) -> None:
+        self.module.zero_grad()

@@ -6,7 +6,9 @@ Rollouts are pure functions of (settings, step, weights); so a run that resumes 
 uninterrupted run did, bit for bit, and no queue is saved.
 """
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,19 @@ from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import anew
 from rlfusion.jobs.finetune.job import Job, prepare
 from rlfusion.jobs.measure import headlines
-from rlfusion.jobs.parts import opened
+from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.models import lora
 from rlfusion.rewards import names_of
 from rlfusion.rollout import Backend, Local, Recipe, make_backend
+from rlfusion.rollout.among_ranks import AmongRanks
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.identity import enter
 from rlfusion.training.loop import train
+from rlfusion.training.ranks import Ranks, current
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker, flatten
 
@@ -49,34 +53,53 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         ConfigError, CheckpointError, NumericalError, StopRequested: as the exit codes of the command say.
     """
     set_numerics(config.threads, pick_device(config.device))
-    run = enter(folder, "finetune", config)
+    ranks = current()
+    with ranks.in_turn():
+        run = enter(folder, "finetune", config)
+        found = None if run.result(RESULT) is not None else run.newest(config.updates)
     for note in run.notes:
         progress.say(note)
     if (result := run.result(RESULT)) is not None:
         progress.say(f"{folder} is finished: this is its result")
         return result
-    found = run.newest(config.updates)
     start = found.step if found else 0
     tracker = Tracker(folder, start)
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     parts, device = opened(config), pick_device(config.device)
-    with cluster_of(parts.workers), actors_of(parts.workers, parts.rewards.given) as actors:
-        job = prepare(config, parts, run, tracker, signals, progress, actors)
+    with cluster_of(parts.workers), _actors(parts, ranks) as actors:
+        with ranks.in_turn():
+            job = prepare(config, parts, run, tracker, signals, progress, actors)
         run.require_inputs(job.inputs())
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
-        with _backend(job, described) as backend:
+        with _backend(job, described, ranks) as backend:
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
             collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device)
             _begin(job, collector, found, progress)
             done = _improve(job, collector, signals, progress)
-            signals.check()
+            if ranks.of_first(bool(signals.requested)):
+                signals.check()
         return _finish(job, done)
 
 
-def _backend(job: Job, described: Recipe) -> Backend:
-    """The backend of the settings. In this process a pretrained model shares what is not trained with its copy."""
+@contextmanager
+def _actors(parts: Parts, ranks: Ranks) -> Iterator[dict[str, str]]:
+    """The running actors of rewards, by name, which are the first rank's."""
+    with nullcontext({}) if ranks.rank else actors_of(parts.workers, parts.rewards.given) as own:
+        yield json.loads(ranks.exchange(json.dumps(own).encode())[0])
+
+
+def _backend(job: Job, described: Recipe, ranks: Ranks) -> Backend:
+    """The backend of the settings; of several ranks the first has the workers, if there are any."""
+    if ranks.count == 1:
+        return _own_backend(job, described)
+    workers = bool(job.config.rollout.workers)
+    return AmongRanks(None if workers and ranks.rank else _own_backend(job, described), ranks, workers)
+
+
+def _own_backend(job: Job, described: Recipe) -> Backend:
+    """In this process a pretrained model shares what is not trained with its copy."""
     if job.card.pipeline and not job.config.rollout.workers:
         return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
     return make_backend(described, job.parts.workers.backend)
@@ -166,7 +189,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             bar.advance(reward=metrics["reward"])
             message = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
             stop = message if spent else job.probe(done, progress)
-            if stop:
+            if current().of_first(bool(stop)):
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done
             stopwatch.go()

@@ -16,7 +16,8 @@ from rlfusion.training.checkpoint.manifest import NAME
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write ``value`` as JSON so that ``path`` holds either its old content or all of the new."""
     storage.write(path, json.dumps(value, indent=2))
-    _sync_folder(path.parent)
+    if storage.writes():
+        _sync_folder(path.parent)
 
 
 def _owned_name(kind: str, path: Path) -> Path:

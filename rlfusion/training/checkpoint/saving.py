@@ -55,6 +55,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 3, owner: O
     if keep < 1 or step < 0:
         raise CheckpointError(f"keep = {keep}, step = {step}: expected keep >= 1 and step >= 0")
     path = folder / name_of(step)
+    if not storage.writes():
+        return path
     files = files_of(state, step, owner)
     storage.patiently(lambda: attempt(path, files), path, "; the checkpoint was not saved")
     verify(path)

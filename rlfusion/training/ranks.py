@@ -1,0 +1,310 @@
+"""The processes that learn together, and the one place that knows of them.
+
+A rollout of B walks is cut into V fixed ``shares`` of neighbouring walks; of N ranks the r-th has V / N of them. Each
+optimiser step takes walks of every share, so that the same walks meet in it on any number of ranks.
+
+    (1)  g = sum_v g_v,  the gradient of a step; g_v is that of the rows of share v, in micro-batches of their own
+    (2)  exact: the sum is a binary tree over v = 0..V-1. A rank's shares are a whole subtree, the ranks its top:
+         the same bits for every N such that V / N is a power of two
+    (3)  else a rank adds its shares up as they come, and the ranks' sums are all-reduced: equal to rounding
+
+What a learner accumulates outside of ``accumulate`` is computed by every rank alike, and is not reduced: a learner that
+knows nothing of ranks is right on any number of them, and no faster.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import RlfusionError
+from rlfusion.common.weights import pack, unpack
+
+Record = dict[str, Tensor]
+Body = Callable[[Tensor], tuple[Tensor, Record]]
+"""The work of a micro-batch: rows -> the loss whose gradient is accumulated, and what is to be known of it."""
+
+BUCKET = 2**24
+"""Elements of gradients that are reduced at a time."""
+FIRST, EVERY = 3, 50
+"""Parameters are compared across the ranks after each of the first steps, and then every so many."""
+
+
+class RanksDiffer(RlfusionError):
+    """The ranks' parameters are not the same any more."""
+
+    exit_code = 4
+
+
+@dataclass
+class Ranks:
+    """This process, ``rank`` of ``count`` that learn together, and the ``shares`` of their work.
+
+    Attributes:
+        rank: 0..count-1.
+        count: N. Where it is above 1, the default group of torch.distributed has N members.
+        shares: V, a multiple of N.
+        exact: Eq. (2).
+    """
+
+    rank: int = 0
+    count: int = 1
+    shares: int = 1
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        self._sums: dict[nn.Parameter, list[Tensor | None]] = {}
+
+    @property
+    def mine(self) -> range:
+        """The shares of this rank."""
+        each = self.shares // self.count
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def share(self, walk: Tensor, walks: int) -> Tensor:
+        """The share (N,) of walks (N,) of a rollout of so many."""
+        parts = torch.arange(walks).tensor_split(self.shares)
+        return torch.repeat_interleave(torch.arange(self.shares), torch.tensor([len(p) for p in parts]))[walk.cpu()]
+
+    def passes(self, draw: np.random.Generator, walks: int, steps: int, taken: int | None = None) -> list[Tensor]:
+        """The walks of each of ``steps`` optimiser steps of a pass over ``taken`` of ``walks`` walks (all, by default),
+        drawn without replacement within each share.
+        """
+        wanted = torch.arange(walks if taken is None else taken).tensor_split(self.shares)
+        held = torch.arange(walks).tensor_split(self.shares)
+        orders = [own[torch.from_numpy(draw.permutation(len(own)))][: len(some)] for own, some in zip(held, wanted)]
+        return [torch.cat(parts) for parts in zip(*(order.tensor_split(steps) for order in orders))]
+
+    def accumulate(self, module: nn.Module, share: Tensor, micro_batch: int, body: Body) -> list[Record]:
+        """Accumulate the gradient of all rows in ``module``, those of this rank here; ``share`` (N,) is each row's.
+
+        Returns:
+            The records of all rows, in the order of the shares, on every rank.
+        """
+        if self.shares == 1:
+            return list(_run(torch.arange(len(share)), micro_batch, body))
+        records: list[Record] = []
+        with self._apart(module) as own:
+            for v in self.mine:
+                records += _run((share.cpu() == v).nonzero().flatten(), micro_batch, body)
+                own.end_of_share()
+        return self.gather(records)
+
+    @contextmanager
+    def _apart(self, module: nn.Module) -> Iterator["_Sums"]:
+        """Within the context the gradients of ``module`` are a sum of their own, kept for ``reduce`` afterwards."""
+        sums = _Sums([p for p in module.parameters() if p.requires_grad], self.exact)
+        try:
+            yield sums
+        except BaseException:
+            self._sums.clear()
+            raise
+        finally:
+            sums.put_back()
+        for p, total in zip(sums.parameters, sums.totals()):
+            self._sums.setdefault(p, []).append(total)
+
+    def forget(self) -> None:
+        """What was accumulated for a step that is broken off."""
+        self._sums.clear()
+
+    @torch.no_grad()
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add Eq. (1) of what was accumulated since the last step to the gradients that are there."""
+        held = [p for p in parameters if p in self._sums]
+        for sums in zip(*(self._sums.pop(p) for p in held)):
+            for p, total in zip(held, self._total(held, list(sums))):
+                if total is not None:
+                    p.grad = total if p.grad is None else p.grad + total
+
+    def _total(self, parameters: Sequence[nn.Parameter], sums: list[Tensor | None]) -> list[Tensor | None]:
+        """The sum over the ranks of each parameter's; None where no rank has a gradient."""
+        if self.count == 1:
+            return sums
+        told = torch.tensor([total is not None for total in sums], dtype=torch.int32)
+        torch.distributed.all_reduce(told)
+        there = told.tolist()
+        filled = [torch.zeros_like(p) if total is None else total for p, total in zip(parameters, sums)]
+        reduced = self._reduced([total for total, some in zip(filled, there) if some])
+        return [next(reduced) if some else None for some in there]
+
+    def _reduced(self, tensors: list[Tensor]) -> Iterator[Tensor]:
+        """The sum over the ranks of each tensor, in buckets."""
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            if self.exact:
+                parts = [torch.empty_like(flat) for _ in range(self.count)]
+                torch.distributed.all_gather(parts, flat)
+                flat = _tree(parts)
+            else:
+                torch.distributed.all_reduce(flat)
+            sizes = [tensor.numel() for tensor in bucket]
+            yield from (part.view_as(tensor) for part, tensor in zip(flat.split(sizes), bucket))
+
+    def gather(self, records: list[Record]) -> list[Record]:
+        """The records of all ranks, in their order, each on the device of the first of this rank."""
+        if self.count == 1:
+            return records
+        device = next((value.device for record in records for value in record.values()), torch.device("cpu"))
+        own = {f"{i}/{name}": value for i, record in enumerate(records) for name, value in record.items()}
+        found: dict[tuple[int, int], Record] = {}
+        for rank, blob in enumerate(self.exchange(pack(own))):
+            for key, value in unpack(blob).items():
+                i, _, name = key.partition("/")
+                found.setdefault((rank, int(i)), {})[name] = value.to(device)
+        return [found[key] for key in sorted(found)]
+
+    def exchange(self, blob: bytes) -> list[bytes]:
+        """The bytes of every rank, in the order of the ranks."""
+        if self.count == 1:
+            return [blob]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(blob)]))
+        longest = max(int(size) for size in sizes)
+        own = torch.zeros(longest, dtype=torch.uint8)
+        own[: len(blob)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else own[:0]
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, own)
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes)]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Within the context the first rank is alone, then all others are: for what it makes and they find. Nothing in
+        it may wait for another rank: each is by itself there.
+        """
+        if self.rank:
+            self.exchange(b"")
+        with joined(Ranks()):
+            yield
+        if not self.rank:
+            self.exchange(b"")
+
+    def of_first(self, value: int) -> int:
+        """The first rank's number, on every rank: for what depends on a clock or a signal."""
+        if self.count == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.int64)
+        torch.distributed.broadcast(told, 0)
+        return int(told)
+
+    def require_alike(self, named: dict[str, nn.Parameter], step: int) -> None:
+        """Compare the parameters across the ranks after optimiser step number ``step``, where that is due.
+
+        Raises:
+            RanksDiffer: names the first that differs.
+        """
+        if self.count == 1 or not (step <= FIRST or step % EVERY == 0):
+            return
+        own = torch.stack([_mark(p) for p in named.values()]).cpu()
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, own)
+        for rank, part in enumerate(parts):
+            if not torch.equal(part, parts[0]):
+                name = list(named)[int((part != parts[0]).flatten(1).any(1).nonzero()[0])]
+                raise RanksDiffer(
+                    f"ranks 0 and {rank} differ in {name!r} after {step} optimiser steps: expected the same bits; "
+                    "a learner that draws unseeded noise, or machines of different kinds, lead to this"
+                )
+
+
+def _run(rows: Tensor, micro_batch: int, body: Body) -> Iterator[Record]:
+    """The micro-batches of ``rows``, backwards; a detached record each."""
+    for some in rows.split(micro_batch) if len(rows) else ():
+        loss, record = body(some)
+        loss.backward()
+        yield {name: value.detach() for name, value in record.items()}
+
+
+class _Sums:
+    """The gradients of some parameters, summed over shares; what they had before is put back."""
+
+    def __init__(self, parameters: list[nn.Parameter], exact: bool) -> None:
+        self.parameters, self.exact = parameters, exact
+        self.before = [p.grad for p in parameters]
+        self.levels: list[list[Tensor | None] | None] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def end_of_share(self) -> None:
+        """Take the share's gradients into the tree, where there is one: as a binary counter that carries."""
+        if not self.exact:
+            return
+        carried: list[Tensor | None] = [p.grad for p in self.parameters]
+        self._clear()
+        for i, level in enumerate(self.levels):
+            if level is None:
+                self.levels[i] = carried
+                return
+            carried, self.levels[i] = [_plus(a, b) for a, b in zip(level, carried)], None
+        self.levels.append(carried)
+
+    def totals(self) -> list[Tensor | None]:
+        """The sums; the gradients are not touched any more."""
+        if not self.exact:
+            return self.final
+        return reduce(lambda low, high: [_plus(a, b) for a, b in zip(high, low)], filter(None, self.levels))
+
+    def put_back(self) -> None:
+        """Give the parameters the gradients that they had."""
+        self.final: list[Tensor | None] = [p.grad for p in self.parameters]
+        for p, grad in zip(self.parameters, self.before):
+            p.grad = grad
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _tree(parts: list[Tensor]) -> Tensor:
+    """Eq. (2) of neighbouring subtrees."""
+    while len(parts) > 1:
+        paired = [a + b for a, b in zip(parts[::2], parts[1::2])]
+        parts = paired + parts[len(paired) * 2 :]
+    return parts[0]
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, up to ``BUCKET`` elements at a time."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _mark(p: Tensor) -> Tensor:
+    """Two integers that change with (nearly) any change of a tensor's bits."""
+    kinds: dict[int, Any] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = p.detach().contiguous().view(kinds[p.element_size()]).flatten().to(torch.int64)
+    place = torch.arange(1, len(bits) + 1, device=bits.device)
+    return torch.stack([bits.sum(), (bits * (2 * place + 1)).sum()])
+
+
+_current = Ranks()
+
+
+def current() -> Ranks:
+    """The ranks of this process: it alone, unless it is within ``joined``."""
+    return _current
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[Ranks]:
+    """Within the context this process is one of ``ranks``."""
+    global _current
+    before, _current = _current, ranks
+    try:
+        yield ranks
+    finally:
+        _current = before

@@ -1,0 +1,111 @@
+"""Learners on several ranks, each a process of its own: what each ends in, against one process alone."""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rollout_tasks import CLASSES, SHAPE, make_policy
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
+
+from rlfusion.agents import AGENTS
+from rlfusion.common import spec
+from rlfusion.data import Dataset
+from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.rollout import Task, plan, run_item
+from rlfusion.rollout.trajectory import Trajectory, concatenate
+from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import Ranks, RanksDiffer, current, joined
+
+STEPS, UPDATES, PER_PROMPT = 4, 2, 8
+
+
+def reward(samples: Tensor, cond: object) -> Tensor:
+    """Of 5 and more features, so that no two are alike."""
+    return -(samples - 0.4).square().mean((1, 2, 3))
+
+
+def walks(task: Task, policy: nn.Module, iteration: int) -> Trajectory:
+    """A rollout under the weights that ``policy`` has."""
+    acting = replace(task, policy=frozen_copy(policy))
+    items = plan(3, iteration, CLASSES, PER_PROMPT, 10, CLASSES, iteration)
+    return concatenate([run_item(acting, item) for item in items])
+
+
+def trained(agent: str) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """The weights and metrics of a few updates of an agent, on whatever ranks this process is one of."""
+    settings = spec.parse(agent, AGENTS, AGENTS.what)
+    policy = make_policy(1)
+    task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own")
+    task = replace(task, rollout_spec=settings.rollout_spec(STEPS))
+    draw = torch.Generator().manual_seed(0)
+    data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
+    learner = settings.learner(task, data, 0)
+    metrics = [learner.update(walks(task, learner.policy, i)) for i in range(UPDATES)]
+    return [p.detach() for p in policy.parameters()], metrics
+
+
+def digest(tensors: list[Tensor]) -> str:
+    held = hashlib.sha256()
+    for tensor in tensors:
+        held.update(tensor.contiguous().numpy().tobytes())
+    return held.hexdigest()
+
+
+def drifted() -> str:
+    """What is said where a rank's parameters are its own."""
+    ranks, policy = current(), make_policy(1)
+    policy.denoiser.net.leave.weight.data[0, 0] += 1e-7 * ranks.rank
+    optimization = Optimization(policy, 1e-3)
+    policy.denoiser.net.leave.weight.grad = torch.zeros_like(policy.denoiser.net.leave.weight)
+    try:
+        optimization.step()
+    except RanksDiffer as error:
+        return str(error)
+    return ""
+
+
+def _rank(rank: int, count: int, folder: str, agents: list[str], forms: list[tuple[int, bool]]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = torch.distributed.FileStore(f"{folder}/store", count)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    told = []
+    for form in forms:
+        with joined(Ranks(rank, count, *form)):
+            told.append([_told(agent) for agent in agents])
+    with joined(Ranks(rank, count, count)):
+        Path(f"{folder}/{rank}.json").write_text(json.dumps([told, drifted()]))
+    torch.distributed.destroy_process_group()
+
+
+def _told(agent: str) -> tuple[str, list[list[float]], list[dict[str, float]]]:
+    weights, metrics = trained(agent)
+    return digest(weights), [w.flatten().tolist() for w in weights], metrics
+
+
+class OfRanks(NamedTuple):
+    """``told[rank][form][agent]``: the digest, the weights and the metrics; and what each rank says of a drift."""
+
+    told: list[list[list[tuple]]]
+    drift: list[str]
+
+
+def on_ranks(count: int, agents: list[str], forms: list[tuple[int, bool]]) -> OfRanks:
+    """Train each agent in each form, (shares, exact), on so many ranks."""
+    if count == 1:
+        told = []
+        for form in forms:
+            with joined(Ranks(0, 1, *form)):
+                told.append([_told(agent) for agent in agents])
+        return OfRanks([told], [])
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_rank, (count, folder, agents, forms), count, start_method="spawn")
+        held = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
+    return OfRanks([told for told, _ in held], [drift for _, drift in held])

@@ -1,0 +1,128 @@
+"""Learners on several ranks: the same walks in each step, the same bits where asked for, and no silent drift."""
+
+import numpy as np
+import pytest
+import torch
+from ranked import on_ranks
+from torch import nn
+
+from rlfusion.agents import AGENTS
+from rlfusion.common.frames import joined_blobs, split_blobs
+from rlfusion.training.ranks import Ranks
+
+AGENT_SETTINGS = [
+    "ddpo()",
+    "ddpo(form='sf')",
+    "grpo(window=2)",
+    "nft()",
+    "dpo()",
+    "draft()",
+    "refl()",
+    "drwr(pretrain_weight=0.5)",
+    "drwr(on='noised', kl=0.1)",
+    "qsm()",
+    "qsm(q='denoised')",
+    "dawr()",
+]
+FORMS = [(4, True), (4, False)]
+FEW = ["ddpo(kl_loss=0.1)", "draft()", "dawr()"]
+
+
+@pytest.fixture(scope="module")
+def one():
+    return on_ranks(1, AGENT_SETTINGS, FORMS).told[0]
+
+
+@pytest.fixture(scope="module")
+def two():
+    return on_ranks(2, AGENT_SETTINGS, FORMS)
+
+
+def test_every_agent_is_tried():
+    assert {text.partition("(")[0] for text in AGENT_SETTINGS} == set(AGENTS.names())
+
+
+@pytest.mark.parametrize("at", range(len(AGENT_SETTINGS)), ids=AGENT_SETTINGS)
+def test_two_ranks_give_the_bits_of_one(one, two, at):
+    digest, _, metrics = one[0][at]
+    for told in two.told:
+        assert told[0][at][0] == digest
+        assert told[0][at][2] == metrics
+
+
+@pytest.mark.parametrize("at", range(len(AGENT_SETTINGS)), ids=AGENT_SETTINGS)
+def test_all_reduced_sums_are_equal_to_rounding_and_alike_on_all_ranks(one, two, at):
+    (first, weights, _), (second, _, _) = (told[1][at] for told in two.told)
+    assert first == second
+    for ours, theirs in zip(weights, one[1][at][1]):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-5)
+
+
+def test_four_ranks_give_the_bits_of_one():
+    four = on_ranks(4, FEW, [(4, True)])
+    alone = on_ranks(1, FEW, [(4, True)]).told[0][0]
+    for told in four.told:
+        assert [held[0] for held in told[0]] == [held[0] for held in alone]
+
+
+def test_a_rank_that_drifts_is_named_with_the_tensor(two):
+    assert all("ranks 0 and 1 differ in 'denoiser.net.leave.weight' after 1 optimiser steps" in t for t in two.drift)
+
+
+@pytest.mark.parametrize(("walks", "steps", "shares"), [(24, 4, 1), (24, 4, 4), (26, 3, 4), (8, 2, 4)])
+def test_a_pass_takes_every_walk_once_and_every_share_in_each_step(walks, steps, shares):
+    ranks = Ranks(shares=shares)
+    parts = ranks.passes(np.random.default_rng(0), walks, steps)
+    assert torch.cat(parts).sort().values.tolist() == list(range(walks))
+    for part in parts:
+        assert ranks.share(part, walks).unique().tolist() == list(range(shares))
+
+
+def test_one_share_is_the_plain_permutation():
+    order = torch.from_numpy(np.random.default_rng(5).permutation(10))
+    assert all(map(torch.equal, Ranks().passes(np.random.default_rng(5), 10, 3), order.tensor_split(3)))
+    assert torch.cat(Ranks().passes(np.random.default_rng(5), 10, 3, 7)).tolist() == order[:7].tolist()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_gradient_of_shares_is_that_of_all_rows_and_what_was_there_stays(exact):
+    net, x = nn.Linear(3, 1).double(), torch.randn(10, 3, dtype=torch.float64)
+    ranks = Ranks(shares=4, exact=exact)
+    (2 * net(x).mean()).backward()
+    before = net.weight.grad.clone()
+    wanted = before + x.square().sum(0) + x.exp().sum(0)
+
+    def body(power):
+        return lambda rows: ((power(x[rows]) * net.weight).sum(), {"rows": rows})
+
+    share = ranks.share(torch.arange(10), 10)
+    records = ranks.accumulate(net, share, 2, body(torch.square))
+    assert torch.equal(net.weight.grad, before)
+    ranks.accumulate(net, share, 2, body(torch.exp))
+    ranks.reduce(net.parameters())
+    torch.testing.assert_close(net.weight.grad, wanted)
+    assert torch.cat([record["rows"] for record in records]).tolist() == list(range(10))
+    ranks.reduce(net.parameters())
+    torch.testing.assert_close(net.weight.grad, wanted)
+
+
+def test_a_step_that_is_broken_off_leaves_nothing_behind():
+    net, ranks = nn.Linear(3, 1), Ranks(shares=2)
+
+    def body(rows):
+        if 3 in rows:
+            raise KeyError("the reward's own")
+        return net(torch.ones(len(rows), 3)).sum(), {}
+
+    with pytest.raises(KeyError, match="own"):
+        ranks.accumulate(net, ranks.share(torch.arange(4), 4), 8, body)
+    ranks.reduce(net.parameters())
+    assert net.weight.grad is None
+
+
+def test_blobs_are_framed():
+    blobs = [b"", b"abc", b"\0" * 9]
+    assert split_blobs(joined_blobs(blobs)) == blobs
+    for cut in (1, 9, 20):
+        with pytest.raises(ValueError, match="cut short"):
+            split_blobs(joined_blobs(blobs)[:-cut])
