@@ -1,7 +1,6 @@
 """The Ray backend against the in-process one: equal bits, real kills, real hangs. One private cluster for all."""
 
 import os
-import re
 import secrets
 import signal
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import listening
 from rollout_tasks import CLASSES, assert_identical, make_policy, make_recipe
 
 from rlfusion.common.weights import Weights, WeightsError
@@ -197,33 +197,6 @@ def test_closing_stops_what_runs(tmp_path):
     backend.close()
     with pytest.raises(RolloutError, match="closed"):
         pending()
-
-
-def descendants() -> set[int]:
-    """This process and all below it, from /proc."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found = {os.getpid()}
-    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= grown
-    return found
-
-
-def listening() -> list[str]:
-    """The addresses, in the kernel's hexadecimal, at which this process and those below it listen by TCP."""
-    inodes = set()
-    for pid in descendants():
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
-            except (FileNotFoundError, PermissionError):
-                continue
-    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")

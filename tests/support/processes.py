@@ -7,6 +7,7 @@ working directory, and can be killed as any process can.
 import multiprocessing
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -105,3 +106,42 @@ def kill_until_done(
     result = process.wait()
     assert result.code == 0, result.err
     return hits
+
+
+def descendants() -> set[int]:
+    """This process and all below it, from /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= grown
+    return found
+
+
+def listening() -> list[str]:
+    """The addresses, in the kernel's hexadecimal, at which this process and those below it listen by TCP."""
+    inodes = set()
+    for pid in descendants():
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+            except (FileNotFoundError, PermissionError):
+                continue
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
+def titled(title: str) -> list[int]:
+    """The processes below this one whose title begins so, the newest last."""
+    found = []
+    for pid in sorted(descendants()):
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                found.append(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found

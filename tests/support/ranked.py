@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from processes import CONTEXT, PATIENCE
 from rollout_tasks import CLASSES, SHAPE, make_policy
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
@@ -23,7 +23,10 @@ from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.ranks import Ranks, RanksDiffer, current, joined
 
-STEPS, UPDATES, PER_PROMPT = 4, 2, 8
+Form = tuple[int, bool]
+"""Shares, and whether the sum is exact."""
+Work = tuple[list[str], Form]
+STEPS, UPDATES, PER_PROMPT = 3, 2, 8
 
 
 def reward(samples: Tensor, cond: object) -> Tensor:
@@ -71,13 +74,13 @@ def drifted() -> str:
     return ""
 
 
-def _rank(rank: int, count: int, folder: str, agents: list[str], forms: list[tuple[int, bool]]) -> None:
+def _rank(rank: int, count: int, folder: str, work: list[Work]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = torch.distributed.FileStore(f"{folder}/store", count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
     told = []
-    for form in forms:
+    for agents, form in work:
         with joined(Ranks(rank, count, *form)):
             told.append([_told(agent) for agent in agents])
     with joined(Ranks(rank, count, count)):
@@ -91,21 +94,26 @@ def _told(agent: str) -> tuple[str, list[list[float]], list[dict[str, float]]]:
 
 
 class OfRanks(NamedTuple):
-    """``told[rank][form][agent]``: the digest, the weights and the metrics; and what each rank says of a drift."""
+    """``told[rank][work][agent]``: the digest, the weights and the metrics; and what each rank says of a drift."""
 
     told: list[list[list[tuple]]]
     drift: list[str]
 
 
-def on_ranks(count: int, agents: list[str], forms: list[tuple[int, bool]]) -> OfRanks:
-    """Train each agent in each form, (shares, exact), on so many ranks."""
-    if count == 1:
-        told = []
-        for form in forms:
-            with joined(Ranks(0, 1, *form)):
-                told.append([_told(agent) for agent in agents])
-        return OfRanks([told], [])
+def alone(agent: str, form: Form) -> tuple[str, list[list[float]], list[dict[str, float]]]:
+    """The same of one process."""
+    with joined(Ranks(0, 1, *form)):
+        return _told(agent)
+
+
+def on_ranks(count: int, work: list[Work]) -> OfRanks:
+    """Train agents on so many ranks, each list of them in one form."""
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, (count, folder, agents, forms), count, start_method="spawn")
+        members = [CONTEXT.Process(target=_rank, args=(rank, count, folder, work)) for rank in range(count)]
+        for member in members:
+            member.start()
+        for member in members:
+            member.join(PATIENCE)
+        assert [member.exitcode for member in members] == [0] * count
         held = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
     return OfRanks([told for told, _ in held], [drift for _, drift in held])

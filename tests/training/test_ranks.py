@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from ranked import on_ranks
+from ranked import alone, on_ranks
 from torch import nn
 
 from rlfusion.agents import AGENTS
@@ -24,18 +24,13 @@ AGENT_SETTINGS = [
     "qsm(q='denoised')",
     "dawr()",
 ]
-FORMS = [(4, True), (4, False)]
-FEW = ["ddpo(kl_loss=0.1)", "draft()", "dawr()"]
-
-
-@pytest.fixture(scope="module")
-def one():
-    return on_ranks(1, AGENT_SETTINGS, FORMS).told[0]
+EXACT, SUMMED = (4, True), (4, False)
+FEW = ["ddpo(kl_loss=0.1)", "draft()"]
 
 
 @pytest.fixture(scope="module")
 def two():
-    return on_ranks(2, AGENT_SETTINGS, FORMS)
+    return on_ranks(2, [(AGENT_SETTINGS, EXACT), (FEW, SUMMED)])
 
 
 def test_every_agent_is_tried():
@@ -43,26 +38,25 @@ def test_every_agent_is_tried():
 
 
 @pytest.mark.parametrize("at", range(len(AGENT_SETTINGS)), ids=AGENT_SETTINGS)
-def test_two_ranks_give_the_bits_of_one(one, two, at):
-    digest, _, metrics = one[0][at]
+def test_two_ranks_give_the_bits_of_one(two, at):
+    digest, _, metrics = alone(AGENT_SETTINGS[at], EXACT)
     for told in two.told:
         assert told[0][at][0] == digest
         assert told[0][at][2] == metrics
 
 
-@pytest.mark.parametrize("at", range(len(AGENT_SETTINGS)), ids=AGENT_SETTINGS)
-def test_all_reduced_sums_are_equal_to_rounding_and_alike_on_all_ranks(one, two, at):
+@pytest.mark.parametrize("at", range(len(FEW)), ids=FEW)
+def test_all_reduced_sums_are_equal_to_rounding_and_alike_on_all_ranks(two, at):
     (first, weights, _), (second, _, _) = (told[1][at] for told in two.told)
     assert first == second
-    for ours, theirs in zip(weights, one[1][at][1]):
+    for ours, theirs in zip(weights, alone(FEW[at], SUMMED)[1]):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-5)
 
 
 def test_four_ranks_give_the_bits_of_one():
-    four = on_ranks(4, FEW, [(4, True)])
-    alone = on_ranks(1, FEW, [(4, True)]).told[0][0]
+    four = on_ranks(4, [(FEW, EXACT)])
     for told in four.told:
-        assert [held[0] for held in told[0]] == [held[0] for held in alone]
+        assert [held[0] for held in told[0]] == [alone(text, EXACT)[0] for text in FEW]
 
 
 def test_a_rank_that_drifts_is_named_with_the_tensor(two):

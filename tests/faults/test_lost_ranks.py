@@ -1,0 +1,79 @@
+"""Real runs on two ranks, whose processes are killed and hang, and which are stopped: they end in the bits of one."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from processes import Process, listening, rlfusion, titled
+from tiny_runs import TINY
+
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")]
+SHARED = ("--learner.shares", 2, "--learner.exact", "true", "--checkpoint_every", 1, "--reward", "ink", "--updates", 5)
+RUN = ("finetune", *TINY, *SHARED)
+RANKS = ("--learner.ranks", 2, "--learner.timeout_s", 30, "--rollout.workers", 1)
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def weights(cwd: Path, name: str) -> bytes:
+    return (cwd / "runs" / name / "model" / "weights.safetensors").read_bytes()
+
+
+def updates(cwd: Path, name: str) -> int:
+    """Those that are checkpointed."""
+    found = sorted((cwd / "runs" / name / "checkpoints").glob("step-*"))
+    return int(found[-1].name[5:]) if found else 0
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("ranks")
+    result = rlfusion(cwd, *RUN, "--name", "alone")
+    assert result.code == 0, result.err
+    return cwd
+
+
+def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
+    process = Process(alone, *RUN, *RANKS, "--name", "lost")
+    seen: set[str] = set()
+
+    def killed() -> bool:
+        if updates(alone, "lost") < 1:
+            return False
+        seen.update(listening())
+        os.kill(titled("ray::Rank")[-1], signal.SIGKILL)
+        return True
+
+    def stopped() -> bool:
+        if updates(alone, "lost") < 3 or "restarts left: 2" not in process.err.read_text():
+            return False
+        os.kill(titled("ray::Rank")[-1], signal.SIGSTOP)
+        return True
+
+    process.once(killed, 0).once(stopped, 0)
+    result = process.wait()
+    assert result.code == 0, result.err
+    assert "ranks is lost" in result.err
+    assert weights(alone, "lost") == weights(alone, "alone")
+    assert seen
+    assert seen <= LOOPBACK
+
+
+def test_a_stop_is_saved_by_the_ranks_and_goes_on_in_one_process(alone):
+    process = Process(alone, *RUN, *RANKS, "--name", "stopped", "--updates", 40)
+    result = process.once(lambda: updates(alone, "stopped") >= 2, signal.SIGTERM).wait()
+    assert result.code == 75, result.err
+    assert "go on with: rlfusion finetune --resume" in result.err.splitlines()[-1]
+    done = updates(alone, "stopped")
+    last = max(json.loads(line)["step"] for line in (alone / "runs/stopped/metrics.jsonl").read_text().splitlines())
+    assert done == last
+    one = rlfusion(alone, "finetune", "--resume", "runs/stopped", "--learner.ranks", 0, "--updates", done + 1)
+    assert one.code == 0, one.err
+
+
+def test_a_reward_that_raises_on_a_rank_is_said_once_and_not_begun_anew(alone):
+    (alone / "own.py").write_text("def bad(samples, cond):\n    raise KeyError('no such prompt')\n")
+    result = rlfusion(alone, *RUN, "--learner.ranks", 2, "--name", "raises", "--reward", "own.py:bad")
+    assert result.code == 3, result.err
+    assert "no such prompt" in result.err
