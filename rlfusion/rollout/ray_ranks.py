@@ -29,7 +29,6 @@ from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
 from rlfusion.training.ranks import Ranks, joined
 
 POLL_S, GRACE_S, START_S = 0.2, 2.0, 300.0
-ENTRY = "{module}:{name}"
 Event = tuple[str, Any]
 """What a rank says while it works: a kind, and plain data."""
 
@@ -93,7 +92,7 @@ class Rank:
         if self.settings.loopback:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         patience = timedelta(seconds=self.settings.timeout_s)
-        listening = {"master_listen_fd": self.listener.detach()} if self.rank == 0 else {}
+        listening: Any = {"master_listen_fd": self.listener.detach()} if self.rank == 0 else {}
         store = torch.distributed.TCPStore(
             host, port, self.settings.ranks, self.rank == 0, patience, use_libuv=True, **listening
         )
@@ -143,13 +142,8 @@ class Group:
     def __init__(self, settings: GroupSettings, texts: Mapping[str, str]) -> None:
         self.settings, self.seen = settings, 0
         paths = [os.path.abspath(path) for path in sys.path]
-        actor = ray.remote(
-            num_cpus=settings.cpus,
-            num_gpus=settings.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={"beside": 4},
-        )(Rank)
+        placed: Any = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "concurrency_groups": {"beside": 4}}
+        actor = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
         made = (asdict(settings), paths, texts)
         self.actors = [actor.remote(made[0], rank, *made[1:]) for rank in range(settings.ranks)]
         self.answered = [time.monotonic()] * settings.ranks
