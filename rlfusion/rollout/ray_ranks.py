@@ -143,10 +143,10 @@ class Group:
         self.settings, self.seen = settings, 0
         paths = [os.path.abspath(path) for path in sys.path]
         placed: Any = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "concurrency_groups": {"beside": 4}}
-        actor = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
+        actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
         made = (asdict(settings), paths, texts)
-        self.actors = [actor.remote(made[0], rank, *made[1:]) for rank in range(settings.ranks)]
-        self.answered = [time.monotonic()] * settings.ranks
+        self.actors: list[Any] = [actor.remote(made[0], rank, *made[1:]) for rank in range(settings.ranks)]
+        self.answered: list[float] = []
         self.asked: dict[Any, int] = {}
 
     def beside(self, rank: int, method: str, *arguments: Any) -> Any:
@@ -171,6 +171,7 @@ class Group:
     def run(self, entry: str, payload: dict[str, Any], hear: Callable[[Event], None], stop: Callable[[], int]) -> Any:
         """What the first rank's work gives; ``hear`` is told its events, ``stop`` says which signal came, or 0."""
         calls = {actor.work.remote(entry, payload): rank for rank, actor in enumerate(self.actors)}
+        self.answered = [time.monotonic() + START_S] * self.settings.ranks  # what it imports first may take long
         told = False
         while True:
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=POLL_S)
