@@ -256,6 +256,7 @@ def run_in_group(
                 return group.run(entry, payload, hear, stop)
         except _Lost as lost:
             left = settings.restarts - attempt
+            hear(("end", None))
             hear(("say", f"the group of {settings.ranks} ranks is lost ({lost}); restarts left: {left}"))
             why = lost
     raise GroupLost(

@@ -46,7 +46,7 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
         return True
 
     def stopped() -> bool:
-        if updates(alone, "lost") < 3 or "restarts left: 2" not in process.err.read_text():
+        if updates(alone, "lost") < 3 or "restarts left: 3" not in process.err.read_text():
             return False
         os.kill(titled("ray::Rank")[-1], signal.SIGSTOP)
         return True
