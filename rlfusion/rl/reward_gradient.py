@@ -224,8 +224,8 @@ class Learner:
 def _part(batch: Trajectory, walks: Tensor, iteration: int, epoch: int) -> Part:
     """The walks of a batch from where their kept part begins."""
     begin = torch.zeros(len(batch), dtype=torch.int64) if batch.begin is None else batch.begin.cpu()
-    cond = map_cond(lambda c: c[walks.to(c.device)], batch.cond)
-    return Part(walks, batch.x[walks.to(batch.x.device), 0], begin[walks.cpu()], cond, iteration, epoch)
+    x = batch.x[walks.to(batch.x.device), 0]
+    return Part(walks, x, begin[walks.cpu()], _conditions(batch.cond, walks), iteration, epoch)
 
 
 def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:
