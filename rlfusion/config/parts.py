@@ -107,7 +107,7 @@ class Learners:
     Attributes:
         ranks: Ray actors that learn; 0 learns in this process, without Ray.
         shares: the parts into which a rollout is cut, a multiple of ``ranks``; each optimiser step takes walks of every
-            share. 0 stands for one a rank. Equal shares on other ranks are the same run, to rounding.
+            share. Equal shares on other ranks are the same run, to rounding.
         exact: gradients are summed over the shares in one fixed tree, so that any number of ranks gives the same bits
             where shares / ranks is a power of two.
         cpus_per_rank: CPU cores that each rank reserves.
@@ -117,7 +117,7 @@ class Learners:
     """
 
     ranks: int = 0
-    shares: int = 0
+    shares: int = 1
     exact: bool = False
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
@@ -125,12 +125,13 @@ class Learners:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "ranks", "shares", "cpus_per_rank", "gpus_per_rank", "restarts")
-        require_positive(self, "timeout_s")
+        require_not_negative(self, "ranks", "cpus_per_rank", "gpus_per_rank", "restarts")
+        require_positive(self, "shares", "timeout_s")
         count = max(1, self.ranks)
-        object.__setattr__(self, "shares", self.shares or count)
         if self.shares % count:
-            raise ConfigError(f"learner.shares = {self.shares}: expected a multiple of learner.ranks = {self.ranks}")
+            raise ConfigError(
+                f"learner.shares = {self.shares}: expected a multiple of learner.ranks = {self.ranks}, such as {count}"
+            )
         each = self.shares // count
         if self.exact and each & (each - 1):
             raise ConfigError(

@@ -1,5 +1,7 @@
 """Learners on several ranks: the same walks in each step, the same bits where asked for, and no silent drift."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,10 @@ from ranked import alone, on_ranks
 from torch import nn
 
 from rlfusion.agents import AGENTS
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.frames import joined_blobs, split_blobs
+from rlfusion.config.parts import Learners
+from rlfusion.rl.agent import Plan
 from rlfusion.training.ranks import Ranks
 
 AGENT_SETTINGS = [
@@ -120,3 +125,24 @@ def test_blobs_are_framed():
     for cut in (1, 9, 20):
         with pytest.raises(ValueError, match="cut short"):
             split_blobs(joined_blobs(blobs)[:-cut])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ranks": 2}, "learner.shares = 1: expected a multiple of learner.ranks = 2, such as 2"),
+        ({"ranks": 2, "shares": 6, "exact": True}, "expected shares / ranks to be a power of two, is 3"),
+        ({"shares": 0}, "shares = 0"),
+        ({"ranks": -1}, "ranks = -1"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Learners(**settings)
+
+
+def test_walks_are_enough_for_every_step_in_every_share():
+    plan = Plan(prompts=2, samples_per_prompt=4, lag=0, steps=3, shares=4)
+    plan.require_walks(2)
+    with pytest.raises(ConfigError, match=r"at most the 2 walks of a rollout, in each of learner.shares = 4"):
+        plan.require_walks(3)
