@@ -59,14 +59,17 @@ Every command takes --help (all settings with their meaning), --config FILE.yaml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code. With ``argv`` the handlers of signals are put back at the end."""
-    entry = Entry()
+    """Run a command and return its exit code. With ``argv`` the handlers of signals, and where modules are looked for,
+    are put back at the end.
+    """
+    entry, places = Entry(), list(sys.path)
     handlers = entry.install()
     try:
         return _guarded(sys.argv[1:] if argv is None else argv, entry)
     finally:
         if argv is not None:
             entry.restore(handlers)
+            sys.path[:] = places
 
 
 def _guarded(arguments: list[str], entry: Entry) -> int:

@@ -1,7 +1,7 @@
 """Settings: written and read back without loss, and every bad one refused in one line before any work."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +101,7 @@ REFUSED = [
     ("pretrain --train.step 3", ["'train.step'", "did you mean 'train.steps'?"]),
     ("finetune --updates many", ["updates = many", "expected int"]),
     ("finetune --agent.lr fast", ["agent.lr = fast", "expected float"]),
-    ("finetune --agent.lr nan", ["agent.lr = nan", "expected float"]),
+    ("finetune --agent.lr nan", ["agent.lr = 'nan'", "expected float"]),
     ("finetune --agent.form xx", ["agent.form = xx", "'is'", "'sf'"]),
     ("finetune --agent.clip_per_dim maybe", ["agent.clip_per_dim = maybe", "expected bool"]),
     ("finetune --chain.spacing ledding", ["chain.spacing = ledding", "'leading'"]),
@@ -254,7 +254,7 @@ def test_every_setting_is_explained():
     """Each field of each settings class has a line in its docstring, which --help shows."""
     for settings in DEFAULT.values():
         for part in [settings, *(v for v in vars(settings).values() if hasattr(v, "__dataclass_fields__"))]:
-            for name in part.__dataclass_fields__:
+            for name in (field.name for field in fields(part)):
                 assert f"\n        {name}: " in (type(part).__doc__ or ""), f"{type(part).__name__}.{name}"
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.models.pipelines.prompt_encoding import decoded
 
+LONGEST_FIELD = 2**24
 USUAL = (("prompt", "prompts"), ("caption", "captions", "text", "texts", "description"))
 """Usual names of the column of prompts: one of the first group, else one of the second, never two of a group."""
 HEADERS = {"prompt", "prompts", "caption", "captions"}
@@ -125,15 +126,17 @@ def _records(text: str, where: str, delimiter: str, quoted: bool) -> Iterator[tu
         ConfigError: a quote out of place, or a row of another length.
     """
     style = {"strict": True, "skipinitialspace": True} if quoted else {"quoting": csv.QUOTE_NONE}
-    csv.field_size_limit(max(csv.field_size_limit(), 2**24))
     reader, line, width = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **style), 1, 0
     while True:
+        before = csv.field_size_limit(LONGEST_FIELD)  # it is of the process: others have limits of their own
         try:
             row = [cell.strip() for cell in next(reader)]
         except StopIteration:
             return
         except csv.Error as error:
             raise ConfigError(f"{where}, line {line}: no well-formed row ({error})") from error
+        finally:
+            csv.field_size_limit(before)
         if len(row) > 1 or any(row):
             width = width or len(row)
             if len(row) != width:
