@@ -32,20 +32,23 @@ class LoRA:
 
     Attributes:
         rank: of B A.
-        alpha: their strength is alpha / rank; 0 for alpha = rank.
+        alpha: their strength is alpha / rank, as in peft; None for alpha = rank.
         targets: ends of names ("to_q,to_v"), by commas.
         dropout: the share of a layer's input features that the adapter does not see in an iteration (``dropout``).
     """
 
     rank: int = 8
-    alpha: float = 0.0
+    alpha: float | None = None
     targets: str = ""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "rank")
-        if not self.alpha >= 0:
-            raise ConfigError(f"alpha = {self.alpha}: expected a number >= 0")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise ConfigError(
+                f"alpha = {self.alpha}: expected a finite number > 0, or None for that of rank (0 would switch the "
+                "adapters off)"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
 
@@ -84,7 +87,7 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
         raise ConfigError(f"targets = {settings.targets!r} of LoRA: none of them can change what the network answers")
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha or settings.rank,
+        lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
         target_modules="|".join(map(re.escape, layers)),  # a list would mean ends of names
     )
     with torch.random.fork_rng(devices=[]):

@@ -50,6 +50,19 @@ def test_the_strength_is_alpha_over_rank():
     torch.testing.assert_close(layer(x), x @ layer.get_base_layer().weight.T + 3 * low, **ROUNDING)
 
 
+@pytest.mark.parametrize(("text", "scaling"), [("LoRA(rank=4)", 1.0), ("LoRA(rank=4, alpha=1)", 0.25)])
+def test_the_scaling_is_that_of_peft(text, scaling):
+    net = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3)})
+    lora.attach(net, text)
+    assert net["a"].scaling == {"default": scaling}
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1"])
+def test_adapters_without_strength_are_refused(alpha):
+    with pytest.raises(ConfigError, match=f"alpha = {alpha}: expected a finite number > 0, or None"):
+        lora.parse(f"LoRA(alpha={alpha})")
+
+
 def test_targets_name_layers_and_others_are_refused_with_a_near_match():
     net = randomised("dit")
     layers = [n for n, m in net.named_modules() if isinstance(m, torch.nn.Linear)]
