@@ -41,7 +41,8 @@ def test_a_setting_decides_bits_unless_it_is_known_not_to():
     free = names.keys() - decisive(names).keys()
     ray = {name for name in names if name.startswith("ray.")}
     rest = {"root", "name", "device", "threads", "updates", "budget_queries", "rollout.workers", "checkpoint_every"}
-    assert free == ray | rest | {"pretrain.checkpoint_every"}
+    ranks = {f"learner.{name}" for name in ("ranks", "cpus_per_rank", "gpus_per_rank", "restarts", "timeout_s")}
+    assert free == ray | rest | ranks | {"pretrain.checkpoint_every"}
     assert flat(Distill()).keys() - decisive(flat(Distill())).keys() >= {"workers", "checkpoint_every", "root"}
     assert "train.steps" in decisive(flat(Pretrain()))  # the learning rate falls along a cosine over all of them
     assert digest(flat(Finetune())) != digest(flat(Finetune(seed=1)))
