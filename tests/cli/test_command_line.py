@@ -162,7 +162,13 @@ def test_what_is_taken_is_what_was_written(variant, typed):
     names = [key for key in known.leaves if key.partition(".")[0] not in (begin[1][2:] if len(begin) > 1 else "",)]
     for key in draw.sample(names, min(12, len(names))):
         annotation = known.leaves[key]
-        if get_origin(annotation) in (list, tuple, dict) or key in ("checkpoint", "model", "reward", "agent.name"):
+        if get_origin(annotation) in (list, tuple, dict) or key in (
+            "checkpoint",
+            "model",
+            "reward",
+            "agent",
+            "agent.name",
+        ):
             continue
         text = draw.choice([edge for edge in EDGES if meant(edge, annotation) is not REFUSED] or ["0"])
         said = typed(*begin, f"--{key}={text}")
