@@ -167,7 +167,7 @@ def test_wrong_weights_are_refused_on_either_side_and_the_pool_goes_on(pair):
 def test_a_worker_checks_the_version_of_its_item_itself():
     worker = ray_backend.Worker()
     recipe = make_recipe()
-    worker.build((recipe.builder, recipe.text), {}, [], 1)
+    worker.build((recipe.builder, recipe.text), {}, [], 1, {})
     with pytest.raises(WeightsError, match="got weights of version 3"):
         worker.run(items(version=2)[0].to_json(), 3, "", [])
 
@@ -230,7 +230,7 @@ def test_a_worker_that_cannot_import_its_class_is_named_at_once_by_its_own_error
         with make_backend(make_recipe(), ray_settings(2)) as backend:
             backend._actor = ray.remote(max_restarts=0)(here.Worker)
             said = (
-                r"Ray worker 0 cannot start: ModuleNotFoundError: No module named 'only_in_the_driver'; .* every node"
+                r"Ray worker \d cannot start: ModuleNotFoundError: No module named 'only_in_the_driver'; .* every node"
             )
             with pytest.raises(RolloutError, match=said) as caught:
                 backend.collect(items(), Weights.of(make_policy(), 1))

@@ -4,12 +4,13 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
-from interrupted_runs import assert_same, outcome, place
+from interrupted_runs import Job, assert_same, outcome, place
 from processes import Process
 from tiny_runs import TINY
 
@@ -217,6 +218,18 @@ def test_what_cannot_be_supervised_is_refused(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def hit(job: Job, supervisor: Process, number: int, least: str) -> int:
+    """Send a signal to the driver once it is there and the checkpoint ``least`` is saved; whether it was sent."""
+    while supervisor.process.is_alive():
+        with suppress(psutil.NoSuchProcess):
+            drivers = psutil.Process(supervisor.process.pid).children()
+            if drivers and (not least or (job.checkpoints() or [""])[-1] >= least):
+                os.kill(drivers[0].pid, number)
+                return 1
+        time.sleep(0.01)
+    return 0
+
+
 @pytest.mark.alone
 def test_a_driver_killed_at_random_moments_ends_in_the_same_bits(tiny_root, tmp_path):
     """SIGKILL, three times; one SIGTERM from outside, which counts as a preemption; then a stop of the supervisor."""
@@ -228,11 +241,9 @@ def test_a_driver_killed_at_random_moments_ends_in_the_same_bits(tiny_root, tmp_
         *(job.cwd, "supervise", "--backoff_s", "0.1", "--", "finetune", *settings, "--root", "runs", "--name", "it")
     )
     draw, killed = random.Random(15), 0
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        time.sleep(draw.uniform(0.5, 12.0))
-        for driver in psutil.Process(supervisor.process.pid).children() if supervisor.process.is_alive() else ():
-            os.kill(driver.pid, number)
-            killed += 1
+    for number, least in zip((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), ("", "1", "3", "5")):
+        time.sleep(draw.uniform(0.1, 0.6))
+        killed += hit(job, supervisor, number, f"step-{least:0>8}" if least else "")
     result = supervisor.wait()
     assert result.code == 0, result.err
     assert killed >= 2, "the run was too short to be killed"
