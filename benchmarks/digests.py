@@ -3,6 +3,7 @@ pretraining objective, and of the default ``finetune``.
 
     python benchmarks/digests.py --out before.json
     python benchmarks/digests.py --against before.json     # exit 1 and a line for each run that ended in other bits
+    python benchmarks/digests.py --only "method sds" "agent grpo" --against before.json
 
 A change that should move no bit is held to it by this script, on one machine and one version of torch.
 """
@@ -14,7 +15,8 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -51,21 +53,25 @@ def run(root: Path, command: str, name: str, *settings: str) -> str:
     return weights(root / name / "model")
 
 
-def runs(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, digest) of every run."""
+def runs(root: Path) -> dict[str, Callable[[], str]]:
+    """What each run is called, and a function that runs it and returns its digest."""
     from rlfusion.agents import AGENTS
     from rlfusion.distill import METHODS
     from rlfusion.pretrain import PRESETS
 
     small = "model.net=ResidualMLP(width=32, depth=1)"
     base = [f"pretrain.{setting}" for setting in (*PRETRAIN[:3], small)]
-    yield "finetune", run(root, "finetune", "finetune")
+    made = {"finetune": partial(run, root, "finetune", "finetune")}
     for agent in AGENTS:
-        yield f"agent {agent}", run(root, "finetune", f"agent-{agent}", f"agent={agent}", *RUN, *base, *CHAIN)
+        settings = (f"agent={agent}", *RUN, *base, *CHAIN)
+        made[f"agent {agent}"] = partial(run, root, "finetune", f"agent-{agent}", *settings)
     for name in PRESETS:
-        yield f"objective {name}", run(root, "pretrain", f"objective-{name}", f"objective={name}", small, *PRETRAIN)
+        settings = (f"objective={name}", small, *PRETRAIN)
+        made[f"objective {name}"] = partial(run, root, "pretrain", f"objective-{name}", *settings)
     for method in METHODS:
-        yield f"method {method}", run(root, "distill", f"method-{method}", f"method={method}", *DISTILL, *base)
+        settings = (f"method={method}", *DISTILL, *base)
+        made[f"method {method}"] = partial(run, root, "distill", f"method-{method}", *settings)
+    return made
 
 
 def main() -> int:
@@ -73,12 +79,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write the digests as JSON")
     parser.add_argument("--against", type=Path, help="digests to compare with")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help='which runs, as "method sds" (default: all)')
     asked = parser.parse_args()
     expected = json.loads(asked.against.read_text()) if asked.against else {}
     found, wrong = {}, 0
     with tempfile.TemporaryDirectory() as folder:
-        for name, digest in runs(Path(folder)):
-            found[name] = digest
+        known = runs(Path(folder))
+        if unknown := [name for name in asked.only or () if name not in known]:
+            parser.error(f"no run is called {unknown[0]!r}; there are {', '.join(known)}")
+        for name in asked.only or known:
+            found[name] = digest = known[name]()
             differs = asked.against is not None and expected.get(name) != digest
             wrong += differs
             print(name, digest, f"(was {expected.get(name)})" if differs else "", flush=True)
