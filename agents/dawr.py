@@ -24,7 +24,7 @@ from torch import Tensor
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import require_entries
 from rlfusion.data import Dataset
-from rlfusion.rl import chain_value, weighted
+from rlfusion.rl import chain_value, weighted_settings
 from rlfusion.rl.advantage import group_moments, normalized
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.chain_value import ChainValue
@@ -36,8 +36,8 @@ from rlfusion.training.optimization import Optimization
 
 
 @dataclass(frozen=True)
-class Config(weighted.Settings, chain_value.Settings):
-    """Settings of DAWR; ``weighted.Settings`` and ``chain_value.Settings`` say the others.
+class Config(weighted_settings.Settings, chain_value.Settings):
+    """Settings of DAWR; ``weighted_settings.Settings`` and ``chain_value.Settings`` say the others.
 
     Attributes:
         name: the algorithm.
@@ -49,7 +49,7 @@ class Config(weighted.Settings, chain_value.Settings):
     advantage: Literal["gae", "critic", "prompt", "batch"] = "gae"
 
     def __post_init__(self) -> None:
-        weighted.Settings.__post_init__(self)
+        weighted_settings.Settings.__post_init__(self)
         chain_value.Settings.__post_init__(self)
         if self.on == "noised" and self.advantage == "gae" and self.gamma < 1:
             raise ConfigError(f"gamma = {self.gamma}: a noised sample is no step of a walk, expected 1 (or on = chain)")

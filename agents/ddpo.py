@@ -35,6 +35,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import clipped_surrogate, score_function
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
+from rlfusion.rl.pathwise import PathwiseStep
 from rlfusion.rl.transitions import Objective, Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
@@ -161,34 +162,6 @@ class Config:
             "the first is on-policy (ratio 1), the others are clipped at" if updates > 1 else "on-policy, clip unused:"
         )
         return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}"
-
-
-class PathwiseStep:
-    """The part of grad J that a noise-free last step carries: grad_theta R(decode(mean_theta(x_t, c)), c)."""
-
-    def __init__(self, task: Task) -> None:
-        """
-        Raises:
-            ConfigError: the last step has noise, or the reward has no gradient.
-        """
-        self.task = task
-        if bool(task.policy.stds(task.times)[-1] > 0):
-            raise ConfigError(
-                f"last_step = pathwise: the last step of {task.policy.kernel} has noise, expected exclude"
-            )
-        task.require_differentiable_reward()
-
-    def accumulate(self, batch: Trajectory, walks: Tensor, scale: Tensor, micro_batch: int) -> None:
-        """Add the descent gradient, the mean over ``walks`` of -scale R: scale (B,) is that of the advantages."""
-
-        def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            walk = walks[rows]
-            obs, _ = batch.transitions(walk, torch.full_like(walk, batch.steps - 1))
-            reward = self.task.score(self.task.policy(obs).mean, obs.cond)
-            return -(scale[walk.to(scale.device)] * reward).sum() / len(walks), {}
-
-        ranks = current()
-        ranks.accumulate(self.task.policy, ranks.share(walks, len(batch)), micro_batch, part)
 
 
 class Learner:

@@ -25,7 +25,7 @@ from torch import Tensor
 from rlfusion.common.errors import ConfigError, require_not_negative
 from rlfusion.common.weights import require_entries
 from rlfusion.data import Dataset
-from rlfusion.rl import weighted
+from rlfusion.rl import weighted_settings
 from rlfusion.rl.advantage import normalized
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.replay import Replay
@@ -37,8 +37,8 @@ from rlfusion.training.optimization import Optimization
 
 
 @dataclass(frozen=True)
-class Config(weighted.Settings):
-    """Settings of DRWR; ``weighted.Settings`` says the others.
+class Config(weighted_settings.Settings):
+    """Settings of DRWR; ``weighted_settings.Settings`` says the others.
 
     Attributes:
         name: the algorithm.

@@ -24,11 +24,13 @@ from urllib.parse import urlsplit
 from torch import nn
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, unknown
-from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.registry import Registry
 from rlfusion.common.user_code import running
-from rlfusion.rewards.adapters import NAMES, ONE, Adapter, adapted, fixed, remedy, signature_of, whole
+from rlfusion.rewards.adapters import adapted, fixed, signature_of, whole
 from rlfusion.rewards.base import Reward
+from rlfusion.rewards.binding import NAMES, ONE, Adapter, remedy
 from rlfusion.rewards.remote.client import Remote, is_url
 from rlfusion.rewards.weighted import WeightedSum
 from rlfusion.rewards.wrapped import CallOptions

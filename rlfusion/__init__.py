@@ -20,8 +20,9 @@ if not (_Path(__path__[0]) / "envs").is_dir():  # in a checkout envs/, rewards/ 
     __path__.append(str(_Path(__path__[0]).parent))
 
 _PUBLIC = {
-    "rlfusion.api": "Model evaluate load make_env sample save",
+    "rlfusion.api": "Model load sample save",
     "rlfusion.finetuning": "Run finetune",
+    "rlfusion.judging": "evaluate make_env",
     "rlfusion.common.errors": "ConfigError NumericalError RlfusionError StateError StorageError UnavailableError "
     "UserCodeError",
     "rlfusion.data": "Dataset digits",
@@ -51,9 +52,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from rlfusion.api import Model as Model
-    from rlfusion.api import evaluate as evaluate
     from rlfusion.api import load as load
-    from rlfusion.api import make_env as make_env
     from rlfusion.api import sample as sample
     from rlfusion.api import save as save
     from rlfusion.common.errors import ConfigError as ConfigError
@@ -92,6 +91,8 @@ if TYPE_CHECKING:
     from rlfusion.diffusion.schedule import ZeroSNR as ZeroSNR
     from rlfusion.finetuning import Run as Run
     from rlfusion.finetuning import finetune as finetune
+    from rlfusion.judging import evaluate as evaluate
+    from rlfusion.judging import make_env as make_env
     from rlfusion.nets.dit import DiT as DiT
     from rlfusion.nets.mlp import ResidualMLP as ResidualMLP
     from rlfusion.nets.unet import UNet as UNet

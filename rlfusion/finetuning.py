@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rlfusion import models
-from rlfusion.api import Model, ModelLike, RewardLike, made_reward
+from rlfusion.api import Model, ModelLike
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.common.progress import Progress
@@ -39,6 +39,7 @@ from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.jobs.tasks import make_task
+from rlfusion.judging import RewardLike, made_reward
 from rlfusion.models import lora
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards.given import named

@@ -15,28 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.cli import words
-from rlfusion.cli.settings_text import load, load_file
+from rlfusion.cli.defaults import mapping_of, model_defaults, preset_defaults, told_last
+from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
 from rlfusion.cli.values import checked, read
 from rlfusion.cli.words import RESUMABLE
-from rlfusion.common.errors import ConfigError, shorten, unknown
-from rlfusion.common.registry import Registry, absolute, pinned
+from rlfusion.common.code_files import absolute, pinned
+from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.registry import Registry
 
 PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain.", "distill": "pretrain."}
 """The commands that take --objective, and where they keep the settings of pretraining."""
-
-PIPELINE_DEFAULTS = {
-    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8, "agent.micro_batch": 8},
-    "compare": {"evaluation.samples": 64, "rollout.item": 8, "micro_batch": 8},
-    "sample": {"count": 8, "scale": 1},
-    "evaluate": {"evaluation.samples": 64},
-    "check-model": {},
-    "check-reward": {},
-}
-"""Defaults of the commands where the model is a pretrained pipeline."""
-
-ROLLING = ("finetune", "compare")
-"""The commands that have rollout.prompts."""
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain; or a loss alone"
 
@@ -59,14 +48,14 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     words.read(kind, arguments, known.names(), known.leaves)  # what is no option is said before anything is read
     if kind == "distill":
         arguments = _long(arguments, "method", distill.METHODS)
-        method = _told(arguments, "method", "name")
+        method = told_last(arguments, "method", "name")
         typed = config.with_method("cd" if method is None else str(method))
         return parse(typed, kind, arguments, make=config.Distill)
     arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
     if kind == "compare":
         return parse(Compare, kind, arguments, model="base")
     arguments = _long(arguments, "agent", AGENTS)
-    agent = _told(arguments, "agent", "name")
+    agent = told_last(arguments, "agent", "name")
     typed = config.with_agent("ddpo" if agent is None else str(agent))
     return parse(typed, "finetune", arguments, make=config.Finetune, model="base")
 
@@ -89,35 +78,6 @@ def _is_name(text: str) -> bool:
     return re.fullmatch(r"\s*[\w-]*\s*|[^{}\n]+:\s*\w+\s*", text) is not None and not text.startswith("--")
 
 
-def _told(arguments: list[str], *key: str) -> Any:
-    """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
-    told = None
-    for option, text in words.read("", arguments):
-        place = tuple(option.split("."))
-        if place == key:
-            told = text
-        elif text is not None and (option == "config" or key[: len(place)] == place):
-            held: Any = _mapping(option, text)
-            for name in key if option == "config" else key[len(place) :]:
-                held = held.get(name) if isinstance(held, dict) else None
-            told = told if held is None else held
-    return told
-
-
-def _mapping(option: str, text: str) -> dict[str, Any]:
-    """The settings after --config or after the name of a group: a file, or YAML between braces."""
-    if not text.lstrip().startswith("{"):
-        if option != "config" and not Path(text).suffix:
-            raise ConfigError(
-                f"{option} = {shorten(repr(text))}: expected a mapping of settings, or a YAML file of them"
-            )
-        return load_file(text)
-    held = load(text, f"--{option}")
-    if not isinstance(held, dict):
-        raise ConfigError(f"--{option} {shorten(repr(text))}: expected a mapping of settings")
-    return held
-
-
 def resumed(kind: str, arguments: list[str], check: Callable[[Any], Any]) -> tuple[Any, Path]:
     """The settings with which the run of ``--resume FOLDER [--change KEY=VALUE ...]`` goes on, and its folder.
     ``check`` refuses changes that cannot work.
@@ -135,55 +95,6 @@ def resumed(kind: str, arguments: list[str], check: Callable[[Any], Any]) -> tup
 
     settings = resuming.settings_of_run(kind, folder, changes, partial(settings_of, kind), workable)
     return replace(settings, root=str(folder.parent)), folder
-
-
-def model_defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]:
-    """The chain that the model of an option was made with, as defaults, and of a pretrained pipeline numbers that suit
-    its size; none for no model.
-    """
-    from rlfusion import models
-    from rlfusion.models import pipelines
-
-    name = _told(arguments, option)
-    rolls = command in ROLLING and _told(arguments, "rollout", "prompts") is None
-    if not name:
-        return _fitting(_classes(arguments)) if rolls else {}
-    if pipelines.is_pipeline(name):
-        variant, family = (str(_told(arguments, "pipeline", key) or "") for key in ("variant", "family"))
-        training = command in ("finetune", "compare", "check-model")
-        chain, few = pipelines.defaults(name, training, variant, family), PIPELINE_DEFAULTS[command]
-        few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
-    else:
-        card = models.load_card(Path(name))
-        chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
-        few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
-    return few | {f"chain.{key}": value for key, value in chain.items()}
-
-
-def _fitting(there: int) -> dict[str, Any]:
-    """The default of rollout.prompts where there are fewer prompts than that."""
-    from rlfusion.config import Rollout
-
-    return {"rollout.prompts": there} if 1 < there < Rollout().prompts else {}
-
-
-def _prompts(arguments: list[str], own: int) -> int:
-    """How many prompts a pipeline is given, ``own`` where none are."""
-    from rlfusion.models import pipelines
-
-    told = _told(arguments, "pipeline", "prompts")
-    if not told:
-        return own
-    how = [str(_told(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
-    return len(pipelines.read_prompts(str(told), "", *how).texts)
-
-
-def _classes(arguments: list[str]) -> int:
-    """How many classes, or captions, the data have that a base model is trained on here."""
-    from rlfusion.data import load as load_data
-
-    data, size = (_told(arguments, "pretrain", key) for key in ("data", "size"))
-    return load_data(str(data), int(size or 32)).classes if data else 0
 
 
 def parse(
@@ -210,7 +121,7 @@ def parse(
     told = {key: value for key, value in told.items() if key in known.leaves}
     if preset := values.pop("objective", ""):
         own = "chain." if command == "distill" else "-"  # a student's chain is not its teacher's
-        found = _preset(preset, PRESET_PREFIX[command])
+        found = preset_defaults(preset, PRESET_PREFIX[command])
         told |= {key: value for key, value in found.items() if not key.startswith(own)}
     parser = make_parser(settings, command, told)
     try:
@@ -301,9 +212,9 @@ def _default_name(settings: type, group: str) -> str:
 def _unfolded(option: str, text: str, known: Tree) -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of each setting that an option and its text give."""
     if option == "config":
-        yield from _leaves(_mapping(option, text), "", known)
+        yield from _leaves(mapping_of(option, text), "", known)
     elif option in known.groups:
-        yield from _leaves(_mapping(option, text), f"{option}.", known)
+        yield from _leaves(mapping_of(option, text), f"{option}.", known)
     elif option in known.leaves:
         yield option, read(option, text, known.leaves[option])
     else:
@@ -321,19 +232,6 @@ def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple
             yield from _leaves(value, f"{key}.", known)
         elif key not in known.groups:
             yield key, value
-
-
-def _preset(objective: str, prefix: str) -> dict[str, Any]:
-    """The settings of a pretraining preset, as defaults by dotted key: a preset is shorthand, not a setting."""
-    from rlfusion.pretrain import PRESETS, losses
-
-    if objective not in PRESETS:
-        try:
-            losses.make(absolute(objective))
-        except ConfigError as error:
-            raise error if "(" in objective or ":" in objective else unknown("objective", objective, PRESETS) from error
-        return {f"{prefix}train.loss": absolute(objective)}
-    return {key if key.startswith("chain.") else prefix + key: value for key, value in PRESETS[objective].items()}
 
 
 def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:

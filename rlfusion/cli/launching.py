@@ -8,8 +8,8 @@ from typing import Any
 from rlfusion.cli import words
 from rlfusion.cli.arguments import parse, settings_of
 from rlfusion.cli.words import FLAGS, RESUMABLE
+from rlfusion.common.code_files import pinned
 from rlfusion.common.errors import ConfigError, shorten, unknown
-from rlfusion.common.registry import pinned
 
 
 def supervise(arguments: list[str]) -> int:

@@ -154,7 +154,7 @@ def _job(kind: str, arguments: list[str]) -> None:
 
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import resumed, settings_of
-    from rlfusion.common.registry import pinned
+    from rlfusion.common.code_files import pinned
     from rlfusion.jobs import compare, distill, finetune, pretrain, pretrain_autoencoder, runs, train_clip
 
     check, run = {

@@ -15,9 +15,9 @@ from typing import Any
 from rlfusion import config
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common import storage
+from rlfusion.common.code_files import pinned
 from rlfusion.common.errors import StorageError
 from rlfusion.common.progress import Bar, Progress
-from rlfusion.common.registry import pinned
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.jobs.finetune import finetune
 from rlfusion.training.ranks import Ranks, current, joined

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree
 from rlfusion.common.annotations import fits, kinds, refused
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, shorten
-from rlfusion.common.registry import absolute
 
 MOST_NAME, MOST_PATH = 240, 3500
 """Bytes of the name of a folder, and of a path: what file systems take, less what is added."""

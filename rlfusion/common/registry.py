@@ -6,19 +6,13 @@ A name is
     module:Name     package.module:Name, of anything that Python can import
     file.py:Name    path/to/file.py:Name, of a file that need not be installed
 
-A file is found from the working directory, and is written down with its path from the root (``absolute``), so that a
-process elsewhere finds it too. SHA-256 of its bytes goes with it (``files_of``), so that an edited file is noticed. A
-worker on another machine gets the file's text (``texts_of``, ``receive``); nothing is ever unpickled.
+``code_files`` says how the last is told from other texts, written down, found again, and sent to a worker.
 """
 
-import hashlib
 import importlib
 import inspect
-import linecache
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -26,13 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from rlfusion.common.errors import ConfigError, near, unknown
+from rlfusion.common.code_files import load_file
+from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.common.user_code import loading
 
-BUILT_IN, ABSENT = "built in", "absent"
+BUILT_IN = "built in"
 FORMS = "package.module:name, path/to/file.py:name"
-PLACED = re.compile(r"\s*(?![^('\"]*\s=\s)(?P<file>[^()'\"\n]+\.py):(?P<rest>\w+\s*(\(.*)?)", re.DOTALL)
-"""A text that names a thing in a file, with settings or without."""
 
 
 class Found(NamedTuple):
@@ -144,7 +137,7 @@ class Registry(Mapping[str, Any]):
         if not self.adopt and (key := next((k for k, held in self.built_in.items() if held == name), "")):
             return Found(self[key], name, BUILT_IN)
         file = place.endswith(".py")
-        module, digest = _load_file(what, Path(place)) if file else (_import(what, place), "")
+        module, digest = load_file(what, Path(place)) if file else (_import(what, place), "")
         if attribute not in vars(module):
             raise unknown(f"name in module {place!r}", attribute, [n for n in vars(module) if n[0] != "_"])
         path = str(Path(place).resolve()) if file else ""
@@ -189,119 +182,6 @@ def about(held: Any) -> str:
     """The first line of the docstring of a class or a function; "" for none, and for what is neither."""
     told = inspect.getdoc(held) if inspect.isclass(held) or inspect.isroutine(held) else ""
     return (told or "").partition("\n")[0]
-
-
-def absolute(text: str) -> str:
-    """A text that names a thing in a file, with the file's path from the root; any other text as it is."""
-    named = PLACED.fullmatch(text)
-    return f"{Path(named['file']).resolve()}:{named['rest']}" if named else text
-
-
-def label(text: str) -> str:
-    """A short name of what a text names, for tables and folders: without its place and its settings."""
-    name = PLACED.fullmatch(text)["rest"] if PLACED.fullmatch(text) else text
-    return name.partition("(")[0].rpartition(":")[2].strip()
-
-
-def files_of(value: Any) -> dict[str, str]:
-    """SHA-256, by path, of every file that is named in ``value``, plain data, as the place of a thing.
-
-    A file that is not there has "absent".
-    """
-    return {path: _digest(path) for path in _paths(value)}
-
-
-def texts_of(value: Any) -> dict[str, str]:
-    """The text of each such file, by path: what ``receive`` takes."""
-    return {path: held.decode("utf-8") for path in _paths(value) if (held := _bytes(Path(path))) is not None}
-
-
-def receive(texts: Mapping[str, str]) -> None:
-    """Take the files of these paths to be these texts, in this process, whatever lies there."""
-    _RECEIVED.update({path: text.encode() for path, text in texts.items()})
-
-
-_RECEIVED: dict[str, bytes] = {}
-
-
-@contextmanager
-def pinned(value: Any) -> Iterator[None]:
-    """Within the context the files named in ``value``, plain data, are what they are now, whoever edits them."""
-    before = dict(_RECEIVED)
-    receive(texts_of(value))
-    try:
-        yield
-    finally:
-        _RECEIVED.clear()
-        _RECEIVED.update(before)
-
-
-def found_again(files: Mapping[str, str], what: str) -> dict[str, str]:
-    """Where the files of these SHA-256, by path, are now: there, or under their names in the working directory.
-
-    Raises:
-        ConfigError: one is nowhere, or was edited; ``what`` says what was made with it.
-    """
-    places = {}
-    for path, digest in files.items():
-        tried = [path, str(Path(Path(path).name).resolve())]
-        places[path] = next((one for one in tried if _digest(one) == digest), "")
-        if not places[path]:
-            now = _digest(path)
-            state = "is not there" if now == ABSENT else f"was edited since (its SHA-256 is {now[:12]})"
-            raise ConfigError(
-                f"{what} was made with {path} of SHA-256 {digest[:12]}, which {state}: expected that file as it was, "
-                f"there or as {Path(path).name} in the working directory"
-            )
-    return places
-
-
-def _paths(value: Any) -> list[str]:
-    """The files, with their paths from the root, that texts of nested plain data name."""
-    if isinstance(value, str):
-        named = PLACED.fullmatch(value)
-        return [str(Path(named["file"]).resolve())] if named else []
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        return list(dict.fromkeys(path for one in value for path in _paths(one)))
-    return []
-
-
-def _bytes(path: Path) -> bytes | None:
-    """What a file holds; None where there is none."""
-    held = _RECEIVED.get(str(path.resolve()))
-    return held if held is not None else path.read_bytes() if path.is_file() else None
-
-
-def _digest(path: str) -> str:
-    held = _bytes(Path(path))
-    return ABSENT if held is None else hashlib.sha256(held).hexdigest()
-
-
-def _load_file(what: str, path: Path) -> tuple[ModuleType, str]:
-    """The module that a file holds, once a process, and its digest; a file that changed is another module."""
-    path, held = path.resolve(), _bytes(path)
-    if held is None:
-        others = near(path.name, (one.name for one in path.parent.glob("*.py")))
-        hint = f"; did you mean {others[0]!r}?" if others else ""
-        raise ConfigError(f"{what}: no file {str(path)!r} (from the folder {str(Path.cwd())!r}){hint}")
-    name = f"rlfusion_file_{path.stem}_{hashlib.sha256(str(path).encode() + held).hexdigest()[:16]}"
-    digest = hashlib.sha256(held).hexdigest()
-    if name in sys.modules:
-        return sys.modules[name], digest
-    module = sys.modules[name] = ModuleType(name)
-    module.__file__ = str(path)
-    try:
-        with loading(what):
-            exec(compile(held, str(path), "exec"), vars(module))
-    except BaseException:
-        del sys.modules[name]
-        raise
-    if not path.is_file():  # received: tracebacks and dataclasses read its source here
-        text = held.decode("utf-8")
-        linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
-    return module, digest
 
 
 def _import(what: str, module: str) -> ModuleType:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_positive, require_share
-from rlfusion.common.registry import absolute
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import ConfigError, require_positive
-from rlfusion.common.registry import absolute, label
 from rlfusion.config.finetune import Finetune
 from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, make_dataclass
 
 from rlfusion import distill
 from rlfusion.common import spec
+from rlfusion.common.code_files import label
 from rlfusion.common.errors import require_positive
-from rlfusion.common.registry import label
 from rlfusion.config.parts import Evaluation, Ray
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
+from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, unknown
-from rlfusion.common.registry import label
 from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain

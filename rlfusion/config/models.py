@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import require_positive, require_share
-from rlfusion.common.registry import absolute
 from rlfusion.config.parts import Evaluation, require_output
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negative, require_positive, shorten
-from rlfusion.common.registry import absolute
 from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
 

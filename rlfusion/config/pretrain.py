@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from rlfusion import models, pretrain
+from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import require_positive, require_share
-from rlfusion.common.registry import absolute, label
 from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
 from rlfusion.diffusion.chain import Chain

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.registry import Registry, label
+from rlfusion.common.registry import Registry
 from rlfusion.common.user_code import running
 from rlfusion.data.columns import SUFFIXES
 from rlfusion.data.dataset import Dataset, digits

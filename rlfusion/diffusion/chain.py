@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_at_most, require_not_negative, unknown
-from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.registry import Registry
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
 from rlfusion.diffusion.grid import Grid, Listed, Spacing, TimeGrid, repeated
 from rlfusion.diffusion.kernel import Kernel, LastStepNoise

@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, NumericalError, unknown
-from rlfusion.common.registry import Registry, label
+from rlfusion.common.registry import Registry
 from rlfusion.common.user_code import running
 
 Metric = Callable[[Tensor, Tensor], Any]

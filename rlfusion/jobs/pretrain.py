@@ -10,9 +10,9 @@ import torch
 
 from rlfusion import models
 from rlfusion.common import storage
+from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
-from rlfusion.common.registry import files_of
 from rlfusion.common.stops import Signals
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.data import Dataset, load

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.registry import Registry
 from rlfusion.common.seeding import integer
 from rlfusion.diffusion import schedule
 from rlfusion.diffusion.consistency import LCM

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rlfusion.common.registry import absolute, files_of
+from rlfusion.common.code_files import absolute, files_of
 from rlfusion.diffusion.denoiser import Answers
 
 KINDS: Mapping[str, type | tuple[type, ...]] = {

@@ -8,8 +8,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from rlfusion.common.code_files import found_again
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.registry import found_again
 from rlfusion.common.weights import read_file, sha256, unpack
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.models import pipelines

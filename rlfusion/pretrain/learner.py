@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.common.registry import absolute
 from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset, augment
 from rlfusion.diffusion.denoiser import Denoiser

@@ -20,8 +20,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.numerics import differences, fingerprint
-from rlfusion.common.registry import receive, texts_of
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
 from rlfusion.rollout.item import WorkItem
@@ -49,7 +49,7 @@ class Worker:
         texts: Mapping[str, str],
     ) -> dict[str, str]:
         """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``; ``texts`` are
-        the files of the user's own code (``registry.receive``).
+        the files of the user's own code (``code_files.receive``).
 
         The answer is this process's numerics fingerprint.
         """

@@ -22,8 +22,8 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.errors import RlfusionError, require_not_negative, require_positive
-from rlfusion.common.registry import receive, texts_of
 from rlfusion.common.user_code import blamed
 from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
 from rlfusion.training.ranks import Ranks, joined

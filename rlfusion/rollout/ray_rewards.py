@@ -20,8 +20,8 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from torch import Tensor, nn
 
+from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.registry import receive, texts_of
 from rlfusion.common.tensors import Cond
 from rlfusion.rewards import Reward, asks, build
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable

@@ -8,13 +8,14 @@ import torch
 from chains import Capture, affine, all_transitions, class_walks, collect, flat_gradient, mlp
 from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward, task_of
 
-from rlfusion.agents.ddpo import Config, Learner, PathwiseStep
+from rlfusion.agents.ddpo import Config, Learner
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import Renoise
 from rlfusion.diffusion.sampling import walk
 from rlfusion.diffusion.schedule import DDPM as Table
 from rlfusion.diffusion.schedule import Geometric
+from rlfusion.rl.pathwise import PathwiseStep
 
 PLAIN = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0, "advantage": "none", "micro_batch": 10**6}
 

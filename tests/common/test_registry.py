@@ -7,9 +7,10 @@ from typing import Protocol
 import pytest
 
 from rlfusion.agents import AGENTS
-from rlfusion.common import registry, spec
+from rlfusion.common import code_files, registry, spec
+from rlfusion.common.code_files import absolute, files_of, label
 from rlfusion.common.errors import ConfigError, UserCodeError
-from rlfusion.common.registry import Registry, absolute, files_of, label
+from rlfusion.common.registry import Registry
 from rlfusion.diffusion.chain import KERNELS
 from rlfusion.diffusion.parameterization import KINDS
 from rlfusion.distill import METHODS
@@ -173,11 +174,11 @@ def test_an_edited_file_is_another_module_and_another_digest(there):
 
 
 def test_a_process_elsewhere_makes_a_thing_of_the_text_that_it_got(there, monkeypatch):
-    texts = registry.texts_of({"kernel": "shapes.py:Square(side=2)"})
+    texts = code_files.texts_of({"kernel": "shapes.py:Square(side=2)"})
     assert texts == {str(there / "shapes.py"): SQUARE}
     Path("shapes.py").unlink()
-    monkeypatch.setattr(registry, "_RECEIVED", {})
-    registry.receive(texts)
+    monkeypatch.setattr(code_files, "_RECEIVED", {})
+    code_files.receive(texts)
     assert spec.parse(f"{there}/shapes.py:Square(side=2)", THINGS, "thing").area() == 4
 
 

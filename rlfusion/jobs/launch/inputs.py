@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import PLACED
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten
-from rlfusion.common.registry import PLACED
 from rlfusion.data import columns, sources
 from rlfusion.models import pipelines
 from rlfusion.models.pipelines.prompt_files import READERS

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.registry import files_of
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import hub, lengths

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.common.registry import absolute
 from rlfusion.models.pipelines import hub
 from rlfusion.models.pipelines.family import plain_grid
 from rlfusion.models.pipelines.prompt_files import READERS

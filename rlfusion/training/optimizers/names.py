@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import SparseAdam
 
 from rlfusion.common import nested, spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, unknown
-from rlfusion.common.registry import Registry, absolute
+from rlfusion.common.registry import Registry
 from rlfusion.training.optimizers.named import NamedOptimizer
 from rlfusion.training.optimizers.recipe import Recipe, of_torch
 

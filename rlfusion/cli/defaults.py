@@ -1,0 +1,112 @@
+"""Defaults that are not those of the settings' class: what the arguments name, a model or a recipe, brings its own."""
+
+from pathlib import Path
+from typing import Any
+
+from rlfusion.cli import words
+from rlfusion.cli.settings_text import load, load_file
+from rlfusion.common.code_files import absolute
+from rlfusion.common.errors import ConfigError, shorten, unknown
+
+PIPELINE_DEFAULTS = {
+    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8, "agent.micro_batch": 8},
+    "compare": {"evaluation.samples": 64, "rollout.item": 8, "micro_batch": 8},
+    "sample": {"count": 8, "scale": 1},
+    "evaluate": {"evaluation.samples": 64},
+    "check-model": {},
+    "check-reward": {},
+}
+"""Defaults of the commands where the model is a pretrained pipeline."""
+ROLLING = ("finetune", "compare")
+"""The commands that have rollout.prompts."""
+
+
+def told_last(arguments: list[str], *key: str) -> Any:
+    """The value that the arguments, or the configuration files among them, give a setting last; None for none."""
+    told = None
+    for option, text in words.read("", arguments):
+        place = tuple(option.split("."))
+        if place == key:
+            told = text
+        elif text is not None and (option == "config" or key[: len(place)] == place):
+            held: Any = mapping_of(option, text)
+            for name in key if option == "config" else key[len(place) :]:
+                held = held.get(name) if isinstance(held, dict) else None
+            told = told if held is None else held
+    return told
+
+
+def mapping_of(option: str, text: str) -> dict[str, Any]:
+    """The settings after --config or after the name of a group: a file, or YAML between braces."""
+    if not text.lstrip().startswith("{"):
+        if option != "config" and not Path(text).suffix:
+            raise ConfigError(
+                f"{option} = {shorten(repr(text))}: expected a mapping of settings, or a YAML file of them"
+            )
+        return load_file(text)
+    held = load(text, f"--{option}")
+    if not isinstance(held, dict):
+        raise ConfigError(f"--{option} {shorten(repr(text))}: expected a mapping of settings")
+    return held
+
+
+def model_defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]:
+    """The chain that the model of an option was made with, as defaults, and of a pretrained pipeline numbers that suit
+    its size; none for no model.
+    """
+    from rlfusion import models
+    from rlfusion.models import pipelines
+
+    name = told_last(arguments, option)
+    rolls = command in ROLLING and told_last(arguments, "rollout", "prompts") is None
+    if not name:
+        return _fitting(_classes(arguments)) if rolls else {}
+    if pipelines.is_pipeline(name):
+        variant, family = (str(told_last(arguments, "pipeline", key) or "") for key in ("variant", "family"))
+        training = command in ("finetune", "compare", "check-model")
+        chain, few = pipelines.defaults(name, training, variant, family), PIPELINE_DEFAULTS[command]
+        few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
+    else:
+        card = models.load_card(Path(name))
+        chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+        few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
+    return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _fitting(there: int) -> dict[str, Any]:
+    """The default of rollout.prompts where there are fewer prompts than that."""
+    from rlfusion.config import Rollout
+
+    return {"rollout.prompts": there} if 1 < there < Rollout().prompts else {}
+
+
+def _prompts(arguments: list[str], own: int) -> int:
+    """How many prompts a pipeline is given, ``own`` where none are."""
+    from rlfusion.models import pipelines
+
+    told = told_last(arguments, "pipeline", "prompts")
+    if not told:
+        return own
+    how = [str(told_last(arguments, "pipeline", key) or "") for key in ("prompt_column", "encoding")]
+    return len(pipelines.read_prompts(str(told), "", *how).texts)
+
+
+def _classes(arguments: list[str]) -> int:
+    """How many classes, or captions, the data have that a base model is trained on here."""
+    from rlfusion.data import load as load_data
+
+    data, size = (told_last(arguments, "pretrain", key) for key in ("data", "size"))
+    return load_data(str(data), int(size or 32)).classes if data else 0
+
+
+def preset_defaults(objective: str, prefix: str) -> dict[str, Any]:
+    """The settings of a pretraining preset, as defaults by dotted key: a preset is shorthand, not a setting."""
+    from rlfusion.pretrain import PRESETS, losses
+
+    if objective not in PRESETS:
+        try:
+            losses.make(absolute(objective))
+        except ConfigError as error:
+            raise error if "(" in objective or ":" in objective else unknown("objective", objective, PRESETS) from error
+        return {f"{prefix}train.loss": absolute(objective)}
+    return {key if key.startswith("chain.") else prefix + key: value for key, value in PRESETS[objective].items()}
