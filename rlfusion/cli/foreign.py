@@ -96,6 +96,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("lora=LoRA(dropout=...)", "lora_dropout"),
     ("lora=LoRA(targets=...)", "lora_target_modules target_modules"),
     ("checkpoint_every", "save_freq save_steps save_every checkpointing_steps save_interval"),
+    ("checkpoints.last", "save_total_limit checkpoints_total_limit num_checkpoint_limit max_to_keep save_top_k"),
     ("evaluation.every", "eval_freq eval_steps eval_every validation_steps validation_epochs"),
     ("evaluation.samples count", "num_validation_images num_eval_samples"),
     ("data pretrain.data", "dataset dataset_name train_data_dir train_data data_dir instance_data_dir"),
@@ -118,8 +119,8 @@ NONE = {
     "num_train_timesteps noise_offset num_ddim_timesteps": "there is no such setting here",
     "revision": "expected a folder of that revision as the model",
     "local_rank num_machines main_process_port fsdp deepspeed": "many processes are rollout.workers of finetune",
-    "lr_scheduler lr_scheduler_type lr_schedule lr_num_cycles scale_lr save_total_limit checkpoints_total_limit "
-    "num_checkpoint_limit dataloader_num_workers allow_tf32 tf32 center_crop random_flip remove_unused_columns "
+    "lr_scheduler lr_scheduler_type lr_schedule lr_num_cycles scale_lr dataloader_num_workers "
+    "allow_tf32 tf32 center_crop random_flip remove_unused_columns "
     "enable_xformers_memory_efficient_attention use_xformers max_train_samples cache_dir logging_steps": "there is no "
     "such setting here",
 }

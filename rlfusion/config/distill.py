@@ -10,6 +10,7 @@ from rlfusion.config.parts import Evaluation, Ray
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
+from rlfusion.training.checkpoint import NEWEST, Keep
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Distill:
         ray: the Ray workers.
         evaluation: the evaluation.
         checkpoint_every: updates between checkpoints.
+        checkpoints: those that stay, and how they are written.
     """
 
     root: str = "runs"
@@ -49,6 +51,7 @@ class Distill:
     ray: Ray = field(default_factory=Ray)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 500
+    checkpoints: Keep = field(default_factory=lambda: NEWEST)
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "checkpoint_every")

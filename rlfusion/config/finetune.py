@@ -18,6 +18,7 @@ from rlfusion.rl.agent import Agent, Plan
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
+from rlfusion.training.checkpoint import Keep
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Finetune:
         monitor: what is watched beside the reward.
         evaluation: the evaluation.
         checkpoint_every: rollouts between checkpoints.
+        checkpoints: those that stay, and how they are written.
     """
 
     root: str = "runs"
@@ -91,6 +93,7 @@ class Finetune:
     monitor: Monitoring = field(default_factory=Monitoring)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 8
+    checkpoints: Keep = field(default_factory=Keep)
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "updates", "checkpoint_every")

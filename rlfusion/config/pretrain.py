@@ -8,6 +8,7 @@ from rlfusion.common.errors import require_positive, require_share
 from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
 from rlfusion.diffusion.chain import Chain
+from rlfusion.training.checkpoint import NEWEST, Keep
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Base:
         require_share(self, "held_out")
         require_positive(self, "size", "checkpoint_every")
 
+    @property
+    def keep(self) -> Keep:
+        """The checkpoints that stay while the model is made."""
+        return NEWEST
+
 
 @dataclass(frozen=True)
 class Pretrain(Base):
@@ -65,6 +71,7 @@ class Pretrain(Base):
         threads: CPU threads of torch.
         chain: the sampler of the evaluation and the grid.
         evaluation: the evaluation.
+        checkpoints: those that stay, and how they are written.
     """
 
     root: str = "runs"
@@ -73,10 +80,16 @@ class Pretrain(Base):
     threads: int = 1
     chain: Chain = field(default_factory=Chain)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Keep = field(default_factory=lambda: NEWEST)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "threads")
+
+    @property
+    def keep(self) -> Keep:
+        """The checkpoints that stay."""
+        return self.checkpoints
 
     @property
     def default_name(self) -> str:

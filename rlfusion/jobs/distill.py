@@ -168,7 +168,7 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    run = identity.enter(folder, "distill", config)
+    run = identity.enter(folder, "distill", config, config.checkpoints)
     told = {"teacher": models.digest(Path(config.teacher))} if config.teacher else {}
     run.require_inputs({"pretrain.data": teaching.data.sha256, **told})
     learner, stages = make_learner(config, teaching), plan(config, teaching)

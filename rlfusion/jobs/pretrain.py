@@ -48,7 +48,7 @@ def fit(
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    run = identity.enter(folder, "pretrain", config)
+    run = identity.enter(folder, "pretrain", config, config.keep)
     run.require_inputs({"data": data.sha256})
     denoiser = models.build(card, config.seed).to(device)
     if config.autoencoder:

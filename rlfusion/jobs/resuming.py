@@ -16,10 +16,10 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import to_yaml
 from rlfusion.jobs.runs import recorded
-from rlfusion.training import identity
+from rlfusion.training import deciding, identity
 from rlfusion.training.folders import locked
 
-FILES = identity.FILES.rstrip(".")
+FILES = deciding.FILES.rstrip(".")
 USAGE = "--resume takes the run's folder, --change KEY=VALUE for each change that is meant, and nothing else"
 FIXED = ("root", "name", "config", "objective", "print_config", "help", "resume", "change")
 """What is no setting of a run that could be changed; the first two are where its folder is."""
@@ -138,20 +138,20 @@ def _compare(
     """Refuse what nobody meant or what cannot work, and record what is meant; with ``files``, that the user's own were
     edited.
     """
-    now, then = identity.flat(settings), record.settings
-    if identity.differences(identity.decisive(then), identity.decisive(now)):
-        again = identity.flat(_read_again(record, options, read))
-        then = again | {name: held for name, held in then.items() if name in again and name not in identity.typed(then)}
+    now, then = deciding.flat(settings), record.settings
+    if deciding.differences(deciding.decisive(then), deciding.decisive(now)):
+        again = deciding.flat(_read_again(record, options, read))
+        then = again | {name: held for name, held in then.items() if name in again and name not in deciding.typed(then)}
     if files:
-        then = identity.typed(then) | {name: held for name, held in now.items() if name not in identity.typed(now)}
-    if edited := identity.differences(identity.decisive(then), identity.decisive(now)):
+        then = deciding.typed(then) | {name: held for name, held in now.items() if name not in deciding.typed(now)}
+    if edited := deciding.differences(deciding.decisive(then), deciding.decisive(now)):
         raise identity.DiffersError(identity.differs(folder, edited))
     total, done = now.get(identity.LENGTH.get(record.command, "")), identity.done(folder)
     if total is not None and total < done:
         raise ConfigError(identity.too_short(folder, done, total))
     if (options or files) and check is not None:
         check(settings)
-    if options or identity.digest(now) not in record.digests:
+    if options or deciding.digest(now) not in record.digests:
         storage.write(folder / "config.yaml", to_yaml(settings))
         identity.change(folder, record, settings, [option.removeprefix("--").partition("=")[0] for option in options])
 

@@ -136,7 +136,7 @@ def run(config: TrainClip, folder: Path, signals: Signals, progress: Progress) -
 
 def fit(config: TrainClip, data: Dataset, folder: Path, signals: Signals, progress: Progress) -> None:
     """Train on ``data`` into ``folder``, from its newest checkpoint on; leaves ``folder/clip``."""
-    run = identity.enter(folder, "train-clip", config)
+    run = identity.enter(folder, "train-clip", config, checkpoint.NEWEST)
     run.require_inputs({"data": data.sha256})
     model, described = config.model.described(data.shape)
     clip = towers.build(model, integer(config.seed, "clip", "initial weights")).to(pick_device(config.device))

@@ -56,15 +56,18 @@ def fit(
     tracker = Tracker(run.folder, start)
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
-
-    def save(step: int) -> None:
-        run.save(step, learner.state_dict(), keep=1)
-
     given = batches(start) if batches else iter(range(start, total))
-    steps = train(learner, given, start, total, every, save, signals)
     stopwatch = Stopwatch(run.folder, start)
-    with progress.bar(shown.bar, total, start) as drawn:
-        for step, metrics in steps:
+    last: dict[str, float] = {}
+    with run.writing() as begin, progress.bar(shown.bar, total, start) as drawn:
+
+        def save(step: int) -> None:
+            begin(step, learner.state_dict(), last)
+
+        for step, metrics in train(learner, given, start, total, every, save, signals):
+            if step == start:
+                run.writer.keep.require(metrics)
+            last = metrics
             drawn.advance(**{shown.metric: metrics[shown.metric]})
             if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
                 tracker.scalars(step + 1, shown.tag, metrics)

@@ -17,10 +17,10 @@ if that was saved under the settings of ``config.yaml``.
 
 import json
 import os
-import re
 import secrets
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +30,13 @@ from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import read_file, sha256
 from rlfusion.training import checkpoint
-from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Owner, write_json_atomic
+from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Keep, Owner, Writer, write_json_atomic
+from rlfusion.training.deciding import ABSENT, FILES, FURTHER, decisive, differences, digest, flat, plain, sha256_of
 
 FORMAT = 1
+KEEP = Keep()
+NONE: Mapping[str, float] = {}
 FILE = "run.json"
-FREE = re.compile(
-    r"(root|name|device|threads|updates|budget_queries|workers|rollout\.workers|ray(\..*)?|"
-    r"learner\.(ranks|cpus_per_rank|gpus_per_rank|restarts|timeout_s)|(pretrain\.)?checkpoint_every)"
-)
-"""Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how
-far it goes. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is told."""
-
-FURTHER = ("updates", "budget_queries")
-"""Of these, how far a run goes."""
-
-CACHED = re.compile(r".*cache/(base-[0-9a-f]{16})/model")
-"""A model of the cache: its name says what it is, and where the cache lies says nothing."""
-
 KINDS = {"command": str, "run": str, "config": dict, "settings": dict, "digests": list, "changes": list, "saved": bool}
 """What the entries of ``run.json`` are."""
 
@@ -61,64 +51,13 @@ CONTENT = ("data", "size", "base", "teacher", "autoencoder")
 REWARD = "reward"
 
 PLACE = ("root", "name")
-FILES = "files."
 EDITED = "edited"
 """What ``--change files=`` says: the files of the user's own code are meant as they are now."""
-ABSENT = "absent"
 SAID = 3
 
 
 class DiffersError(ConfigError):
     """The settings are not those of the run."""
-
-
-def flat(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass, or their mapping, by dotted name, as JSON has them; and for each file that they name
-    as the place of a thing (``path/to/file.py:name``) its SHA-256, as ``files.`` and its path.
-    """
-    held = plain(settings)
-    return dict(_leaves(held, "")) | {f"{FILES}{path}": digest for path, digest in files_of(held).items()}
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass, or their mapping, as a file of settings holds them: group by group, as of JSON."""
-    return json.loads(json.dumps(settings if isinstance(settings, Mapping) else asdict(settings)))
-
-
-def typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of flat settings that can be typed: all but the digests of files."""
-    return {name: value for name, value in settings.items() if not name.startswith(FILES)}
-
-
-def _leaves(held: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in held.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of flat settings that decide bits. With rollouts ahead of the learner (rollout.lag) checkpoints do, too."""
-    kept = {name: value for name, value in settings.items() if not FREE.fullmatch(name)}
-    if settings.get("rollout.lag") and "checkpoint_every" in settings:
-        kept["checkpoint_every"] = settings["checkpoint_every"]
-    for name in ("base", "teacher"):
-        if isinstance(kept.get(name), str) and (cached := CACHED.fullmatch(kept[name])):
-            kept[name] = cached[1]
-    return kept
-
-
-def digest(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides bits."""
-    return _sha256(decisive(settings))
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (old value, new value)} of flat settings that differ."""
-    names = [*new, *(name for name in old if name not in new)]
-    pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
-    return {name: pair for name, pair in pairs.items() if json.dumps(pair[0]) != json.dumps(pair[1])}
 
 
 @dataclass(frozen=True)
@@ -138,7 +77,7 @@ class Record:
     def write(self, folder: Path) -> None:
         """Put it into ``folder``."""
         held = {"format": FORMAT, **asdict(self)}
-        write_json_atomic(folder / FILE, {**held, "sha256": _sha256(held)})
+        write_json_atomic(folder / FILE, {**held, "sha256": sha256_of(held)})
 
     def since(self, found: Found) -> dict[str, tuple[Any, Any]]:
         """{name: (old value, new value)} of what decides bits and has changed since a checkpoint of the run was saved:
@@ -170,7 +109,7 @@ class Record:
         try:
             held = json.loads(read_file(file))
             stated = held.pop("sha256")
-            if held.pop("format") != FORMAT or _sha256({"format": FORMAT, **held}) != stated:
+            if held.pop("format") != FORMAT or sha256_of({"format": FORMAT, **held}) != stated:
                 raise ValueError("it does not match its own SHA-256")
             for name, kind in KINDS.items():
                 if not isinstance(held[name], kind):
@@ -202,10 +141,11 @@ def made(folder: Path, settings: Any, name: str) -> bool:
 
 
 class Run:
-    """A run at work in its folder, which this process holds; ``notes`` are to be told."""
+    """A run at work in its folder, which this process holds; ``notes`` are to be told, checkpoints stay by ``keep``."""
 
-    def __init__(self, folder: Path, record: Record, notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, record: Record, notes: tuple[str, ...] = (), keep: Keep = KEEP) -> None:
         self.folder, self.record, self.notes = folder, record, notes
+        self.writer = Writer(self.checkpoints, keep)
 
     @property
     def owner(self) -> Owner:
@@ -223,10 +163,10 @@ class Run:
         Raises:
             ConfigError: it is not.
         """
-        for name, digest in inputs.items():
-            if (was := self.record.inputs.get(name, digest)) != digest:
+        for name, now in inputs.items():
+            if (was := self.record.inputs.get(name, now)) != now:
                 raise ConfigError(
-                    f"{self.folder} was begun with other content of {name} (SHA-256 {digest[:12]}, was {was[:12]}): "
+                    f"{self.folder} was begun with other content of {name} (SHA-256 {now[:12]}, was {was[:12]}): "
                     f"put that back, say --change {name}=... where the new one is meant, or begin again"
                 )
         if self.record.inputs != (held := {**self.record.inputs, **inputs}):
@@ -252,10 +192,24 @@ class Run:
                 raise ConfigError(too_short(self.folder, found.step, total))
         return found
 
-    def save(self, step: int, state: dict[str, Any], keep: int = 3) -> None:
+    def save(self, step: int, state: dict[str, Any], metrics: Mapping[str, float] = NONE) -> None:
         """Save ``state`` as its checkpoint of ``step``, as ``checkpoint.save`` does."""
-        checkpoint.save(self.checkpoints, step, state, keep, self.owner)
-        self._mark()
+        with self.writing() as begin:
+            begin(step, state, metrics)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[int, dict[str, Any], Mapping[str, float]], None]]:
+        """Within the context checkpoints are written, by what it gives: ``begin(step, state, metrics)``.
+
+        Raises:
+            StorageError, CheckpointError: one was not written: at the next, or at the end.
+        """
+        with self.writer.open() as writer:
+
+            def begin(step: int, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
+                writer.begin(step, state, self.owner, metrics, self._mark)
+
+            yield begin
 
     def _mark(self) -> None:
         if not self.record.saved:
@@ -282,8 +236,8 @@ class Run:
         self.record.write(self.folder)
 
 
-def enter(folder: Path, command: str, settings: Any) -> Run:
-    """The run of ``command`` in ``folder``, new or to go on with ``settings``.
+def enter(folder: Path, command: str, settings: Any, keep: Keep = KEEP) -> Run:
+    """The run of ``command`` in ``folder``, new or to go on with ``settings``; its checkpoints stay by ``keep``.
 
     Raises:
         DiffersError: a setting that decides bits is not what it was; it is named with both values.
@@ -308,7 +262,7 @@ def enter(folder: Path, command: str, settings: Any) -> Run:
         sealed = record.sealed if moved.keys().isdisjoint(FURTHER) else None
         record = replace(record, config=plain(settings), settings=now, sealed=sealed)
         record.write(folder)
-    return Run(folder, record, tuple(notes))
+    return Run(folder, record, tuple(notes), keep)
 
 
 def require_command(folder: Path, record: Record, command: str) -> None:
@@ -390,7 +344,3 @@ def _touched(name: str, changed: Iterable[str]) -> bool:
     return any(
         key.rpartition(".")[0] == name.rpartition(".")[0] for key in changed if key.rpartition(".")[2] in CONTENT
     )
-
-
-def _sha256(value: Any) -> str:
-    return sha256(json.dumps(value, sort_keys=True).encode())

@@ -12,7 +12,8 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.config import Finetune
 from rlfusion.jobs.finetune import anew
 from rlfusion.training import checkpoint
-from rlfusion.training.identity import Record, flat
+from rlfusion.training.deciding import flat
+from rlfusion.training.identity import Record
 
 LEARNED = list(anew.LEARNED)
 GUARD = ["rewards", "norms"]

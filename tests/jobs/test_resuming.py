@@ -11,7 +11,7 @@ from rlfusion.cli.arguments import settings_of
 from rlfusion.config import to_yaml
 from rlfusion.distill import METHODS
 from rlfusion.jobs import resuming
-from rlfusion.training import identity
+from rlfusion.training import deciding, identity
 
 REWARDS = """
 def bright(samples, cond, strength=1.0):
@@ -56,11 +56,11 @@ def go_on(command: str, folder, **changes: str):
 
 def test_settings_come_back_and_a_change_is_that_change_alone(begun):
     command, settings, free, decisive, folder = begun
-    assert identity.flat(go_on(command, folder)) == identity.flat(settings)
+    assert deciding.flat(go_on(command, folder)) == deciding.flat(settings)
     for name in (free, decisive):
-        before = identity.flat(go_on(command, folder))
-        after = identity.flat(go_on(command, folder, **{name: "77"}))
-        assert identity.differences(before, after) == {name: (before[name], 77)}
+        before = deciding.flat(go_on(command, folder))
+        after = deciding.flat(go_on(command, folder, **{name: "77"}))
+        assert deciding.differences(before, after) == {name: (before[name], 77)}
         assert identity.Record.read(folder).settings == after
 
 

@@ -14,7 +14,7 @@ import torch
 
 from rlfusion.common.weights import Weights, WeightsError, pack, sha256, unpack
 from rlfusion.training import checkpoint
-from rlfusion.training.checkpoint import CheckpointError
+from rlfusion.training.checkpoint import CheckpointError, Keep
 from rlfusion.training.optimization import Optimization
 
 
@@ -84,7 +84,7 @@ def test_a_top_level_name_that_is_no_file_name_is_refused(tmp_path, key):
 
 def test_the_newest_are_kept_and_the_newest_is_found(tmp_path):
     for step in (1, 5, 20, 100):
-        checkpoint.save(tmp_path, step, small(step), keep=2)
+        checkpoint.save(tmp_path, step, small(step), keep=Keep(last=2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000020", "step-00000100"]
     found = checkpoint.latest(tmp_path)
     assert (found.step, found.path, found.warnings) == (100, tmp_path / "step-00000100", ())
@@ -92,7 +92,7 @@ def test_the_newest_are_kept_and_the_newest_is_found(tmp_path):
 
 def test_saving_never_prunes_what_it_has_just_saved(tmp_path):
     for step in (10, 20, 5):
-        checkpoint.save(tmp_path, step, small(step), keep=1)
+        checkpoint.save(tmp_path, step, small(step), keep=Keep(last=1))
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000005", "step-00000020"}
 
 

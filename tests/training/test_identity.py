@@ -13,7 +13,8 @@ from rlfusion.config import Distill, Finetune, Pretrain, to_yaml
 from rlfusion.jobs import resuming
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.checkpoint import CheckpointError
-from rlfusion.training.identity import DiffersError, Record, decisive, digest, enter, flat
+from rlfusion.training.deciding import decisive, digest, flat
+from rlfusion.training.identity import DiffersError, Record, enter
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def test_a_setting_decides_bits_unless_it_is_known_not_to():
     ray = {name for name in names if name.startswith("ray.")}
     rest = {"root", "name", "device", "threads", "updates", "budget_queries", "rollout.workers", "checkpoint_every"}
     ranks = {f"learner.{name}" for name in ("ranks", "cpus_per_rank", "gpus_per_rank", "restarts", "timeout_s")}
-    assert free == ray | rest | ranks | {"pretrain.checkpoint_every"}
+    kept = {f"checkpoints.{name}" for name in ("last", "every", "best", "lowest", "background")}
+    assert free == ray | rest | ranks | kept | {"pretrain.checkpoint_every"}
     assert flat(Distill()).keys() - decisive(flat(Distill())).keys() >= {"workers", "checkpoint_every", "root"}
     assert "train.steps" in decisive(flat(Pretrain()))  # the learning rate falls along a cosine over all of them
     assert digest(flat(Finetune())) != digest(flat(Finetune(seed=1)))

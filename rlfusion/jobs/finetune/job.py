@@ -115,10 +115,10 @@ class Job:
         self.tracker.image(step, f"samples/{name}", picture)
         return picture
 
-    def save(self, step: int, collector: Collector) -> None:
-        """A checkpoint of all that resuming needs."""
-        older = {str(v): unpack(w.blob) for v, w in collector.still_needed(step).items()}
-        self.run.save(step, self.state_dict() | {"older_weights": older})
+    def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
+        """All that resuming after ``done`` updates needs."""
+        older = {str(v): unpack(w.blob) for v, w in collector.still_needed(done).items()}
+        return self.state_dict() | {"older_weights": older}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has of the run, but for the weights of walks to come."""

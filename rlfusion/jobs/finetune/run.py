@@ -55,7 +55,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     set_numerics(config.threads, pick_device(config.device))
     ranks = current()
     with ranks.in_turn():
-        run = enter(folder, "finetune", config)
+        run = enter(folder, "finetune", config, config.checkpoints)
         found = None if run.result(RESULT) is not None else run.newest(config.updates)
     for note in run.notes:
         progress.say(note)
@@ -170,14 +170,17 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
 def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
     """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
-
-    def save(step: int) -> None:
-        job.save(step, collector)
-
-    steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
     stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
-    with progress.bar("fine-tuning", total, start) as bar:
+    with job.run.writing() as begin, progress.bar("fine-tuning", total, start) as bar:
+
+        def save(done: int) -> None:
+            begin(done, job.resumable(done, collector), metrics)
+
+        metrics: dict[str, float] = {}
+        steps = train(job.guarded, collector.batches(), start, total, config.checkpoint_every, save, signals)
         for step, metrics in steps:
+            if step == start:
+                config.checkpoints.require(metrics)
             done, queries, metrics = step + 1, job.learner.queries, metrics | collector.metrics
             stopwatch.lap(done, queries)
             cost, before = queries - before, queries

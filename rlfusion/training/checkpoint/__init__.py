@@ -14,15 +14,20 @@ nothing is ever unpickled.
 """
 
 from rlfusion.training.checkpoint.disk import candidates, set_aside, write_json_atomic
+from rlfusion.training.checkpoint.keep import NEWEST, Keep
 from rlfusion.training.checkpoint.manifest import MALFORMED, NOBODY, CheckpointError, Owner, verify
 from rlfusion.training.checkpoint.saving import Found, latest, load, loading, newest_manifest, save
+from rlfusion.training.checkpoint.writer import Writer
 
 __all__ = [
     "MALFORMED",
+    "NEWEST",
     "NOBODY",
     "CheckpointError",
     "Found",
+    "Keep",
     "Owner",
+    "Writer",
     "candidates",
     "latest",
     "load",

@@ -2,15 +2,19 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
+import torch
 from torch import Tensor
 
 from rlfusion.common.errors import StateError
 from rlfusion.common.nested import flatten
 from rlfusion.common.numerics import differences, fingerprint
-from rlfusion.common.weights import pack, read_file, sha256
+from rlfusion.common.weights import read_file, sha256
+from rlfusion.training.checkpoint.keep import METRIC
 
 FORMAT = 2
 NAME = re.compile(r"step-([0-9]{8,})")
@@ -89,18 +93,50 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def files_of(state: dict[str, Any], step: int, owner: Owner) -> dict[str, bytes]:
-    """The content of every file of a checkpoint, by name."""
+class Snapshot(NamedTuple):
+    """A state at one moment: its JSON record, and its tensors on the CPU by name, below each top-level key."""
+
+    record: dict[str, Any]
+    shards: dict[str, dict[str, Tensor]]
+
+
+def snapshot(state: Mapping[str, Any], kept: Mapping[str, Mapping[str, Tensor]] | None = None) -> Snapshot:
+    """A copy of ``state`` that shares memory with nothing, in the memory of ``kept``, an earlier one's shards, where
+    the tensors are of the same shape and dtype.
+
+    Raises:
+        TypeError: the state holds what no checkpoint can; its place is named.
+        CheckpointError: a top-level name is no file name.
+    """
     for key in state:
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise CheckpointError(f"state[{key!r}]: expected a top-level name of letters, digits, '_', '.' and '-'")
-    shards: dict[str, dict[str, Tensor]] = {key: {} for key in state}
-    record = {"dict": [[key, flatten(value, key, shards[key])] for key, value in state.items()]}
-    files = {f"{key}.safetensors": pack(shard) for key, shard in shards.items() if shard}
+    live: dict[str, dict[str, Tensor]] = {key: {} for key in state}
+    record = {"dict": [[key, flatten(value, key, live[key])] for key, value in state.items()]}
+    old = kept or {}
+    shards = {
+        key: {name: _copy(tensor, old.get(key, {}).get(name)) for name, tensor in held.items()}
+        for key, held in live.items()
+    }
+    return Snapshot(record, shards)
+
+
+def _copy(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """A contiguous copy on the CPU, in the memory of ``kept`` where that fits."""
+    if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        pinned = tensor.device.type == "cuda"
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return kept.copy_(tensor.detach())
+
+
+def files_of(held: Snapshot, step: int, owner: Owner, metric: dict[str, Any] | None = None) -> dict[str, bytes]:
+    """The content of every file of a checkpoint, by name; ``metric`` is what ``Keep.metric`` gave."""
+    files = {f"{key}.safetensors": safetensors.torch.save(shard) for key, shard in held.shards.items() if shard}
     about = {"step": step, "run": owner.run, "settings": owner.digests[-1]}
-    files["state.json"] = json.dumps({**about, "state": record}, allow_nan=False).encode()
+    files["state.json"] = json.dumps({**about, "state": held.record}, allow_nan=False).encode()
     entries = {name: {"size": len(blob), "sha256": sha256(blob)} for name, blob in files.items()}
     manifest = {"format": FORMAT, **about, "files": entries, "fingerprint": fingerprint()}
+    manifest |= {METRIC: metric} if metric else {}
     return files | {
         "manifest.json": json.dumps({**manifest, "sha256": sha256(_canonical(manifest))}, indent=2).encode()
     }

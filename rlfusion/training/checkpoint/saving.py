@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +16,22 @@ from rlfusion.common.errors import RlfusionError, StateError
 from rlfusion.common.nested import restore
 from rlfusion.common.weights import unpack
 from rlfusion.training.checkpoint.disk import attempt, candidates, remove, set_aside, tidy
+from rlfusion.training.checkpoint.keep import Keep
 from rlfusion.training.checkpoint.manifest import (
     MALFORMED,
     NOBODY,
     CheckpointError,
     Owner,
+    Snapshot,
     files_of,
     fingerprint_warnings,
     name_of,
+    snapshot,
     verify,
 )
 
+KEEP = Keep()
+NONE: Mapping[str, float] = {}
 _log = logging.getLogger(__name__)
 
 
@@ -41,26 +46,54 @@ class Found(NamedTuple):
     settings: str = ""
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 3, owner: Owner = NOBODY) -> Path:
-    """Write ``state`` as ``owner``'s checkpoint of ``step``, keep the newest ``keep`` up to it, and return its path.
+def save(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    keep: Keep = KEEP,
+    owner: Owner = NOBODY,
+    metrics: Mapping[str, float] = NONE,
+) -> Path:
+    """Write ``state`` as ``owner``'s checkpoint of ``step``, remove those that ``keep`` does not name, return its path.
 
     ``state`` is a dict by name of nested dicts (str or int keys), lists, tuples, tensors, str, int, float, bool, None.
-    Saving a step again replaces it.
+    Saving a step again replaces it. ``metrics`` are those of the training at this step.
 
     Raises:
         TypeError: the state holds something else; its place is named.
         CheckpointError: a top-level name is no file name, or what was written does not verify.
         StorageError: the disk is full or fails; the checkpoints that were there still are.
     """
-    if keep < 1 or step < 0:
-        raise CheckpointError(f"keep = {keep}, step = {step}: expected keep >= 1 and step >= 0")
-    path = folder / name_of(step)
+    metric = keep.metric(metrics)
+    if step < 0:
+        raise CheckpointError(f"step = {step}: expected step >= 0")
     if not storage.writes():
-        return path
-    files = files_of(state, step, owner)
+        return folder / name_of(step)
+    return commit(folder, Commit(step, owner, keep, metric), snapshot(state))
+
+
+class Commit(NamedTuple):
+    """What a checkpoint says of itself beside its state, and which others stay beside it."""
+
+    step: int
+    owner: Owner
+    keep: Keep
+    metric: dict[str, Any] | None
+
+
+def commit(folder: Path, about: Commit, held: Snapshot) -> Path:
+    """Write a snapshot, verify what was written, and remove what does not stay: the one way to a checkpoint.
+
+    Raises:
+        CheckpointError, StorageError: as ``save``.
+    """
+    path, keep = folder / name_of(about.step), about.keep
+    files = files_of(held, about.step, about.owner, about.metric)
     storage.patiently(lambda: attempt(path, files), path, "; the checkpoint was not saved")
     verify(path)
-    for old in [old for at, old in candidates(folder) if at <= step][keep:]:
+    there = {at: old for at, old in candidates(folder) if at <= about.step}
+    stay = keep.stay([keep.held(at, old) for at, old in there.items()]) | {about.step}
+    for old in [old for at, old in there.items() if at not in stay]:
         remove(old)
     tidy(folder)
     return path
