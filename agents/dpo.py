@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import Cond, map_cond, sum_features
+from rlfusion.common.tensors import Cond, map_cond, moved, sum_features
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.parameterization import target
@@ -161,7 +161,7 @@ class Learner:
         _, t, eps = renoise(good, schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = some.to(winner.device)
+            at = moved(some, winner.device)
             x0, noise, times = (
                 torch.cat([good[at], bad[at]]),
                 eps[at].repeat(2, *[1] * (eps.ndim - 1)),

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond, mean_features
+from rlfusion.common.tensors import map_cond, mean_features, moved
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
@@ -159,7 +159,7 @@ class Learner:
         noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = some.to(rows.device)
+            at = moved(some, rows.device)
             record = self._loss(batch, optimality[rows[at]], rows[at], noise.x[at], noise.t[some])
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
 

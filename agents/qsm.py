@@ -31,7 +31,7 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import Cond, cast, map_cond, mean_features
+from rlfusion.common.tensors import Cond, cast, map_cond, mean_features, moved
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import frozen_copy
@@ -256,7 +256,7 @@ class Learner:
         noise = renoise(batch.x[rows, -1], self.trained.schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = some.to(rows.device)
+            at = moved(some, rows.device)
             noised, cond = Noised(noise.x[at], noise.t[some], noise.eps[at]), _rows(batch, rows[at])[1]
             record = self._loss(noised, cond, unit[rows[at]])
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
@@ -329,4 +329,4 @@ class Learner:
 
 def _rows(batch: Trajectory, rows: Tensor) -> tuple[Tensor, Cond]:
     """The samples and conditions of these rows."""
-    return batch.x[rows, -1], map_cond(lambda c: c[rows.to(c.device)], batch.cond)
+    return batch.x[rows, -1], map_cond(lambda c: c[moved(rows, c.device)], batch.cond)

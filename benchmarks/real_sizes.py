@@ -1,28 +1,32 @@
 """Networks of real size with random weights: images a second sampled, walks a second learned from, peak memory.
 
-    (1)  sampled   ``sampling.sample`` of K steps and the autoencoder's decoding, over K forward passes of the network
-    (2)  updated   one DDPO update of adapters on B walks of K steps (every transition once, no KL), over the forward
-                   and backward passes of those transitions in the same micro-batches, with the same adapters
-    (3)  the network's floating-point operations a second in its forward passes, over those of one square matrix
-         product in the same precision: the share of the card's measured rate
+    (1)  walked    the walk of a rollout item, K steps with all that is kept of them, over K forward passes of the
+                   network; and sampled, the whole item with decoding and the reward, in images a second
+    (2)  updated   one update of an agent on B walks, over the bare forward and backward passes in it, in the same
+                   micro-batches and of the same trained weights: of every noisy step for DDPO, of a window of them for
+                   GRPO; for DRaFT-1 of the last step, and of the decoder
+    (3)  the floating-point operations a second of the bare passes, forward alone and with the backward pass counted as
+         two of them, over those of one square matrix product in bfloat16: the share of the card's measured rate
+    (4)  kernels begun, and times that the CPU waits for the card, in an update, for each call of the network
 
 "sd15" is a U-Net of Stable Diffusion 1.5's size, "sd3" a transformer of Stable Diffusion 3 medium's, at 512 pixels;
-"tiny" is for trying this on a CPU. Weights and embeddings are random: the time is that of real ones. The figures of a
-card are made by the first of
+"tiny" is for trying this on a CPU. Adapters are trained over frozen weights in ``--dtype``; "all" trains every weight,
+in float32 with that arithmetic (autocast). Weights and embeddings are random: the time is that of real ones. The
+figures of a card are made by benchmarks/gpu.sh;
 
-    python benchmarks/real_sizes.py --device cuda --dtype bfloat16 --batch 4 --steps 20 --json real-sizes-CARD
-
-    python benchmarks/real_sizes.py --device cpu --case tiny --dtype float32 --batch 2 --steps 3 --matrix 512
+    python benchmarks/real_sizes.py --device cpu --case tiny --dtype float32 --batch 2 --steps 4 --matrix 512
 """
 
 import argparse
+import gc
 import json
 import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +37,10 @@ from timing import compare, machine, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlfusion.agents.ddpo import Config
+from rlfusion.agents import ddpo, draft, grpo
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.diffusion.sampling import chain_noise, sample
+from rlfusion.diffusion.policy import Policy
 from rlfusion.models import lora
 from rlfusion.models.pipelines import Conditions, Family, Net, stable_diffusion, stable_diffusion_3
 from rlfusion.models.pipelines.family import plain_grid
@@ -44,10 +48,11 @@ from rlfusion.models.pipelines.model import DTYPES, Published
 from rlfusion.models.pipelines.scheduler import read
 from rlfusion.models.pipelines.space import Decoded
 from rlfusion.rewards import ink
+from rlfusion.rl.agent import Agent
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.training.devices import set_numerics
 
-RESULTS, PROMPTS, ADAPTERS = Path(__file__).parent / "results", 2, "LoRA(rank=16)"
+PROMPTS, ADAPTERS = 2, "LoRA(rank=16)"
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 BLOCKS = {"down": "DownEncoder", "up": "UpDecoder"}
 KL16 = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
@@ -112,20 +117,27 @@ CASES = {
 }
 
 
-def build(case: Case, dtype: torch.dtype, device: str, checkpointing: bool) -> Denoiser:
-    """The denoiser, with adapters that are not 0."""
+def build(case: Case, whole: bool, args: argparse.Namespace) -> Denoiser:
+    """The denoiser with adapters that are not 0, or with all its weights to be trained."""
     torch.manual_seed(0)
-    model, vae = case.net().to(device, dtype), case.vae().to(device)
-    if checkpointing:
+    dtype, device = DTYPES[args.dtype], args.device
+    with torch.device(device):
+        model, vae = case.net(), case.vae()
+    if args.checkpointing:
         model.enable_gradient_checkpointing()
+    model = model if whole else model.to(dtype)
     rows = {name: torch.randn(PROMPTS, *shape) for name, shape in case.embeddings.items()}
     sampling = read(case.scheduler(), plain_grid({}, ()))
     conditions = Conditions(rows, None)
-    denoiser = Denoiser(Net(model, case.family, conditions, dtype), sampling.schedule, sampling.kind)
+    denoiser = Denoiser(
+        Net(model, case.family, conditions, torch.float32 if whole else dtype), sampling.schedule, sampling.kind,
+        "bfloat16" if whole and dtype == torch.bfloat16 else "float32",
+    )  # fmt: skip
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-    denoiser.space = Decoded(vae, model.config["in_channels"], factor, 2, False)
+    denoiser.space = Decoded(vae, model.config["in_channels"], factor, args.decode, False, dtype)
     denoiser.own = Published(sampling, conditions)
-    lora.attach(model, ADAPTERS, 0, case.family.targets, case.family.idle(model))
+    if not whole:
+        lora.attach(model, ADAPTERS, 0, case.family.targets, case.family.idle(model))
     for name, p in model.named_parameters():
         if p.requires_grad and "lora_B" in name:
             nn.init.normal_(p, std=1e-3)
@@ -151,82 +163,179 @@ def peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Eq. (1) to (3) of a case."""
-    case, device, batch, steps = CASES[name], args.device, args.batch, args.steps
-    denoiser = build(case, DTYPES[args.dtype], device, args.checkpointing)
-    chain = Chain(steps=steps, spacing="model", kernel=case.kernel)
-    policy, times = chain.policy(denoiser, ["prompt"] * PROMPTS), chain.times(denoiser)
-    shape, label = (denoiser.space.channels, case.side, case.side), torch.arange(batch, device=device) % PROMPTS
-    noise = chain_noise((0, "sizes"), range(batch), steps, shape).to(device)
-    x, t = noise[:, 0], torch.full((batch,), 500.0, device=device)
+@dataclass(frozen=True)
+class Walked:
+    """A case, ready to be walked and learned from."""
 
-    def forward() -> None:
+    case: Case
+    denoiser: Denoiser
+    args: argparse.Namespace
+
+    @cached_property
+    def chain(self) -> Chain:
+        return Chain(steps=self.args.steps, spacing="model", kernel=self.case.kernel)
+
+    @cached_property
+    def policy(self) -> Policy:
+        return self.chain.policy(self.denoiser, ["prompt"] * PROMPTS)
+
+    @cached_property
+    def label(self) -> Tensor:
+        return torch.arange(self.args.batch, device=self.args.device) % PROMPTS
+
+    @cached_property
+    def x(self) -> Tensor:
+        shape = (self.denoiser.space.channels, self.case.side, self.case.side)
+        return torch.randn(self.args.batch, *shape, device=self.args.device)
+
+    def net(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        x = self.x[rows]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.denoiser.precision == "bfloat16"):
+            return self.denoiser.net(x, torch.full((len(x),), 500.0, device=x.device), self.label[rows])
+
+    def forward(self) -> None:
+        """K forward passes."""
         with torch.no_grad():
-            for _ in range(steps):
-                denoiser.net(x, t, label)
+            for _ in range(self.args.steps):
+                self.net()
 
-    def sampled() -> Tensor:
-        return denoiser.space.decode(sample(policy, noise, times, label))
+    def backward(self, steps: int) -> None:
+        """Forward and backward passes of so many steps of every walk."""
+        rows = torch.arange(self.args.batch, device=self.args.device).repeat(steps)
+        for part in rows.split(self.args.micro_batch):
+            self.net(part).float().square().mean().backward()
 
-    def backward() -> None:
-        for part in rows.split(args.micro_batch):
-            denoiser.net(x[part], t[part], label[part]).float().square().mean().backward()
+    def to_the_reward(self) -> None:
+        """Forward and backward passes of one step of every walk and of the decoder behind it."""
+        for part in torch.arange(self.args.batch, device=self.args.device).split(self.args.micro_batch):
+            self.denoiser.space.decode(self.net(part).float()).mean().backward()
 
-    rows = torch.arange(batch, device=device).repeat(int((policy.stds(times) > 0).sum()))
-    walking = compare(sampled, forward, args.rounds, device, clock(device))
-    with FlopCounterMode(display=False) as counted:
-        torch.no_grad()(denoiser.net)(x, t, label)
-    settings = Config(epochs=1, updates_per_epoch=1, micro_batch=args.micro_batch, kl_loss=0.0, lr=1e-6, ema_decay=0.0)
-    task = Task(
-        policy, chain.grid(denoiser), shape, torch.arange(PROMPTS), denoiser.space.decode, ink, "ink", device,
-        settings.rollout_spec(steps),
-    )  # fmt: skip
-    walks = run_item(task, plan(0, 0, PROMPTS, batch // PROMPTS, batch, PROMPTS, 0)[0])
-    learner = settings.learner(task, None, 0)
-    learning = compare(lambda: learner.update(walks), backward, args.rounds, device, clock(device))
-    rate = counted.get_total_flops() * steps / (walking["floor_ms"] / 1e3)
+    def task(self, settings: Agent) -> Task:
+        return Task(
+            self.policy, self.chain.grid(self.denoiser), tuple(self.x.shape[1:]), torch.arange(PROMPTS),
+            self.denoiser.space.decode, ink, "ink", self.args.device, settings.rollout_spec(self.args.steps),
+        )  # fmt: skip
+
+
+def agents(args: argparse.Namespace, noisy: int) -> dict[str, tuple[Agent, int]]:
+    """The agents, one update of a rollout each, and the steps that they learn from; 0 is the last one, through the
+    reward.
+    """
+    plain: dict[str, Any] = {"epochs": 1, "updates_per_epoch": 1, "micro_batch": args.micro_batch, "lr": 1e-6}
+    window = max(1, noisy // 2)
     return {
-        "parameters": sum(p.numel() for p in denoiser.net.parameters()),
-        "images_per_s": batch / (walking["floor_ms"] * walking["ratio"] / 1e3),
-        "sampling_share_of_passes": 1 / walking["ratio"],
-        "walks_updated_per_s": batch / (learning["floor_ms"] * learning["ratio"] / 1e3),
-        "update_share_of_passes": 1 / learning["ratio"],
-        "forward_flops_per_s": rate,
-        "share_of_matrix_rate": rate / matrix_rate(args.matrix, DTYPES[args.dtype], device),
-        "peak_gb": peak(device),
+        "ddpo": (ddpo.Config(**plain, kl_loss=0.0, ema_decay=0.0), noisy),
+        "grpo": (grpo.Config(**plain, kl_loss=0.0, ema_decay=0.0, window=window), window),
+        "draft": (draft.Config(**plain, kl_loss=0.0, ema_decay=0.0), 0),
     }
+
+
+def counted(function: Callable[[], object]) -> tuple[int, int]:
+    """Eq. (4) of a call: kernels, and waits."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        function()
+    found = {event.key: event.count for event in profiled.key_averages()}
+    kernels = sum(count for name, count in found.items() if name.startswith(("cudaLaunch", "cuLaunch")))
+    return kernels, found.get("cudaStreamSynchronize", 0)
+
+
+def learning(walked: Walked, name: str) -> dict[str, float]:
+    """Eq. (2) and (4) of an agent."""
+    args = walked.args
+    noisy = int((walked.policy.stds(walked.chain.times(walked.denoiser)) > 0).sum())
+    settings, steps = agents(args, noisy)[name]
+    task = walked.task(settings)
+    walks = run_item(task, plan(0, 0, PROMPTS, args.batch // PROMPTS, args.batch, PROMPTS, 0)[0])
+    learner = settings.learner(task, None, 0)
+    bare = walked.to_the_reward if not steps else lambda: walked.backward(steps)
+    found = compare(lambda: learner.update(walks), bare, args.rounds, args.device, clock(args.device), args.warm)
+    calls = max(1, steps) * -(-args.batch // args.micro_batch)
+    each = {
+        "walks_per_s": args.batch / (found["floor_ms"] * found["ratio"] / 1e3),
+        "share_of_passes": 1 / found["ratio"],
+    }
+    each |= {"bare_ms_a_call": found["floor_ms"] / calls, "peak_gb": peak(args.device)}
+    if args.device.startswith("cuda"):
+        kernels, waits = counted(lambda: learner.update(walks))
+        each |= {"kernels_a_call": kernels / calls, "waits_a_call": waits / calls}
+    return each
+
+
+def sampling(walked: Walked) -> dict[str, float]:
+    """Eq. (1)."""
+    args, settings = walked.args, agents(walked.args, 2)["ddpo"][0]
+    item = plan(0, 0, PROMPTS, args.batch // PROMPTS, args.batch, PROMPTS, 0)[0]
+    task = walked.task(settings)
+    whole = compare(
+        lambda: run_item(task, item), walked.forward, args.rounds, args.device, clock(args.device), args.warm
+    )
+    unscored = replace(task, decode=lambda x: x.new_zeros(len(x), 3, 8, 8))
+    alone = compare(lambda: run_item(unscored, item), walked.forward, args.rounds, args.device, clock(args.device), 0)
+    return {
+        "images_per_s": args.batch / (whole["floor_ms"] * whole["ratio"] / 1e3),
+        "walk_share_of_passes": 1 / alone["ratio"],
+        "item_share_of_passes": 1 / whole["ratio"],
+        "bare_ms_a_call": whole["floor_ms"] / args.steps,
+        "peak_gb": peak(args.device),
+    }
+
+
+def run(name: str, whole: bool, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Eq. (1) to (4) of a case: of adapters, or of all weights."""
+    denoiser = build(CASES[name], whole, args)
+    walked = Walked(CASES[name], denoiser, args)
+    with FlopCounterMode(display=False) as flops:
+        torch.no_grad()(walked.net)()
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in denoiser.net.parameters())}
+    found["trained"] = sum(p.numel() for p in denoiser.net.parameters() if p.requires_grad)
+    found["sampling"] = sampling(walked)
+    forward = flops.get_total_flops() / (found["sampling"]["bare_ms_a_call"] / 1e3)
+    found["share_of_matrix_rate_forward"] = forward / rate
+    for agent in args.agents.split(",") if not whole else ["ddpo"]:
+        found[agent] = learning(walked, agent)
+    calls = args.batch / min(args.batch, args.micro_batch)
+    backward = 3 * flops.get_total_flops() / calls / (found["ddpo"]["bare_ms_a_call"] / 1e3)
+    return found | {"share_of_matrix_rate_backward": backward / rate}
 
 
 def main() -> None:
     """Run the cases, print them, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default="sd15,sd3")
+    parser.add_argument("--agents", default="ddpo,grpo,draft")
+    parser.add_argument("--weights", default="adapters,all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=4, help="walks, an even number")
-    parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16, help="walks, an even number")
+    parser.add_argument("--micro_batch", type=int, default=16)
+    parser.add_argument("--decode", type=int, default=8, help="samples that are decoded at a time")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=1, help="rounds that are not counted")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrix product")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--nondeterministic", action="store_true", help="the fastest kernels, and TF32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", default="", help="name below benchmarks/results")
+    parser.add_argument("--json", default="", help="a file for the figures")
     args = parser.parse_args()
-    set_numerics(args.threads, torch.device(args.device))
+    set_numerics(args.threads, args.device, not args.nondeterministic, args.nondeterministic)
+    rate = matrix_rate(args.matrix, DTYPES[args.dtype], args.device)
     found: dict[str, Any] = {
-        "machine": machine(args.device) | {"python": platform.python_version()},
+        "machine": machine(args.device) | {"python": platform.python_version(), "matrix_tflops": rate / 1e12},
         "versions": {"diffusers": diffusers.__version__, "peft": peft.__version__},
-        "settings": vars(args) | {"lora": ADAPTERS},
+        "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"lora": ADAPTERS},
     }
     for name in args.case.split(","):
-        found[name] = run(name, args)
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in found[name].items()), flush=True)
-        if args.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    if args.json:
-        (RESULTS / f"{args.json}.json").write_text(json.dumps(found, indent=1) + "\n")
+        for weights in args.weights.split(","):
+            found[f"{name}, {weights}"] = one = run(name, weights == "all", rate, args)
+            print(f"{name}, {weights}: {json.dumps(one, default=float)}", flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+            if args.device.startswith("cuda"):
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

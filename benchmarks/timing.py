@@ -8,10 +8,17 @@ import torch
 
 
 def compare(
-    ours: Callable[[], object], floor: Callable[[], object], rounds: int, device: str, clock: Callable[[], float]
+    ours: Callable[[], object],
+    floor: Callable[[], object],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float],
+    warm: int = 2,
 ) -> dict[str, float]:
-    """Median floor in ms; median and quartiles of ours / floor. The order within a pair alternates."""
-    for function in (floor, ours, floor, ours):
+    """Median floor in ms; median and quartiles of ours / floor, after ``warm`` rounds that are not counted. The order
+    within a pair alternates.
+    """
+    for function in (floor, ours) * warm:
         function()
     floors, ratios = [], []
     for i in range(rounds):

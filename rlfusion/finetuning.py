@@ -59,6 +59,8 @@ OF_FOLDERS = (
     "budget_queries",
     "rollout.workers",
     "threads",
+    "deterministic",
+    "tf32",
     "resume",
     "config",
 )

@@ -85,6 +85,11 @@ def foreseen(error: Exception) -> RlfusionError | None:
     if _out_of_memory(error):
         first = next(iter(str(error).strip().splitlines()), "") or "no room for what was asked"
         return OutOfMemory(f"{shorten(first, 200)}; {LESS_MEMORY}")
+    if isinstance(error, RuntimeError) and (at := str(error).find(" does not have a deterministic implementation")) > 0:
+        return ConfigError(
+            f"deterministic = true: {shorten(str(error)[:at])} has no kernel on this GPU that gives the same bits each "
+            "time, expected deterministic = false, or a network or reward without it"
+        )
     if not isinstance(error, OSError) or error.errno is None:
         return None
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) and not isinstance(error, BrokenPipeError):

@@ -52,6 +52,11 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
 
 
+def moved(index: Tensor, device: torch.device) -> Tensor:
+    """Numbers of rows on another device, for which the CPU does not wait."""
+    return index.to(device, non_blocking=True)
+
+
 def to_pixels(x: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1]: how a pixel-space latent becomes an image. Values outside are the image's black and white."""
     return ((x + 1) / 2).clamp(0, 1)

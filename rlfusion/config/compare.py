@@ -42,6 +42,9 @@ class Compare:
         name: of the comparison's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
+        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
+            does not repeat itself to the bit.
+        tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         base: the model to start from, as of finetune; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: the base model where ``base`` is empty, and the data to compare with.
         pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
@@ -71,6 +74,8 @@ class Compare:
     name: str = ""
     device: str = "auto"
     threads: int = 1
+    deterministic: bool = True
+    tf32: bool = False
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Finetune().pretrain)
     pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
@@ -130,6 +135,8 @@ class Compare:
             seed=seed,
             device=self.device,
             threads=self.threads,
+            deterministic=self.deterministic,
+            tf32=self.tf32,
             base=self.base,
             pretrain=self.pretrain,
             pipeline=self.pipeline,

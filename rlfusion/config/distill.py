@@ -23,6 +23,9 @@ class Distill:
         seed: keys every random draw of the distillation.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
+        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
+            does not repeat itself to the bit.
+        tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         teacher: folder of the model that teaches (a run or its model folder); empty pretrains one as ``pretrain`` says.
         pretrain: how the teacher is made where ``teacher`` is empty, and the data to train on and to compare with.
         guidance: classifier-free guidance weight w with which the teacher answers; the student has it built in.
@@ -41,6 +44,8 @@ class Distill:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    deterministic: bool = True
+    tf32: bool = False
     teacher: str = ""
     pretrain: Base = field(default_factory=Base)
     guidance: float = 0.0

@@ -31,6 +31,9 @@ class Finetune:
         seed: keys every random draw of the fine-tuning.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
+        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
+            does not repeat itself to the bit.
+        tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
         base: the model to start from: folder of a run or of its model, a diffusers folder or a name on the hub of a
@@ -70,6 +73,8 @@ class Finetune:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
+    deterministic: bool = True
+    tf32: bool = False
     precision: Precision = "float32"
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))

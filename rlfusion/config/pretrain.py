@@ -69,6 +69,9 @@ class Pretrain(Base):
         name: of the run's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
+        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
+            does not repeat itself to the bit.
+        tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         chain: the sampler of the evaluation and the grid.
         evaluation: the evaluation.
         checkpoints: those that stay, and how they are written.
@@ -78,6 +81,8 @@ class Pretrain(Base):
     name: str = ""
     device: str = "auto"
     threads: int = 1
+    deterministic: bool = True
+    tf32: bool = False
     chain: Chain = field(default_factory=Chain)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Keep = field(default_factory=lambda: NEWEST)

@@ -36,6 +36,7 @@ from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training.checkpoint import write_json_atomic
+from rlfusion.training.devices import set_numerics
 
 ITEM = 250
 """Walks of a work item."""
@@ -175,7 +176,7 @@ class _Shard(NamedTuple):
 
 def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     """The teacher's task of one worker, from plain data: the builder that rollout backends call."""
-    torch.set_num_threads(config["threads"])
+    set_numerics(config["threads"], config["device"], config["deterministic"], config["tf32"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card)
     models.load_space(denoiser, blobs.get("space"))
@@ -208,6 +209,8 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
         "card": asdict(card),
         "chain": asdict(chain),
         "threads": settings.threads,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
         "device": device.partition(":")[0] if settings.workers else device,  # Ray shows a worker its own GPU alone
     }
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))

@@ -186,7 +186,7 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
         ConfigError, NumericalError, StopRequested: as the exit codes of the command say.
     """
     device = pick_device(config.device)
-    set_numerics(config.threads, device)
+    set_numerics(config.threads, device, config.deterministic, config.tf32)
     root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size, progress.say)
     path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
     teacher, card = models.load(path)

@@ -74,6 +74,8 @@ class TaskSpec:
     precision: Precision
     lora: str
     threads: int
+    deterministic: bool
+    tf32: bool
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def opened(config: Finetune) -> Parts:
         c.reward, c.reward_name, c.reward_options, c.reward_normalize, masked, c.max_failed, c.call_options
     )
     spec = c.agent.rollout_spec(c.chain.moves)
-    task = TaskSpec(c.chain, spec, rewards, c.precision, c.lora, c.threads)
+    task = TaskSpec(c.chain, spec, rewards, c.precision, c.lora, c.threads, c.deterministic, c.tf32)
     collecting = Collecting(c.seed, c.rollout, c.updates, c.checkpoint_every)
     workers = Workers(c.rollout.workers, c.ray, c.settings)
     return Parts(base, rewards, task, workers, collecting, _holds(c, decodes=not spec.end))

@@ -165,7 +165,7 @@ def require_solvable(denoiser: Denoiser, chain: Chain) -> None:
 
 def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progress) -> dict[str, float]:
     """The whole job in ``folder``: train, evaluate, draw the grid. Returns the evaluation."""
-    set_numerics(config.threads, pick_device(config.device))
+    set_numerics(config.threads, pick_device(config.device), config.deterministic, config.tf32)
     data = load(config.data, config.size, progress.say)
     config.chain.make_kernel()
     device = pick_device(config.device)

@@ -16,11 +16,12 @@ from rlfusion.jobs.measure import reward_parts
 from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
 from rlfusion.rewards import CallOptions, Learned, Reward, WeightedSum, bare, build, everywhere, task_info
 from rlfusion.rollout import Recipe, RolloutSpec, Task
+from rlfusion.training.devices import set_numerics
 
 
 def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
-    torch.set_num_threads(config["threads"])
+    set_numerics(config["threads"], config["device"], config["deterministic"], config["tf32"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card)
     denoiser.precision = config["precision"]
@@ -90,6 +91,8 @@ def recipe(
         "reward_name": spec.rewards.name,
         "device": device.type if workers.count else str(device),  # Ray shows a worker its own GPU as the only
         "threads": spec.threads,
+        "deterministic": spec.deterministic,
+        "tf32": spec.tf32,
         "precision": spec.precision,
         "lora": spec.lora,
         "masked": spec.rewards.masked,

@@ -34,7 +34,7 @@ def renoise(x0: Tensor, schedule: Schedule, times: Times, key: tuple[Key, ...]) 
     """Noise samples x0 (B, *): a pure function of ``key``."""
     draw, size = stream(*key), len(x0)
     t = times(torch.from_numpy((draw.permutation(size) + draw.random(size)) / size), schedule)
-    eps = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(x0)
+    eps = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(x0, non_blocking=True)
     return Noised(noised(x0, eps, t, schedule), t, eps)
 
 

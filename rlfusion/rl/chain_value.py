@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlfusion import models
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import cast
+from rlfusion.common.tensors import cast, moved
 from rlfusion.common.weights import require_entries
 from rlfusion.diffusion.schedule import Schedule, level
 from rlfusion.rl.advantage import chain_advantages
@@ -103,7 +103,7 @@ class ChainValue:
     def at(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         """V of states (N, *) at times (N,) and prompts (N,), (N,)."""
         rows = torch.arange(len(x)).split(4 * self.config.value_batch)
-        return torch.cat([self.value(x[r.to(x.device)], t[r], prompt[r.to(prompt.device)]) for r in rows])
+        return torch.cat([self.value(x[moved(r, x.device)], t[r], prompt[moved(r, prompt.device)]) for r in rows])
 
     def along(self, batch: Trajectory) -> Tensor:
         """V of the states before each step of stored walks, (B, K)."""
@@ -131,9 +131,9 @@ class ChainValue:
         for epoch in range(self.config.value_epochs):
             order = stream(self.seed, "value", iteration, epoch).permutation(len(walk))
             for rows in torch.from_numpy(order).split(self.config.value_batch):
-                at, k = walk[rows.to(walk.device)], step[rows.to(walk.device)]
+                at, k = walk[moved(rows, walk.device)], step[moved(rows, walk.device)]
                 found = self.value(batch.x[at, k], self.times[k.cpu()], batch.group[at])
-                loss = ((found - returns[rows.to(returns.device)]) / scale).square().mean()
+                loss = ((found - returns[moved(rows, returns.device)]) / scale).square().mean()
                 loss.backward()
                 self.optimization.step()
                 losses.append(loss.detach())

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.tensors import moved
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.ranks import current
@@ -31,7 +32,7 @@ class PathwiseStep:
             walk = walks[rows]
             obs, _ = batch.transitions(walk, torch.full_like(walk, batch.steps - 1))
             reward = self.task.score(self.task.policy(obs).mean, obs.cond)
-            return -(scale[walk.to(scale.device)] * reward).sum() / len(walks), {}
+            return -(scale[moved(walk, scale.device)] * reward).sum() / len(walks), {}
 
         ranks = current()
         ranks.accumulate(self.task.policy, ranks.share(walks, len(batch)), micro_batch, part)

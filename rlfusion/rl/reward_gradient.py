@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.tensors import Cond, map_cond, moved
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy
@@ -111,7 +111,7 @@ def divergence(distribution: Gaussian, mean: Tensor, kl_std: float) -> Tensor:
 
 
 def _conditions(cond: Cond, rows: Tensor) -> Cond:
-    return map_cond(lambda c: c[rows.to(c.device)], cond)
+    return map_cond(lambda c: c[moved(rows, c.device)], cond)
 
 
 class Learner:
@@ -224,7 +224,7 @@ class Learner:
 def _part(batch: Trajectory, walks: Tensor, iteration: int, epoch: int) -> Part:
     """The walks of a batch from where their kept part begins."""
     begin = torch.zeros(len(batch), dtype=torch.int64) if batch.begin is None else batch.begin.cpu()
-    x = batch.x[walks.to(batch.x.device), 0]
+    x = batch.x[moved(walks, batch.x.device), 0]
     return Part(walks, x, begin[walks.cpu()], _conditions(batch.cond, walks), iteration, epoch)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.errors import NumericalError
+from rlfusion.common.tensors import moved
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
 from rlfusion.rollout.trajectory import Trajectory
@@ -95,7 +96,8 @@ class Transitions:
             distribution, terms = self._terms(batch, walk[rows], step[rows])
             record = {"loss": objective(terms), "log_ratio": terms.log_ratio}
             if reference is not None:
-                mean = reference.mean[walk[rows].to(reference.mean.device), step[rows].to(reference.mean.device)]
+                device = reference.mean.device
+                mean = reference.mean[moved(walk[rows], device), moved(step[rows], device)]
                 record["kl"] = distribution.kl(Gaussian(mean, distribution.std))
                 record["loss"] = record["loss"] + kl * record["kl"]
             return record["loss"].sum() * scale, record
@@ -112,7 +114,7 @@ class Transitions:
         obs, action = batch.transitions(walk, step)
         distribution = self.policy(obs)
         log_prob, acted = distribution.log_prob(action), _acted(batch)
-        at, k = walk.to(action.device), step.to(action.device)
+        at, k = moved(walk, action.device), moved(step, action.device)
         return distribution, Terms(log_prob, log_prob - acted[at, k], at, k, distribution)
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ class Transitions:
         means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(acted)
         walk, step = self.all(torch.arange(len(batch)) if walks is None else walks)
         for rows in torch.arange(len(walk)).split(self.micro_batch):
-            at, k = walk[rows].to(means.device), step[rows].to(means.device)
+            at, k = moved(walk[rows], means.device), moved(step[rows], means.device)
             obs, action = batch.transitions(walk[rows], step[rows])
             distribution = acting(obs)
             means[at, k] = distribution.mean
@@ -167,7 +169,7 @@ class Transitions:
 
 def largest_log_ratio(records: list[dict[str, Tensor]]) -> float:
     """The largest |Eq. (1)| of some records of ``accumulate``."""
-    return max(record["log_ratio"].abs().max().item() for record in records)
+    return torch.stack([record["log_ratio"].abs().max() for record in records]).max().item()
 
 
 def require_finite(reward: Tensor) -> None:

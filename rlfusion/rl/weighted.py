@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond
+from rlfusion.common.tensors import map_cond, moved
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import answer
@@ -101,7 +101,7 @@ class OnNoised:
         weight = weigh(Places(rows, x=noise.x, t=noise.t))
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = some.to(rows.device)
+            at = moved(some, rows.device)
             record = self._record(batch, rows[at], noise.x[at], noise.t[some], noise.eps[at], weight[at])
             return record["loss"].sum() / len(rows), record
 
@@ -111,7 +111,7 @@ class OnNoised:
     def _record(
         self, batch: Trajectory, rows: Tensor, x: Tensor, t: Tensor, eps: Tensor, weight: Tensor
     ) -> dict[str, Tensor]:
-        cond = map_cond(lambda c: c[rows.to(c.device)], batch.cond)
+        cond = map_cond(lambda c: c[moved(rows, c.device)], batch.cond)
         l, model, loss = level(self.policy.schedule, t, x), self.policy.denoiser, self.config.loss
         y = answer(model, x, t, cond)
         error = weight * loss.distance(y, target(model.kind, batch.x[rows, -1], eps, l), model.kind, l)

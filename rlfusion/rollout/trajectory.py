@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rlfusion.common.tensors import Cond, cat_cond, map_cond
+from rlfusion.common.tensors import Cond, cat_cond, map_cond, moved
 from rlfusion.diffusion.policy import Observation
 
 
@@ -67,8 +67,8 @@ class Trajectory:
 
     def transitions(self, walk: Tensor, step: Tensor) -> tuple[Observation, Tensor]:
         """The transitions (walk[i], step[i]), i = 1..N, as one batch: the observation and the action x_s (N, *)."""
-        cond = map_cond(lambda c: c[walk.to(c.device)], self.cond)
-        at, k = walk.to(self.x.device), step.to(self.x.device)
+        cond = map_cond(lambda c: c[moved(walk, c.device)], self.cond)
+        at, k = moved(walk, self.x.device), moved(step, self.x.device)
         t, s = self.times[step.cpu()], self.times[step.cpu() + 1]
         return Observation(self.x[at, k], t, s, cond), self.x[at, k + 1]
 

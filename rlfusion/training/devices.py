@@ -1,19 +1,30 @@
 """The device that a setting names, and the numerics under which a run repeats itself."""
 
+import os
+from typing import Any
+
 import torch
 
 from rlfusion.common.errors import ConfigError, near, shorten
 
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+"""Where cuBLAS reads how much memory it may use, and the values of it with which it repeats itself."""
 
-def set_numerics(threads: int, device: torch.device) -> None:
-    """CPU threads of torch; and on a GPU the settings under which it repeats itself bit for bit, and rollout and
-    learner agree: no TF32, deterministic kernels (where there is none, torch warns).
+
+def set_numerics(threads: int, device: torch.device | str, deterministic: bool = True, tf32: bool = False) -> None:
+    """CPU threads of torch; and how a GPU computes: with kernels alone that repeat themselves bit for bit (an operation
+    without one is an error), or with the fastest, chosen by trying; float32 products in float32, or in TF32 (10 bits
+    of mantissa). A process calls it before its first work on the GPU.
     """
     torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.device(device).type == "cuda":
+        if deterministic and os.environ.get(WORKSPACE) not in WORKSPACES:
+            os.environ[WORKSPACE] = WORKSPACES[0]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
+        torch.use_deterministic_algorithms(deterministic)
+        filling: Any = torch.utils.deterministic
+        filling.fill_uninitialized_memory = False  # of use to those who read what nobody wrote
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common.annotations import shown
-from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import read_file, sha256
 from rlfusion.training import checkpoint

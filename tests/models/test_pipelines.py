@@ -320,6 +320,32 @@ def test_the_encoder_stays_where_it_is_until_something_is_encoded(name, tiny_pip
     assert {p.device.type for p in space.vae.parameters()} == {"meta"}
 
 
+def test_an_autoencoder_decodes_in_the_precision_that_it_is_told(tiny_pipelines):
+    whole, half = (
+        pipelines.build(about(tiny_pipelines["sd"], vae_dtype=dtype), PROMPTS).space
+        for dtype in ("float32", "bfloat16")
+    )
+    torch.manual_seed(0)
+    z = torch.randn(3, 4, 8, 8)
+    assert {p.dtype for p in half.vae.decoder.parameters()} == {torch.bfloat16}
+    images, leaf = half.decode(z), z.clone().requires_grad_()
+    assert images.dtype == torch.float32
+    assert not torch.equal(images, whole.decode(z))
+    torch.testing.assert_close(images, whole.decode(z), rtol=0, atol=0.03)
+    half.decode(leaf).mean().backward()
+    assert bool(leaf.grad.any())
+    assert torch.equal(half.encode(images), whole.encode(images))
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_refused(tmp_path):
+    torch.manual_seed(0)
+    pipe = stable_diffusion_xl()
+    pipe.register_modules(vae=vae(force_upcast=True))
+    pipe.save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(ConfigError, match=r"vae_dtype = float16.*expected bfloat16"):
+        pipelines.build(about(tmp_path / "sdxl", vae_dtype="float16"), PROMPTS)
+
+
 def test_means_and_stds_of_channels_are_undone_as_the_pipeline_does(tmp_path):
     """Those of a Stable Diffusion XL; another family's pipeline would ignore them, and is refused."""
     each = {"latents_mean": [0.1, -0.4, 1.0, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}

@@ -56,7 +56,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         ConfigError: no base model can be made.
         StopRequested: a signal came; all work is saved.
     """
-    set_numerics(config.threads, pick_device(config.device))
+    set_numerics(config.threads, pick_device(config.device), config.deterministic, config.tf32)
     for note in identity.enter(folder, "compare", config).notes:
         progress.say(note)
     for agent in config.unmasked():

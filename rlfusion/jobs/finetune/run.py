@@ -52,7 +52,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     Raises:
         ConfigError, CheckpointError, NumericalError, StopRequested: as the exit codes of the command say.
     """
-    set_numerics(config.threads, pick_device(config.device))
+    set_numerics(config.threads, pick_device(config.device), config.deterministic, config.tf32)
     ranks = current()
     with ranks.in_turn():
         run = enter(folder, "finetune", config, config.checkpoints)

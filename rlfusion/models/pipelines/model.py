@@ -5,6 +5,7 @@ What a model card holds of one (``about``), all JSON:
     name        folder or hub id                       dtype          of the network's frozen weights
     variant     of the weights' files ("fp16")         checkpointing  activations computed again in the backward pass
     side        pixels, 0 for the model's own          decode         samples decoded at a time
+    vae_dtype   in which they are decoded; float32 where it is absent
     negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
     metadata    one mapping a prompt, or none at all, which rewards may read
     family      of the user's own code, by name; absent where it is found by the pipeline's class
@@ -78,7 +79,8 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     model = getattr(adapted(pipe, about["adapters"]), family.network)
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
-    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), about["decode"], family.normalises)
+    how = (about["decode"], family.normalises, DTYPES[about.get("vae_dtype", "float32")])
+    space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), *how)
     sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"], family))))
     denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
     denoiser.space, denoiser.own = space, Published(sampling, conditions)
