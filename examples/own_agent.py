@@ -1,7 +1,7 @@
 """An algorithm of your own in one file: REINFORCE whose baseline is the mean of a prompt's other walks.
 
 rlfusion check-agent examples/own_agent.py:LeaveOneOut
-rlfusion finetune --agent examples/own_agent.py:LeaveOneOut --agent.lr 0.003
+rlfusion finetune --agent examples/own_agent.py:LeaveOneOut
 
 (1)  A_i = R_i - mean of R_j, j the other walks of the prompt = (R_i - mean) n / (n - 1)
 (2)  gradient of E R = E sum_t A_i grad log p(x_s | x_t)

@@ -27,14 +27,16 @@ from rlfusion.jobs.serve_reward import serve
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
     """Fine-tune in ``folder``, and print the result."""
     result, seconds = timed(ranked("finetune"), settings, folder)
-    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries, {seconds:.0f} s")
+    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries; {seconds:.0f} s in all")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     for name in headlines(result["after"]):
         table.add_row(name, f"{result['before'][name]:.4g}", f"{result['after'][name]:.4g}")
     console = Console()
     console.print(table)
-    _where(console, folder, "samples/before.png, samples/after.png, model/, summary.json, metrics.jsonl, config.yaml")
+    also = [name for name in ("best/", "diagnosis.md") if (folder / name).exists()]
+    files = ("samples/before.png", "samples/after.png", "model/", *also, "summary.json", "metrics.jsonl", "config.yaml")
+    _where(console, folder, ", ".join(files))
 
 
 def run_compare(settings: config.Compare, folder: Path) -> None:

@@ -139,7 +139,7 @@ class Registry(Mapping[str, Any]):
         file = place.endswith(".py")
         module, digest = load_file(what, Path(place)) if file else (_import(what, place), "")
         if attribute not in vars(module):
-            raise unknown(f"name in module {place!r}", attribute, [n for n in vars(module) if n[0] != "_"])
+            raise unknown(f"name in module {place!r}", attribute, _offered(module))
         path = str(Path(place).resolve()) if file else ""
         source = path or f"module {place}"
         return self._adopted(vars(module)[attribute], f"{path or place}:{attribute}", source, digest)
@@ -160,10 +160,10 @@ class Registry(Mapping[str, Any]):
         """
         if self.adopt:
             return Found(self.adopt(held, name), name, source, digest)
-        if lacking := _lacking(held, self.protocol):
+        if missing := lacking(held, self.protocol):
             said = f"the class {held.__name__}" if inspect.isclass(held) else f"of {type(held).__name__}"
             raise ConfigError(
-                f"{self.what} {name!r} is {said}, without {', '.join(lacking)}: expected a class that is a "
+                f"{self.what} {name!r} is {said}, without {', '.join(missing)}: expected a class that is a "
                 f"{self.protocol.__module__}.{self.protocol.__qualname__} (docs/doors.md)"
             )
         return Found(held, name, source, digest)
@@ -215,7 +215,19 @@ def _distribution(point: EntryPoint) -> str:
     return f"{held.name} {held.version}" if held is not None else f"module {point.module}"
 
 
-def _lacking(held: Any, protocol: type | None) -> list[str]:
+def _offered(module: ModuleType) -> list[str]:
+    """The public names of a module without what it only imports; all of them where that leaves none."""
+    public = {name: held for name, held in vars(module).items() if name[0] != "_"}
+    own = [name for name, held in public.items() if not _imported(held, module)]
+    return own or list(public)
+
+
+def _imported(held: Any, module: ModuleType) -> bool:
+    placed = inspect.isclass(held) or inspect.isroutine(held)
+    return inspect.ismodule(held) or (placed and held.__module__ not in (module.__name__, None))
+
+
+def lacking(held: Any, protocol: type | None) -> list[str]:
     """What a class, or an object, lacks to be of another class, or to have the members of a protocol."""
     if protocol is None:
         return []

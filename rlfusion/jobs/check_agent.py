@@ -8,13 +8,14 @@ The chain is that of ``rl.check``: two weights theta, and the expected reward J(
     repeats     the same rollouts again give the same bits
     resume      a learner that takes up the state after one rollout goes on with the same bits
     dropped     walks whose reward failed are left out: what it learns from the rest is finite
-    metrics     finite numbers by name, ``reward`` among them; and the learner counts its rollouts and its queries
+    metrics     finite numbers by name, ``reward`` and ``grad_norm`` among them; the learner counts its rollouts and
+                queries
 
 A mean is beyond its noise where it is more than ``SURE`` standard errors from 0.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
-from rlfusion.common.errors import NumericalError, RlfusionError
+from rlfusion.common.errors import ConfigError, NumericalError, RlfusionError
 from rlfusion.common.nested import flatten, restore
 from rlfusion.common.user_code import running
 from rlfusion.config import CheckAgent
 from rlfusion.jobs.check_reward import Finding
-from rlfusion.rl.agent import Agent, AgentLearner, Plan
+from rlfusion.jobs.preflight import preflight
+from rlfusion.rl.agent import Agent, AgentLearner, Plan, learner_of, wrong_metrics
 from rlfusion.rl.check import PROMPTS, STEPS, Chain, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.devices import set_numerics
@@ -43,6 +45,7 @@ SHARE = 4
 class Trial:
     """A chain of its own, with a learner of its policy; ``gradients`` are those of its optimiser's steps."""
 
+    name: str
     chain: Chain
     learner: AgentLearner
     gradients: list[Tensor]
@@ -52,7 +55,7 @@ class Trial:
         """One with the weights that every trial begins with."""
         chain = Chain.make()
         chain = replace(chain, task=replace(chain.task, rollout_spec=agent.rollout_spec(STEPS)))
-        trial = cls(chain, agent.learner(chain.task, samples(), 0), [])
+        trial = cls(agent.name, chain, learner_of(agent, chain.task, samples(), 0), [])
         trial._listen()
         return trial
 
@@ -74,8 +77,19 @@ class Trial:
         """Make these updates, each of a rollout under the weights of then; the metrics of the last."""
         metrics: dict[str, float] = {}
         for iteration in updates:
-            metrics = self.learner.update(self.walks(settings, repeat, iteration))
+            metrics = self.update(self.walks(settings, repeat, iteration))
         return metrics
+
+    def update(self, batch: Trajectory) -> dict[str, float]:
+        """The metrics of one update.
+
+        Raises:
+            ConfigError: it returned none.
+        """
+        told: Any = self.learner.update(batch)
+        if not isinstance(told, Mapping):
+            raise ConfigError(f"update of agent {self.name!r}: {', '.join(wrong_metrics(told))} (docs/doors.md)")
+        return dict(told)
 
 
 class Mean(NamedTuple):
@@ -132,6 +146,9 @@ def _up(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
         else Finding("gradient", "note", "the learner steps without its optimization: nothing was seen of it")
     )
     gain = Mean.of(torch.stack(gains))
+    if torch.equal(trial.chain.theta, before):
+        yield Finding("gain", "FAILS", f"the weights are what they were before {UPDATES} rollouts: does it step?")
+        return
     yield gain.finding("gain", f"J rises by {gain.value:.3g} +- {gain.error:.2g} in {UPDATES} rollouts")
 
 
@@ -185,19 +202,22 @@ def _dropped(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
     trial = Trial.of(agent)
     batch = trial.walks(settings, 0, 0)
     kept = torch.arange(len(batch.reward)) % SHARE != 0
-    metrics = trial.learner.update(replace(batch.take(kept), failed=int((~kept).sum())))
-    finite = all(bool(p.isfinite().all()) for p in _bits(trial)) and all(map(math.isfinite, metrics.values()))
+    metrics = trial.update(replace(batch.take(kept), failed=int((~kept).sum())))
+    finite = all(bool(p.isfinite().all()) for p in _bits(trial)) and not _not_finite(metrics)
     said = f"{int(kept.sum())} of {len(kept)} walks are left, of groups of different sizes"
     yield Finding("dropped", "ok" if finite else "FAILS", said if finite else f"{said}: weights or metrics not finite")
 
 
+def _not_finite(metrics: Mapping[str, float]) -> list[str]:
+    return [name for name, value in metrics.items() if isinstance(value, float | int) and not math.isfinite(value)]
+
+
 def _metrics(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
     trial = Trial.of(agent)
-    trial.learner.preflight(trial.walks(settings, 0, 0))
+    preflight(trial.learner, trial.walks(settings, 0, 0))
     metrics = trial.learn(settings, 0, range(2))
-    wrong = [name for name, value in metrics.items() if not isinstance(value, float | int) or not math.isfinite(value)]
-    wrong += ["reward is missing"] if "reward" not in metrics else []
     learner = trial.learner
+    wrong = wrong_metrics(metrics) + [f"{name} is not finite" for name in _not_finite(metrics)]
     wrong += [f"iteration is {learner.iteration} after 2 rollouts"] if learner.iteration != 2 else []
     wrong += [f"queries is {learner.queries}"] if learner.queries < 2 * settings.walks else []
     yield Finding("metrics", "FAILS" if wrong else "ok", ", ".join(wrong or metrics))

@@ -14,7 +14,7 @@ from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.parts import TaskSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.models.lora_dropout import dropped
-from rlfusion.rl.agent import AgentLearner
+from rlfusion.rl.agent import AgentLearner, wrong_metrics
 from rlfusion.rl.reward_gradient import PREFLIGHT
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 
@@ -49,6 +49,8 @@ def preflight(learner: AgentLearner, batch: Trajectory) -> dict[str, float]:
     """
     with dropped(learner.policy, learner.seed, PREFLIGHT):
         found = learner.preflight(batch)
+    if wrong := wrong_metrics(found, ()):
+        raise ConfigError(f"the learner's preflight: {', '.join(wrong)} (docs/doors.md)")
     starts = batch.x[:, 0].flatten(1)
     if len(starts.unique(dim=0)) != len(starts):
         raise ConfigError("two walks of one rollout begin with the same noise: their seeds are not distinct")

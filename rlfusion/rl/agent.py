@@ -1,10 +1,11 @@
 """The interface of an algorithm: its settings, the part of a rollout that it takes, and its learner."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.registry import lacking
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rollout import RolloutSpec, Task
@@ -124,3 +125,32 @@ class Agent(Protocol):
         Raises:
             ConfigError: the chain or the reward cannot be learned from in this way.
         """
+
+
+def learner_of(agent: Agent, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
+    """The learner of an agent, which may be a stranger's.
+
+    Raises:
+        ConfigError: as ``Agent.learner``; or the learner lacks a member of ``AgentLearner``.
+    """
+    learner = agent.learner(task, data, seed)
+    if missing := lacking(learner, AgentLearner):
+        raise ConfigError(
+            f"the learner of agent {agent.name!r}, {type(learner).__name__}, has no {', '.join(missing)}: expected "
+            f"what {AgentLearner.__module__}.{AgentLearner.__qualname__} has (docs/doors.md)"
+        )
+    return learner
+
+
+NEEDED = ("reward", "grad_norm")
+"""What the metrics of every update say."""
+
+
+def wrong_metrics(told: Any, needed: Iterable[str] = NEEDED) -> list[str]:
+    """What keeps an answer from being metrics, names with numbers, ``needed`` among them, in a few words each."""
+    if not isinstance(told, Mapping):
+        return [f"it returns {shorten(repr(told))}, expected numbers by name"]
+    kinds = [
+        f"{k} is a {type(v).__name__}, expected a float" for k, v in told.items() if not isinstance(v, float | int)
+    ]
+    return kinds + [f"{name} is missing" for name in needed if name not in told]

@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any, Literal
 
 from rlfusion.common import storage
-from rlfusion.common.errors import NumericalError, StateError, require_positive
+from rlfusion.common.errors import ConfigError, NumericalError, StateError, require_positive
 from rlfusion.common.weights import require_entries
 from rlfusion.models.lora_dropout import dropped
-from rlfusion.rl.agent import AgentLearner
+from rlfusion.rl.agent import AgentLearner, wrong_metrics
 from rlfusion.rollout.trajectory import Trajectory
 
 WINDOW, FEWEST, DEPTH = 20, 4, 3
@@ -85,12 +85,13 @@ class Guarded:
 
         Raises:
             NumericalError: the run ends here; the weights are the last good ones.
+            ConfigError: what the learner returns is no metrics.
         """
         before = None if self.config.action == "warn" else copy.deepcopy(self.learner.state_dict())
         iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
-                metrics = self.learner.update(batch)
+                metrics = _metrics(self.learner.update(batch), batch)
             alarm = self._judge(metrics)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
@@ -123,7 +124,7 @@ class Guarded:
         self.bad_in_a_row = 0
         self.norms = [*self.norms, metrics["grad_norm"]][-WINDOW:]
         if math.isnan(self.first_std):
-            self.first_std, self.best = metrics.get("reward_std", math.nan) or math.nan, metrics["reward"]
+            self.first_std, self.best = metrics["reward_std"] or math.nan, metrics["reward"]
         self.best = max(self.best, metrics["reward"])
         if self.config.action == "rollback":
             self.good = [*self.good, copy.deepcopy(self.learner.state_dict())][-DEPTH:]
@@ -181,3 +182,12 @@ def _mean_reward(batch: Trajectory) -> float:
     """The mean of the rewards of a rollout that are finite; NaN where there is none."""
     held = batch.reward[batch.reward.isfinite()] if batch.reward is not None else None
     return held.mean().item() if held is not None and len(held) else math.nan
+
+
+def _metrics(told: Any, batch: Trajectory) -> dict[str, float]:
+    """What a learner's update returned, with the spread of the rollout's rewards where it does not say."""
+    if wrong := wrong_metrics(told):
+        raise ConfigError(f"the learner's update: {', '.join(wrong)} (docs/doors.md)")
+    metrics = {name: float(value) for name, value in told.items()}
+    spread = math.nan if batch.reward is None else batch.reward.std(correction=0).item()
+    return {"reward_std": spread, **metrics}

@@ -156,6 +156,11 @@ def test_what_cannot_be_found_or_made_is_one_line(there, text, said):
     assert "\n" not in str(caught.value)
 
 
+def test_names_that_a_file_only_imports_are_not_offered(there):
+    with pytest.raises(ConfigError, match=r"'shapes.py' 'Sqare': expected one of Line, Square, UNIT, twice; did you"):
+        spec.parse("shapes.py:Sqare", THINGS, "thing")
+
+
 def test_a_stranger_s_own_error_is_theirs_with_its_line(there):
     with pytest.raises(UserCodeError, match=r"KeyError: 'three' \(shapes.py, line 18"):
         spec.parse("shapes.py:Square(side=3)", THINGS, "thing")

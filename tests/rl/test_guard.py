@@ -53,6 +53,33 @@ class Walks:
         return 4
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (None, "it returns None, expected numbers by name"),
+        ({"reward": 1.0}, "grad_norm is missing"),
+        ({"grad_norm": 1.0}, "reward is missing"),
+        ({"reward": torch.tensor(1.0), "grad_norm": 1.0}, "reward is a Tensor, expected a float"),
+    ],
+)
+def test_what_a_strangers_update_returns_is_named_where_it_is_no_metrics(told, said, tmp_path):
+    learner = Scripted()
+    learner.update = lambda batch: told
+    with pytest.raises(ConfigError, match=said):
+        Guarded(learner, Config(), tmp_path).update(Walks())
+
+
+def test_the_fall_of_the_reward_is_seen_though_the_learner_tells_no_spread(tmp_path):
+    told = [{"reward": reward, "grad_norm": 1} for reward in (5.0, -90.0)]
+    learner, batch = Scripted(), Walks()
+    batch.reward = torch.tensor([4.0, 6.0])
+    learner.update = lambda _: told.pop(0)
+    guarded = Guarded(learner, Config(), tmp_path)
+    assert [guarded.update(batch)["skipped"] for _ in range(2)] == [0.0, 1.0]
+    assert guarded.first_std == 1.0
+    guarded.load_state_dict(guarded.state_dict())  # a norm that was given as an integer is saved as a number
+
+
 def run(tmp_path, script, **settings) -> tuple[Scripted, Guarded]:
     learner = Scripted(*script)
     guarded = Guarded(learner, Config(**settings), tmp_path)

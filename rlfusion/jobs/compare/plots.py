@@ -39,7 +39,11 @@ def plot(config: Compare, folder: Path, reward: str, runs: list[Run], measured: 
             ylabel="gain (sd of the base's rewards)", ylim=(-0.2, max(0.2, min(1.05 * highest, SHOWN * config.target)))
         )
     by_queries.set(xlabel="queries", title=reward)
-    by_seconds.set(xlabel="CPU seconds of training", xscale="symlog")
+    ends = [points[-1].cpu_seconds for *_, points in runs]
+    scale = (
+        "symlog" if max(ends) > 10 * min(ends) else "linear"
+    )  # on a symlog axis of one decade hardly a tick is named
+    by_seconds.set(xlabel="CPU seconds of training", xscale=scale)
     (_of_frechet if "frechet" in measured[BASE] else _of_diversity)(config, price, fourth, runs, looks, measured)
     figure.legend(loc="outside right upper", fontsize=8)
     drawn = BytesIO()

@@ -23,6 +23,7 @@ from rlfusion.models import lora, pipelines
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.untrained import require_weights
+from rlfusion.rl.agent import learner_of
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training.devices import pick_device
 
@@ -70,7 +71,8 @@ def check(config: Finetune) -> None:
         require_weights(parts.rewards.options)
         reward = build(config.reward, parts.rewards.options, known, config.call_options, made)
         require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
-        config.agent.learner(make_task(parts.task, card, policy, reward), encoded(data, denoiser.space), config.seed)
+        task = make_task(parts.task, card, policy, reward)
+        learner_of(config.agent, task, encoded(data, denoiser.space), config.seed)
         label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
         score(reward, to_pixels(data.x[:TRIED]), label, parts.rewards.name, parts.rewards.masked)
 

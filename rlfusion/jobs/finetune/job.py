@@ -27,7 +27,7 @@ from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.jobs.tasks import from_actors, make_task
 from rlfusion.rewards import Reward, bare, build, names_of, task_info
 from rlfusion.rewards.remote.client import is_url
-from rlfusion.rl.agent import AgentLearner
+from rlfusion.rl.agent import AgentLearner, learner_of
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
 from rlfusion.training.devices import pick_device
@@ -175,6 +175,6 @@ def make_learner(
     """The learner of these settings, at the base model's weights.
 
     Raises:
-        ConfigError: as ``Agent.learner``.
+        ConfigError: as ``learner_of``.
     """
-    return config.agent.learner(make_task(parts.task, card, policy, reward), data, config.seed)
+    return learner_of(config.agent, make_task(parts.task, card, policy, reward), data, config.seed)
