@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rlfusion.common.registry import files_of
+from rlfusion.common.code_files import files_of
 from rlfusion.common.weights import sha256
 
 FREE = re.compile(
