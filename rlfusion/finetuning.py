@@ -26,7 +26,6 @@ from rlfusion.cli.arguments import settings_of
 from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.common.weights import Weights
 from rlfusion.config import Finetune
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
@@ -109,7 +108,7 @@ class Run(Iterator[dict[str, float]]):
 
     def _publish(self, step: int) -> None:
         """Let the weights act; before the first update, what would fail quietly later is refused."""
-        weights = Weights.of(self.policy, step)
+        weights = self._collector.acting(self.policy, step)
         if step == 0:
             for said in try_out(self._parts.task, self._learner, self._collector, weights):
                 _log.log(logging.WARNING if said.startswith("warning") else logging.INFO, said)

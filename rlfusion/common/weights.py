@@ -7,6 +7,7 @@ or dtype that does not fit is refused, so that no worker acts with other weights
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,6 +136,11 @@ class Weights:
         blob = pack(learned(module))
         return cls(version, sha256(blob), blob)
 
+    @cached_property
+    def mark(self) -> object:
+        """By which weights that are loaded already are known again."""
+        return self.sha256
+
     def load_into(self, module: nn.Module) -> None:
         """Copy the weights into ``module``, as ``restore``.
 
@@ -145,6 +151,31 @@ class Weights:
         if found != self.sha256:
             raise WeightsError(f"weights of version {self.version}: SHA-256 {found}, expected {self.sha256}")
         restore(module, unpack(self.blob), f"the blob of weights of version {self.version}")
+
+
+class Live(Weights):
+    """The weights that a module of this process has when they are taken: they are copied, and neither packed nor
+    hashed unless that is asked for. Who gives them out sees to it that the module does not change before.
+    """
+
+    def __init__(self, module: nn.Module, version: int) -> None:
+        object.__setattr__(self, "version", version)
+        object.__setattr__(self, "module", module)
+        object.__setattr__(self, "mark", object())
+
+    @cached_property
+    def blob(self) -> bytes:  # type: ignore[override]
+        """As of ``Weights``, at the first use."""
+        return pack(learned(self.module))
+
+    @cached_property
+    def sha256(self) -> str:  # type: ignore[override]
+        """As of ``Weights``, at the first use."""
+        return sha256(self.blob)
+
+    def load_into(self, module: nn.Module) -> None:
+        """Copy the weights into ``module``, as ``restore``."""
+        restore(module, learned(self.module), f"the weights of version {self.version}")
 
 
 def _misfit(name: str, ours: Tensor | None, theirs: Any) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
-from rlfusion.common.weights import Weights
+from rlfusion.common.weights import Live, Weights
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rollout import Backend, Pending, plan, version_for
@@ -26,6 +27,13 @@ class Collector:
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
         self.metrics: dict[str, float] = {}
+
+    def acting(self, policy: nn.Module, version: int) -> Weights:
+        """The learner's weights, for walks to come. In this process, and not ahead of the learner, all that act under
+        them are collected before they change again: they need not be packed.
+        """
+        here = not self.spec.rollout.workers and not self.spec.rollout.lag
+        return Live(policy, version) if here else Weights.of(policy, version)
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""

@@ -14,16 +14,16 @@ class Local(Backend):
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._loaded = ""
+        self._loaded: object = None
 
     def submit(self, items: Sequence[WorkItem], weights: Weights) -> Pending:
         check_versions(items, weights)
         return lambda: self._run(items, weights)
 
     def _run(self, items: Sequence[WorkItem], weights: Weights) -> list[Trajectory]:
-        if weights.sha256 != self._loaded:
+        if weights.mark != self._loaded:
             weights.load_into(self.task.policy)
-            self._loaded = weights.sha256
+            self._loaded = weights.mark
         return [run_item(self.task, item) for item in items]
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from rlfusion.common.weights import Weights, WeightsError, pack, sha256, unpack
+from rlfusion.common.weights import Live, Weights, WeightsError, pack, sha256, unpack
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import CheckpointError, Keep
 from rlfusion.training.optimization import Optimization
@@ -317,3 +317,19 @@ def test_weights_move_between_modules_and_refuse_what_does_not_fit():
         with pytest.raises(WeightsError, match=text):
             Weights.of(other, 1).load_into(sink)
     assert torch.equal(sink.weight, before)
+
+
+def test_live_weights_are_copied_as_they_are_when_they_are_taken_and_packed_only_when_asked_for(monkeypatch):
+    source, sink, other = (torch.nn.Linear(3, 2) for _ in range(3))
+    live, packed = Live(source, 7), Weights.of(source, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlfusion.common.weights.pack", lambda tensors: pytest.fail("packed"))
+        live.load_into(sink)
+        assert live.mark != Live(source, 7).mark
+    assert (live.version, live.sha256, live.blob) == (7, packed.sha256, packed.blob)
+    packed.load_into(other)
+    assert torch.equal(sink.weight, other.weight)
+    source.weight.data.zero_()
+    assert not torch.equal(sink.weight, source.weight), "they share no memory"
+    with pytest.raises(WeightsError, match="the weights of version 1 does not fit"):
+        Live(torch.nn.Linear(3, 4), 1).load_into(sink)

@@ -126,7 +126,7 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
         for weights in _load(job, state, found):
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
-    weights = Weights.of(job.learner.policy, job.learner.iteration)
+    weights = collector.acting(job.learner.policy, job.learner.iteration)
     for line in try_out(job.parts.task, job.learner, collector, weights):
         progress.say(line)
     collector.publish(weights)
@@ -185,7 +185,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             stopwatch.lap(done, queries)
             cost, before = queries - before, queries
             spent = 0 < config.budget_queries < queries + cost
-            collector.publish(Weights.of(job.learner.policy, done))
+            collector.publish(collector.acting(job.learner.policy, done))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
