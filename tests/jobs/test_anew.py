@@ -1,6 +1,7 @@
 """A change of settings and what of a checkpoint it leaves: the table, and real runs that go on under another reward."""
 
 import re
+from functools import cache
 
 import pytest
 from tiny_runs import TINY
@@ -23,11 +24,16 @@ def settings(**more) -> dict:
     return flat(Finetune(**{"reward": "ink"} | more))
 
 
+@cache
+def names_of_settings() -> frozenset[str]:
+    """Of every agent, and one of a reward's options."""
+    names = {name for agent in AGENTS for name in flat(settings_of("finetune", ["--agent", agent]))}
+    return frozenset(names | {"reward_options.ink.threshold"})
+
+
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in anew.ROWS])
 def test_every_row_is_of_settings_that_there_are(pattern):
-    names = {name for agent in AGENTS for name in flat(settings_of("finetune", ["--agent", agent]))}
-    names |= {"reward_options.ink.threshold"}
-    assert any(re.fullmatch(pattern, name) for name in names)
+    assert any(re.fullmatch(pattern, name) for name in names_of_settings())
 
 
 def test_settings_of_the_same_loss_are_those_of_agents():

@@ -51,11 +51,11 @@ def test_workers_give_the_bits_of_none_on_a_pretrained_pipeline(tiny_pipelines, 
     quick = ("--updates", 2, "--evaluation.samples", 50, "--evaluation.deterministic", "false", "--monitor.every", 0)
     chain = ("--chain.steps", 3, "--chain.spacing", "trailing")
     lora = ("--lora", "LoRA(rank=2, dropout=0.5)")
-    for workers in (0, 2):
+    for workers in (0, 1):
         run = ("--rollout.workers", workers, "--ray.cpus_per_worker", 0.5, "--name", f"workers-{workers}")
         said = Process(tmp_path, "finetune", *model, *small, *quick, *chain, *lora, *run).wait(patience=500)
         assert said.code == 0, said.err
-    mine, theirs = (tmp_path / "runs" / f"workers-{workers}" for workers in (0, 2))
+    mine, theirs = (tmp_path / "runs" / f"workers-{workers}" for workers in (0, 1))
     files = [f.relative_to(mine) for f in (mine / "model").rglob("*.safetensors")]
     assert files
     for file in files:
