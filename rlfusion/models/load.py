@@ -29,13 +29,14 @@ def of_pipeline(name: str, settings: pipelines.Settings, negative: str, cache: P
     path = pipelines.folder(name, settings.variant)
     config = Config(pipelines.index(path)["_class_name"], pipelines.index(path)["scheduler"][1], "of the scheduler")
     shape = pipelines.shape(path, settings.size, pipelines.family_of(path, settings.family))
-    return Card(config, shape, texts, pipeline=about)
+    return Card(config, shape, texts, pipeline=about | settings.sequence(path))
 
 
 def describe(name: str, settings: pipelines.Settings, negative: str = "", cache: Path | None = None) -> Card:
     """The card of a model folder, of a run's, or of a pretrained pipeline by its folder or hub id.
 
-    ``settings`` give a pipeline its prompts; of a saved one they replace those that it was trained on.
+    ``settings`` give a pipeline its prompts; of a saved one they replace those that it was trained on, and what else is
+    said replaces what it was saved with.
 
     Raises:
         ConfigError: there is no such model, or the settings do not fit it.
@@ -43,12 +44,26 @@ def describe(name: str, settings: pipelines.Settings, negative: str = "", cache:
     if pipelines.is_pipeline(name):
         return of_pipeline(name, settings, negative, cache)
     card = load_card(Path(name))
-    if settings.family not in ("", (own := card.pipeline.get("family", ""))):
-        raise ConfigError(f"family = {settings.family!r}: {name!r} was saved with family {own!r}, expected none")
-    if not card.pipeline or not settings.prompts:
+    if not card.pipeline:
+        if settings != pipelines.Settings():
+            raise ConfigError(f"pipeline.* is given, and {name!r} is no pretrained pipeline: expected none")
+        return card
+    card = replace(card, pipeline=card.pipeline | settings.over(name, card.pipeline))
+    if settings.size or settings.max_sequence_length:
+        card = _resized(card, settings)
+    if not settings.prompts:
         return card
     about, texts = settings.prompted(negative)
     return replace(card, names=texts, pipeline=card.pipeline | about)
+
+
+def _resized(card: Card, settings: pipelines.Settings) -> Card:
+    """The card of a saved pipeline for images, and prompts, of another size."""
+    about = card.pipeline
+    path, family = pipelines.folder(about["name"], about["variant"]), about.get("family", "")
+    if settings.max_sequence_length:
+        about = about | replace(settings, family=family).sequence(path)
+    return replace(card, shape=pipelines.shape(path, about["side"], pipelines.family_of(path, family)), pipeline=about)
 
 
 def load_space(denoiser: Denoiser, blob: bytes | None) -> None:

@@ -254,6 +254,7 @@ BLOBS = {
     "not UTF-8": blob(b'{"\xff": 1}'),
     "a name of NUL and no tensor": blob(b'{"\0": 1}'),
     "a tensor that nobody names": blob({"b": TENSOR}),
+    "a tensor beside the one that is named": blob({"a": TENSOR, "b": TENSOR | {"data_offsets": [4, 8]}}, bytes(8)),
 }
 
 
@@ -359,7 +360,9 @@ QUESTIONS = {
     "infinity": {"samples": value(math.inf)},
     "minus infinity": {"samples": value(-math.inf)},
     "below 0": {"samples": value(-0.01)},
+    "a little below 0": {"samples": value(-0.0011)},
     "above 1": {"samples": value(1.01)},
+    "a little above 1": {"samples": value(1.0011)},
     "of [-1, 1]": {"samples": 2 * SAMPLES - 1},
     "of 0 to 255": {"samples": 255 * SAMPLES},
     "above 1, in 16 bits": {"samples": value(1.01, torch.float16)},

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from processes import Process
 from reward_servers import serving
 
 from rlfusion.cli import main
@@ -91,6 +92,38 @@ def test_prompts_that_were_edited_are_noticed_unless_that_is_meant(begun, here, 
     file.write_text(original)
     with pytest.raises(ConfigError, match="others than the run began with"):
         resumed(begun).pipeline.read()
+
+
+RUN = (
+    *("--pipeline.prompts", "p.jsonl", "--pipeline.size", "16", "--reward", "mine.py:brightness"),
+    *("--lora", "LoRA(rank=2)", "--chain.steps", "2", "--chain.spacing", "trailing", "--updates", "1"),
+    *("--rollout.prompts", "2", "--rollout.samples_per_prompt", "2", "--rollout.item", "2"),
+    *("--evaluation.samples", "50", "--evaluation.deterministic", "false", "--monitor.every", "0"),
+)
+"""A finetune whose reward counts on the metadata of each prompt, and says so where it gets others."""
+
+
+def test_metadata_reach_the_reward_of_a_run_and_of_its_evaluation(tiny_pipelines, here):
+    """The reward asserts, for each picture, that it has the metadata of its prompt."""
+    assert main.main(["finetune", "--model", str(tiny_pipelines["sd"]), *RUN, "--name", "it"]) == 0
+    before = json.loads((here / "runs" / "it" / "summary.json").read_text())["before"]
+    assert before["reward"] == pytest.approx(before["brightness"] * (3 + 50) / 2, rel=0.1)
+    evaluation = ("--reward", "mine.py:brightness", "--evaluation.samples", "50", "--out", "again.json")
+    assert main.main(["evaluate", "--checkpoint", "runs/it", *evaluation]) == 0
+    again = json.loads((here / "again.json").read_text())
+    assert again["reward"] == pytest.approx(again["brightness"] * (3 + 50) / 2, rel=0.1)
+
+
+@pytest.mark.alone
+def test_metadata_reach_the_reward_of_a_worker(tiny_pipelines, here):
+    found = {}
+    for workers in (0, 1):
+        more = ("--rollout.workers", workers, "--ray.cpus_per_worker", 0.5, "--name", f"of-{workers}")
+        said = Process(here, "finetune", "--model", tiny_pipelines["sd"], *RUN, *more).wait()
+        assert said.code == 0, said.err
+        folder = here / "runs" / f"of-{workers}"
+        found[workers] = (folder / "summary.json").read_text(), (folder / "metrics.jsonl").read_text()
+    assert found[0] == found[1]
 
 
 def test_metadata_reach_a_served_reward():

@@ -12,7 +12,7 @@ import pytest
 from rlfusion.common import notices
 from rlfusion.common.errors import ConfigError
 from rlfusion.models.pipelines import Prompts, Settings
-from rlfusion.models.pipelines.prompts import read
+from rlfusion.models.pipelines.prompts import BLOCK, read
 
 GENEVAL = [
     {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "a photo of two benches"},
@@ -253,6 +253,21 @@ def test_damaged_files_give_prompts_or_one_line(seed):
         said = str(error)
     assert "\n" not in said
     assert time.monotonic() - begin < 10
+
+
+def test_the_digest_is_of_every_text_negative_prompt_and_fact():
+    count = 2 * BLOCK + 1
+    rows = {"texts": ["a cat"] * count, "negatives": ["ugly"] * count, "metadata": [{"k": 1}] * count}
+
+    def digest(**changed) -> str:
+        return Prompts(**{name: tuple(held) for name, held in (rows | changed).items()}).sha256
+
+    seen = [digest(), digest(metadata=[]), *(Prompts(("a cat",) * n, ("",) * n).sha256 for n in (1, BLOCK, BLOCK + 1))]
+    for at in (0, BLOCK - 1, BLOCK, count - 1):
+        for name, other in {"texts": "a dog", "negatives": "", "metadata": {"k": 2}}.items():
+            seen.append(digest(**{name: [*rows[name][:at], other, *rows[name][at + 1 :]]}))
+    assert len(set(seen)) == len(seen)
+    assert digest() == seen[0]
 
 
 @pytest.mark.alone

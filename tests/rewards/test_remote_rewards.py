@@ -36,7 +36,7 @@ from rlfusion.rewards.remote.frames import (
 )
 from rlfusion.rewards.remote.replicas import Replicas
 from rlfusion.rewards.remote.secret import VARIABLE, read_token
-from rlfusion.rewards.remote.server import Limits
+from rlfusion.rewards.remote.server import Limits, Offer
 from rlfusion.rewards.remote.tables import MOST_TABLES, Tables
 from rlfusion.rewards.remote.transport import Failed, RefusedError
 
@@ -143,21 +143,48 @@ def test_a_question_comes_back_whole(samples):
     assert question.task_info == {"prompts": ["a", "b"], "shape": [1, 8, 8], "classes": 2, "metadata": [{}, {}]}
 
 
+def test_a_reward_is_made_once_for_each_model_that_it_tells_apart():
+    made = []
+    offer = Offer("it", {}, ("prompts", "metadata", "shape"), lambda told: made.append(told) or Net())
+    cats, dogs = ("a cat", "a cat"), ("a dog", "a dog")
+    models = [
+        task_info(cats, (1, 8, 8)),
+        task_info(dogs, (1, 8, 8)),
+        task_info(cats, (1, 8, 8), [{"k": 1}, {"k": 2}]),
+        task_info(cats, (1, 8, 8), [{"k": 2}, {"k": 1}]),
+    ]
+    for number, known in enumerate(models, 1):
+        for table in ("", table_of(known), table_of(known)):
+            offer.reward(known, table)
+        assert len(made) == number
+    offer.reward(models[0] | {"classes": 3})  # which it does not ask for
+    assert len(made) == len(models)
+
+
+def test_the_identity_of_a_reward_is_that_of_its_name_its_options_and_its_weights():
+    other = Net()
+    next(other.parameters()).data.add_(1)
+    offers = [("it", {}, Net()), ("that", {}, Net()), ("it", {"k": 1}, Net()), ("it", {}, other), ("it", {}, Net())]
+    seen = [Offer(name, options, (), lambda told, net=net: net).reward({})[1] for name, options, net in offers]
+    assert seen[0] == seen[-1]
+    assert len(set(seen)) == len(seen) - 1
+
+
 def test_one_broken_sample_costs_no_other_its_value(samples):
     def picky(x, cond):
         if bool((x.mean((1, 2, 3)) > limit).any()):
             raise ValueError("too bright")
-        return x.mean((1, 2, 3))
+        return x.mean((1, 2, 3)) + cond
 
-    means = samples.mean((1, 2, 3))
+    means, cond = samples.mean((1, 2, 3)), torch.arange(24)
     limit = means.topk(2).values[1] - 1e-6
-    values, reasons, raised = graded(picky, samples, None)
+    values, reasons, raised = graded(picky, samples, cond)
     bad = set(means.topk(2).indices.tolist())
     assert set(reasons) == raised == bad
     (why,) = set(reasons.values())
     assert re.fullmatch(r"it: ValueError: too bright \(.*test_remote_rewards\.py, line \d+, in picky\)", why)
     good = [i for i in range(24) if i not in bad]
-    torch.testing.assert_close(values[good], means[good])
+    torch.testing.assert_close(values[good], (means + cond)[good])
     assert values[list(bad)].isnan().all()
 
 

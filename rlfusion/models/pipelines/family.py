@@ -15,6 +15,8 @@ from rlfusion.common.tensors import Cond
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 
 Shape = tuple[int, ...]
+SEQUENCE = "max_sequence_length"
+"""The tokens of a prompt that a large text encoder reads, padding among them: a setting of some pipelines' calls."""
 ATTENTION = "to_q,to_k,to_v,to_out.0"
 """The layers that LoRA is usually given, by the ends of their names."""
 
@@ -41,11 +43,13 @@ class Family:
         reads: how many tokens of a prompt, with their marks, the encoder behind each tokenizer gets; 0 for as many as
             the tokenizer's own limit.
         call: further settings with which the pipeline itself makes an image of just the size that it is told.
+        sequence: network's configuration -> the max_sequence_length that its model card has, and the largest that its
+            pipeline takes; None where the pipeline has no such setting. ``encode`` is given it by keyword.
     """
 
     network: str
     texts: tuple[str, ...]
-    encode: Callable[[Any, str, str | None, int, Any], tuple[Rows, Rows | None]]
+    encode: Callable[..., tuple[Rows, Rows | None]]
     answer: Callable[[nn.Module, Tensor, Tensor, Rows], Tensor]
     channels: Callable[[Mapping[str, Any]], int]
     side: Callable[[Mapping[str, Any]], int]
@@ -58,6 +62,7 @@ class Family:
     normalises: bool = False
     reads: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 0})
     call: Mapping[str, Any] = field(default_factory=dict)
+    sequence: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
 
 
 class Net(nn.Module):

@@ -16,9 +16,11 @@ from rlfusion.models.pipelines.conditions import Rows
 from rlfusion.models.pipelines.family import ATTENTION, Family, Shape, dynamic_shift
 
 
-def encode(pipe: Any, prompt: str, negative: str | None, side: int, device: Any) -> tuple[Rows, Rows | None]:
+def encode(
+    pipe: Any, prompt: str, negative: str | None, side: int, device: Any, **sequence: int
+) -> tuple[Rows, Rows | None]:
     """ "text" (1, L, D) and "pooled" (1, P); there is no negative prompt."""
-    text, pooled, _ = pipe.encode_prompt(prompt, device=device)
+    text, pooled, _ = pipe.encode_prompt(prompt, device=device, **sequence)
     return {"text": text, "pooled": pooled}, None
 
 
@@ -61,6 +63,11 @@ def grid(config: Mapping[str, Any], shape: Shape) -> Callable[[Any, int], dict[s
     return arguments
 
 
+def embeds(config: Mapping[str, Any]) -> bool:
+    """Whether the network reads the guidance weight (dev), or was distilled for few steps without (schnell)."""
+    return bool(config.get("guidance_embeds"))
+
+
 FAMILY = Family(
     network="transformer",
     texts=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
@@ -69,9 +76,10 @@ FAMILY = Family(
     channels=lambda config: config["in_channels"] // 4,
     side=lambda config: 128,
     grid=grid,
-    embeds=lambda config: bool(config.get("guidance_embeds")),
+    embeds=embeds,
     targets=f"{ATTENTION},add_q_proj,add_k_proj,add_v_proj,to_add_out",
     multiple=2,
     guided=False,
     reads={"tokenizer": 0, "tokenizer_2": 512},
+    sequence=lambda config: (512 if embeds(config) else 256, 512),
 )

@@ -3,13 +3,14 @@
 A family's ``reads`` says how many tokens of a prompt each of its tokenizers passes on; 0 is the tokenizer's own limit.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlfusion.common.notices import say_once
 from rlfusion.models.pipelines import hub
-from rlfusion.models.pipelines.family import Family
+from rlfusion.models.pipelines.family import SEQUENCE, Family
 
 BATCH = 4096
 SHORTEST = 64
@@ -20,10 +21,15 @@ PER_BYTE = 2
 """Tokens that a byte of text may become at most: normalising can spell one sign out as several."""
 
 
-def report(path: Path, family: Family, prompts: Sequence[str]) -> None:
-    """Say, once for each tokenizer, how many of these distinct prompts are too long for it, and which is the first."""
-    longest = max(len(text.encode()) for text in prompts)
-    for name, most in family.reads.items():
+def report(path: Path, family: Family, prompts: Sequence[str], max_sequence_length: int = 0) -> None:
+    """Say, once for each tokenizer, how many of these distinct prompts are too long for it, and which is the first;
+    ``max_sequence_length`` is that of the pipeline's call, 0 for its default.
+    """
+    longest, more = max(len(text.encode()) for text in prompts), 0
+    if max_sequence_length:
+        more = max_sequence_length - inspect.signature(hub.pipeline_class(path).__call__).parameters[SEQUENCE].default
+    for name, own in family.reads.items():
+        most = own and own + more
         tokenizer = _tokenizer(path, name) if PER_BYTE * longest >= (most or SHORTEST) else None
         if tokenizer is not None and (message := _said(tokenizer, name, most or tokenizer.model_max_length, prompts)):
             say_once(message)

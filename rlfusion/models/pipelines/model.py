@@ -8,17 +8,19 @@ What a model card holds of one (``about``), all JSON:
     vae_dtype   in which they are decoded; float32 where it is absent
     negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
     metadata    one mapping a prompt, or none at all, which rewards may read
+    max_sequence_length  tokens of a prompt, of families that have that setting; absent for the pipeline's default
     family      of the user's own code, by name; absent where it is found by the pipeline's class
     adapters    folders of trained adapters that are merged into the weights, in this order
 
 Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
 """
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import hub, lengths
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
-from rlfusion.models.pipelines.family import Family, Net, plain_grid
+from rlfusion.models.pipelines.family import SEQUENCE, Family, Net, plain_grid
 from rlfusion.models.pipelines.scheduler import Sampling, read
 from rlfusion.models.pipelines.space import Decoded
 
@@ -164,13 +166,20 @@ def _conditions(
 ) -> tuple[Any, Conditions]:
     """The pipeline without what reads prompts, and their embeddings, from the cache or computed and kept there."""
     texts, folder = Texts.of(prompts, about["negatives"]), _cached(path, family, about, prompts)
-    lengths.report(path, family, list(dict.fromkeys((*texts.prompt, *filter(None, texts.negative)))))
+    distinct, told = list(dict.fromkeys((*texts.prompt, *filter(None, texts.negative)))), _sequence(about)
+    lengths.report(path, family, distinct, **told)
     if folder is not None and (held := kept(folder, texts)) is not None:
         return load(path, about, without=family.texts), held
     pipe = load(path, about)
-    held = _encode(pipe, family, texts, hub.shape(path, about["side"], family)[1], device, folder)
+    how = functools.partial(family.encode, **told) if told else family.encode
+    held = _encode(pipe, replace(family, encode=how), texts, hub.shape(path, about["side"], family)[1], device, folder)
     pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
     return pipe, held
+
+
+def _sequence(about: dict[str, Any]) -> dict[str, int]:
+    """max_sequence_length as a keyword; none where the card says none."""
+    return {SEQUENCE: about[SEQUENCE]} if SEQUENCE in about else {}
 
 
 @torch.no_grad()
@@ -200,6 +209,7 @@ def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence
     libraries = [version(name) for name in ("diffusers", "transformers")]
     same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
     same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
+    same += _sequence(about).values()
     if own := about.get("family"):
         same += [own, files_of(own)]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlfusion.models.pipelines import flux, hub
 from rlfusion.models.pipelines.drawn import drawn
+from rlfusion.models.pipelines.family import SEQUENCE
 from rlfusion.models.pipelines.model import adapted, load
 
 
@@ -42,7 +43,7 @@ class Whole:
                 part = self.latents(prompts, [label[i] for i in rows.tolist()], z[rows], scheduler, **guidance)
                 made[rows] = part.to(made)
             return made
-        settings = dict(self.family.call) | guidance
+        settings = {**self.family.call, **{k: self.about[k] for k in (SEQUENCE,) if k in self.about}, **guidance}
         if "negative_prompt" in self.known and self.family.guided and bool(told.any()):
             settings["negative_prompt"] = negatives
         return self._made([prompts[i] for i in label], z, scheduler, settings)

@@ -9,11 +9,15 @@ from rlfusion.models.pipelines.conditions import Rows
 from rlfusion.models.pipelines.family import Family, plain_grid
 
 
-def encode(pipe: Any, prompt: str, negative: str | None, side: int, device: Any) -> tuple[Rows, Rows | None]:
-    """ "text" (1, 300, D) and its "mask" (1, 300) of both. The instruction before the prompt is the pipeline's own."""
+def encode(
+    pipe: Any, prompt: str, negative: str | None, side: int, device: Any, **sequence: int
+) -> tuple[Rows, Rows | None]:
+    """ "text" (1, L, D) and its "mask" (1, L) of both; L = 300 unless told otherwise. The instruction before the prompt
+    is the pipeline's own.
+    """
     instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     text, mask, text_0, mask_0 = pipe.encode_prompt(
-        prompt, True, negative or "", device=device, complex_human_instruction=instruction
+        prompt, True, negative or "", device=device, complex_human_instruction=instruction, **sequence
     )
     return {"text": text, "mask": mask}, {"text": text_0, "mask": mask_0}
 
@@ -36,4 +40,5 @@ FAMILY = Family(
     embeds=lambda config: False,
     call={"use_resolution_binning": False},
     reads={"tokenizer": 299},
+    sequence=lambda config: (300, 8192),
 )

@@ -1,6 +1,7 @@
 """The user's settings of a pretrained pipeline, and the part of them that a model card keeps."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,13 +9,16 @@ from typing import Any, Literal
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.models.pipelines import hub
-from rlfusion.models.pipelines.family import plain_grid
+from rlfusion.models.pipelines.family import SEQUENCE, plain_grid
 from rlfusion.models.pipelines.prompt_files import READERS
 from rlfusion.models.pipelines.prompts import Prompts, read
 from rlfusion.models.pipelines.scheduler import read as read_scheduler
 
 MOST_STEPS = 20
 """Steps of a chain that is trained, unless told otherwise or the pipeline's own are fewer."""
+
+KEPT = {"side": "size", **{name: name for name in ("dtype", "vae_dtype", "checkpointing", "decode")}}
+"""Entries of a card by the settings that say them, of a saved pipeline too."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Settings:
         encoding: of the file; empty for UTF-8, or UTF-16 or UTF-32 where its first bytes say so.
         prompts_sha256: digest of the prompts that are expected, which a run writes down; empty expects none.
         size: side of the images in pixels; 0 for the pipeline's own.
+        max_sequence_length: tokens of a prompt that the large text encoder reads, padding among them (FLUX, SD3, Sana);
+            0 for what the model card has: 256 of FLUX schnell, else the default of diffusers.
         dtype: of the network's frozen weights and arithmetic; latents, transitions, log-probabilities and adapters stay
             in float32. All but float32 needs adapters (lora).
         vae_dtype: in which the autoencoder decodes: on a GPU bfloat16 takes a sixth of float32's time.
@@ -42,6 +48,7 @@ class Settings:
     encoding: str = ""
     prompts_sha256: str = ""
     size: int = 0
+    max_sequence_length: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     variant: str = ""
@@ -51,7 +58,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", absolute(self.family))
-        require_not_negative(self, "size")
+        require_not_negative(self, "size", "max_sequence_length")
         require_positive(self, "decode")
 
     def read(self, negative: str = "") -> Prompts:
@@ -81,6 +88,38 @@ class Settings:
         digest, path = self.digest, Path(self.prompts.strip()).expanduser()
         place = str(path.resolve()) if path.suffix.lower() in READERS else self.prompts
         return replace(self, prompts=place, prompts_sha256=digest)
+
+    def sequence(self, path: Path) -> dict[str, int]:
+        """What a card of the pipeline in ``path`` keeps of ``max_sequence_length``; nothing of one without.
+
+        Raises:
+            ConfigError: it has no such setting, or takes no such length.
+        """
+        known, told, name = hub.family(path, self.family), self.max_sequence_length, hub.pipeline_class(path).__name__
+        if known.sequence is None:
+            if told:
+                raise ConfigError(f"{SEQUENCE} = {told}: {name} has no such setting, expected 0")
+            return {}
+        own, most = known.sequence(hub.config(path, known.network))
+        if told > most:
+            raise ConfigError(f"{SEQUENCE} = {told}: expected {most} at most for {name}, or 0 for its own, {own}")
+        return {SEQUENCE: told or own}
+
+    def over(self, name: str, held: Mapping[str, Any]) -> dict[str, Any]:
+        """What the settings say otherwise than ``held``, the card of a saved pipeline ``name``: those that are not at
+        their defaults; the prompts come beside.
+
+        Raises:
+            ConfigError: another family or variant, which a saved one cannot have, or a file's settings without a file.
+        """
+        for key in ("family", "variant"):
+            if (told := getattr(self, key)) not in ("", own := held.get(key, "")):
+                raise ConfigError(f"{key} = {told!r}: {name!r} was saved with {key} {own!r}, expected none")
+        if not self.prompts and (lone := self.prompt_column or self.encoding):
+            raise ConfigError(f"prompt_column or encoding = {lone!r}: expected pipeline.prompts, a file, beside it")
+        plain = Settings()
+        said = {entry: key for entry, key in KEPT.items() if getattr(self, key) != getattr(plain, key)}
+        return {entry: getattr(self, key) for entry, key in said.items()}
 
     def prompted(self, negative: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What a card keeps of the prompts beside their texts, and the texts."""

@@ -9,9 +9,13 @@ from rlfusion.models.pipelines.conditions import Rows
 from rlfusion.models.pipelines.family import ATTENTION, Family, Shape, dynamic_shift
 
 
-def encode(pipe: Any, prompt: str, negative: str | None, side: int, device: Any) -> tuple[Rows, Rows | None]:
+def encode(
+    pipe: Any, prompt: str, negative: str | None, side: int, device: Any, **sequence: int
+) -> tuple[Rows, Rows | None]:
     """ "text" (1, L, D) and "pooled" (1, P) of both."""
-    text, text_0, pooled, pooled_0 = pipe.encode_prompt(prompt, None, None, device=device, negative_prompt=negative)
+    text, text_0, pooled, pooled_0 = pipe.encode_prompt(
+        prompt, None, None, device=device, negative_prompt=negative, **sequence
+    )
     return {"text": text, "pooled": pooled}, {"text": text_0, "pooled": pooled_0}
 
 
@@ -50,4 +54,5 @@ FAMILY = Family(
     multiple=2,
     idle=idle,
     reads={"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": 256},
+    sequence=lambda config: (256, 512),
 )
