@@ -11,8 +11,6 @@ each sample alone, so that one broken sample costs no other its value.
 """
 
 import json
-import logging
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import UserCodeError
 from rlfusion.common.tensors import Cond, map_cond
-from rlfusion.common.user_code import described, running
-from rlfusion.rewards.base import Reward, RewardError, RewardFailure, RewardRaised, well_formed
-from rlfusion.rewards.grouped import needs_groups
+from rlfusion.rewards.base import Reward, RewardFailure, RewardRaised
 from rlfusion.rewards.remote.frames import (
     FrameError,
     decode,
@@ -35,6 +30,7 @@ from rlfusion.rewards.remote.frames import (
     strict_json,
     unpacked,
 )
+from rlfusion.rewards.remote.grading import graded
 from rlfusion.rewards.remote.tables import UnknownTable
 
 LONGEST = 500
@@ -44,7 +40,6 @@ TOLERANCE = 1e-3
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 _IDENTITY, _TABLE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
-_log = logging.getLogger(__name__)
 
 
 class QuestionError(FrameError):
@@ -227,49 +222,6 @@ def answer(reward: Reward, identity: str, question: Question, device: str = "cpu
     cond = map_cond(lambda c: c.to(device), question.cond)
     values, reasons, raised = graded(reward, samples, cond)
     return encode(Answer(values, reasons, identity, raised).sent(question.digest))
-
-
-class Graded(NamedTuple):
-    """Values (B,), NaN for those that failed; why each of these did, by item; and where the user's own code raised."""
-
-    values: Tensor
-    errors: dict[int, str]
-    raised: frozenset[int] = frozenset()
-
-
-@torch.no_grad()
-def graded(reward: Reward, samples: Tensor, cond: Cond, log: bool = True) -> Graded:
-    """The values of samples; what the user's own code raises is logged with its frames."""
-    raised: frozenset[int] = frozenset()
-    try:
-        with running("it"):
-            values, reasons = well_formed(reward(samples, cond), samples, "it"), {}
-    except RewardFailure as failure:
-        values, reasons = failure.values, failure.reasons
-        raised = frozenset(reasons if isinstance(failure, UserCodeError) else ())
-    except Exception as error:  # whatever a user's reward raises is told to the asker, item by item
-        if isinstance(error, UserCodeError) and log:
-            _log.warning("%s\n%s", error, error.frames)
-        if len(samples) == 1 or isinstance(error, RewardError) or needs_groups(reward):
-            failed = torch.full((len(samples),), torch.nan, device=samples.device)
-            reasons = dict.fromkeys(range(len(samples)), described(error))
-            return Graded(failed, reasons, frozenset(reasons if isinstance(error, UserCodeError) else ()))
-        return _one_by_one(reward, samples, cond)
-    odd = {i: f"answered {values[i].item()}" for i in (~values.isfinite()).nonzero().flatten().tolist()}
-    values = values.masked_fill(~values.isfinite(), math.nan)
-    return Graded(values, odd | reasons, raised)
-
-
-def _one_by_one(reward: Reward, samples: Tensor, cond: Cond) -> Graded:
-    values, reasons, raised = [], {}, set()
-    for i in range(len(samples)):
-        one = graded(reward, samples[i : i + 1], map_cond(lambda c, i=i: c[i : i + 1], cond), log=False)
-        values.append(one.values)
-        if one.errors:
-            reasons[i] = one.errors[0]
-        if one.raised:
-            raised.add(i)
-    return Graded(torch.cat(values), reasons, frozenset(raised))
 
 
 class Answer(NamedTuple):

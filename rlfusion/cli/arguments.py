@@ -17,7 +17,8 @@ from typing import Any
 from rlfusion.cli import words
 from rlfusion.cli.defaults import mapping_of, model_defaults, preset_defaults, told_last
 from rlfusion.cli.settings_text import load
-from rlfusion.cli.settings_tree import Tree, tree, unknown_setting
+from rlfusion.cli.settings_tree import Tree, tree
+from rlfusion.cli.unknown_settings import unknown_setting
 from rlfusion.cli.values import checked, read
 from rlfusion.cli.words import RESUMABLE
 from rlfusion.common.code_files import absolute, pinned

@@ -11,7 +11,7 @@ from reward_servers import client, serving
 from rlfusion.cli import main
 from rlfusion.common.errors import ConfigError, UserCodeError
 from rlfusion.rewards import RewardFailure, build, score
-from rlfusion.rewards.remote.exchange import graded
+from rlfusion.rewards.remote.grading import graded
 
 FILE = """
 import json

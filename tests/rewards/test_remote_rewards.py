@@ -22,7 +22,7 @@ from rlfusion.nets.classifier import Classifier
 from rlfusion.rewards import PairWise, RewardFailure, build, needs_groups, score, task_info
 from rlfusion.rewards.remote.budget import Budget
 from rlfusion.rewards.remote.client import Remote, Served
-from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, graded, greet, greeted, table_of
+from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, greet, greeted, table_of
 from rlfusion.rewards.remote.frames import (
     MOST_ENTRIES,
     MOST_TENSORS,
@@ -34,6 +34,7 @@ from rlfusion.rewards.remote.frames import (
     packed,
     unpacked,
 )
+from rlfusion.rewards.remote.grading import graded
 from rlfusion.rewards.remote.replicas import Replicas
 from rlfusion.rewards.remote.secret import VARIABLE, read_token
 from rlfusion.rewards.remote.server import Limits, Offer
