@@ -76,6 +76,7 @@ def _status(arguments: list[str]) -> int:
     rows += [("began", _at(job.start)), ("took", _took(job)), ("times submitted", str(job.attempt))]
     rows += [("rlfusion", job.metadata["version"]), ("env", json.loads(job.metadata["launch"])["env"])]
     rows += [("saved", saved)] if (saved := _saved(Path(job.metadata["folder"]))) else []
+    rows += told(Path(job.metadata["folder"]))
     _table(f"job {job.name}", ("", ""), rows)
     return 0
 
@@ -155,6 +156,21 @@ def _saved(folder: Path) -> str:
 
     done = identity.done(folder) if (folder / "checkpoints").is_dir() else 0
     return f"{done} updates" if done else ""
+
+
+def told(folder: Path) -> list[tuple[str, str]]:
+    """What the run last said of its speed, where its folder is seen from here: rows of a table."""
+    from rlfusion.training.timing import last_of
+
+    if not (last := last_of(folder)):
+        return []
+    stages = {name.partition("/")[2]: value for name, value in last.items() if name.startswith("seconds/")}
+    shares = ", ".join(f"{name} {value:.3g} s" for name, value in sorted(stages.items(), key=lambda s: -s[1]))
+    rows = [("done", f"{last['step']} updates, {last['queries']} queries, {last['seconds']:.4g} s of training")]
+    rows += [("stages", shares)] if shares else []
+    shown = {"samples_per_second": "samples a second", "utilisation": "utilisation", "mfu": "MFU"}
+    shown |= {"flops_per_second": "FLOP/s while learning"}
+    return rows + [(text, f"{last[name]:.3g}") for name, text in shown.items() if name in last]
 
 
 def _state(job: Any) -> str:

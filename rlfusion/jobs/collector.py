@@ -10,6 +10,7 @@ from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rollout import Backend, Pending, plan, version_for
 from rlfusion.rollout.trajectory import Trajectory, concatenate
+from rlfusion.training.stages import IDLE, PUBLISH, ROLLOUT, stage
 
 
 class Collector:
@@ -37,6 +38,10 @@ class Collector:
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""
+        with stage(PUBLISH):
+            self._send(weights)
+
+    def _send(self, weights: Weights) -> None:
         self.published[weights.version] = weights
         last = min(weights.version + self.spec.rollout.lag, self.spec.updates - 1)
         for step in range(max(self.start, weights.version), last + 1):
@@ -61,7 +66,9 @@ class Collector:
 
     def batch(self, step: int) -> Trajectory:
         """The trajectory of a step; where that fails, it may be asked for again."""
-        batch, self.metrics = scored(concatenate(self.pending[step]()).to(self.device), self.rewards)
+        with stage(IDLE if self.spec.rollout.workers else ROLLOUT):
+            collected = concatenate(self.pending[step]())
+        batch, self.metrics = scored(collected.to(self.device), self.rewards)
         del self.pending[step]
         return batch
 

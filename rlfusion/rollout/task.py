@@ -26,6 +26,7 @@ from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.item import WorkItem, rollout_noise
 from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.stages import REWARD, stage
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ class Task:
         """The reward as the environment, which checks it, calls it in errors; it leaves its terms in ``_terms``."""
 
         def reward(samples: Tensor, cond: Cond) -> Tensor:
-            if not isinstance(self.reward, WeightedSum):
-                return self.reward(samples, cond)
-            self._terms.update(self.reward.terms(samples, cond, self.masked))
-            return self.reward.combine(self._terms)
+            with stage(REWARD):
+                if not isinstance(self.reward, WeightedSum):
+                    return self.reward(samples, cond)
+                self._terms.update(self.reward.terms(samples, cond, self.masked))
+                return self.reward.combine(self._terms)
 
         reward.__name__ = self.reward_name
         return reward

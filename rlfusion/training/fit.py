@@ -14,6 +14,7 @@ from rlfusion.training import checkpoint
 from rlfusion.training.identity import Run
 from rlfusion.training.loop import train
 from rlfusion.training.optimization import Learner
+from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker
 
@@ -59,7 +60,7 @@ def fit(
     given = batches(start) if batches else iter(range(start, total))
     stopwatch = Stopwatch(run.folder, start)
     last: dict[str, float] = {}
-    with run.writing() as begin, progress.bar(shown.bar, total, start) as drawn:
+    with run.writing() as begin, counting(Stages()) as stages, progress.bar(shown.bar, total, start) as drawn:
 
         def save(step: int) -> None:
             begin(step, learner.state_dict(), last)
@@ -71,7 +72,7 @@ def fit(
             drawn.advance(**{shown.metric: metrics[shown.metric]})
             if (step + 1) % LOG_EVERY == 0 or step + 1 == total:
                 tracker.scalars(step + 1, shown.tag, metrics)
-                stopwatch.lap(step + 1, 0)
+                tracker.timing(step + 1, stopwatch.lap(step + 1, 0, stages.taken()))
     return tracker
 
 

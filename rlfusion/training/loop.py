@@ -12,6 +12,7 @@ from typing import Any
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.training.optimization import Learner
 from rlfusion.training.ranks import current
+from rlfusion.training.stages import CHECKPOINT, LEARN, stage
 
 
 def train(
@@ -34,7 +35,8 @@ def train(
 
     def keep(done: int) -> None:
         nonlocal unsaved
-        save(done)
+        with stage(CHECKPOINT):
+            save(done)
         unsaved, signals.saved = False, True
         signals.hold(False)
         check()
@@ -51,7 +53,8 @@ def train(
     try:
         for step, batch in zip(range(start, total), batches):
             try:
-                metrics = learner.update(batch)
+                with stage(LEARN):
+                    metrics = learner.update(batch)
             except StopRequested:  # within Signals.prompt: the learner is as it was after the update before
                 if unsaved:
                     keep(step)

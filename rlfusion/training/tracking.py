@@ -90,6 +90,10 @@ class Tracker:
         storage.append(self.file, line)
         self._events.scalars(step, named)
 
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard scalars ``timing/name``: of the machine, so none of metrics.jsonl."""
+        self._events.scalars(step, {f"timing/{name}": value for name, value in values.items()})
+
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """A picture (C, H, W) in [0, 1]."""
         from torch.utils.tensorboard import summary

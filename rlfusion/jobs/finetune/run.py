@@ -8,7 +8,7 @@ uninterrupted run did, bit for bit, and no queue is saved.
 
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from rlfusion.rollout.among_ranks import AmongRanks
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.flops import Flops, peak
 from rlfusion.training.identity import enter
 from rlfusion.training.loop import train
 from rlfusion.training.ranks import Ranks, current
+from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker, flatten
 
@@ -171,7 +173,12 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
     """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
     stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
-    with job.run.writing() as begin, progress.bar("fine-tuning", total, start) as bar:
+    with ExitStack() as stack:
+        begin = stack.enter_context(job.run.writing())
+        bar = stack.enter_context(progress.bar("fine-tuning", total, start))
+        stages = stack.enter_context(counting(Stages()))
+        most = peak(next(job.denoiser.parameters()).device, config.precision)
+        flops = stack.enter_context(Flops(job.denoiser.net, most).counting())
 
         def save(done: int) -> None:
             begin(done, job.resumable(done, collector), metrics)
@@ -182,8 +189,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if step == start:
                 config.checkpoints.require(metrics)
             done, queries, metrics = step + 1, job.learner.queries, metrics | collector.metrics
-            stopwatch.lap(done, queries)
             cost, before = queries - before, queries
+            job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops))
             spent = 0 < config.budget_queries < queries + cost
             collector.publish(collector.acting(job.learner.policy, done))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
