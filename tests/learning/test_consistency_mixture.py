@@ -101,12 +101,12 @@ SMOOTH = {"batch": 256, "steps": 2000, "lr": 1e-3, "ema": "Constant(decay=0.995)
 
 RECIPES = {
     "ct": ("CT(s0=10, s1=200, mu0=0.3)", *NEAR, {**SMOOTH, "steps": 2500, "lr": 2e-3, "frequency": 8.0}),
-    "ict": ("ICT(s0=10, s1=160, metric='PseudoHuber(c=0.03)')", *NEAR, SMOOTH),
+    "ict": ("ICT(s0=10, s1=160, metric='PseudoHuber(c=0.03)')", *NEAR, {**SMOOTH, "steps": 1400}),
     "sct": (
         "SCT(rise=500, c=100.0)",
         f"TrigFlow(sigma_data={SD})",
         *(Trig(SD), trig_level),
-        {**SMOOTH, "steps": 1500},
+        {**SMOOTH, "steps": 1000},
     ),
 }
 
