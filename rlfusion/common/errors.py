@@ -87,8 +87,8 @@ def foreseen(error: Exception) -> RlfusionError | None:
         return OutOfMemory(f"{shorten(first, 200)}; {LESS_MEMORY}")
     if isinstance(error, RuntimeError) and (at := str(error).find(" does not have a deterministic implementation")) > 0:
         return ConfigError(
-            f"deterministic = true: {shorten(str(error)[:at])} has no kernel on this GPU that gives the same bits each "
-            "time, expected deterministic = false, or a network or reward without it"
+            f"deterministic = strict: {shorten(str(error)[:at])} has no kernel on this GPU that gives the same bits "
+            "each time, expected deterministic = true, or a network or reward without it"
         )
     if not isinstance(error, OSError) or error.errno is None:
         return None

@@ -16,6 +16,7 @@ from rlfusion.models import pipelines
 from rlfusion.rl.agent import Agent
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
+from rlfusion.training.devices import Deterministic
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Compare:
         name: of the comparison's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto".
         threads: CPU threads of torch.
-        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
-            does not repeat itself to the bit.
+        deterministic: on a GPU, kernels that give the same bits each time; where there is none torch warns, or with
+            "strict" it is an error (docs/models.md). false lets the fastest act.
         tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         base: the model to start from, as of finetune; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: the base model where ``base`` is empty, and the data to compare with.
@@ -74,7 +75,7 @@ class Compare:
     name: str = ""
     device: str = "auto"
     threads: int = 1
-    deterministic: bool = True
+    deterministic: Deterministic = True
     tf32: bool = False
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Finetune().pretrain)

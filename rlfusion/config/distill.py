@@ -11,6 +11,7 @@ from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import NEWEST, Keep
+from rlfusion.training.devices import Deterministic
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Distill:
         seed: keys every random draw of the distillation.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
-        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
-            does not repeat itself to the bit.
+        deterministic: on a GPU, kernels that give the same bits each time; where there is none torch warns, or with
+            "strict" it is an error (docs/models.md). false lets the fastest act.
         tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         teacher: folder of the model that teaches (a run or its model folder); empty pretrains one as ``pretrain`` says.
         pretrain: how the teacher is made where ``teacher`` is empty, and the data to train on and to compare with.
@@ -44,7 +45,7 @@ class Distill:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
-    deterministic: bool = True
+    deterministic: Deterministic = True
     tf32: bool = False
     teacher: str = ""
     pretrain: Base = field(default_factory=Base)

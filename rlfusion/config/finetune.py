@@ -19,6 +19,7 @@ from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import Keep
+from rlfusion.training.devices import Deterministic
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Finetune:
         seed: keys every random draw of the fine-tuning.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
-        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
-            does not repeat itself to the bit.
+        deterministic: on a GPU, kernels that give the same bits each time; where there is none torch warns, or with
+            "strict" it is an error (docs/models.md). false lets the fastest act.
         tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
@@ -73,7 +74,7 @@ class Finetune:
     seed: int = 0
     device: str = "auto"
     threads: int = 1
-    deterministic: bool = True
+    deterministic: Deterministic = True
     tf32: bool = False
     precision: Precision = "float32"
     base: str = ""

@@ -9,6 +9,7 @@ from rlfusion.config.parts import Evaluation
 from rlfusion.data import name_of
 from rlfusion.diffusion.chain import Chain
 from rlfusion.training.checkpoint import NEWEST, Keep
+from rlfusion.training.devices import Deterministic
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Pretrain(Base):
         name: of the run's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
-        deterministic: on a GPU, only kernels that give the same bits each time; false lets the fastest act, and a run
-            does not repeat itself to the bit.
+        deterministic: on a GPU, kernels that give the same bits each time; where there is none torch warns, or with
+            "strict" it is an error (docs/models.md). false lets the fastest act.
         tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         chain: the sampler of the evaluation and the grid.
         evaluation: the evaluation.
@@ -81,7 +82,7 @@ class Pretrain(Base):
     name: str = ""
     device: str = "auto"
     threads: int = 1
-    deterministic: bool = True
+    deterministic: Deterministic = True
     tf32: bool = False
     chain: Chain = field(default_factory=Chain)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -36,7 +36,7 @@ from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training.checkpoint import write_json_atomic
-from rlfusion.training.devices import set_numerics
+from rlfusion.training.devices import deterministic, set_numerics
 
 ITEM = 250
 """Walks of a work item."""
@@ -209,7 +209,7 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
         "card": asdict(card),
         "chain": asdict(chain),
         "threads": settings.threads,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "deterministic": deterministic(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "device": device.partition(":")[0] if settings.workers else device,  # Ray shows a worker its own GPU alone
     }

@@ -12,6 +12,7 @@ from rlfusion.models import pipelines
 from rlfusion.rewards import CallOptions, names_of
 from rlfusion.rl.guard import DEPTH
 from rlfusion.rollout import RolloutSpec, Settings
+from rlfusion.training.devices import Deterministic
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TaskSpec:
     precision: Precision
     lora: str
     threads: int
-    deterministic: bool
+    deterministic: Deterministic
     tf32: bool
 
 

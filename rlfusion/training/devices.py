@@ -1,7 +1,7 @@
 """The device that a setting names, and the numerics under which a run repeats itself."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,20 +11,33 @@ WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """Where cuBLAS reads how much memory it may use, and the values of it with which it repeats itself."""
 
 
-def set_numerics(threads: int, device: torch.device | str, deterministic: bool = True, tf32: bool = False) -> None:
-    """CPU threads of torch; and how a GPU computes: with kernels alone that repeat themselves bit for bit (an operation
-    without one is an error), or with the fastest, chosen by trying; float32 products in float32, or in TF32 (10 bits
-    of mantissa). A process calls it before its first work on the GPU.
+Deterministic = bool | Literal["strict"]
+"""Whether a GPU repeats itself; "strict" where it would be an error that an operation does not."""
+
+
+def set_numerics(
+    threads: int, device: torch.device | str, deterministic: Deterministic = True, tf32: bool = False
+) -> None:
+    """CPU threads of torch; and how a GPU computes: with kernels that repeat themselves bit for bit (where an operation
+    has none, torch warns, or refuses it if "strict"), or with the fastest, chosen by trying; float32 products in
+    float32, or in TF32 (10 bits of mantissa). A process calls it before its first work on the GPU.
     """
     torch.set_num_threads(threads)
     if torch.device(device).type == "cuda":
         if deterministic and os.environ.get(WORKSPACE) not in WORKSPACES:
             os.environ[WORKSPACE] = WORKSPACES[0]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
-        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = bool(deterministic), not deterministic
+        torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic != "strict")
         filling: Any = torch.utils.deterministic
         filling.fill_uninitialized_memory = False  # of use to those who read what nobody wrote
+
+
+def deterministic() -> Deterministic:
+    """What this process was told, or what torch begins with."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return False
+    return True if torch.is_deterministic_algorithms_warn_only_enabled() else "strict"
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")

@@ -29,7 +29,7 @@ def _restored():
     before, threads, space = held(), torch.get_num_threads(), os.environ.get(devices.WORKSPACE)
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(before[0])
+    torch.use_deterministic_algorithms(before[0], warn_only=False)
     cudnn = torch.backends.cudnn
     _, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul, fill = before
     torch.backends.cuda.matmul.allow_tf32, torch.utils.deterministic.fill_uninitialized_memory = matmul, fill
@@ -44,6 +44,15 @@ def test_a_gpu_repeats_itself_unless_told_otherwise():
     assert os.environ[devices.WORKSPACE] in devices.WORKSPACES
     devices.set_numerics(1, "cuda:1", deterministic=False, tf32=True)
     assert held() == (False, False, True, True, True, False)
+
+
+def test_what_does_not_repeat_itself_is_told_or_refused():
+    for told in (True, False, "strict"):
+        devices.set_numerics(1, "cuda", deterministic=told)
+        assert devices.deterministic() == told
+    assert torch.is_deterministic_algorithms_warn_only_enabled() is False
+    devices.set_numerics(1, "cuda")
+    assert torch.is_deterministic_algorithms_warn_only_enabled() is True
 
 
 def test_a_cpu_has_one_way():
@@ -65,7 +74,7 @@ def test_an_operation_that_cannot_repeat_itself_is_named():
     said = foreseen(raised.value)
     assert isinstance(said, ConfigError)
     assert "put_" in str(said)
-    assert "expected deterministic = false" in str(said)
+    assert "expected deterministic = true" in str(said)
 
 
 def test_every_run_of_a_comparison_and_every_worker_computes_as_told():
