@@ -17,8 +17,9 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.config import Serve
 from rlfusion.rewards import CallOptions, Reward, asks, build
+from rlfusion.rewards.remote.offer import Limits, Offer, require_servable
 from rlfusion.rewards.remote.secret import read_token
-from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application, require_servable
+from rlfusion.rewards.remote.server import ASKING, Service, application
 from rlfusion.training.devices import pick_device, set_numerics
 
 MIB = 2**20

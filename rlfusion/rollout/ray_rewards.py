@@ -28,7 +28,7 @@ from rlfusion.rewards.base import RewardFailure, RewardUnavailable
 from rlfusion.rewards.grouped import MayGroup
 from rlfusion.rewards.remote.exchange import answer, answered, ask, asked, greet, greeted, table_of
 from rlfusion.rewards.remote.frames import digest_of
-from rlfusion.rewards.remote.server import Limits, Offer, require_servable
+from rlfusion.rewards.remote.offer import Limits, Offer, require_servable
 from rlfusion.rewards.remote.tables import Tables, UnknownTable
 from rlfusion.rollout.backend import Settings
 from rlfusion.rollout.ray_cluster import shared_cluster

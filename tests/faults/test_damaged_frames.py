@@ -38,7 +38,8 @@ from rlfusion.rewards.remote.frames import (
     packed,
     strict_json,
 )
-from rlfusion.rewards.remote.server import ASKING, Limits, Offer, Service, application
+from rlfusion.rewards.remote.offer import Limits, Offer
+from rlfusion.rewards.remote.server import ASKING, Service, application
 
 FACTS = task_info(("zero", "one", "zwei"), (1, 4, 4))
 DAMAGED, MALFORMED, UNSCORABLE, UNKNOWN = 412, 400, 422, 428

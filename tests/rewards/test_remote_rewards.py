@@ -35,9 +35,9 @@ from rlfusion.rewards.remote.frames import (
     unpacked,
 )
 from rlfusion.rewards.remote.grading import graded
+from rlfusion.rewards.remote.offer import Limits, Offer
 from rlfusion.rewards.remote.replicas import Replicas
 from rlfusion.rewards.remote.secret import VARIABLE, read_token
-from rlfusion.rewards.remote.server import Limits, Offer
 from rlfusion.rewards.remote.tables import MOST_TABLES, Tables
 from rlfusion.rewards.remote.transport import Failed, RefusedError
 

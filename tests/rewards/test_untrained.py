@@ -10,7 +10,7 @@ from rlfusion.evaluation import classifier
 from rlfusion.jobs import train_clip
 from rlfusion.jobs.check_reward import check_reward
 from rlfusion.jobs.measure import Unjudged, make_reward
-from rlfusion.rewards.remote.server import require_servable
+from rlfusion.rewards.remote.offer import require_servable
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 ARCHITECTURE = {"model": {}, "preprocess": {}}

@@ -17,7 +17,8 @@ from rlfusion.jobs.serve_reward import address, listening, server
 from rlfusion.rewards.remote.client import Remote, Served
 from rlfusion.rewards.remote.exchange import answer, asked
 from rlfusion.rewards.remote.frames import DIGESTED, HEAD, MAGIC, decode, encode
-from rlfusion.rewards.remote.server import Limits, Offer, Service
+from rlfusion.rewards.remote.offer import Limits, Offer
+from rlfusion.rewards.remote.server import Service
 
 IDENTITY = "0" * 16
 DRIP_S = 0.02
