@@ -4,7 +4,7 @@
     (2)  SF:  one step on -sum_t log p A     IS:  several on -sum_t min(r A, clip(r, 1 - c, 1 + c) A), r_t = p / p_old
     (3)  ``ratio`` "trajectory": one ratio a walk, r = prod_t r_t, exact away from theta_old where r_t alone is biased
     (4)  ``decoupled`` (Hilton et al. 2022), for walks of older weights: the clip holds r to the weights with which the
-         update began, p_prox, and the loss has the weight p_prox / p_old
+         update began, p_prox, and the loss has the weight min(p_prox / p_old, ``behaviour_limit``)
     (5)  ``kl_loss`` adds sum_t KL(p_theta(. | x_t) || p_ref(. | x_t)), analytic, at the states of the walk; its
          gradient leaves out how the states themselves depend on theta
     (6)  ``kl_reward`` takes sum_t [ log p_old - log p_ref ](x_s | x_t) of the walk off its reward: the whole KL of the
@@ -32,7 +32,7 @@ from rlfusion.common.seeding import stream
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
-from rlfusion.objectives import clipped_surrogate, score_function
+from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, score_function
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.pathwise import PathwiseStep
@@ -59,7 +59,8 @@ class Config:
             single outlier cannot then fill the gradient. None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
         ratio: of each step, or of the whole trajectory, Eq. (3), which takes step_fraction = 1.
-        decoupled: Eq. (4); it matters where rollouts run ahead (rollout.lag >= 1).
+        decoupled: Eq. (4); None where walks are of older weights than the update begins with (rollout.lag >= 1).
+        behaviour_limit: of the weight of Eq. (4).
         last_step: what becomes of the step without noise: "exclude" or "pathwise".
         advantage: normalise rewards by mean and std of the prompt's walks of this rollout ("group"), of its recent
             ones ("prompt", for few walks of a prompt; it lags behind a fast rise), of the whole rollout ("batch"), or
@@ -88,7 +89,8 @@ class Config:
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
     ratio: Literal["step", "trajectory"] = "step"
-    decoupled: bool = False
+    decoupled: bool | None = None
+    behaviour_limit: float = 5.0
     last_step: Literal["exclude", "pathwise"] = "exclude"
     advantage: Literal["prompt", "group", "batch", "none"] = "group"
     advantage_window: int = 256
@@ -122,6 +124,7 @@ class Config:
             raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
         if self.last_step == "pathwise" and self.advantage == "prompt":
             raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
+        require_positive(self, "behaviour_limit")
         require_not_negative(self, "kl_reward", "kl_loss", "weight_decay", "warmup")
         optimizers.settle(self)
 
@@ -189,7 +192,8 @@ class Learner:
             reward, reward_std, advantage_std, loss, log_ratio_first (|log ratio| at most, before the first step: 0 up
             to rounding unless rollouts run ahead), log_ratio_max, clip_fraction, approx_kl, ess (effective share of
             the transitions under their importance weights), grad_norm; with a reference also kl (nats a walk at the
-            states of the rollout, averaged over its updates).
+            states of the rollout, averaged over its updates); where Eq. (4) is at work also behaviour_ess (effective
+            share under p_prox / p_old, of transitions, or of walks with ``ratio`` "trajectory").
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
@@ -221,6 +225,7 @@ class Learner:
             "log_ratio_first": first,
             **self.transitions.summary(records, self.config.clip, self._features(batch)),
             "grad_norm": sum(norms) / len(norms),
+            **self._behaviour(proximal),
         }
 
     def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
@@ -251,13 +256,18 @@ class Learner:
     @torch.no_grad()
     def _proximal(self, batch: Trajectory) -> Tensor | None:
         """log p_prox - log p_old of every transition, (B, K), of the weights with which this update begins; Eq. (4)."""
-        if not self.config.decoupled:
+        decoupled, stale = self.config.decoupled, batch.version < self.iteration
+        if self.config.form == "sf" or not (stale if decoupled is None else decoupled):
             return None
-        walk, step = self.transitions.all(torch.arange(len(batch)))
-        ratio = torch.zeros_like(batch.log_prob)
-        device = ratio.device
-        ratio[walk.to(device), step.to(device)] = self.transitions.log_ratio(batch, walk, step).to(ratio)
-        return ratio
+        return self.transitions.staleness(batch)
+
+    def _behaviour(self, proximal: Tensor | None) -> dict[str, float]:
+        """How much of the walks counts under the weights of Eq. (4)."""
+        if proximal is None:
+            return {}
+        whole = self.config.ratio == "trajectory"
+        weights = proximal.sum(1) if whole else proximal[:, self.transitions.steps.to(proximal.device)].flatten()
+        return {"behaviour_ess": effective_share(weights).item()}
 
     def _objective(self, batch: Trajectory, advantage: Tensor, proximal: Tensor | None, walks: Tensor) -> Objective:
         """Eq. (2) to (4) for one optimiser step on ``walks``."""
@@ -270,7 +280,7 @@ class Learner:
         def objective(terms: Terms) -> Tensor:
             before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
             loss = self._clipped((terms.log_ratio - before) / features, advantage[terms.walk])
-            return loss if proximal is None else loss * before.exp()
+            return loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
 
         return objective
 
@@ -284,7 +294,8 @@ class Learner:
         before = torch.zeros_like(ratio) if proximal is None else proximal[walks.to(device)].sum(1)
         with torch.enable_grad():
             total = ((ratio - before) / features).requires_grad_()
-            loss = self._clipped(total, advantage[walks.to(device)]) * before.exp()
+            loss = self._clipped(total, advantage[walks.to(device)])
+            loss = loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
             (slope,) = torch.autograd.grad(loss.sum(), total)
         slopes, values = torch.zeros_like(advantage), torch.zeros_like(advantage)
         slopes[walks.to(device)], values[walks.to(device)] = (

@@ -57,8 +57,13 @@ class Config(reward_gradient.Settings):
             raise ConfigError(f"steps = {self.steps}: form {self.form!r} has its own, expected form 'last' or 1")
 
     def check(self, plan: Plan) -> None:
-        """Raises ConfigError for more steps than the chain has, or fewer walks than updates."""
+        """Raises ConfigError for too many steps, fewer walks than updates, or states of older weights."""
         super().check(plan)
+        if plan.lag and self.trained(plan.steps) < plan.steps:
+            raise ConfigError(
+                f"lag = {plan.lag}: agent 'draft' goes on from states of the present weights, expected 0 (or form "
+                "'full', which begins with noise)"
+            )
         if self.steps > plan.steps:
             raise ConfigError(f"steps = {self.steps}: expected at most the {plan.steps} of the chain")
 

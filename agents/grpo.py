@@ -2,6 +2,8 @@
 
     (1)  A_i = (R_i - mean of its prompt's walks) / std            ``std``: of the prompt's walks, of all, or 1
     (2)  loss = -sum_{t in W} min(r A, clip(r, 1 - c_low, 1 + c_high) A) + kl_loss KL(p_theta || p_ref),   r = p / p_old
+         ``decoupled``, for walks of older weights: r = p / p_prox, of the weights with which the update began, and the
+         first term has the weight min(p_prox / p_old, ``behaviour_limit``) (Hilton et al. 2022; Fu et al. 2025)
     (3)  W, the trained steps: all stochastic ones, or a window of ``window`` of them which moves ``window_stride``
          steps from noise towards data every ``window_every`` rollouts, and begins anew at the end (Li et al. 2025,
          MixGRPO, whose walks however are deterministic outside the window)
@@ -21,7 +23,7 @@ from rlfusion.common.seeding import stream
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
-from rlfusion.objectives import clipped_surrogate
+from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share
 from rlfusion.rl.advantage import group_moments, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
@@ -45,6 +47,8 @@ class Config:
         clip_high: c_high of Eq. (2).
         dual_clip: limit of the ratio where the advantage is negative; None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
+        decoupled: as of Eq. (2); None where walks are of older weights than the update begins with (rollout.lag >= 1).
+        behaviour_limit: of the weight of older walks.
         std: by what Eq. (1) divides: "group", "batch", or "none".
         advantage_clip: advantages are limited to +- this.
         kl_loss: coefficient of the KL to the base model, in advantage units a nat.
@@ -68,6 +72,8 @@ class Config:
     clip_high: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
+    decoupled: bool | None = None
+    behaviour_limit: float = 5.0
     std: Literal["group", "batch", "none"] = "group"
     advantage_clip: float = 5.0
     kl_loss: float = 0.05
@@ -83,7 +89,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
-        require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm")
+        require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm", "behaviour_limit")
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
         optimizers.settle(self)
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
@@ -135,7 +141,8 @@ class Learner:
         Returns:
             reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_first (before the
             first step), log_ratio_max, clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
-            all stochastic steps).
+            all stochastic steps); where older walks are weighed also behaviour_ess (effective share of the trained
+            transitions under p_prox / p_old).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
@@ -144,11 +151,13 @@ class Learner:
         reference = self.transitions.refer(batch) if self.transitions.reference else None
         advantage, steps = self.advantages(batch.reward, batch.group), self.trained(self.iteration)
         features = batch.x[0, 0].numel() if self.config.clip_per_dim else 1
-        c = self.config
+        c, proximal = self.config, self._proximal(batch)
 
         def objective(terms: Terms) -> Tensor:
             clip = (c.clip_low, c.clip_high)
-            return clipped_surrogate(terms.log_ratio / features, advantage[terms.walk], clip, c.dual_clip)
+            before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
+            loss = clipped_surrogate((terms.log_ratio - before) / features, advantage[terms.walk], clip, c.dual_clip)
+            return loss if proximal is None else loss * behaviour_weight(before, c.behaviour_limit)
 
         records, norms, first = [], [], 0.0
         for epoch in range(c.epochs):
@@ -169,7 +178,13 @@ class Learner:
             "log_ratio_first": first,
             **self.transitions.summary(records, max(c.clip_low, c.clip_high), features),
             "grad_norm": sum(norms) / len(norms),
+            **({} if proximal is None else {"behaviour_ess": effective_share(proximal[:, steps].flatten()).item()}),
         }
+
+    def _proximal(self, batch: Trajectory) -> Tensor | None:
+        """log p_prox - log p_old of every transition, (B, K), where walks are weighed; None where they are not."""
+        decoupled, stale = self.config.decoupled, batch.version < self.iteration
+        return self.transitions.staleness(batch) if (stale if decoupled is None else decoupled) else None
 
     def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
         """Eq. (1), (B,), limited to +- advantage_clip."""

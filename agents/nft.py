@@ -93,7 +93,9 @@ class Config:
             raise ConfigError(f"eta_max = {self.eta_max}: expected 0 <= eta_max < 1")
 
     def check(self, plan: Plan) -> None:
-        """Raises ConfigError for groups of one, or fewer samples than updates."""
+        """Raises ConfigError for groups of one, fewer samples than updates, or samples of others than theta_old."""
+        if plan.lag:
+            raise ConfigError(f"lag = {plan.lag}: agent 'nft' learns from samples of theta_old alone, expected 0")
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
 

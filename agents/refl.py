@@ -28,6 +28,7 @@ from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.pretrain.losses import make
 from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl import reward_gradient
+from rlfusion.rl.agent import Plan
 from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import RolloutSpec, Task, prefix
 
@@ -110,6 +111,12 @@ class Config(reward_gradient.Settings):
     def linked(self) -> Callable[[Tensor], Tensor]:
         """The link that ``link`` writes."""
         return spec.parse(self.link, LINKS, "link")
+
+    def check(self, plan: Plan) -> None:
+        """Raises ConfigError for fewer walks than updates, or states of older weights."""
+        super().check(plan)
+        if plan.lag:
+            raise ConfigError(f"lag = {plan.lag}: agent 'refl' goes on from states of the present weights, expected 0")
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """The state before a late step, Eq. (1)."""

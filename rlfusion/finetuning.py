@@ -104,6 +104,8 @@ class Run(Iterator[dict[str, float]]):
         if self._batch is None or self._batch[0] != step:
             self._batch = step, self._collector.batch(step)
         metrics = self._guarded.update(self._batch[1])
+        if line := self._collector.heed(self.updates, metrics, self.config.guard):
+            _log.warning(line)
         return metrics | self._collector.metrics | {"queries": float(self.queries)}
 
     def _publish(self, step: int) -> None:

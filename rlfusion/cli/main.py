@@ -49,6 +49,7 @@ Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, th
   rlfusion check-agent FILE.py:NAME          does an algorithm learn, resume, repeat? also your own (docs/doors.md)
   rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
   rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
+  rlfusion reproduce RUN/failed-items/NAME   a work item that failed on every worker, again (docs/cluster.md)
   rlfusion supervise -- finetune ...         the same, resumed by itself where its process dies (docs/cluster.md)
   rlfusion launch finetune ... --root /shared/runs --address http://head:8265 --follow
                                              a job of a Ray cluster; rlfusion jobs list | status | logs | stop | resume
@@ -210,6 +211,14 @@ def _check_agent(arguments: list[str]) -> None:
     tables.run_check_agent(parse(config.CheckAgent, "check-agent", _first(arguments, "--agent")))
 
 
+def _reproduce(arguments: list[str]) -> None:
+    from rlfusion import config
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+
+    tables.run_reproduce(parse(config.Reproduce, "reproduce", _first(arguments, "--bundle")))
+
+
 def _list(arguments: list[str]) -> None:
     from rlfusion.cli.listing import show
 
@@ -279,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": _doctor,
     "check-reward": _check_reward,
     "check-agent": _check_agent,
+    "reproduce": _reproduce,
     "list": _list,
     "serve-reward": _serve_reward,
     "supervise": _supervise,

@@ -60,6 +60,7 @@ def command_trees() -> dict[str, Tree]:
         "sample": config.Sample,
         "evaluate": config.Evaluate,
         "check-agent": config.CheckAgent,
+        "reproduce": config.Reproduce,
         "check-model": CheckModel,
         "check-reward": CheckReward,
         "serve-reward": Serve,

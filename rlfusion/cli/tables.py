@@ -10,7 +10,7 @@ from rich.table import Table
 from rlfusion import config
 from rlfusion.cli.ranked import ranked
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import CheckAgent, CheckModel, CheckReward, Serve
+from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
 from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
@@ -19,6 +19,7 @@ from rlfusion.jobs.distill import distill
 from rlfusion.jobs.evaluate import evaluate
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.pretrain import pretrain
+from rlfusion.jobs.reproduce import reproduce
 from rlfusion.jobs.runs import timed
 from rlfusion.jobs.sample import sample
 from rlfusion.jobs.serve_reward import serve
@@ -124,6 +125,12 @@ def run_check_model(settings: CheckModel) -> None:
         ConfigError: it fails a check.
     """
     _findings(f"model {settings.model!r}", check_model(settings))
+
+
+def run_reproduce(settings: Reproduce) -> None:
+    """Run an item that failed again, and print line by line what is seen."""
+    for line in reproduce(settings):
+        print(line, flush=True)
 
 
 def _findings(what: str, findings: Iterable[Finding]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlfusion.config.autoencoder import Autoencode
-from rlfusion.config.checks import CheckAgent, CheckModel, CheckReward
+from rlfusion.config.checks import CheckAgent, CheckModel, CheckReward, Reproduce
 from rlfusion.config.clip import TrainClip
 from rlfusion.config.compare import Compare
 from rlfusion.config.distill import Distill, with_method
@@ -34,6 +34,7 @@ __all__ = [
     "Finetune",
     "Pretrain",
     "Ray",
+    "Reproduce",
     "Rollout",
     "Sample",
     "Serve",

@@ -1,10 +1,10 @@
-"""The settings of ``rlfusion check-agent``, ``rlfusion check-reward`` and ``rlfusion check-model``."""
+"""The settings of ``rlfusion check-agent``, ``check-reward``, ``check-model`` and ``reproduce``."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlfusion.common.code_files import absolute
-from rlfusion.common.errors import ConfigError, require_positive, require_share
+from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, require_share
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
 
@@ -108,3 +108,21 @@ class CheckModel:
 
     def __post_init__(self) -> None:
         require_positive(self, "count", "steps", "threads")
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Run again, in this process, a work item that failed on every worker: does it fail alike?
+
+    Attributes:
+        bundle: the folder in which the run kept it, RUN/failed-items/iteration-I-item-N.
+        device: "cpu", "cuda", or "auto", the device that it failed on. The numbers of another are its own.
+        threads: CPU threads of torch; 0 takes as many as the worker had.
+    """
+
+    bundle: str
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "threads")

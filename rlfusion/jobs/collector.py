@@ -1,6 +1,6 @@
 """Trajectories for the learner, step by step, from a backend that may run ahead of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -8,16 +8,22 @@ from torch import nn
 from rlfusion.common.weights import Live, Weights
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
+from rlfusion.rl.guard import Config as Guards
 from rlfusion.rollout import Backend, Pending, plan, version_for
+from rlfusion.rollout.item import lag_at
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.stages import IDLE, PUBLISH, ROLLOUT, stage
+
+LAGS = 100
+"""Rollouts whose lags the histogram shows."""
 
 
 class Collector:
     """Trajectories in order of their step, collected up to ``lag`` steps ahead of the learner.
 
     ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
-    ``metrics`` are those of the last batch, to be logged.
+    ``metrics`` are those of the last batch, to be logged. ``slowed`` has the versions from which on the lag is one
+    less; it is a part of what a run that resumes needs.
     """
 
     def __init__(
@@ -28,6 +34,7 @@ class Collector:
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
         self.metrics: dict[str, float] = {}
+        self.slowed: list[int] = []
 
     def acting(self, policy: nn.Module, version: int) -> Weights:
         """The learner's weights, for walks to come. In this process, and not ahead of the learner, all that act under
@@ -43,7 +50,8 @@ class Collector:
 
     def _send(self, weights: Weights) -> None:
         self.published[weights.version] = weights
-        last = min(weights.version + self.spec.rollout.lag, self.spec.updates - 1)
+        ahead = lag_at(weights.version, self.spec.rollout.lag, self._slowed())
+        last = min(weights.version + ahead, self.spec.updates - 1)
         for step in range(max(self.start, weights.version), last + 1):
             if self.version(step) == weights.version:
                 self.pending[step] = self.backend.submit(self.items(step, weights.version), weights)
@@ -52,7 +60,29 @@ class Collector:
 
     def version(self, step: int) -> int:
         """The version that acts in a step."""
-        return min(step, max(self.spec.least, version_for(step, self.spec.rollout.lag, self.spec.checkpoint_every)))
+        lag, every = self.spec.rollout.lag, self.spec.checkpoint_every
+        return min(step, max(self.spec.least, version_for(step, lag, every, self._slowed())))
+
+    def _slowed(self) -> list[int]:
+        """The lag's own reductions: those from before its setting was changed are over."""
+        return [since for since in self.slowed if since > self.spec.least]
+
+    def heed(self, done: int, metrics: Mapping[str, float], limits: Guards) -> str:
+        """Shorten the lag of the versions from ``done`` on where too few of the walks of older weights counted in the
+        last update; the line about it, or "".
+        """
+        share, ahead = metrics.get("behaviour_ess", 1.0), lag_at(done, self.spec.rollout.lag, self._slowed())
+        if share >= limits.ess_warn:
+            return ""
+        counted = f"update {done}: {share:.3g} of the walks of older weights count"
+        if share >= limits.ess_slow or not ahead:
+            return f"warning: {counted}, below guard.ess_warn = {limits.ess_warn:g}"
+        self.slowed.append(done)
+        return f"warning: {counted}, below guard.ess_slow = {limits.ess_slow:g}: the lag is {ahead - 1} from here on"
+
+    def lags(self, step: int) -> list[int]:
+        """By how many updates the weights of each of the last rollouts up to ``step`` were old."""
+        return [n - self.version(n) for n in range(max(0, step + 1 - LAGS), step + 1)]
 
     def items(self, step: int, version: int) -> list:
         """The work items of a step."""
@@ -69,6 +99,8 @@ class Collector:
         with stage(IDLE if self.spec.rollout.workers else ROLLOUT):
             collected = concatenate(self.pending[step]())
         batch, self.metrics = scored(collected.to(self.device), self.rewards)
+        if self.spec.rollout.lag:
+            self.metrics["lag"] = float(step - batch.version)
         del self.pending[step]
         return batch
 

@@ -3,14 +3,21 @@
 from rlfusion.objectives.adversarial import ADVERSARIAL, Adversarial, gradient_penalty
 from rlfusion.objectives.denoising import weighted_mse
 from rlfusion.objectives.distribution_matching import MATCHING, MatchingWeight, pull
-from rlfusion.objectives.policy_gradient import clipped_surrogate, score_function
+from rlfusion.objectives.policy_gradient import (
+    behaviour_weight,
+    clipped_surrogate,
+    effective_share,
+    score_function,
+)
 
 __all__ = [
     "ADVERSARIAL",
     "MATCHING",
     "Adversarial",
     "MatchingWeight",
+    "behaviour_weight",
     "clipped_surrogate",
+    "effective_share",
     "gradient_penalty",
     "pull",
     "score_function",

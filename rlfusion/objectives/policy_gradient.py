@@ -5,6 +5,10 @@
 
          the range may be lopsided, clip(r, 1 - c_low, 1 + c_high) (Yu et al. 2025)
     (3)  dual clip (Ye et al. 2020):     r is held below c2 > 1 + c, which bounds the loss where A < 0
+    (4)  decoupled (Hilton et al. 2022; Fu et al. 2025, AReaL), for walks of an older policy p_old: the clip holds the
+         policy to p_prox, the one with which the update began, and the loss has the weight of p_prox against p_old,
+
+         loss = w (2) or (3) with r = p_theta / p_prox,   w = min(p_prox / p_old, m), a constant
 
 A is a constant: no gradient flows into it. At theta = theta_old both have the gradient -A grad log p_theta.
 """
@@ -24,6 +28,17 @@ def score_function(log_prob: Tensor, advantage: Tensor) -> Tensor:
     """Eq. (1), (N,)."""
     _same_shape(log_prob=log_prob, advantage=advantage)
     return -log_prob * advantage.detach()
+
+
+def behaviour_weight(log_weight: Tensor, limit: float) -> Tensor:
+    """w of Eq. (4) from log p_prox - log p_old, and m; truncating it bounds its variance for some bias."""
+    return log_weight.detach().exp().clamp(max=limit)
+
+
+def effective_share(log_weight: Tensor) -> Tensor:
+    """The effective sample size over the number of samples, (sum w)^2 / (N sum w^2) in (0, 1], of log weights (N,)."""
+    weight = (log_weight.double() - log_weight.max()).exp()
+    return weight.mean().square() / weight.square().mean()
 
 
 def clipped_surrogate(

@@ -7,6 +7,8 @@ An update is bad when
     (3)  the largest |log ratio| is above ``log_ratio``
     (4)  the reward has fallen below the best good rollout by ``reward_fall`` standard deviations of the first rollout
 
+    (5)  the effective share of the walks under the weights of older ones is below ``ess_stop``: this ends the run
+
 and then, by ``action``, the run goes on from the weights before it ("skip"), from those of ``DEPTH`` good updates ago
 ("rollback"), as if nothing had been ("warn"), or ends ("halt"). After ``patience`` bad updates in a row it ends in any
 case. The next rollout is drawn anew. ``diagnosis.md`` records every bad update; without a folder it is logged as a
@@ -36,6 +38,7 @@ ADVICE = {
     "finite": "look at the reward and at the precision; a smaller learning rate; a kernel without tiny noise",
     "grad_norm": "a smaller learning rate or max_grad_norm; more walks; a KL to the base (agent.kl_loss)",
     "log_ratio": "fewer updates a rollout (epochs, updates_per_epoch); a smaller learning rate; agent.dual_clip",
+    "staleness": "a smaller rollout.lag or learning rate; fewer updates a rollout; guard.ess_stop is the limit",
     "reward": "the policy is collapsing: a smaller learning rate, a KL to the base, fewer updates a rollout",
 }
 
@@ -50,6 +53,10 @@ class Config:
         log_ratio: limit of |log p_theta - log p_old|, in nats.
         reward_fall: limit of the fall of a rollout's mean reward, in standard deviations of the first one's rewards.
         patience: bad updates in a row after which the run ends.
+        ess_warn: effective share of walks of older weights (behaviour_ess, where rollout.lag >= 1) below which a line
+            says so,
+        ess_slow: below which the lag is one less from then on,
+        ess_stop: and below which the run ends.
     """
 
     action: Literal["skip", "rollback", "halt", "warn"] = "skip"
@@ -57,9 +64,17 @@ class Config:
     log_ratio: float = 1000.0
     reward_fall: float = 4.0
     patience: int = 3
+    ess_warn: float = 0.5
+    ess_slow: float = 0.25
+    ess_stop: float = 0.05
 
     def __post_init__(self) -> None:
         require_positive(self, "grad_norm", "log_ratio", "reward_fall", "patience")
+        if not 0 <= self.ess_stop <= self.ess_slow <= self.ess_warn <= 1:
+            raise ConfigError(
+                f"ess_stop, ess_slow, ess_warn = {self.ess_stop:g}, {self.ess_slow:g}, {self.ess_warn:g}: expected "
+                "shares 0 <= ess_stop <= ess_slow <= ess_warn <= 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,8 @@ class Guarded:
             return Alarm("grad_norm", f"gradient norm {norm:.3g}, {norm / median(self.norms):.0f} times the median")
         if metrics.get("log_ratio_max", 0.0) > c.log_ratio:
             return Alarm("log_ratio", f"max |log ratio| = {metrics['log_ratio_max']:.3g} nats")
+        if (share := metrics.get("behaviour_ess", 1.0)) < c.ess_stop:
+            return Alarm("staleness", f"{share:.3g} of the walks of older weights count, below {c.ess_stop:g}")
         fall = self.best - metrics["reward"]
         if fall > c.reward_fall * self.first_std:
             return Alarm("reward", f"reward {metrics['reward']:.4g}, {fall / self.first_std:.1f} sd below its best")
@@ -133,7 +150,7 @@ class Guarded:
         """Undo the update as ``action`` says, write it down, and end the run where it has to end."""
         self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
         action = self.config.action
-        ends = action == "halt" or self.bad_in_a_row >= self.config.patience
+        ends = action == "halt" or alarm.guard == "staleness" or self.bad_in_a_row >= self.config.patience
         if before is not None:
             self.learner.load_state_dict(copy.deepcopy(self.good[0]) if action == "rollback" and self.good else before)
         done = {"skip": "its update was undone", "rollback": f"the weights of up to {DEPTH} good updates ago are back"}

@@ -133,6 +133,14 @@ class Transitions:
         return Reference(means, ratio.sum(1).to(batch.reward))
 
     @torch.no_grad()
+    def staleness(self, batch: Trajectory) -> Tensor:
+        """log p_theta - log p_old of every transition, (B, K), of the present weights; 0 where there is no density."""
+        walk, step = self.all(torch.arange(len(batch)))
+        ratio = torch.zeros_like(_acted(batch))
+        ratio[walk.to(ratio.device), step.to(ratio.device)] = self.log_ratio(batch, walk, step).to(ratio)
+        return ratio
+
+    @torch.no_grad()
     def require_on_policy(self, batch: Trajectory, clip: float, features: int = 1) -> dict[str, float]:
         """{"log_ratio_max": the largest |Eq. (1)| / features} of a batch of the present weights.
 

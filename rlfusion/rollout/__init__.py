@@ -5,14 +5,17 @@ with make_backend(Recipe("package.module:build", config, blobs), Settings(worker
 """
 
 from rlfusion.rollout.backend import Backend, Pending, Settings
+from rlfusion.rollout.bundle import Keep
+from rlfusion.rollout.commands import RolloutError
 from rlfusion.rollout.item import WorkItem, plan, rollout_noise, version_for
+from rlfusion.rollout.limits import Limits
 from rlfusion.rollout.local import Local
 from rlfusion.rollout.rollout_spec import RolloutSpec, prefix, samples, transitions
-from rlfusion.rollout.scheduler import Limits, RolloutError
 from rlfusion.rollout.task import Recipe, Task, run_item
 
 __all__ = [
     "Backend",
+    "Keep",
     "Limits",
     "Local",
     "Pending",
@@ -33,10 +36,12 @@ __all__ = [
 ]
 
 
-def make_backend(recipe: Recipe, settings: Settings) -> Backend:
-    """The backend of ``settings``: in this process for 0 workers, else Ray, which only then is imported."""
+def make_backend(recipe: Recipe, settings: Settings, keep: Keep | None = None) -> Backend:
+    """The backend of ``settings``: in this process for 0 workers, else Ray, which only then is imported. ``keep`` says
+    where items that fail on every worker are kept.
+    """
     if settings.workers == 0:
         return Local(recipe.build())
     from rlfusion.rollout.ray_backend import RayBackend
 
-    return RayBackend(recipe, settings)
+    return RayBackend(recipe, settings, keep)

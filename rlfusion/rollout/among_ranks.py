@@ -33,6 +33,10 @@ class AmongRanks(Backend):
             return found[0]
         return [found[i % self.ranks.count][i // self.ranks.count] for i in range(count)]
 
+    def require_room(self, weights: int, versions: int, answer: int) -> None:
+        if self.inner is not None:
+            self.inner.require_room(weights, versions, answer)
+
     def close(self) -> None:
         if self.inner is not None:
             self.inner.close()

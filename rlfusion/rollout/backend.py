@@ -9,8 +9,8 @@ from typing import Self
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.limits import Limits
 from rlfusion.rollout.ray_address import require_address
-from rlfusion.rollout.scheduler import Limits
 from rlfusion.rollout.trajectory import Trajectory
 
 
@@ -60,6 +60,15 @@ class Backend(ABC):
         Raises:
             WeightsError: an item asks for another version than ``weights`` has.
         """
+
+    def require_room(self, weights: int, versions: int, answer: int) -> None:
+        """Refuse rollouts that this backend cannot hold: so many bytes of the weights, in ``versions`` at once, and of
+        the answer to an item.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+        return
 
     @abstractmethod
     def close(self) -> None:

@@ -8,7 +8,7 @@
 All of it is in global units: neither the number of workers nor their order enters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -105,12 +105,18 @@ def plan(
     ]
 
 
-def version_for(step: int, lag: int, checkpoint_every: int) -> int:
+def lag_at(version: int, lag: int, slowed: Sequence[int] = ()) -> int:
+    """How many rollouts may be ahead of the weights ``version``: one less from each version in ``slowed`` on."""
+    return max(0, lag - sum(since <= version for since in slowed))
+
+
+def version_for(step: int, lag: int, checkpoint_every: int, slowed: Sequence[int] = ()) -> int:
     """The version of the weights that acts in step s >= 0, of weights numbered by the updates they have had:
 
     max(c, s - lag) with c the last checkpointed version, the largest multiple of ``checkpoint_every`` <= s (0 where
     there are no checkpoints). A run resumed at c therefore needs no weights older than c, and repeats what the
-    uninterrupted run did. lag = 0 is on-policy.
+    uninterrupted run did. lag = 0 is on-policy. Where the lag was shortened on the way (``lag_at``), it is the first
+    version from c on that is at most its own lag behind.
 
     Raises:
         ConfigError: a negative number.
@@ -118,4 +124,5 @@ def version_for(step: int, lag: int, checkpoint_every: int) -> int:
     if min(step, lag, checkpoint_every) < 0:
         raise ConfigError(f"step = {step}, lag = {lag}, checkpoint_every = {checkpoint_every}: expected numbers >= 0")
     checkpoint = step // checkpoint_every * checkpoint_every if checkpoint_every else 0
-    return max(checkpoint, step - lag)
+    behind = range(max(checkpoint, step - lag), step + 1)
+    return next(version for version in behind if version + lag_at(version, lag, slowed) >= step)

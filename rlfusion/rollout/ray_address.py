@@ -18,7 +18,7 @@ import sys
 import time
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.rollout.scheduler import RolloutError
+from rlfusion.rollout.commands import RolloutError
 
 AUTO, CLIENT = "auto", "ray://"
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")

@@ -5,31 +5,36 @@ weights with every item, the blob by reference and fetched once a version. What 
 safetensors blob. A worker never holds an object of the driver's, and never puts one into the store.
 """
 
+import json
 import logging
 import math
 import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.numerics import differences, fingerprint
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
+from rlfusion.rollout.bundle import Keep
+from rlfusion.rollout.commands import Assign, Command, GiveUp, RolloutError, Start
 from rlfusion.rollout.item import WorkItem
-from rlfusion.rollout.ray_cluster import first_line, shared_cluster
-from rlfusion.rollout.scheduler import Assign, Command, RolloutError, Scheduler, Start
+from rlfusion.rollout.object_store import InFlight
+from rlfusion.rollout.ray_cluster import first_line, shared_cluster, smallest_store
+from rlfusion.rollout.scheduler import Scheduler
 from rlfusion.rollout.task import Recipe, run_item
 from rlfusion.rollout.trajectory import Trajectory
-from rlfusion.rollout.wire import from_wire, to_wire
+from rlfusion.rollout.wire import digest, from_wire, to_wire
 
 POLL_S = 0.5
 NO_IMPORT = "failed to import on the worker"
@@ -60,6 +65,10 @@ class Worker:
         self.loaded = ""
         return fingerprint()
 
+    def where(self) -> str:
+        """The node that this process has its place on."""
+        return ray.get_runtime_context().get_node_id()
+
     def run(self, item: dict[str, Any], version: int, sha256: str, blob: list[ray.ObjectRef]) -> tuple[str, bytes]:
         """Run one item under the weights (version, sha256), which ``blob`` holds."""
         work = WorkItem.from_json(item)
@@ -72,24 +81,27 @@ class Worker:
 
 
 class _Call(NamedTuple):
-    """The present work of a worker: an item, or (None) building its task."""
+    """The present work of a worker: to say where it is, to build its task, or an item."""
 
     worker: int
-    item: int | None
+    work: Literal["place", "build", "item"]
+    item: int = -1
 
 
 class RayBackend(Backend):
-    """A pool of Ray actors. Connects to the cluster of ``settings``, or to the one that this process already uses.
-
-    Submitted items run in the order of submission, driven by one thread of this object, while the caller works.
+    """A pool of ``settings.workers`` actors in the cluster at ``settings.address`` or, where that is "", the one that
+    this process is connected to, or else a private one. The actors start with the first items and again after failures;
+    submissions go to them in order, and the next one fills the workers that the one before leaves idle. ``keep`` says
+    where an item that fails on every worker is kept.
     """
 
-    def __init__(self, recipe: Recipe, settings: Settings) -> None:
-        self.settings = settings
-        self._stack, text = ExitStack(), recipe.text
-        cpus, gpus = (max(1, settings.workers) * n for n in (settings.cpus_per_worker, settings.gpus_per_worker))
-        self._stack.enter_context(shared_cluster(settings, math.ceil(cpus), math.ceil(gpus)))
-        paths = [os.path.abspath(path) for path in sys.path]
+    def __init__(self, recipe: Recipe, settings: Settings, keep: Keep | None = None) -> None:
+        self.settings, self.keep, self._given = settings, keep, recipe
+        self._stack = ExitStack()
+        cpus = max(1, math.ceil(settings.workers * settings.cpus_per_worker))
+        gpus = math.ceil(settings.workers * settings.gpus_per_worker)
+        self._stack.enter_context(shared_cluster(settings, cpus, gpus))
+        text, paths = recipe.text, [os.path.abspath(path) for path in sys.path]
         blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
         self._recipe = ((recipe.builder, text), blobs, paths, settings.threads, texts)
         self._actor: Any = ray.remote(
@@ -98,18 +110,28 @@ class RayBackend(Backend):
         self._thread = ThreadPoolExecutor(1, "rlfusion-rollout")
         self._closing = threading.Event()
         self._published: tuple[str, Any] = ("", None)
+        self._waiting: deque[_Job] = deque()
         self._begin()
 
     def _begin(self) -> None:
         self._scheduler = Scheduler(max(1, self.settings.workers), self.settings.limits)
         self._actors: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
         self._calls: dict[ray.ObjectRef, _Call] = {}
+        self._jobs: list[_Job] = []
+        self._errors: dict[int, Exception] = {}
+
+    def require_room(self, weights: int, versions: int, answer: int) -> None:
+        frozen = sum(map(len, self._given.blobs.values()))
+        InFlight(frozen, weights, versions, answer, self.settings.workers).require_room(smallest_store())
 
     def submit(self, items: Sequence[WorkItem], weights: Weights) -> Pending:
         check_versions(items, weights)
         if self._closing.is_set():
             raise RolloutError("the rollout backend is closed")
-        return self._thread.submit(self._run, list(items), weights).result
+        job = _Job(list(items), weights)
+        self._waiting.append(job)
+        return self._thread.submit(self._run, job).result
 
     def close(self) -> None:
         self._closing.set()
@@ -117,22 +139,36 @@ class RayBackend(Backend):
         self._kill_all()
         self._stack.close()
 
-    def _run(self, items: list[WorkItem], weights: Weights) -> list[Trajectory]:
-        """The life of one submission; if it fails, all workers are killed and the next one begins afresh."""
-        job = _Job(items, weights, self._publish(weights))
+    def _run(self, job: "_Job") -> list[Trajectory]:
+        """Work until ``job`` is done, on it and on those behind it; if the pool fails, all workers are killed and the
+        next one begins afresh.
+        """
         try:
-            job.numbers, commands = self._scheduler.add(
-                [str(item) for item in items], [len(item) for item in items], time.monotonic()
-            )
-            self._execute(commands, job)
-            while self._scheduler.open:
+            if job.again:
+                self._add(job)
+            while not job.ended:
                 if self._closing.is_set():
                     raise RolloutError("the rollout backend was closed while items were running")
-                self._execute(self._poll(job), job)
-        finally:
-            if self._scheduler.open:
-                self._kill_all()
+                self._take_in()
+                self._execute(self._poll())
+        except BaseException:
+            self._kill_all()
+            raise
+        if job.error is not None:
+            raise job.error
         return [job.results[number] for number in job.numbers]
+
+    def _take_in(self) -> None:
+        """Give the submissions that have come to the scheduler, in order."""
+        while self._waiting:
+            self._add(self._waiting.popleft())
+
+    def _add(self, job: "_Job") -> None:
+        self._jobs.append(job)
+        job.blob, job.results, job.again = self._publish(job.weights), {}, False
+        names, samples = [str(item) for item in job.items], [len(item) for item in job.items]
+        job.numbers, commands = self._scheduler.add(names, samples, time.monotonic())
+        self._execute(commands)
 
     def _publish(self, weights: Weights) -> ray.ObjectRef:
         """The reference of the weights' blob, put into the store once."""
@@ -140,69 +176,142 @@ class RayBackend(Backend):
             self._published = (weights.sha256, ray.put(weights.blob))
         return self._published[1]
 
-    def _execute(self, commands: Sequence[Command], job: "_Job") -> None:
+    def _execute(self, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Start):
                 self._actors[command.worker] = actor = self._actor.remote()
-                self._calls[actor.build.remote(*self._recipe)] = _Call(command.worker, None)
+                self._calls[actor.where.remote()] = _Call(command.worker, "place")
+                self._calls[actor.build.remote(*self._recipe)] = _Call(command.worker, "build")
             elif isinstance(command, Assign):
-                item = job.items[command.item - job.numbers.start].to_json()
-                answer = self._actors[command.worker].run.remote(
-                    item, job.weights.version, job.weights.sha256, [job.blob]
-                )
-                self._calls[answer] = _Call(command.worker, command.item)
+                self._assign(command)
+            elif isinstance(command, GiveUp):
+                self._give_up(command)
             else:
                 self._kill(command.worker)
 
-    def _poll(self, job: "_Job") -> list[Command]:
+    def _assign(self, command: Assign) -> None:
+        """Give an item to its worker, unless its submission has just ended."""
+        if command.item not in self._scheduler.open:
+            self._execute(self._scheduler.result(command.worker, command.item, time.monotonic())[1])
+            return
+        job = self._job_of(command.item)
+        item, weights = job.items[command.item - job.numbers.start].to_json(), job.weights
+        answer = self._actors[command.worker].run.remote(item, weights.version, weights.sha256, [job.blob])
+        self._calls[answer] = _Call(command.worker, "item", command.item)
+
+    def _job_of(self, item: int) -> "_Job":
+        return next(job for job in self._jobs if item in job.numbers)
+
+    def _poll(self) -> list[Command]:
         """Wait for an answer, a deadline or half a second, and say what follows."""
         wait = min(POLL_S, max(0.0, self._scheduler.deadline() - time.monotonic()))
-        answered, _ = ray.wait(list(self._calls), num_returns=1, timeout=wait)
-        commands = [command for answer in answered for command in self._answer(answer, job)]
-        return commands + self._scheduler.tick(time.monotonic())
+        if not ray.wait(list(self._calls), num_returns=1, timeout=wait)[0]:
+            return self._scheduler.tick(time.monotonic())
+        answered, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        for answer in answered:
+            if answer in self._calls:  # else its worker was killed meanwhile
+                self._execute(self._answer(answer))
+        return self._scheduler.tick(time.monotonic())
 
-    def _answer(self, answer: ray.ObjectRef, job: "_Job") -> list[Command]:
+    def _answer(self, answer: ray.ObjectRef) -> list[Command]:
         call = self._calls.pop(answer)
         try:
             value = ray.get(answer, timeout=self.settings.limits.item_s)
         except RayTaskError as error:
-            raise _cause(error, call.worker) from error
+            return self._raised(call, error)
         except RayActorError as error:
             if error.actor_init_failed:
                 raise _unstarted(error, call.worker) from error
             return self._died(call.worker, error)
         except RayError as error:  # the worker, its node or its answer is gone
             return self._died(call.worker, error)
-        if call.item is None:
+        if call.work == "place":
+            self._nodes[call.worker] = value
+            return self._scheduler.placed(call.worker, time.monotonic())
+        if call.work == "build":
             _warn_of_other_numerics(call.worker, value)
-            return self._scheduler.ready(call.worker, time.monotonic())
-        first, commands = self._scheduler.result(call.worker, call.item, time.monotonic())
+            return self._scheduler.ready(call.worker, time.monotonic(), json.dumps(value, sort_keys=True))
+        return self._result(call, from_wire(*value))
+
+    def _result(self, call: _Call, trajectory: Trajectory) -> list[Command]:
+        held = digest(trajectory) if self._scheduler.twinned(call.item) else ""
+        first, commands = self._scheduler.result(call.worker, call.item, time.monotonic(), held)
         if first:
-            job.results[call.item] = from_wire(*value)
+            job = self._job_of(call.item)
+            job.results[call.item] = trajectory
+            self._errors.pop(call.item, None)
+            self._leave(job)
         return commands
 
+    def _raised(self, call: _Call, error: RayTaskError) -> list[Command]:
+        """An error of the worker itself: of its start it ends the run, of an item it is that item's."""
+        cause = _cause(error, call.worker)
+        if call.work != "item" or NO_IMPORT in str(error):
+            raise cause from error
+        _log.warning("worker %d failed: %s: %s", call.worker, type(cause).__name__, first_line(cause))
+        self._errors[call.item] = cause
+        reason = f"raised {type(cause).__name__}: {first_line(cause)}"
+        return self._scheduler.failed(call.worker, call.item, reason, time.monotonic())
+
+    def _give_up(self, command: GiveUp) -> None:
+        """An item is poisonous: it is kept, and its submission ends with its error, or with its workers' end."""
+        job = self._job_of(command.item)
+        last = [*command.failed.values()][-1]
+        error = self._errors.pop(command.item, None) or RolloutError(f"{command.name}: its worker {last}")
+        workers = ", ".join(map(str, command.failed))
+        error.add_note(f"on each of the Ray workers {workers}: ray.limits.crashes = {len(command.failed)} is spent")
+        if self.keep is not None:
+            item = job.items[command.item - job.numbers.start]
+            folder = self.keep.write(self._given, item, job.weights, command.failed, error)
+            error.add_note(f"it is kept: rlfusion reproduce {folder}")
+        job.error = error
+        self._leave(job)
+        self._execute(self._scheduler.drop(job.numbers, time.monotonic()))
+
+    def _leave(self, job: "_Job") -> None:
+        if job.ended:
+            self._jobs = [other for other in self._jobs if other is not job]
+
     def _died(self, worker: int, error: RayError) -> list[Command]:
+        preempted = isinstance(error, ActorUnavailableError) or self._nodes.get(worker) in _lost_nodes()
+        what = "was lost with its node" if preempted else "died"
+        _log.warning("worker %d %s: %s", worker, what, first_line(error))
         self._kill(worker)
-        return self._scheduler.lost(worker, f"died: {first_line(error)}", time.monotonic())
+        return self._scheduler.lost(worker, f"{what}: {first_line(error)}", time.monotonic(), preempted)
 
     def _kill(self, worker: int) -> None:
         """Kill one actor and forget what it was doing."""
         self._calls = {answer: call for answer, call in self._calls.items() if call.worker != worker}
+        self._nodes.pop(worker, None)
         ray.kill(self._actors.pop(worker), no_restart=True)
 
     def _kill_all(self) -> None:
         for worker in list(self._actors):
             self._kill(worker)
+        for job in self._jobs:
+            job.again = True
         self._begin()
 
 
 class _Job:
-    """One submission on its way."""
+    """One submission on its way: its results by item, or the error that ended it; ``again`` where the pool failed."""
 
-    def __init__(self, items: list[WorkItem], weights: Weights, blob: ray.ObjectRef) -> None:
-        self.items, self.weights, self.blob = items, weights, blob
+    def __init__(self, items: list[WorkItem], weights: Weights) -> None:
+        self.items, self.weights = items, weights
+        self.blob: ray.ObjectRef | None = None
         self.numbers = range(0)
         self.results: dict[int, Trajectory] = {}
+        self.error: Exception | None = None
+        self.again = False
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or len(self.results) == len(self.items)
+
+
+def _lost_nodes() -> set[str]:
+    """The nodes that were there and are not any more."""
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 def _cause(error: RayTaskError, worker: int) -> Exception:

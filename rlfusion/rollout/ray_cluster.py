@@ -24,9 +24,9 @@ from ray._private import ray_constants, services
 from ray.exceptions import RayError
 
 from rlfusion.rollout.backend import Settings
+from rlfusion.rollout.commands import RolloutError
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.rollout.ray_folders import private_folder
-from rlfusion.rollout.scheduler import RolloutError
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
@@ -213,3 +213,9 @@ def _undisturbed_signals() -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """What an error says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def smallest_store() -> int:
+    """Bytes of the smallest object store of the nodes that are there."""
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min(filter(None, stores), default=0))

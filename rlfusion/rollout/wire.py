@@ -1,7 +1,8 @@
 """A trajectory as plain data, a JSON text and one safetensors blob: how it crosses between processes."""
 
+import hashlib
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from torch import Tensor
 
@@ -21,3 +22,9 @@ def to_wire(trajectory: Trajectory) -> tuple[str, bytes]:
 def from_wire(record: str, blob: bytes) -> Trajectory:
     """The trajectory that ``to_wire`` wrote, on the CPU."""
     return Trajectory(**restore(json.loads(record), unpack(blob)))
+
+
+def digest(trajectory: Trajectory) -> str:
+    """SHA-256 of what an item decides of its trajectory: all but what a worker's cache remembered of the rewards."""
+    record, blob = to_wire(replace(trajectory, cached=None))
+    return hashlib.sha256(record.encode() + blob).hexdigest()

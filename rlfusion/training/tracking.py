@@ -100,6 +100,26 @@ class Tracker:
 
         self._events.add(step, summary=summary.image(name, picture, dataformats="CHW"))
 
+    def counts(self, step: int, name: str, counts: Mapping[int, int]) -> None:
+        """A histogram of whole numbers: how often each was seen."""
+        from torch.utils.tensorboard import summary
+
+        values = sorted(counts)
+        numbers = [counts[value] for value in values]
+        self._events.add(
+            step,
+            summary=summary.histogram_raw(
+                name,
+                min=values[0],
+                max=values[-1],
+                num=sum(numbers),
+                sum=sum(value * counts[value] for value in values),
+                sum_squares=sum(value**2 * counts[value] for value in values),
+                bucket_limits=[value + 0.5 for value in values],
+                bucket_counts=numbers,
+            ),
+        )
+
     def text(self, step: int, name: str, text: str) -> None:
         """A text, as Markdown."""
         from torch.utils.tensorboard import summary

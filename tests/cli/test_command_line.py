@@ -30,6 +30,7 @@ NEEDED = {
     "evaluate": ("--checkpoint", "x"),
     "check-agent": ("grpo",),
     "check-model": ("x",),
+    "reproduce": ("x",),
     "check-reward": ("ink",),
     "serve-reward": ("ink",),
 }
@@ -149,7 +150,7 @@ def test_no_setting_becomes_what_it_is_not(variant, typed):
             if meant(text, annotation) is REFUSED:
                 require_refused(typed(*begin, f"--{key}={text}"), key.rpartition(".")[2])
                 tried += 1
-    assert tried > (30 if whole else 0)
+    assert tried > (10 if whole else 0)
 
 
 EDGES = ("-1", "0", "0.5", "1", "4611686018427387", "1e-30", "1e30", "null", "true", "false", "x y", "ü", "'x'", "#")
@@ -163,6 +164,7 @@ def test_what_is_taken_is_what_was_written(variant, typed):
     for key in draw.sample(names, min(12, len(names))):
         annotation = known.leaves[key]
         if get_origin(annotation) in (list, tuple, dict) or key in (
+            "bundle",
             "checkpoint",
             "model",
             "reward",

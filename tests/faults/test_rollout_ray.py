@@ -1,6 +1,7 @@
 """The Ray backend against the in-process one: equal bits, real kills, real hangs. One private cluster for all."""
 
 import os
+import re
 import secrets
 import signal
 import stat
@@ -17,7 +18,9 @@ from rollout_tasks import CLASSES, assert_identical, make_policy, make_recipe
 
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rewards import RewardError
-from rlfusion.rollout import Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
+from rlfusion.rollout import Keep, Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
+from rlfusion.rollout.bundle import Bundle, Raised
+from rlfusion.rollout.commands import TwinsDiffer
 
 pytestmark = pytest.mark.alone
 
@@ -81,7 +84,7 @@ def test_submissions_overlap_with_the_caller_and_keep_their_own_weights(tmp_path
     old, new = Weights.of(make_policy(seed=1), 1), Weights.of(make_policy(seed=2), 2)
     with make_backend(make_recipe("slow", tmp_path / "ran"), ray_settings(2)) as backend:
         first, second = backend.submit(items(1), old), backend.submit(items(2), new)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while not list(tmp_path.iterdir()):
             assert time.monotonic() < deadline, "nothing ran before the result was asked for"
             time.sleep(0.05)
@@ -94,7 +97,7 @@ def test_submissions_overlap_with_the_caller_and_keep_their_own_weights(tmp_path
 def test_a_worker_that_hangs_is_killed_and_its_item_done_by_another(tmp_path):
     weights, marker = Weights.of(make_policy(), 1), tmp_path / "stopped"
     with make_backend(
-        make_recipe("stop", marker), ray_settings(2, Limits(item_s=4, item_floor_s=4, start_s=90))
+        make_recipe("stop", marker), ray_settings(2, Limits(item_s=4, item_floor_s=4, twin_times=0, start_s=90))
     ) as backend:
         assert_equals_local(backend.collect(items(), weights), items(), weights)
         assert_gone(int(marker.read_text()))
@@ -130,20 +133,66 @@ def test_workers_killed_from_outside_at_random_times_change_no_bit(tmp_path):
 
 
 def test_an_item_that_always_kills_its_worker_ends_the_run_by_name():
-    limits = Limits(item_s=30, item_floor_s=30, start_s=90, attempts=2)
+    limits = Limits(item_s=30, item_floor_s=30, start_s=90, crashes=2)
     with (
         make_backend(make_recipe("die"), ray_settings(1, limits)) as backend,
-        pytest.raises(RolloutError, match=r"item 0 of iteration 0 .* lost its worker 2 times"),
+        pytest.raises(RolloutError, match=r"item 0 of iteration 0 .*: its worker died") as caught,
     ):
         backend.collect(items(), Weights.of(make_policy(), 1))
+    assert caught.value.__notes__ == ["on each of the Ray workers 0, 1: ray.limits.crashes = 2 is spent"]
 
 
-def test_an_error_of_the_reward_arrives_with_its_names():
-    with make_backend(make_recipe("nan"), ray_settings(1)) as backend, pytest.raises(RewardError) as caught:
-        backend.collect(items(), Weights.of(make_policy(), 1))
-    assert "brightness" in str(caught.value)
-    assert any("item 0 of iteration 0" in note for note in caught.value.__notes__)
-    assert any("Ray worker" in note for note in caught.value.__notes__)
+def test_an_error_of_the_reward_arrives_with_its_names_and_its_item_is_kept(tmp_path):
+    """The pool goes on: another submission fails by itself."""
+    keep, weights = Keep(tmp_path, "mine", ("a", "b", "c")), Weights.of(make_policy(), 1)
+    limits = Limits(item_s=30, item_floor_s=30, start_s=90, crashes=2)
+    with make_backend(make_recipe("nan"), ray_settings(2, limits), keep) as backend:
+        pending = [backend.submit(items(iteration=n)[:1], weights) for n in range(2)]
+        for n, wait in enumerate(pending):
+            with pytest.raises(RewardError) as caught:
+                wait()
+            folder = tmp_path / f"iteration-{n}-item-0"
+            notes = "; ".join(caught.value.__notes__)
+            assert "brightness" in str(caught.value)
+            assert f"item 0 of iteration {n}" in notes
+            assert re.search(r"on each of the Ray workers \d, \d: ray.limits.crashes = 2 is spent", notes)
+            assert notes.endswith(f"it is kept: rlfusion reproduce {folder}")
+            bundle = Bundle.read(folder)
+            assert (bundle.run, bundle.item, bundle.error.text) == ("mine", items(iteration=n)[0], str(caught.value))
+            with pytest.raises(RewardError) as again:
+                bundle.run_again("cpu")
+            assert Raised.of(again.value) == bundle.error
+
+
+def test_an_item_that_fails_on_one_worker_alone_is_done_by_another(tmp_path):
+    weights = Weights.of(make_policy(), 1)
+    with make_backend(make_recipe("once", tmp_path / "failed"), ray_settings(2)) as backend:
+        assert_equals_local(backend.collect(items(), weights), items(), weights)
+    assert (tmp_path / "failed").exists()
+
+
+def test_a_slow_item_is_done_by_a_twin_and_its_bits_are_compared(tmp_path):
+    """The first worker to come there waits in its first item, until both others of its kind are long done."""
+    weights, limits = Weights.of(make_policy(), 1), Limits(item_s=60, item_floor_s=60, start_s=90, twin_times=5)
+    with make_backend(make_recipe("wait", tmp_path / "waits"), ray_settings(2, limits)) as backend:
+        assert_equals_local(backend.collect(items(size=1), weights), items(size=1), weights)
+        assert backend._scheduler.twins >= 1
+        (tmp_path / "waits").unlink()  # now it answers, too
+        assert_equals_local(backend.collect(items(iteration=1), weights), items(iteration=1), weights)
+
+
+def test_twins_that_differ_end_the_run_and_are_named(tmp_path):
+    weights, limits = Weights.of(make_policy(), 1), Limits(item_s=60, item_floor_s=60, start_s=90, twin_times=5)
+    with make_backend(make_recipe("differ", tmp_path / "waits"), ray_settings(2, limits)) as backend:
+        backend.collect(items(size=1), weights)
+        (tmp_path / "waits").unlink()
+
+        def until_it_answers() -> None:
+            for n in range(1, 100):
+                backend.collect(items(iteration=n, size=1), weights)
+
+        with pytest.raises(TwinsDiffer, match=r"item \d+ of iteration 0 .*: workers \d and \d gave different answers"):
+            until_it_answers()
 
 
 def test_a_task_that_cannot_be_built_ends_the_run_with_its_own_error():
@@ -173,7 +222,7 @@ def test_a_worker_checks_the_version_of_its_item_itself():
 
 
 def test_a_pool_that_cannot_be_placed_says_what_it_waited_for():
-    settings = Settings(workers=1, cpus_per_worker=1000, limits=Limits(start_s=1, replacements=1))
+    settings = Settings(workers=1, cpus_per_worker=1000, limits=Limits(start_s=1, preemptions=1))
     with (
         make_backend(make_recipe(), settings) as backend,
         pytest.raises(RolloutError, match=r"not ready within .* = 1 s"),
@@ -224,7 +273,7 @@ def test_connecting_leaves_the_callers_signal_handler_alone():
 def test_a_worker_that_cannot_import_its_class_is_named_at_once_by_its_own_error():
     """As on a node without rlfusion: the class is found by name, in a module that is nowhere but here."""
     here = types.ModuleType("only_in_the_driver")
-    here.Worker = type("Worker", (), {"build": lambda self, *given: {}, "run": lambda self, *given: None})
+    here.Worker = type("Worker", (), dict.fromkeys(("where", "build", "run"), lambda self, *given: {}))
     here.Worker.__module__, sys.modules[here.__name__] = here.__name__, here
     try:
         with make_backend(make_recipe(), ray_settings(2)) as backend:

@@ -36,30 +36,43 @@ def make_recipe(fault: str = "", marker: Path | None = None) -> Recipe:
 
 def build(config, blobs) -> Task:
     def reward(samples, cond):
-        misbehave(config["fault"], Path(config["marker"]))
-        return samples.flatten(1).mean(1) + (torch.nan if config["fault"] == "nan" else 0)
+        odd = misbehave(config["fault"], Path(config["marker"]))
+        return samples.flatten(1).mean(1) + (torch.nan if config["fault"] == "nan" else odd)
 
+    name = config["marker"] if config["fault"] == "named" else "brightness"
     if config["fault"] == "build":
         raise FileNotFoundError("no such model: base.safetensors")
-    return Task(
-        make_policy(seed=1), TimeGrid(4), SHAPE, torch.arange(CLASSES), to_pixels, reward, "brightness", device="cpu"
-    )
+    return Task(make_policy(seed=1), TimeGrid(4), SHAPE, torch.arange(CLASSES), to_pixels, reward, name, device="cpu")
 
 
-def misbehave(fault: str, marker: Path) -> None:
-    """Die always ("die"), hang in the first process that comes here ("stop"), or say who works and wait ("slow")."""
+def misbehave(fault: str, marker: Path) -> float:
+    """Die always ("die"), say who works and wait ("slow"); or in the first process that comes here hang ("stop"), raise
+    ("once"), wait until the marker is gone ("wait"), and give another reward ("differ") by what is returned.
+    """
     if fault == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "slow":
         marker.with_name(f"{marker.name}.{os.getpid()}").touch()
         time.sleep(0.2)
-    if fault == "stop":
-        try:
-            marker.touch(exist_ok=False)
-        except FileExistsError:
-            return
-        marker.write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault in ("stop", "once", "wait", "differ") and _first(marker):
+        if fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "once":
+            raise ValueError("this machine is broken")
+        while marker.exists():
+            time.sleep(0.05)
+        return 1.0 if fault == "differ" else 0.0
+    return 0.0
+
+
+def _first(marker: Path) -> bool:
+    """Whether this is the first call of all that ever were, in any process; the marker then has its number."""
+    try:
+        marker.with_suffix(".began").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    marker.write_text(str(os.getpid()))
+    return True
 
 
 def assert_identical(a: Trajectory, b: Trajectory) -> None:

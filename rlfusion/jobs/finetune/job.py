@@ -118,12 +118,12 @@ class Job:
     def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
         """All that resuming after ``done`` updates needs."""
         older = {str(v): unpack(w.blob) for v, w in collector.still_needed(done).items()}
-        return self.state_dict() | {"older_weights": older}
+        return self.state_dict() | {"older_weights": older, "slowed": list(collector.slowed)}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has of the run, but for the weights of walks to come."""
         learner, watch = self.guarded.state_dict(), self.monitor.state_dict()
-        return {"learner": learner, "older_weights": {}, "watch": watch, "before": self.before}
+        return {"learner": learner, "older_weights": {}, "slowed": [], "watch": watch, "before": self.before}
 
 
 def prepare(

@@ -7,6 +7,8 @@ uninterrupted run did, bit for bit, and no queue is saved.
 """
 
 import json
+import math
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +19,7 @@ from rlfusion import models
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.common.weights import Weights, pack, require_entries, sha256
+from rlfusion.common.weights import Weights, learned, pack, require_entries, sha256
 from rlfusion.config import Finetune
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.jobs.collector import Collector
@@ -29,8 +31,9 @@ from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.models import lora
 from rlfusion.rewards import names_of
-from rlfusion.rollout import Backend, Local, Recipe, make_backend
+from rlfusion.rollout import Backend, Keep, Local, Recipe, make_backend
 from rlfusion.rollout.among_ranks import AmongRanks
+from rlfusion.rollout.object_store import answer_bytes
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
@@ -43,6 +46,8 @@ from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker, flatten
 
 RESULT = "summary.json"
+FAILED = "failed-items"
+"""The folder of the items that failed on every worker (``rollout.bundle``)."""
 
 
 def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progress) -> dict[str, Any]:
@@ -76,6 +81,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         progress.say(f"plan: {config.agent.plan()}")
         described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
         with _backend(job, described, ranks) as backend:
+            _require_room(job, backend)
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
             collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device)
             _begin(job, collector, found, progress)
@@ -104,7 +110,17 @@ def _own_backend(job: Job, described: Recipe) -> Backend:
     """In this process a pretrained model shares what is not trained with its copy."""
     if job.card.pipeline and not job.config.rollout.workers:
         return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
-    return make_backend(described, job.parts.workers.backend)
+    keep = Keep(job.folder / FAILED, job.folder.name, job.card.names)
+    return make_backend(described, job.parts.workers.backend, keep)
+
+
+def _require_room(job: Job, backend: Backend) -> None:
+    """Refuse rollouts that do not fit where they run, before any."""
+    weights = sum(t.numel() * t.element_size() for t in learned(job.policy).values())
+    rollout, latent = job.config.rollout, math.prod(job.policy.space.latent(job.card.shape))
+    walks = min(rollout.item, rollout.prompts * rollout.samples_per_prompt)
+    answer = answer_bytes(walks, len(job.times) - 1, latent, job.parts.task.rollout)
+    backend.require_room(weights, rollout.lag + 1, answer)
 
 
 def _begin(job: Job, collector: Collector, found: Found | None, progress: Progress) -> None:
@@ -125,6 +141,7 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
             line = _anew(job, state, changed)
         if line:
             progress.say(line)
+        collector.slowed = list(state["slowed"])
         for weights in _load(job, state, found):
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
@@ -136,7 +153,7 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
 
 def _fitting(job: Job, path: Path) -> dict[str, Any]:
     """The state of a checkpoint, its outer parts as the run's."""
-    state = checkpoint.load(path)
+    state = {"slowed": [], **checkpoint.load(path)}  # older runs never shortened their lag
     with checkpoint.loading(path):
         require_entries(state, job.state_dict(), "the run")
         require_entries(state["watch"], job.monitor.state_dict(), "the monitor")
@@ -192,7 +209,11 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             cost, before = queries - before, queries
             job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops))
             spent = 0 < config.budget_queries < queries + cost
+            if line := collector.heed(done, metrics, config.guard):
+                progress.say(line)
             collector.publish(collector.acting(job.learner.policy, done))
+            if config.rollout.lag:
+                job.tracker.counts(done, "train/lags", Counter(collector.lags(step)))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
