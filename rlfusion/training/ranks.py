@@ -12,6 +12,7 @@ What a learner accumulates outside of ``accumulate`` is computed by every rank a
 knows nothing of ranks is right on any number of them, and no faster.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common.errors import RlfusionError
+from rlfusion.common.errors import NumericalError, RlfusionError
 from rlfusion.common.weights import pack, unpack
 
 Record = dict[str, Tensor]
@@ -73,27 +74,45 @@ class Ranks:
 
     def passes(self, draw: np.random.Generator, walks: int, steps: int, taken: int | None = None) -> list[Tensor]:
         """The walks of each of ``steps`` optimiser steps of a pass over ``taken`` of ``walks`` walks (all, by default),
-        drawn without replacement within each share.
+        drawn without replacement within each share. The steps are as large as each other, to one walk.
         """
         wanted = torch.arange(walks if taken is None else taken).tensor_split(self.shares)
         held = torch.arange(walks).tensor_split(self.shares)
         orders = [own[torch.from_numpy(draw.permutation(len(own)))][: len(some)] for own, some in zip(held, wanted)]
-        return [torch.cat(parts) for parts in zip(*(order.tensor_split(steps) for order in orders))]
+        return [torch.cat(parts) for parts in zip(*_dealt(orders, steps))]
 
     def accumulate(self, module: nn.Module, share: Tensor, micro_batch: int, body: Body) -> list[Record]:
         """Accumulate the gradient of all rows in ``module``, those of this rank here; ``share`` (N,) is each row's.
 
         Returns:
             The records of all rows, in the order of the shares, on every rank.
+
+        Raises:
+            NumericalError: ``body`` did, on this rank or another.
         """
         if self.shares == 1:
             return list(_run(torch.arange(len(share)), micro_batch, body))
         records: list[Record] = []
-        with self._apart(module) as own:
+        with self._apart(module) as own, self._alike():
             for v in self.mine:
                 records += _run((share.cpu() == v).nonzero().flatten(), micro_batch, body)
                 own.end_of_share()
         return self.gather(records)
+
+    @contextmanager
+    def _alike(self) -> Iterator[None]:
+        """What is not finite within the context on one rank is an error on all: each then undoes the same update."""
+        own: NumericalError | None = None
+        try:
+            yield
+        except NumericalError as error:
+            own = error
+        told = self.exchange(str(own or "").encode())
+        if own is not None:
+            raise own
+        for rank, text in enumerate(told):
+            if text:
+                raise NumericalError(f"{text.decode()} (on rank {rank})")
 
     @contextmanager
     def _apart(self, module: nn.Module) -> Iterator["_Sums"]:
@@ -184,6 +203,18 @@ class Ranks:
         if not self.rank:
             self.exchange(b"")
 
+    def by_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives the first rank, as JSON has it, on every rank: for what takes no part in learning, and
+        need not be done, nor its rewards be asked for, as often as there are ranks.
+        """
+        if self.count == 1:
+            return make()
+        told = b""
+        with self.in_turn():
+            if not self.rank:
+                told = json.dumps(make()).encode()
+        return json.loads(self.exchange(told)[0])
+
     def of_first(self, value: int) -> int:
         """The first rank's number, on every rank: for what depends on a clock or a signal."""
         if self.count == 1:
@@ -210,6 +241,15 @@ class Ranks:
                     f"ranks 0 and {rank} differ in {name!r} after {step} optimiser steps: expected the same bits; "
                     "a learner that draws unseeded noise, or machines of different kinds, lead to this"
                 )
+
+
+def _dealt(orders: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
+    """The walks of each share in ``steps`` parts; what is left over is dealt on from where the share before ended."""
+    at = 0
+    for order in orders:
+        parts = order.tensor_split(steps)
+        yield [parts[(i - at) % steps] for i in range(steps)]
+        at += len(order)
 
 
 def _run(rows: Tensor, micro_batch: int, body: Body) -> Iterator[Record]:

@@ -77,6 +77,13 @@ def test_a_pass_takes_every_walk_once_and_every_share_in_each_step(walks, steps,
         assert ranks.share(part, walks).unique().tolist() == list(range(shares))
 
 
+@pytest.mark.parametrize(("walks", "steps", "shares"), [(8, 4, 4), (20, 4, 4), (3, 3, 4), (26, 3, 4), (23, 5, 2)])
+def test_the_steps_of_a_pass_are_even_though_shares_do_not_divide(walks, steps, shares):
+    parts = Ranks(shares=shares).passes(np.random.default_rng(0), walks, steps)
+    assert torch.cat(parts).sort().values.tolist() == list(range(walks))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_one_share_is_the_plain_permutation():
     order = torch.from_numpy(np.random.default_rng(5).permutation(10))
     assert all(map(torch.equal, Ranks().passes(np.random.default_rng(5), 10, 3), order.tensor_split(3)))

@@ -1,6 +1,6 @@
 """What a fine-tuning consists of: its base model, learner, judge, reward and monitor, made and measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
 from rlfusion.training.devices import pick_device
 from rlfusion.training.identity import REWARD, Run
+from rlfusion.training.ranks import current
 from rlfusion.training.tracking import Tracker, grid, save_png
 
 
@@ -75,10 +76,30 @@ class Job:
         names = [name for name in names_of(self.config.reward) if is_url(name)]
         return [bare(build(name, given.options_of(name), known)).served().identity for name in names]
 
+    @property
+    def looks(self) -> bool:
+        """Whether this rank draws samples to look at: the first alone does, but all where the network is split over the
+        ranks, which then call it together.
+        """
+        return not current().rank or self._split
+
+    @property
+    def _split(self) -> bool:
+        if current().count == 1:
+            return False
+        from torch.distributed.tensor import DTensor
+
+        return any(isinstance(p, DTensor) for p in self.policy.parameters())
+
+    def _by_first(self, make: Callable[[], Any]) -> Any:
+        """What the samples that ``looks`` draws are found to be, on every rank."""
+        return make() if self._split else current().by_first(make)
+
     def probe(self, done: int, progress: Progress) -> str:
-        """Let the monitor probe the averaged weights; why the training shall stop here, or ""."""
-        if not self.monitor.due(done):
-            return ""
+        """Let the monitor of the first rank probe the averaged weights; why the training shall stop here, or ""."""
+        return self._by_first(lambda: self._probed(done, progress)) if self.monitor.due(done) else ""
+
+    def _probed(self, done: int, progress: Progress) -> str:
         with self.learner.optimization.ema.averaged():
             metrics, alarms = self.monitor.probe(done)
         self.tracker.scalars(done, "monitor", metrics)
@@ -87,7 +108,10 @@ class Job:
         return self.monitor.stops(alarms)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measure the averaged weights with the chain's own sampler, and log it."""
+        """Measure the averaged weights with the chain's own sampler, on the first rank, and log it."""
+        return self._by_first(lambda: self._evaluated(step))
+
+    def _evaluated(self, step: int) -> dict[str, float]:
         with self.learner.optimization.ema.averaged():
             result = self._measure(self.policy, self.config.evaluation)
             self.tracker.scalars(step, "evaluation", result)
@@ -105,15 +129,18 @@ class Job:
         scored = Scored(self.reward, self.parts.rewards.name, self.parts.rewards.may_fail)
         return measure(policy, self.times, self.judged, scored, settings, self.config.seed)
 
-    def picture(self, step: int, name: str) -> Tensor:
-        """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard."""
+    def picture(self, step: int, name: str) -> None:
+        """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard: the first
+        rank does.
+        """
+        if not self.looks:
+            return
         with self.learner.optimization.ema.averaged():
             columns, rows, scale = look_of(self.card)
             samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed, rows)
         picture = grid(samples, columns, scale)
         save_png(self.folder / "samples" / f"{name}.png", picture)
         self.tracker.image(step, f"samples/{name}", picture)
-        return picture
 
     def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
         """All that resuming after ``done`` updates needs."""

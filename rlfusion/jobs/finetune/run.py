@@ -134,7 +134,7 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     checkpoint.write_json_atomic(job.folder / "before.json", job.before)
     if not known or not (job.folder / "samples" / "before.png").is_file():
         job.picture(0, "before")
-    if job.config.monitor.every:
+    if job.config.monitor.every and job.looks:
         job.monitor.begin(state["watch"]["drawn"] if known else "")
     if state is not None:
         with checkpoint.loading(found.path):
