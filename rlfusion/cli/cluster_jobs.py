@@ -134,7 +134,7 @@ def _read(
 
     usage = f"expected rlfusion jobs {action}{' NAME' if named else ''} and options (rlfusion jobs --help)"
     if named and (not arguments or arguments[0].startswith("-")):
-        raise ConfigError(f"rlfusion jobs {action} {shorten(' '.join(arguments))}: {usage}")
+        raise ConfigError(f"{shorten(' '.join(('rlfusion jobs', action, *arguments)))}: {usage}")
     name, rest = (arguments[0], arguments[1:]) if named else ("", arguments)
     more: dict[str, Any] = {}
     others = []
