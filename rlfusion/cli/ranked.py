@@ -19,18 +19,28 @@ from rlfusion.common.code_files import pinned
 from rlfusion.common.errors import StorageError
 from rlfusion.common.progress import Bar, Progress
 from rlfusion.common.stops import Signals, StopRequested
+from rlfusion.jobs import pretrain_autoencoder
+from rlfusion.jobs.distill import distill
 from rlfusion.jobs.finetune import finetune
+from rlfusion.jobs.pretrain import pretrain
 from rlfusion.training.ranks import Ranks, current, joined
 
-JOBS: dict[str, Callable[..., Any]] = {"finetune": finetune}
+JOBS: dict[str, Callable[..., Any]] = {
+    "finetune": finetune,
+    "pretrain": pretrain,
+    "pretrain-autoencoder": pretrain_autoencoder.run,
+    "distill": distill,
+}
 """The jobs that a group can do."""
+
+Ranked = config.Finetune | config.Pretrain | config.Autoencode | config.Distill
 
 
 def ranked(command: str) -> Callable[..., Any]:
     """The job of ``command``, in this process or, by ``learner.ranks``, in a group of others."""
     here = JOBS[command]
 
-    def job(settings: config.Finetune, folder: Path, signals: Signals, progress: Progress) -> Any:
+    def job(settings: Ranked, folder: Path, signals: Signals, progress: Progress) -> Any:
         if not settings.learner.ranks:
             with joined(Ranks(shares=settings.learner.shares, exact=settings.learner.exact)):
                 return here(settings, folder, signals, progress)
@@ -39,23 +49,23 @@ def ranked(command: str) -> Callable[..., Any]:
     return job
 
 
-def _in_group(command: str, settings: config.Finetune, folder: Path, signals: Signals, progress: Progress) -> Any:
+def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, progress: Progress) -> Any:
     from rlfusion.rollout.ray_cluster import shared_cluster
     from rlfusion.rollout.ray_ranks import GroupSettings, run_in_group
 
     payload = {"command": command, "config": config.to_yaml(settings), "folder": str(folder.resolve())}
-    replay, held, ray = _Replay(progress), settings.learner, settings.ray
+    replay, held, backend = _Replay(progress), settings.learner, settings.settings
     each = held.cpus_per_rank, held.gpus_per_rank
     group = GroupSettings(
-        held.ranks, held.shares, held.exact, *each, settings.threads, held.restarts, held.timeout_s, not ray.address
+        held.ranks, held.shares, held.exact, *each, settings.threads, held.restarts, held.timeout_s, not backend.address
     )
     cpus, gpus = (
-        math.ceil(held.ranks * own + settings.rollout.workers * theirs)
-        for own, theirs in zip(each, (ray.cpus_per_worker, ray.gpus_per_worker))
+        math.ceil(held.ranks * own + backend.workers * theirs)
+        for own, theirs in zip(each, (backend.cpus_per_worker, backend.gpus_per_worker))
     )
     signals.hold(True)  # a stop is for the ranks to answer, once their step is done and saved
     try:
-        with shared_cluster(settings.settings, cpus, gpus), replay:
+        with shared_cluster(backend, cpus, gpus), replay:
             result = run_in_group(
                 group,
                 f"{__name__}:work",

@@ -11,14 +11,12 @@ from rlfusion import config
 from rlfusion.cli.ranked import ranked
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
-from rlfusion.jobs import compare, doctor, pretrain_autoencoder, train_clip
+from rlfusion.jobs import compare, doctor, train_clip
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
-from rlfusion.jobs.distill import distill
 from rlfusion.jobs.evaluate import evaluate
 from rlfusion.jobs.measure import headlines
-from rlfusion.jobs.pretrain import pretrain
 from rlfusion.jobs.reproduce import reproduce
 from rlfusion.jobs.runs import timed
 from rlfusion.jobs.sample import sample
@@ -50,7 +48,7 @@ def run_compare(settings: config.Compare, folder: Path) -> None:
 
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     """Pretrain in ``folder``, and print the evaluation."""
-    result, seconds = timed(pretrain, settings, folder)
+    result, seconds = timed(ranked("pretrain"), settings, folder)
     console = Console()
     if result:
         _print(console, result, f"{settings.train.steps} steps, {seconds:.0f} s")
@@ -63,7 +61,7 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
 
 def run_distill(settings: config.Distill, folder: Path) -> None:
     """Distil in ``folder``, and print the evaluation of the student."""
-    result, seconds = timed(distill, settings, folder)
+    result, seconds = timed(ranked("distill"), settings, folder)
     console = Console()
     title = f"{settings.method.name}, {settings.chain.moves} steps: {seconds:.0f} s"
     if result:
@@ -75,7 +73,7 @@ def run_distill(settings: config.Distill, folder: Path) -> None:
 
 def run_autoencoder(settings: config.Autoencode, folder: Path) -> None:
     """Train an autoencoder in ``folder``, and print how well it does."""
-    result, seconds = timed(pretrain_autoencoder.run, settings, folder)
+    result, seconds = timed(ranked("pretrain-autoencoder"), settings, folder)
     console = Console()
     _print(console, result, f"{settings.steps} steps, {seconds:.0f} s")
     _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from rlfusion.common.errors import require_decay, require_not_negative, require_positive, require_share
+from rlfusion.config.parts import Cluster, Learners
 from rlfusion.data import name_of
 from rlfusion.models import autoencoder
+from rlfusion.rollout import Settings
 from rlfusion.training import optimizers
 
 
@@ -31,6 +33,8 @@ class Autoencode:
         name: of the run's folder below root; empty makes one from the settings.
         device: "cpu", "cuda", or "auto" (cuda where there is one).
         threads: CPU threads of torch.
+        learner: the processes that learn.
+        ray: the cluster that they run on.
     """
 
     seed: int = 0
@@ -49,6 +53,8 @@ class Autoencode:
     name: str = ""
     device: str = "auto"
     threads: int = 1
+    learner: Learners = field(default_factory=Learners)
+    ray: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
         require_positive(self, "size", "steps", "batch", "lr", "checkpoint_every", "threads")
@@ -56,6 +62,14 @@ class Autoencode:
         optimizers.settle(self)
         require_share(self, "held_out")
         require_decay(self.ema_decay)
+        self.learner.require_device(self.device)
+        self.learner.require_batch("batch", self.batch)
+        _ = self.settings  # refuses what no cluster can have
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the cluster."""
+        return self.ray.alone(self.threads)
 
     @property
     def default_name(self) -> str:

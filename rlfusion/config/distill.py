@@ -6,7 +6,7 @@ from rlfusion import distill
 from rlfusion.common import spec
 from rlfusion.common.code_files import label
 from rlfusion.common.errors import require_positive
-from rlfusion.config.parts import Evaluation, Ray
+from rlfusion.config.parts import Evaluation, Learners, Ray
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
@@ -35,6 +35,7 @@ class Distill:
         method: the method and its settings.
         workers: Ray workers that make pairs of the teacher, where the method learns from them; 0 makes them here.
         ray: the Ray workers.
+        learner: the processes that learn.
         evaluation: the evaluation.
         checkpoint_every: updates between checkpoints.
         checkpoints: those that stay, and how they are written.
@@ -55,12 +56,16 @@ class Distill:
     method: distill.Method = field(default_factory=lambda: distill.METHODS["cd"]())
     workers: int = 0
     ray: Ray = field(default_factory=Ray)
+    learner: Learners = field(default_factory=Learners)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 500
     checkpoints: Keep = field(default_factory=lambda: NEWEST)
 
     def __post_init__(self) -> None:
         require_positive(self, "threads", "checkpoint_every")
+        self.learner.require_device(self.device)
+        if isinstance(self.method, distill.Settings):
+            self.learner.require_batch("method.batch", self.method.batch)
         _ = self.settings  # refuses what no backend can use
 
     @property

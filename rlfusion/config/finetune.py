@@ -123,8 +123,7 @@ class Finetune:
             )
         r = self.rollout
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves, self.learner.shares))
-        if self.learner.ranks and self.device.startswith("cuda") and not self.learner.gpus_per_rank:
-            raise ConfigError(f"learner.gpus_per_rank = 0 with device = {self.device}: expected 1, or a share of a GPU")
+        self.learner.require_device(self.device)
         _ = self.settings  # refuses what no backend can use
 
     def _require_known_options(self) -> None:

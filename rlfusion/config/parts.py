@@ -55,7 +55,32 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Ray:
+class Cluster:
+    """The Ray cluster of the processes that learn, where ``learner.ranks`` is not 0.
+
+    Attributes:
+        address: of a running Ray cluster, host:port, ray://host:port or auto; empty starts a private one on this
+            machine, on its loopback alone.
+        connect_timeout_s: within which the cluster at ``address``, and a worker of it, must answer before any work.
+        start_timeout_s: for which the processes of a private cluster are waited for, each; it is tried twice.
+    """
+
+    address: str = ""
+    connect_timeout_s: float = 60.0
+    start_timeout_s: float = 120.0
+
+    def alone(self, threads: int) -> Settings:
+        """The cluster's settings, without workers.
+
+        Raises:
+            ConfigError: values that no cluster can have.
+        """
+        times = {"connect_timeout_s": self.connect_timeout_s, "start_timeout_s": self.start_timeout_s}
+        return Settings(threads=threads, address=self.address, **times)
+
+
+@dataclass(frozen=True)
+class Ray(Cluster):
     """Settings of the Ray workers, where ``rollout.workers`` is not 0.
 
     Attributes:
@@ -71,9 +96,6 @@ class Ray:
         gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
     """
 
-    address: str = ""
-    connect_timeout_s: float = 60.0
-    start_timeout_s: float = 120.0
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     limits: Limits = field(default_factory=Limits)
@@ -102,12 +124,12 @@ class Ray:
 
 @dataclass(frozen=True)
 class Learners:
-    """The processes that learn together, from the same rollouts.
+    """The processes that learn together, from the same rollouts or batches.
 
     Attributes:
         ranks: Ray actors that learn; 0 learns in this process, without Ray.
-        shares: the parts into which a rollout is cut, a multiple of ``ranks``; each optimiser step takes walks of every
-            share. Equal shares on other ranks are the same run, to rounding.
+        shares: the parts into which a rollout, or a batch of supervised training, is cut, a multiple of ``ranks``; each
+            optimiser step takes samples of every share. Equal shares on other ranks are the same run, to rounding.
         exact: gradients are summed over the shares in one fixed tree, so that any number of ranks gives the same bits
             where shares / ranks is a power of two.
         cpus_per_rank: CPU cores that each rank reserves.
@@ -138,6 +160,16 @@ class Learners:
                 f"learner.exact = true with learner.shares = {self.shares}, learner.ranks = {self.ranks}: expected "
                 f"shares / ranks to be a power of two, is {each}"
             )
+
+    def require_device(self, device: str) -> None:
+        """Raise ConfigError where ranks are to learn on GPUs, and none is reserved for them."""
+        if self.ranks and device.startswith("cuda") and not self.gpus_per_rank:
+            raise ConfigError(f"learner.gpus_per_rank = 0 with device = {device}: expected 1, or a share of a GPU")
+
+    def require_batch(self, name: str, batch: int) -> None:
+        """Raise ConfigError where a batch, the setting ``name``, has fewer samples than there are shares."""
+        if batch < self.shares:
+            raise ConfigError(f"{name} = {batch}: expected a sample at least in each of learner.shares = {self.shares}")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from rlfusion import models, pretrain
 from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import require_positive, require_share
-from rlfusion.config.parts import Evaluation
+from rlfusion.config.parts import Cluster, Evaluation, Learners
 from rlfusion.data import name_of
 from rlfusion.diffusion.chain import Chain
+from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import NEWEST, Keep
 from rlfusion.training.devices import Deterministic
 
@@ -76,6 +77,8 @@ class Pretrain(Base):
         chain: the sampler of the evaluation and the grid.
         evaluation: the evaluation.
         checkpoints: those that stay, and how they are written.
+        learner: the processes that learn.
+        ray: the cluster that they run on.
     """
 
     root: str = "runs"
@@ -87,10 +90,20 @@ class Pretrain(Base):
     chain: Chain = field(default_factory=Chain)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Keep = field(default_factory=lambda: NEWEST)
+    learner: Learners = field(default_factory=Learners)
+    ray: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "threads")
+        self.learner.require_device(self.device)
+        self.learner.require_batch("train.batch", self.train.batch)
+        _ = self.settings  # refuses what no cluster can have
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the cluster."""
+        return self.ray.alone(self.threads)
 
     @property
     def keep(self) -> Keep:

@@ -17,7 +17,9 @@ from rlfusion.objectives import Adversarial, gradient_penalty
 from rlfusion.objectives.renoise import noised
 from rlfusion.objectives.times import Times
 from rlfusion.pretrain import Draw
+from rlfusion.pretrain.shares import accumulate
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import Record
 
 
 class Discriminator:
@@ -41,22 +43,23 @@ class Discriminator:
         Returns:
             discriminator_loss and discriminator_accuracy, 0-dim.
         """
+        held = fake.detach()
         with plain_attention() if self.r1 else nullcontext():
-            record = self._accumulate(draw, fake.detach())
+            found = accumulate(self.critic, draw, lambda part: self._loss(part, part.of(held)))
         self.optimization.step()
-        return record
+        right = (found["right_on_real"].mean() + found["right_on_fake"].mean()) / 2
+        return {"discriminator_loss": found["loss"].mean(), "discriminator_accuracy": right}
 
-    def _accumulate(self, draw: Draw, fake: Tensor) -> dict[str, Tensor]:
-        """Eq. (2), the mean over the batch, and its gradient."""
+    def _loss(self, draw: Draw, fake: Tensor) -> tuple[Tensor, Record]:
+        """What the samples of a draw add to Eq. (2), and of each of them the loss and how it is judged."""
         real, t = self._noised(draw, draw.x0, "real")
         real = real.detach().requires_grad_(self.r1 > 0)
         on_real, on_fake = self.critic(real, t, draw.cond), self._logits(draw, fake)
         loss = self.losses.discriminator(on_real, on_fake)
         if self.r1:
             loss = loss + self.r1 / 2 * gradient_penalty(on_real, real)
-        loss.mean().backward()
-        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        return {"discriminator_loss": loss.detach().mean(), "discriminator_accuracy": right}
+        right = {"right_on_real": (on_real > 0).float(), "right_on_fake": (on_fake < 0).float()}
+        return draw.mean(loss), {"loss": loss, **right}
 
     def generator_loss(self, draw: Draw, fake: Tensor) -> Tensor:
         """The generator's loss (B,) of samples (B, *) with gradients; D's weights get none of it. All of D is done when

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlfusion.common.seeding import stream
 from rlfusion.diffusion.policy import Observation, Policy
 from rlfusion.objectives.renoise import noised
 from rlfusion.pretrain import Draw
@@ -36,7 +35,7 @@ class Generator:
 
     def drawn(self, draw: Draw) -> Tensor:
         """Eq. (1): k (B,) int64, on the CPU."""
-        return torch.from_numpy(stream(*draw.key, "generator step").integers(0, self.steps, len(draw.x0)))
+        return draw.drawn("generator step", lambda random, count: random.integers(0, self.steps, count))
 
     def at(self, draw: Draw, k: Tensor) -> Tensor:
         """G from the steps k (B,) int64, on the CPU."""
@@ -47,7 +46,8 @@ class Generator:
     def _simulated(self, draw: Draw, k: Tensor) -> Tensor:
         noise = draw.normal("generator noise", *draw.x0.shape[:1], self.steps, *draw.x0.shape[1:])
         x = noise[:, 0] * self.policy.prior_std(self.times)
-        for n in range(int(k.max())):
+        last = int(k.max()) if draw.whole is None else self.steps - 1  # all ranks call the network as often
+        for n in range(last):
             obs = Observation(x, self.times[n], self.times[n + 1], draw.cond)
             goes_on = (k > n).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
             x = torch.where(goes_on, self.policy(obs).sample(noise[:, n + 1]), x)

@@ -7,11 +7,9 @@ Conditions are then {"label": c, "w": w}; the guidance is in the teacher alone.
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Guided
 from rlfusion.diffusion.parameterization import Prediction
@@ -45,8 +43,8 @@ class Weighted(Loss):
         return self.loss.teacher_decay(step, total)
 
     def __call__(self, denoiser: Denoiser, target: Denoiser, draw: Draw) -> Tensor:
-        w = stream(*draw.key, "guidance").uniform(self.low, self.high, len(draw.x0))
-        cond = {"label": draw.cond, "w": torch.from_numpy(w).to(draw.x0)}
+        w = draw.drawn("guidance", lambda random, count: random.uniform(self.low, self.high, count))
+        cond = {"label": draw.cond, "w": w.to(draw.x0)}
         return self.loss(denoiser, target, replace(draw, cond=cond))
 
 

@@ -15,7 +15,7 @@ the entropy of the generator (SDS, ADD). Noise levels are the teacher's, so stud
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlfusion.common import spec
 from rlfusion.common.errors import require_positive
+from rlfusion.common.tensors import mean_features
 from rlfusion.common.weights import require_entries
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
@@ -40,8 +41,10 @@ from rlfusion.objectives.renoise import noised
 from rlfusion.objectives.times import TIMES, Times
 from rlfusion.pretrain import Draw, Loss
 from rlfusion.pretrain.denoising import Denoising
+from rlfusion.pretrain.shares import accumulate, mapped
 from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization, average
+from rlfusion.training.ranks import Record
 
 Drawing = Callable[[int], Draw]
 
@@ -55,10 +58,14 @@ class Fake:
 
     def update(self, draw: Draw, samples: Tensor) -> dict[str, Tensor]:
         """A step on generated samples (B, *). Returns fake_loss, 0-dim."""
-        loss = self.loss(self.denoiser, self.denoiser, replace(draw, x0=samples.detach())).mean()
-        loss.backward()
+        record = accumulate(self.denoiser, replace(draw, x0=samples.detach()), self._loss)
         self.optimization.step()
-        return {"fake_loss": loss.detach()}
+        return {"fake_loss": record["loss"].mean()}
+
+    def _loss(self, draw: Draw) -> tuple[Tensor, Record]:
+        """What the samples of a draw add to the loss, and the loss of each."""
+        loss = self.loss(self.denoiser, self.denoiser, draw)
+        return draw.mean(loss), {"loss": loss}
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,23 @@ class Regression:
     metric: Callable[[Tensor, Tensor], Tensor]
     weight: float
 
-    def __call__(self, generator: Generator, step: int) -> Tensor:
-        """The weighted loss (B,) of update ``step``: the generator's first answer to the noise of the pairs."""
+    def pairs(self, step: int, beside: Draw) -> Draw:
+        """The pairs of update ``step``; of a part of a batch, ``beside``, the same rows.
+
+        Raises:
+            ValueError: there are not as many pairs as samples in the whole batch of which ``beside`` is a part.
+        """
         draw = self.draw(step)
-        x = draw.eps * generator.policy.prior_std(generator.times)
-        return self.weight * self.metric(generator.policy.denoiser(x, generator.times[0], draw.cond).x0, draw.x0)
+        if beside.rows is None:
+            return draw
+        if len(draw) != len(beside.batch):
+            raise ValueError(f"{len(draw)} pairs beside {len(beside.batch)} samples in shares: expected as many")
+        return draw.part(beside.rows)
+
+    def __call__(self, generator: Generator, pairs: Draw) -> Tensor:
+        """The weighted loss (B,): the generator's first answer to the noise of the pairs."""
+        x = pairs.eps * generator.policy.prior_std(generator.times)
+        return self.weight * self.metric(generator.policy.denoiser(x, generator.times[0], pairs.cond).x0, pairs.x0)
 
 
 @dataclass(frozen=True)
@@ -125,37 +144,43 @@ class Learner:
         others = self.parts.fake_updates if follows else 0
         first = batch * (1 + others)
         records = [self._follow(self.draw(first + i)) for i in range(others)]
-        loss, record = self._loss(self.draw(first + others), batch)
-        loss.backward()
+        draw = self.draw(first + others)
+        found = accumulate(self.optimization.module, draw, lambda part: self._loss(part, batch))
+        means = {name: values.mean() for name, values in found.items()}
+        record = {name: mean for name, mean in means.items() if name != "pull"} | {"loss": self._sum(means)}
         lr, norm = self.optimization.optimizer.lr, self.optimization.step()
         return (average(records) if records else {}) | average([record]) | {"grad_norm": norm, "lr": lr}
 
     def _follow(self, draw: Draw) -> dict[str, Tensor]:
         """Eq. (1), once."""
-        with torch.no_grad():
-            samples = self.parts.generator(draw)
+        samples = mapped(draw, self.parts.generator)
         told = self.parts.told(draw)
         record = self.parts.fake.update(told, samples) if self.parts.fake else {}
         return record | (self.parts.discriminator.update(told, samples) if self.parts.discriminator else {})
 
-    def _loss(self, draw: Draw, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. (2), the mean over the batch, and what to log of it."""
-        p, record = self.parts, {}
+    def _loss(self, draw: Draw, step: int) -> tuple[Tensor, Record]:
+        """What the samples of a draw add to Eq. (2), and the terms and the direction of each."""
+        p = self.parts
+        record: Record = {}
         x = p.generator(draw)
-        loss = x.new_zeros(())
         if p.matching:
             real, fake, weight = self._predictions(draw, x.detach())
-            record["direction"] = (weight * (fake - real)).abs().mean()
-            loss = loss + p.matching * pull(x, fake, real, weight).mean()
+            record["direction"] = mean_features((weight * (fake - real)).abs())
+            record["pull"] = pull(x, fake, real, weight)
         if p.discriminator is not None and p.adversarial:
-            adversarial = p.discriminator.generator_loss(p.told(draw), x).mean()
-            record["adversarial"] = adversarial.detach()
-            loss = loss + p.adversarial * adversarial
+            record["adversarial"] = p.discriminator.generator_loss(p.told(draw), x)
+        means = {name: draw.mean(values) for name, values in record.items()}
         if p.regression is not None:
-            regression = p.regression(p.generator, step).mean()
-            record["regression"] = regression.detach()
-            loss = loss + regression
-        return loss, record | {"loss": loss.detach()}
+            pairs = p.regression.pairs(step, draw)
+            record["regression"] = p.regression(p.generator, pairs)
+            means["regression"] = pairs.mean(record["regression"])
+        return self._sum(means), record
+
+    def _sum(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Eq. (2), of the means of its terms."""
+        weights = {"pull": self.parts.matching, "adversarial": self.parts.adversarial, "regression": 1.0}
+        terms = [weight * means[name] for name, weight in weights.items() if name in means]
+        return sum(terms, torch.zeros_like(next(iter(means.values()))))
 
     @torch.no_grad()
     def _predictions(self, draw: Draw, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

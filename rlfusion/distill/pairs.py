@@ -37,6 +37,7 @@ from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training.checkpoint import write_json_atomic
 from rlfusion.training.devices import deterministic, set_numerics
+from rlfusion.training.ranks import current
 
 ITEM = 250
 """Walks of a work item."""
@@ -99,7 +100,8 @@ class PairDraws:
 
     @cached_property
     def _held(self) -> tuple[Draws, Tensor]:
-        pairs = self.pairs()
+        with current().in_turn():  # the first rank makes them, all others find them
+            pairs = self.pairs()
         data = Dataset(pairs.x0, pairs.label, tuple(str(i) for i in range(self.classes)))
         return Draws(data, self.batch, self.dropout, self.total, self.device, *self.key), pairs.eps.to(self.device)
 

@@ -31,6 +31,7 @@ from rlfusion.models.autoencoder import encoded
 from rlfusion.training import fit as fitting
 from rlfusion.training import identity
 from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.ranks import current
 
 
 class Plan(NamedTuple):
@@ -168,7 +169,8 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    run = identity.enter(folder, "distill", config, config.checkpoints)
+    with current().in_turn():
+        run = identity.enter(folder, "distill", config, config.checkpoints)
     told = {"teacher": models.digest(Path(config.teacher))} if config.teacher else {}
     run.require_inputs({"pretrain.data": teaching.data.sha256, **told})
     learner, stages = make_learner(config, teaching), plan(config, teaching)
@@ -188,8 +190,9 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     device = pick_device(config.device)
     set_numerics(config.threads, device, config.deterministic, config.tf32)
     root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size, progress.say)
-    path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
-    teacher, card = models.load(path)
+    with current().in_turn():
+        path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
+        teacher, card = models.load(path)
     train_data = seen_data(config.teacher, config.pretrain, data.split(config.held_out)[0])
     teaching = teach(config, teacher, card, train_data, folder, device)
     teaching = replace(teaching, say=progress.say, stop=signals.check)

@@ -27,6 +27,7 @@ from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.folders import locked
+from rlfusion.training.ranks import Ranks, current, joined
 from rlfusion.training.tracking import Tracker, grid, save_png
 
 CACHE_FORMAT = 1
@@ -48,7 +49,8 @@ def fit(
         NumericalError: a gradient is not finite; the last checkpoint stands.
         StopRequested: a signal came; all work is saved.
     """
-    run = identity.enter(folder, "pretrain", config, config.keep)
+    with current().in_turn():
+        run = identity.enter(folder, "pretrain", config, config.keep)
     run.require_inputs({"data": data.sha256})
     denoiser = models.build(card, config.seed).to(device)
     if config.autoencoder:
@@ -186,11 +188,19 @@ class Shown(Protocol):
 
 
 def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
-    """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation.
+    """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation. The first
+    of several ranks does so alone; {} is what the others give.
 
     Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
     grid is drawn (and bits_per_dim, if asked).
     """
+    if current().rank:
+        return {}
+    with joined(Ranks()):
+        return _shown(config, folder, data, step)
+
+
+def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
     device = pick_device(config.device)
     denoiser, card = models.load(folder)
     policy = config.chain.policy(denoiser.to(device), card.names)

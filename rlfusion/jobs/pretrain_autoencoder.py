@@ -18,6 +18,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
 from rlfusion.common.stops import Signals
+from rlfusion.common.tensors import mean_features
 from rlfusion.common.weights import sha256
 from rlfusion.config import Autoencode
 from rlfusion.data import Dataset, batch_indices, to_pixels
@@ -29,6 +30,7 @@ from rlfusion.training.checkpoint import MALFORMED
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import Record, current
 from rlfusion.training.tracking import grid, save_png
 
 SHOWN = 40
@@ -49,15 +51,23 @@ class Learner:
         Raises:
             NumericalError: the gradient is not finite; the weights are as before.
         """
-        index = batch_indices(len(self.x), self.config.batch, batch, self.config.seed, "autoencoder")
+        size, ranks = self.config.batch, current()
+        index = batch_indices(len(self.x), size, batch, self.config.seed, "autoencoder")
         x = self.x[torch.from_numpy(index).to(self.x.device)]
-        mean, log_var = self.module.posterior(x)
-        noise = stream(self.config.seed, "autoencoder", batch).standard_normal(tuple(mean.shape), dtype=np.float32)
-        guess = self.module(mean + (log_var / 2).exp() * torch.from_numpy(noise).to(mean))
-        loss = negative_elbo(x, guess, mean, log_var, self.module.noise).mean() / x[0].numel()
-        loss.backward()
-        error = (x - guess).detach().square().mean().sqrt().item()
-        return {"negative_elbo": loss.item(), "error": error, "grad_norm": self.optimization.step()}
+
+        def part(rows: Tensor) -> tuple[Tensor, Record]:
+            some = x[rows.to(x.device)]
+            mean, log_var = self.module.posterior(some)
+            random = stream(self.config.seed, "autoencoder", batch)
+            noise = torch.from_numpy(random.standard_normal((size, *mean.shape[1:]), dtype=np.float32))[rows].to(mean)
+            guess = self.module(mean + (log_var / 2).exp() * noise)
+            loss = negative_elbo(some, guess, mean, log_var, self.module.noise)
+            return loss.sum() / size / x[0].numel(), {"loss": loss, "error": mean_features((some - guess).square())}
+
+        records = ranks.accumulate(self.module, ranks.share(torch.arange(size), size), size, part)
+        loss, error = (torch.cat([record[name] for record in records]).mean() for name in ("loss", "error"))
+        shown = {"negative_elbo": (loss / x[0].numel()).item(), "error": error.sqrt().item()}
+        return shown | {"grad_norm": self.optimization.step()}
 
     def state_dict(self) -> dict:
         return self.optimization.state_dict()
@@ -88,11 +98,14 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     set_numerics(config.threads, device)
     data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
     module = _build(config, data.shape).to(device)
-    run = identity.enter(folder, "pretrain-autoencoder", config, checkpoint.NEWEST)
+    with current().in_turn():
+        run = identity.enter(folder, "pretrain-autoencoder", config, checkpoint.NEWEST)
     run.require_inputs({"data": data.sha256})
     learner = Learner(module, data, config)
     shown = fit.Shown("autoencoder", "autoencoder", "error")
     tracker = fit.fit(learner, run, config.steps, config.checkpoint_every, signals, progress, shown)
+    if current().rank:
+        return {}  # the first rank looks at the result
     with learner.optimization.ema.averaged():
         about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
         space = fitted(module, about, data.x)

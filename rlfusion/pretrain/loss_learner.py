@@ -4,14 +4,16 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlfusion.common.weights import require_entries, restore
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.pretrain.base import Loss
+from rlfusion.pretrain.base import Draw, Loss
 from rlfusion.pretrain.draws import Draws
+from rlfusion.pretrain.shares import accumulate
 from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import Record
 
 
 class LossLearner:
@@ -42,11 +44,15 @@ class LossLearner:
         Raises:
             NumericalError: the gradient is not finite; the weights are as before.
         """
-        loss = self.loss(self.denoiser, self.teacher, self.draw(batch)).mean()
-        loss.backward()
+        record = accumulate(self.optimization.module, self.draw(batch), self._loss)
         lr, norm = self.optimization.optimizer.lr, self.optimization.step()
         self.follow(batch)
-        return {"loss": loss.item(), "grad_norm": norm, "lr": lr}
+        return {"loss": record["loss"].mean().item(), "grad_norm": norm, "lr": lr}
+
+    def _loss(self, draw: Draw) -> tuple[Tensor, Record]:
+        """What the samples of a draw add to the loss, and the loss of each."""
+        loss = self.loss(self.denoiser, self.teacher, draw)
+        return draw.mean(loss), {"loss": loss}
 
     @torch.no_grad()
     def follow(self, step: int) -> None:

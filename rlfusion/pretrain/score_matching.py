@@ -59,8 +59,9 @@ class ESM(NoisedLoss):
         """Samples (N, *) and their labels (N,) that q_t is made of."""
         if not 0 < self.reference < len(draw.data):
             return draw.data, draw.label
-        index = stream(*draw.key, "reference").choice(len(draw.data), self.reference, replace=False)
-        at = torch.cat([draw.index, torch.from_numpy(index).to(draw.index.device)]).unique()
+        batch = draw.batch  # the samples of all of it are among them, in each of its parts
+        index = stream(*batch.key, "reference").choice(len(draw.data), self.reference, replace=False)
+        at = torch.cat([batch.index, torch.from_numpy(index).to(draw.index.device)]).unique()
         return draw.data[at], draw.label[at]
 
 
@@ -127,7 +128,7 @@ class SSM(NoisedLoss):
 
 def _slices(draw: Draw, probes: int) -> Tensor:
     """Rademacher vectors (P, B, *): E v v^T = I and v^T v = d."""
-    normal = draw.normal("slices", probes, *draw.x0.shape).to(draw.x0)
+    normal = draw.normal("slices", probes, *draw.x0.shape, of=1).to(draw.x0)
     return torch.where(normal >= 0, 1.0, -1.0).to(draw.x0)
 
 

@@ -14,6 +14,7 @@ from rlfusion.training import checkpoint
 from rlfusion.training.identity import Run
 from rlfusion.training.loop import train
 from rlfusion.training.optimization import Learner
+from rlfusion.training.ranks import current
 from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
 from rlfusion.training.tracking import Tracker
@@ -78,7 +79,8 @@ def fit(
 
 def _taken_up(learner: Learner[Any], run: Run, total: int) -> int:
     """The step of the run's newest checkpoint, whose state the learner takes up; 0 for none."""
-    found = run.newest(total)
+    with current().in_turn():
+        found = run.newest(total)
     if found is None:
         return 0
     state = checkpoint.load(found.path)

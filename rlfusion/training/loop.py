@@ -39,7 +39,6 @@ def train(
             save(done)
         unsaved, signals.saved = False, True
         signals.hold(False)
-        check()
 
     def check() -> None:
         if requested():
@@ -55,15 +54,16 @@ def train(
             try:
                 with stage(LEARN):
                     metrics = learner.update(batch)
-            except StopRequested:  # within Signals.prompt: the learner is as it was after the update before
+            except StopRequested as stop:  # within Signals.prompt: the learner is as it was after the update before
                 if unsaved:
                     keep(step)
-                raise
+                raise StopRequested(stop.number, signals.saved) from stop  # of the ranks, the others may be in wait
             unsaved = True
             signals.hold(True)
             yield step, metrics
             done = step + 1
             if done % every == 0 or done == total or requested():
                 keep(done)
+                check()
     finally:
         signals.hold(False)

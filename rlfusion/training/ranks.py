@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import reduce
 from typing import Any
 
@@ -32,6 +33,8 @@ Body = Callable[[Tensor], tuple[Tensor, Record]]
 
 BUCKET = 2**24
 """Elements of gradients that are reduced at a time."""
+PATIENCE = timedelta(days=30)
+"""For which ranks wait for the first to make what they then find: a base model, pairs of a teacher."""
 FIRST, EVERY = 3, 50
 """Parameters are compared across the ranks after each of the first steps, and then every so many."""
 
@@ -60,6 +63,7 @@ class Ranks:
 
     def __post_init__(self) -> None:
         self._sums: dict[nn.Parameter, list[Tensor | None]] = {}
+        self._patient: Any = None
 
     @property
     def mine(self) -> range:
@@ -193,15 +197,23 @@ class Ranks:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Within the context the first rank is alone, then all others are: for what it makes and they find. Nothing in
-        it may wait for another rank: each is by itself there.
+        """Within the context the first rank is alone, then all others are: for what it makes and they find, however
+        long that takes. Nothing in it may wait for another rank: each is by itself there.
         """
         if self.rank:
-            self.exchange(b"")
+            self._meet()
         with joined(Ranks()):
             yield
         if not self.rank:
-            self.exchange(b"")
+            self._meet()
+
+    def _meet(self) -> None:
+        """Wait for the other ranks without the deadline of what all do together; one that dies is seen at once."""
+        if self.count == 1:
+            return
+        if self._patient is None:
+            self._patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        torch.distributed.barrier(group=self._patient)
 
     def by_first(self, make: Callable[[], Any]) -> Any:
         """What ``make`` gives the first rank, as JSON has it, on every rank: for what takes no part in learning, and

@@ -30,8 +30,8 @@ DOUBLE, H = torch.float64, 1e-5
 class Exactly(Draw):
     """A draw of float64, its further noise too."""
 
-    def normal(self, purpose: str, *shape: int) -> Tensor:
-        return super().normal(purpose, *shape).double()
+    def normal(self, purpose: str, *shape: int, of: int = 0) -> Tensor:
+        return super().normal(purpose, *shape, of=of).double()
 
 
 def draw_of(n: int = 12) -> Draw:

@@ -108,7 +108,8 @@ def test_a_draw_is_pure_in_the_seed_the_purpose_and_the_step(flip):
         assert all(same(a, b, *RANDOM))
         assert a.key == b.key == (0, "test", step)
         assert torch.equal(a.normal("more", 5), b.normal("more", 5))
-    assert set(RANDOM) | {"step", "total", "key", "data", "label", "no_class"} == {f.name for f in fields(Draw)}
+    others = {"step", "total", "key", "data", "label", "no_class", "rows", "whole"}
+    assert set(RANDOM) | others == {f.name for f in fields(Draw)}
 
 
 def test_seeds_purposes_and_steps_draw_apart():

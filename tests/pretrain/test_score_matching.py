@@ -42,7 +42,7 @@ class Net(nn.Module):
 class Signs(Draw):
     """All four sign vectors of the plane as slices: then Eq. (4) is exact."""
 
-    def normal(self, purpose: str, *shape: int) -> Tensor:
+    def normal(self, purpose: str, *shape: int, of: int = 0) -> Tensor:
         assert shape[0] == 4
         signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
         return signs[:, None].expand(4, shape[1], 2).reshape(shape)

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from processes import CONTEXT, PATIENCE
@@ -74,18 +75,36 @@ def drifted() -> str:
     return ""
 
 
-def _rank(rank: int, count: int, folder: str, work: list[Work]) -> None:
+def _member(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = torch.distributed.FileStore(f"{folder}/store", count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(work(rank, count, *arguments)))
+    torch.distributed.destroy_process_group()
+
+
+def members(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``work(rank, count, *arguments)``, a function of a module, gives as JSON in each of ``count`` processes that
+    are a group.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        held = [CONTEXT.Process(target=_member, args=(rank, count, folder, work, arguments)) for rank in range(count)]
+        for member in held:
+            member.start()
+        for member in held:
+            member.join(PATIENCE)
+        assert [member.exitcode for member in held] == [0] * count
+        return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
+
+
+def _agents(rank: int, count: int, work: list[Work]) -> tuple[list[list[tuple]], str]:
     told = []
     for agents, form in work:
         with joined(Ranks(rank, count, *form)):
             told.append([_told(agent) for agent in agents])
     with joined(Ranks(rank, count, count)):
-        Path(f"{folder}/{rank}.json").write_text(json.dumps([told, drifted()]))
-    torch.distributed.destroy_process_group()
+        return told, drifted()
 
 
 def _told(agent: str) -> tuple[str, list[list[float]], list[dict[str, float]]]:
@@ -108,12 +127,5 @@ def alone(agent: str, form: Form) -> tuple[str, list[list[float]], list[dict[str
 
 def on_ranks(count: int, work: list[Work]) -> OfRanks:
     """Train agents on so many ranks, each list of them in one form."""
-    with tempfile.TemporaryDirectory() as folder:
-        members = [CONTEXT.Process(target=_rank, args=(rank, count, folder, work)) for rank in range(count)]
-        for member in members:
-            member.start()
-        for member in members:
-            member.join(PATIENCE)
-        assert [member.exitcode for member in members] == [0] * count
-        held = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
+    held = members(count, _agents, work)
     return OfRanks([told for told, _ in held], [drift for _, drift in held])
