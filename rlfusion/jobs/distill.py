@@ -28,6 +28,7 @@ from rlfusion.jobs import pretrain
 from rlfusion.jobs.measure import require_judgeable
 from rlfusion.jobs.pretrain import base_model, card_of, require_same_data, require_solvable, seen_data, show
 from rlfusion.models.autoencoder import encoded
+from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import fit as fitting
 from rlfusion.training import identity
 from rlfusion.training.devices import pick_device, set_numerics
@@ -46,12 +47,15 @@ class Plan(NamedTuple):
 
 
 def check(config: Distill) -> None:
-    """Refuse what cannot work, before any work: device, teacher, data, student, chain, method.
+    """Refuse what cannot work, before any work: device, cluster, teacher, data, student, chain, method.
 
     Raises:
         ConfigError: says which setting and why.
+        RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    if config.workers or config.learner.ranks:
+        require_cluster(config.ray.address, config.ray.connect_timeout_s)
     data = load(config.pretrain.data, config.pretrain.size)
     if data.grouped:
         require_judgeable(data, config.held_out)

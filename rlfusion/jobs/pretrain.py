@@ -23,6 +23,7 @@ from rlfusion.evaluation import bits_per_dim, require_bound
 from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
 from rlfusion.pretrain import Learner, losses, noisy_labels
+from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
 from rlfusion.training.devices import pick_device, set_numerics
@@ -117,12 +118,16 @@ def _digest(config: Base, data: Dataset) -> str:
 
 
 def check(config: Pretrain) -> models.Card:
-    """Refuse what cannot work, before any work: data, device, network, schedule, kernel. Returns the model's card.
+    """Refuse what cannot work, before any work: data, device, cluster, network, schedule, kernel. Returns the model's
+    card.
 
     Raises:
         ConfigError: says which setting and why.
+        RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    if config.learner.ranks:
+        require_cluster(config.ray.address, config.ray.connect_timeout_s)
     data = load(config.data, config.size)
     if data.grouped:
         require_judgeable(data, config.held_out)

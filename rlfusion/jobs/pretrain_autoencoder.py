@@ -25,6 +25,7 @@ from rlfusion.data import Dataset, batch_indices, to_pixels
 from rlfusion.data import load as load_data
 from rlfusion.models import autoencoder
 from rlfusion.models.autoencoder import FORMAT, KLVAE, UNSEALED, Latents, fitted, from_diffusers, negative_elbo
+from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import checkpoint, fit, identity
 from rlfusion.training.checkpoint import MALFORMED
 from rlfusion.training.devices import pick_device, set_numerics
@@ -81,8 +82,11 @@ def check(config: Autoencode) -> None:
 
     Raises:
         ConfigError: says which setting and why.
+        RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    if config.learner.ranks:
+        require_cluster(config.ray.address, config.ray.connect_timeout_s)
     data = load_data(config.data, config.size)
     _build(config, data.shape)
     data.require_parts(config.held_out)

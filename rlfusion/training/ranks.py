@@ -200,6 +200,8 @@ class Ranks:
         """Within the context the first rank is alone, then all others are: for what it makes and they find, however
         long that takes. Nothing in it may wait for another rank: each is by itself there.
         """
+        if self.count > 1 and self._patient is None:
+            self._patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         if self.rank:
             self._meet()
         with joined(Ranks()):
@@ -208,12 +210,9 @@ class Ranks:
             self._meet()
 
     def _meet(self) -> None:
-        """Wait for the other ranks without the deadline of what all do together; one that dies is seen at once."""
-        if self.count == 1:
-            return
-        if self._patient is None:
-            self._patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        torch.distributed.barrier(group=self._patient)
+        """Wait for the other ranks, without the deadline of all else that they do together; a death is seen at once."""
+        if self.count > 1:
+            torch.distributed.barrier(group=self._patient)
 
     def by_first(self, make: Callable[[], Any]) -> Any:
         """What ``make`` gives the first rank, as JSON has it, on every rank: for what takes no part in learning, and

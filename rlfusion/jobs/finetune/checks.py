@@ -42,7 +42,7 @@ def check(config: Finetune) -> None:
     """
     pick_device(config.device)
     kept(config.agent)
-    if config.rollout.workers:
+    if config.rollout.workers or config.learner.ranks:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
     parts = opened(config)
     card = base_model.pretrained(parts.base)
