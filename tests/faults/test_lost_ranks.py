@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.skipif(not Path("/proc/net/tcp").ex
 SHARED = ("--learner.shares", 2, "--learner.exact", "true", "--checkpoint_every", 1, "--reward", "ink", "--updates", 5)
 RUN = ("finetune", *TINY, *SHARED)
 RANKS = ("--learner.ranks", 2, "--learner.timeout_s", 30, "--rollout.workers", 1)
+TINY_NET = "ResidualMLP(width=32, depth=1)"
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
@@ -86,3 +87,22 @@ def test_a_reward_that_raises_on_a_rank_is_said_once_and_not_begun_anew(alone):
     assert "KeyError: 'no such prompt' (own.py, line 4, in bad)" in result.err
     assert "on rank" in result.err
     assert "is lost" not in result.err
+
+
+def test_a_distillation_is_stopped_on_two_ranks_and_goes_on_in_one_process(tmp_path):
+    """The first rank pretrains the teacher, makes the pairs and saves; fakes and discriminators are of all ranks."""
+    shared = ("--learner.shares", 2, "--learner.exact", "true", "--checkpoint_every", 2, "--evaluation.samples", 60)
+    teacher = ("--pretrain.train.steps", 20, "--pretrain.train.batch", 32, "--pretrain.model.net", TINY_NET)
+    pairs = ("--method.regression", 0.5, "--method.pairs.count", 20, "--method.pairs.steps", 3)
+    dmd = ("--method", "dmd", "--chain.steps", 1, "--method.fake_updates", 1, "--method.steps", 20, "--method.batch", 8)
+    run = ("distill", *shared, *teacher, *dmd, *pairs)
+    one = rlfusion(tmp_path, *run, "--root", "alone", "--name", "it")
+    assert one.code == 0, one.err
+    process = Process(tmp_path, *run, "--learner.ranks", 2, "--name", "it")
+    stopped = process.once(lambda: updates(tmp_path, "it") >= 4, signal.SIGTERM).wait()
+    assert stopped.code == 75, stopped.err
+    assert 4 <= updates(tmp_path, "it") < 20
+    again = rlfusion(tmp_path, "distill", "--resume", "runs/it", "--change", "learner.ranks=0")
+    assert again.code == 0, again.err
+    model = "it/model/weights.safetensors"
+    assert (tmp_path / "runs" / model).read_bytes() == (tmp_path / "alone" / model).read_bytes()

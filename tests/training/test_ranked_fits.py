@@ -68,6 +68,14 @@ def test_shares_are_the_whole_batch_to_rounding(fit):
         assert other == pytest.approx(one, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_shares_distil_as_the_whole_batch(name, tmp_path):
+    _, whole = alone((1, False), method, name, tmp_path / "whole")
+    _, parts = alone(SUMMED, method, name, tmp_path / "parts")
+    for one, other in zip(whole, parts, strict=True):
+        assert other == pytest.approx(one, rel=2e-3)
+
+
 def test_of_fewer_samples_than_shares_none_is_learned():
     with pytest.raises(ConfigError, match=r"batch = 10: expected a sample at least in each of learner.shares = 16"):
         alone((16, False), fitted, FITS[0])
