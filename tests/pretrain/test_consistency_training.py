@@ -430,7 +430,7 @@ def test_training_with_a_teacher_resumes_bit_for_bit(tmp_path):
     whole, half = new(), new()
     for step in range(4):
         whole.update(step), half.update(step)
-    checkpoint.save(tmp_path, 4, half.state_dict(), keep=1)
+    checkpoint.save(tmp_path, 4, half.state_dict())
     resumed = new()
     resumed.load_state_dict(checkpoint.load(checkpoint.latest(tmp_path).path))
     for step in range(4, 8):

@@ -68,7 +68,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(name, tmp_path):
     said = [whole.update(step) for step in range(6)]
     for step in range(3):
         half.update(step)
-    checkpoint.save(tmp_path, 3, half.state_dict(), keep=1)
+    checkpoint.save(tmp_path, 3, half.state_dict())
     resumed.load_state_dict(checkpoint.load(checkpoint.latest(tmp_path).path))
     assert [resumed.update(step) for step in range(3, 6)] == said[3:]
     assert bits(resumed.state_dict()) == bits(whole.state_dict())
