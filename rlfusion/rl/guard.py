@@ -190,6 +190,8 @@ class Guarded:
         require_entries(state["guard"], self._own(), "the guard", {"first_std": float})
         if not all(isinstance(norm, float) for norm in state["guard"]["norms"]):
             raise StateError("the guard: 'norms' holds other things than numbers")
+        for good in state["guard"]["good"]:
+            require_entries(good, self.learner.state_dict(), "one of the guard's 'good' states")
         self.learner.load_state_dict(state["learner"])
         for name, value in state["guard"].items():
             setattr(self, name, value)

@@ -4,12 +4,14 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distilled import settings_of, teaching
 
+from rlfusion import models, pretrain
 from rlfusion.agents import AGENTS
 from rlfusion.common.errors import StateError
 from rlfusion.data import Dataset, to_pixels
@@ -20,7 +22,13 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.distill import METHODS
 from rlfusion.jobs import distill
+from rlfusion.models import Config
 from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.pretrain.losses import LOSSES
+from rlfusion.rl.guard import Config as Guards
+from rlfusion.rl.guard import Guarded
+from rlfusion.rl.monitor import Config as Monitoring
+from rlfusion.rl.run_monitor import RunMonitor
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.trajectory import concatenate
 
@@ -43,31 +51,68 @@ def agent(name: str) -> Any:
     config = AGENTS[name](**SETTINGS.get(name, {}))
     task = Task(policy, TimeGrid(3), SHAPE, torch.arange(CLASSES), to_pixels, lambda x, c: x.mean((1, 2, 3)), "bright")
     task = replace(task, rollout_spec=config.rollout_spec(3))
-    x = 2 * torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(1)) - 1
-    learner = config.learner(task, Dataset(x, torch.arange(20) % CLASSES, ("a", "b")), 3)
+    learner = config.learner(task, images(), 3)
     items = plan(3, 0, CLASSES, WALKS // CLASSES, 8, CLASSES, 0)
     learner.update(concatenate([run_item(replace(task, policy=learner.policy), item) for item in items]))
     return learner
 
 
-def method(name: str) -> Any:
-    """A learner of a distillation method after its first update."""
+def method(name: str, folder: Path) -> Any:
+    """A learner of a distillation method after its first update, and after its teacher has made pairs, if it does."""
     settings = settings_of(name)
-    given = teaching(settings)
+    given = teaching(settings, folder=folder)
     learner = distill.make_learner(settings, given)
     learner.update(next(iter(distill.batches(settings, given, 0))))
     return learner
 
 
-PAIRED = ("dmd", "reflow", "regression")
-"""Methods whose teacher makes pairs before: their learners are the others'."""
-LEARNERS: dict[str, Callable[[], Any]] = {
-    **{f"agent {name}": lambda name=name: agent(name) for name in AGENTS},
-    **{
-        f"method {name}": lambda name=name: method(name)
-        for name in METHODS
-        if name not in ("dmd", "reflow", "regression")
-    },
+KINDS = {
+    "Denoising": ("v", "Cosine()"),
+    **dict.fromkeys(("ESM", "ISM", "SSM"), ("eps", "VP()")),
+    **dict.fromkeys(("CT", "ICT"), ("CM(sigma_data=0.75)", "Karras()")),
+    "SCT": ("TrigFlow()", "Trig()"),
+}
+"""What a network predicts, and on which schedule, by the objective that it is trained with."""
+
+
+def images() -> Dataset:
+    x = 2 * torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(1)) - 1
+    return Dataset(x, torch.arange(20) % CLASSES, ("a", "b"))
+
+
+def pretraining(loss: str) -> Any:
+    """A learner of an objective of pretraining after its first update."""
+    kind, schedule = KINDS[loss]
+    config = Config("ResidualMLP(width=4, depth=1)", schedule, kind)
+    denoiser = models.build(models.Card(config, SHAPE, ("a", "b")), 0)
+    learner = pretrain.Learner(denoiser, images(), pretrain.Config(f"{loss}()", steps=4, batch=4, warmup=1), 0)
+    learner.update(0)
+    return learner
+
+
+def guarded() -> Guarded:
+    """A guarded learner after a good update."""
+    made = Guarded(agent("ddpo"), Guards(action="rollback"), None)
+    made._accept({"grad_norm": 1.0, "reward": 1.0, "reward_std": 0.5})
+    return made
+
+
+def monitor(folder: Path) -> RunMonitor:
+    """The monitor of a run after its first look."""
+    made = RunMonitor(
+        Monitoring(best="reward"), 4, folder, lambda: images().x, lambda: None, lambda x: None, lambda: None
+    )
+    made.begin()
+    made.best.take(1, {"reward": 0.5}, alarmed=False)
+    return made
+
+
+LEARNERS: dict[str, Callable[[Path], Any]] = {
+    **{f"agent {name}": lambda folder, name=name: agent(name) for name in AGENTS},
+    **{f"method {name}": lambda folder, name=name: method(name, folder) for name in METHODS},
+    **{f"objective {name}": lambda folder, name=name: pretraining(name) for name in KINDS},
+    "guard": lambda folder: guarded(),
+    "monitor": monitor,
 }
 
 
@@ -110,8 +155,8 @@ def bent(state: dict, path: tuple, damage: str) -> dict:
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_a_state_that_does_not_fit_is_named(name):
-    learner = LEARNERS[name]()
+def test_a_state_that_does_not_fit_is_named(name, tmp_path):
+    learner = LEARNERS[name](tmp_path)
     state = copy.deepcopy(learner.state_dict())
     found = list(places(state))
     draw = random.Random(name)
@@ -119,9 +164,25 @@ def test_a_state_that_does_not_fit_is_named(name):
         for path in draw.sample(found, min(5, len(found))):
             if damage == GONE and path[-2:-1] in (("state",), ("history",)):
                 continue  # a parameter without a gradient has no moments, a prompt that never came no rewards
+            if damage == "text" and path in ((("drawn",), ("best", "name"))):
+                continue  # which are texts
             with pytest.raises(StateError) as caught:
                 learner.load_state_dict(bent(state, path, damage))
             text = str(caught.value)
             assert damage == "a dict" or any(str(key) in text for key in path), (path, damage, text)
             assert "\n" not in text
+    learner.load_state_dict(state)
+
+
+def test_every_objective_of_pretraining_is_tried():
+    assert KINDS.keys() == set(LOSSES.names())
+
+
+def test_what_a_guard_would_go_back_to_is_a_state_of_its_learner():
+    learner = guarded()
+    state = learner.state_dict()
+    (good,) = state["guard"]["good"]
+    for odd in ([1, 2], [{}], [good, "x"], [good | {"more": 1}]):
+        with pytest.raises(StateError, match="one of the guard's 'good' states"):
+            learner.load_state_dict(state | {"guard": state["guard"] | {"good": odd}})
     learner.load_state_dict(state)
