@@ -7,6 +7,7 @@ Of a solver of several steps the end is that of the same scheduler of diffusers 
 import inspect
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -440,12 +441,79 @@ def test_times_are_made_once_and_given_out_as_copies(monkeypatch):
     assert torch.equal(sampling.times(5)[[0, -1]], torch.tensor([0.801, 0.0], dtype=torch.float64))
 
 
+def of_file(folder: Path, name: str, **config: Any) -> Any:
+    """The scheduler of a pipeline's folder, read as a pipeline's is."""
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / hub.INDEX).write_text(json.dumps({"scheduler": ["diffusers", name]}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}))
+    return hub.scheduler(folder)
+
+
+WRONG: dict[type, list[Any]] = {
+    bool: ["yes", "no", "", 1, 2, 0.0, [], {}],
+    int: ["1", 1.5, True, None, [1], float("nan")],
+    float: ["0.1", True, None, [0.1], float("nan"), {}],
+    str: [3, None, True, ["x"], 0.5],
+    type(None): ["x"],
+}
+"""What no setting is, by the kind of its default."""
+
+
+@pytest.mark.parametrize("cls", sorted(READERS))
+def test_a_setting_of_another_kind_is_refused_by_name(cls, tmp_path):
+    parameters = inspect.signature(getattr(diffusers, cls).__init__).parameters.values()
+    tried = 0
+    for parameter in parameters:
+        wrong = WRONG.get(type(parameter.default), []) if parameter.name != "self" else []
+        if parameter.default is None and "str" in str(parameter.annotation):
+            continue
+        for value in wrong:
+            tried += 1
+            with pytest.raises(ConfigError, match=f"{parameter.name} = .*: expected ") as caught:
+                of_file(tmp_path, cls, **{parameter.name: value})
+            assert "\n" not in str(caught.value)
+    assert tried >= 10
+
+
+EXTREMES: dict[str, list[Any]] = {
+    "num_train_timesteps": [0, -5, 10**8],
+    "beta_start": [0, -1e-3, 1.0, 1e300],
+    "beta_end": [0, -1, 1e300],
+    "trained_betas": [[], [2.0] * 1000],
+    "rho": [0, -1],
+    "sigma_data": [0, -1],
+    "sigma_min": [0, -1, 1e9],
+    "sigma_max": [0, -1],
+    "shift": [0, -1, 1e300],
+    "steps_offset": [10**9],
+    "original_inference_steps": [0, -1],
+}
+
+
+@pytest.mark.parametrize("cls", sorted(READERS))
+def test_extremes_are_read_with_finite_levels_or_refused_in_one_line(cls, tmp_path):
+    for name in EXTREMES.keys() & set(inspect.signature(getattr(diffusers, cls).__init__).parameters):
+        for value in EXTREMES[name]:
+            try:
+                sampling = read(of_file(tmp_path, cls, **{name: value}), plain_grid({}, ()))
+                times = sampling.times(4)
+            except ConfigError as error:
+                assert "\n" not in str(error)  # noqa: PT017 - either way is right
+                continue
+            assert bool((times.diff() < 0).all()), (name, value)
+            assert 0 <= times[-1] <= times[0] <= 1
+            assert all(bool(part.isfinite().all()) for part in sampling.schedule(times[:-1])), (name, value)
+
+
+def test_settings_as_they_are_published_fit(tmp_path):
+    of_file(tmp_path, "EulerDiscreteScheduler", use_karras_sigmas=False, sigma_min=None, trained_betas=None)
+    of_file(tmp_path, "DDIMScheduler", rescale_betas_zero_snr=None)  # older files have null for a switch
+    of_file(tmp_path, "DPMSolverMultistepScheduler", lambda_min_clipped=-float("inf"), solver_p=None, beta_end=1)
+    of_file(tmp_path, "FlowMatchEulerDiscreteScheduler", shift=3, unknown_key="kept for the reader")
+
+
 def test_settings_that_diffusers_itself_refuses_are_one_line(tmp_path):
-    (tmp_path / "scheduler").mkdir()
-    name = "DPMSolverMultistepScheduler"
-    (tmp_path / hub.INDEX).write_text(json.dumps({"scheduler": ["diffusers", name]}))
-    config = {"_class_name": name, "algorithm_type": "dpmsolver", "final_sigmas_type": "zero"}
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    config = {"algorithm_type": "dpmsolver", "final_sigmas_type": "zero"}
     with pytest.raises(ConfigError, match=r"scheduler_config.json.*final_sigmas_type.*expected settings") as caught:
-        hub.scheduler(tmp_path)
+        of_file(tmp_path, "DPMSolverMultistepScheduler", **config)
     assert "\n" not in str(caught.value)

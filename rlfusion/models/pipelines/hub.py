@@ -13,6 +13,7 @@ from rlfusion.common import hub
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
+from rlfusion.models.pipelines.typed import require_typed
 
 INDEX = "model_index.json"
 EXTRA = "pip install 'rlfusion[models]'"
@@ -34,6 +35,9 @@ FAMILIES = Registry(
 """The families by their pipeline's class."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 """What a pipeline itself changes in the settings of its scheduler, where they are there: older files have others."""
+
+REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)
+"""What a scheduler's class raises of settings that it cannot work with."""
 
 
 def diffusers() -> Any:
@@ -126,13 +130,16 @@ def scheduler(path: Path) -> Any:
     made = getattr(diffusers(), name, None)
     if made is None:
         raise ConfigError(f"scheduler {name!r}: the library has no such class")
+    place = str(path / "scheduler" / "scheduler_config.json")
     try:
+        require_typed(made, made.load_config(path / "scheduler"), repr(place))
         held = made.from_pretrained(path / "scheduler")
         held.register_to_config(**corrected(str(index(path).get("_class_name", "")), held.config))
         return held
-    except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+    except ConfigError:
+        raise
+    except REFUSALS as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        place = str(path / "scheduler" / "scheduler_config.json")
         raise ConfigError(
             f"{place!r}: diffusers makes no {name} of it: {first}; expected settings that it allows"
         ) from error
