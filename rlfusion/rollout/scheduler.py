@@ -48,14 +48,15 @@ START: Lease = (0, 0)
 
 @dataclass
 class _Worker:
-    """Starting or working on an item ``since`` then, for as long as its ``lease`` says; idle without one. ``kind``
-    decides its bits.
+    """Starting or working on an item ``since`` then, for as long as its ``lease`` says; idle without one. One that
+    found no room in time is ``homeless``; ``kind`` decides its bits.
     """
 
     since: float
     lease: Lease | None = START
     item: int | None = None
     placed: bool = False
+    homeless: bool = False
     kind: str = ""
 
 
@@ -128,7 +129,7 @@ class Scheduler:
     def placed(self, worker: int, now: float) -> list[Command]:
         """``worker`` has found its place, and builds its task."""
         if worker in self.workers and self.workers[worker].lease == START:
-            self.workers[worker].placed = True
+            self.workers[worker].placed, self.workers[worker].homeless = True, False
             self._lease(worker, START, now)
         return []
 
@@ -256,7 +257,8 @@ class Scheduler:
         for number in [n for lease, held in self._leased.items() for n in self._overdue(lease, held, now)]:
             worker = self.workers[number]
             if worker.lease == START and not worker.placed and any(one.placed for one in self.workers.values()):
-                self._lease(number, START, now)  # no room for it yet: the others go on meanwhile
+                worker.homeless = True  # no room for it yet: the others go on meanwhile
+                self._lease(number, START, now)
                 continue
             commands += [Kill(number), *self.lost(number, self._said(worker), now)]
         return commands + self._advance(now)
@@ -348,9 +350,10 @@ class Scheduler:
         return None
 
     def _retire(self) -> list[Command]:
-        """Make room for a new worker where an item waits that has failed on every one that there is."""
+        """Make room for a new worker where an item waits that has failed on every one that there is room for."""
         for item in itertools.takewhile(lambda n: self.open[n].failed, self.queue):
-            if self._idle and all(worker in self.open[item].failed for worker in self.workers):
+            tried = self.open[item].failed
+            if self._idle and all(number in tried or held.homeless for number, held in self.workers.items()):
                 worker = next(iter(self._idle))
                 self._forget(worker)
                 return [Kill(worker)]

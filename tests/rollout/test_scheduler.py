@@ -345,6 +345,20 @@ def test_a_worker_that_finds_no_room_waits_while_others_work_and_works_when_a_no
     assert Assign(1, 2) in scheduler.ready(1, 62.0)
 
 
+def test_an_item_that_failed_on_the_only_worker_there_is_room_for_gets_another_in_its_place():
+    scheduler = Scheduler(2, Limits(item_floor_s=1000, start_s=30))
+    scheduler.add(["a", "b"], [4] * 2, 0.0)
+    scheduler.placed(0, 1.0)
+    scheduler.ready(0, 2.0)
+    assert scheduler.failed(0, 0, "raised", 3.0) == [Assign(0, 1)]
+    scheduler.result(0, 1, 4.0)
+    assert scheduler.tick(29.0) == []  # the other may yet find its place
+    assert scheduler.deadline() == 30.0
+    assert scheduler.tick(30.0) == [Kill(0)]
+    assert scheduler.placed(1, 31.0) == []
+    assert scheduler.ready(1, 40.0) == [Assign(1, 0)]
+
+
 def test_a_worker_that_has_a_place_and_never_builds_its_task_is_replaced():
     scheduler = Scheduler(2, LIMITS)
     scheduler.add(["a", "b"], [4] * 2, 0.0)
