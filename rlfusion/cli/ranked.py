@@ -4,7 +4,6 @@ Every rank does the same job on the same settings. The first writes the run's fo
 nothing. What is to be learned from is shared among them (``training.ranks``).
 """
 
-import math
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.distill import distill
 from rlfusion.jobs.finetune import finetune
 from rlfusion.jobs.pretrain import pretrain
+from rlfusion.rollout.placement import Role, private
 from rlfusion.training.ranks import Ranks, current, joined
 
 JOBS: dict[str, Callable[..., Any]] = {
@@ -51,21 +51,21 @@ def ranked(command: str) -> Callable[..., Any]:
 
 def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, progress: Progress) -> Any:
     from rlfusion.rollout.ray_cluster import shared_cluster
+    from rlfusion.rollout.ray_placement import placed
     from rlfusion.rollout.ray_ranks import GroupSettings, run_in_group
 
     payload = {"command": command, "config": config.to_yaml(settings), "folder": str(folder.resolve())}
     replay, held, backend = _Replay(progress), settings.learner, settings.settings
-    each = held.cpus_per_rank, held.gpus_per_rank
+    own = Role("learner ranks", held.ranks, held.cpus_per_rank, held.gpus_per_rank, held.resources_per_rank, alone=True)
+    roles = (own, *backend.roles)
     group = GroupSettings(
-        held.ranks, held.shares, held.exact, *each, settings.threads, held.restarts, held.timeout_s, not backend.address
+        *(held.ranks, held.shares, held.exact, held.cpus_per_rank, held.gpus_per_rank, settings.threads, held.restarts),
+        *(held.timeout_s, not backend.address, held.resources_per_rank),
     )
-    cpus, gpus = (
-        math.ceil(held.ranks * own + backend.workers * theirs)
-        for own, theirs in zip(each, (backend.cpus_per_worker, backend.gpus_per_worker))
-    )
-    signals.hold(True)  # a stop is for the ranks to answer, once their step is done and saved
     try:
-        with shared_cluster(backend, cpus, gpus), replay:
+        with shared_cluster(backend, *private(roles)), replay:
+            progress.say(f"placement: {placed(backend, roles, progress.say)}")
+            signals.hold(True)  # a stop is for the ranks to answer, once their step is done and saved
             result = run_in_group(
                 group,
                 f"{__name__}:work",

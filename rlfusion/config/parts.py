@@ -9,6 +9,7 @@ from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
+from rlfusion.rollout.placement import Role, require_gpus, require_resources
 
 
 def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
@@ -89,18 +90,37 @@ class Ray(Cluster):
         connect_timeout_s: within which the cluster at ``address``, and a worker of it, must answer before any work.
         start_timeout_s: for which the processes of a private cluster are waited for, each; it is tried twice.
         cpus_per_worker: CPU cores that each worker reserves.
-        gpus_per_worker: GPUs, or a fraction of one, that each worker reserves.
+        gpus_per_worker: GPUs, or a fraction of one, that each worker reserves. With one it works on that, else on the
+            CPU, whatever the device of the learner.
+        resources_per_worker: Ray's custom resources that each worker reserves, of nodes of a cluster, by name.
+        threads_per_worker: CPU threads of torch of each worker; 0 for as many as ``threads`` of the run.
         limits: deadlines and retries.
         reward_envs: rewards that run in an actor with a runtime environment of its own, by name: what Ray calls
             runtime_env, such as {pip: [...]}, {working_dir: ...}, {env_vars: {...}}.
+        cpus_per_reward: CPU cores that each of those reserves.
         gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
+        resources_per_reward: Ray's custom resources that each of those reserves.
+        wait_s: for which processes that have no place are waited for, before any work: an autoscaler of the cluster is
+            asked for them. 0 refuses at once.
     """
 
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    resources_per_worker: dict[str, float] = field(default_factory=dict)
+    threads_per_worker: int = 0
     limits: Limits = field(default_factory=Limits)
     reward_envs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cpus_per_reward: float = 0.0
     gpus_per_reward: float = 0.0
+    resources_per_reward: dict[str, float] = field(default_factory=dict)
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "threads_per_worker", "cpus_per_reward", "gpus_per_reward", "wait_s")
+        require_gpus("ray.gpus_per_worker", self.gpus_per_worker)
+        require_gpus("ray.gpus_per_reward", self.gpus_per_reward)
+        for name in ("resources_per_worker", "resources_per_reward"):
+            require_resources(f"ray.{name}", getattr(self, name))
 
     def settings(self, workers: int, threads: int, device: str) -> Settings:
         """The backend's settings for so many workers.
@@ -114,11 +134,20 @@ class Ray(Cluster):
             workers,
             self.cpus_per_worker,
             self.gpus_per_worker,
-            threads,
+            (workers and self.threads_per_worker) or threads,
             self.address,
             self.limits,
             self.connect_timeout_s,
             self.start_timeout_s,
+            self.resources_per_worker,
+            Role(
+                "reward workers",
+                len(self.reward_envs),
+                self.cpus_per_reward,
+                self.gpus_per_reward,
+                self.resources_per_reward,
+            ),
+            self.wait_s,
         )
 
 
@@ -133,7 +162,8 @@ class Learners:
         exact: gradients are summed over the shares in one fixed tree, so that any number of ranks gives the same bits
             where shares / ranks is a power of two.
         cpus_per_rank: CPU cores that each rank reserves.
-        gpus_per_rank: GPUs that each rank reserves.
+        gpus_per_rank: GPUs that each rank reserves. No two ranks share a GPU.
+        resources_per_rank: Ray's custom resources that each rank reserves, of nodes of a cluster, by name.
         restarts: times that ranks which were lost are begun anew, from the newest checkpoint.
         timeout_s: for which a rank may not answer, or not join in what all do together, before it is lost.
     """
@@ -143,11 +173,19 @@ class Learners:
     exact: bool = False
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
+    resources_per_rank: dict[str, float] = field(default_factory=dict)
     restarts: int = 3
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         require_not_negative(self, "ranks", "cpus_per_rank", "gpus_per_rank", "restarts")
+        require_gpus("learner.gpus_per_rank", self.gpus_per_rank)
+        require_resources("learner.resources_per_rank", self.resources_per_rank)
+        if self.ranks > 1 and 0 < self.gpus_per_rank < 1:
+            raise ConfigError(
+                f"learner.gpus_per_rank = {self.gpus_per_rank:g} with learner.ranks = {self.ranks}: expected whole "
+                "GPUs, as no two ranks share one"
+            )
         require_positive(self, "shares", "timeout_s")
         count = max(1, self.ranks)
         if self.shares % count:

@@ -1,7 +1,6 @@
 """Builds the task of a worker from the settings of a fine-tuning: from plain data and bytes alone, wherever it runs."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from rlfusion.jobs.measure import reward_parts
 from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
 from rlfusion.rewards import CallOptions, Learned, Reward, WeightedSum, bare, build, everywhere, task_info
 from rlfusion.rollout import Recipe, RolloutSpec, Task
+from rlfusion.rollout.placement import private
 from rlfusion.training.devices import set_numerics
 
 
@@ -89,8 +89,8 @@ def recipe(
         "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
         "actor_s": workers.ray.limits.item_s,
         "reward_name": spec.rewards.name,
-        "device": device.type if workers.count else str(device),  # Ray shows a worker its own GPU as the only
-        "threads": spec.threads,
+        "device": worker_device(workers, device),
+        "threads": workers.backend.threads,
         "deterministic": spec.deterministic,
         "tf32": spec.tf32,
         "precision": spec.precision,
@@ -135,31 +135,40 @@ def actors_of(workers: Workers, options: Mapping[str, Mapping[str, Any]]) -> Ite
 
     envs = {everywhere(name): env for name, env in ray.reward_envs.items()}
     held = {everywhere(name): dict(given) for name, given in options.items()}
-    with reward_actors(envs, held, workers.backend, *_reserved(workers), ray.gpus_per_reward) as names:
+    with reward_actors(envs, held, workers.backend, *private(workers.backend.roles)) as names:
         yield {name: names[everywhere(name)] for name in ray.reward_envs}
 
 
 @contextmanager
-def cluster_of(workers: Workers) -> Iterator[None]:
-    """The Ray cluster that workers and actors use, had before any work; none, and no Ray, where there are no workers.
+def cluster_of(workers: Workers, say: Callable[[str], None]) -> Iterator[None]:
+    """The Ray cluster that workers and actors use, had before any work, with a place for all of them, which ``say`` is
+    told of; none, and no Ray, where there are no workers.
 
     Raises:
         RolloutError: it cannot be had.
+        DoesNotFit: it has no place for all.
     """
     if not workers.count:
         yield
         return
     from rlfusion.rollout.ray_cluster import shared_cluster
+    from rlfusion.rollout.ray_placement import placed
 
-    with shared_cluster(workers.backend, *_reserved(workers)):
+    with shared_cluster(workers.backend, *private(workers.backend.roles)):
+        if told := placed(workers.backend, workers.backend.roles, say):
+            say(f"placement: {told}")
         yield
 
 
-def _reserved(workers: Workers) -> tuple[int, int]:
-    """The CPU cores and GPUs of all workers and reward actors."""
-    ray, count = workers.ray, workers.count
-    gpus = count * ray.gpus_per_worker + len(ray.reward_envs) * ray.gpus_per_reward
-    return max(1, math.ceil(count * ray.cpus_per_worker)), math.ceil(gpus)
+def worker_device(workers: Workers, device: torch.device) -> str:
+    """Where a worker works: on the GPU that it reserves, which is then the only one that Ray shows it; else on the CPU,
+    where the learner's ``device`` is a GPU of CUDA. Without workers it is that of the learner.
+    """
+    if not workers.count:
+        return str(device)
+    if workers.backend.gpus_per_worker:
+        return "cuda"
+    return "cpu" if device.type == "cuda" else device.type
 
 
 def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:

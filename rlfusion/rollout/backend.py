@@ -1,7 +1,7 @@
 """The one interface of all rollout backends: items and weights in, trajectories out, in the order of the items."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -10,8 +10,11 @@ from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.limits import Limits
+from rlfusion.rollout.placement import Role
 from rlfusion.rollout.ray_address import require_address
 from rlfusion.rollout.trajectory import Trajectory
+
+NO_REWARDS = Role("reward workers", 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Settings:
         limits: deadlines and retries.
         connect_timeout_s: within which the cluster at ``address`` and a worker of it must answer, before anything else.
         start_timeout_s: for which each of a private cluster's processes is waited for; it is tried twice.
+        resources: Ray's custom resources that each worker reserves.
+        rewards: the actors of rewards that run beside the workers.
+        wait_s: for which a cluster may take to have a place for all.
     """
 
     workers: int = 0
@@ -37,6 +43,9 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     connect_timeout_s: float = 60.0
     start_timeout_s: float = 120.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    rewards: Role = NO_REWARDS
+    wait_s: float = 0.0
 
     def __post_init__(self) -> None:
         require_address(self.address)
@@ -44,6 +53,12 @@ class Settings:
         for name, least in (("workers", 0), ("cpus_per_worker", 0), ("gpus_per_worker", 0), ("threads", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}")
+
+    @property
+    def roles(self) -> tuple[Role, Role]:
+        """The processes that are wanted of a cluster."""
+        held = (self.cpus_per_worker, self.gpus_per_worker, self.resources)
+        return Role("rollout workers", self.workers, *held), self.rewards
 
 
 Pending = Callable[[], list[Trajectory]]

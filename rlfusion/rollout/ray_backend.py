@@ -105,7 +105,11 @@ class RayBackend(Backend):
         blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
         self._recipe = ((recipe.builder, text), blobs, paths, settings.threads, texts)
         self._actor: Any = ray.remote(
-            num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=0, max_task_retries=0
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=settings.gpus_per_worker,
+            resources=dict(settings.resources),
+            max_restarts=0,
+            max_task_retries=0,
         )(Worker)
         self._thread = ThreadPoolExecutor(1, "rlfusion-rollout")
         self._closing = threading.Event()

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +53,7 @@ class GroupSettings:
         restarts: times that a lost group is begun anew.
         timeout_s: for which a rank may neither answer nor, among the others, join in what they do together.
         loopback: whether all are on this machine, and listen on its loopback alone.
+        resources: Ray's custom resources that each reserves.
     """
 
     ranks: int
@@ -64,6 +65,7 @@ class GroupSettings:
     restarts: int
     timeout_s: float
     loopback: bool
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_positive(self, "ranks", "shares", "threads", "timeout_s")
@@ -142,7 +144,8 @@ class Group:
     def __init__(self, settings: GroupSettings, texts: Mapping[str, str]) -> None:
         self.settings, self.seen = settings, 0
         paths = [os.path.abspath(path) for path in sys.path]
-        placed: Any = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "concurrency_groups": {"beside": 4}}
+        placed: Any = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "resources": dict(settings.resources)}
+        placed["concurrency_groups"] = {"beside": 4}
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
         made = (asdict(settings), paths, texts)
         self.actors: list[Any] = [actor.remote(made[0], rank, *made[1:]) for rank in range(settings.ranks)]

@@ -132,7 +132,6 @@ def reward_actors(
     settings: Settings,
     cpus: int,
     gpus: int,
-    gpus_per_reward: float,
 ) -> Iterator[dict[str, str]]:
     """Start an actor for each reward of ``envs`` (its runtime environment by its name): the actors' names by reward.
 
@@ -156,12 +155,13 @@ def reward_actors(
             actor = ray.remote(RewardActor).options(
                 name=names[name],
                 runtime_env=_uploaded(env),
-                num_cpus=0,
-                num_gpus=gpus_per_reward,
+                num_cpus=settings.rewards.cpus,
+                num_gpus=settings.rewards.gpus,
+                resources=dict(settings.rewards.resources),
                 max_restarts=RESTARTS,
                 max_task_retries=RESTARTS,
             )
-            given, gpu = dict(options.get(name) or {}), gpus_per_reward > 0
+            given, gpu = dict(options.get(name) or {}), settings.rewards.gpus > 0
             held.append(actor.remote(name, given, paths, settings.threads, gpu, texts_of(name)))
         try:
             yield names

@@ -44,6 +44,20 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 DEVICES_MEANT = {"gpu": "cuda", "nvidia": "cuda", "tpu": "auto", "": "auto", "none": "auto"}
 
 
+def require_device(device: str) -> None:
+    """Refuse what names no device of any machine.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    name, colon, number = device.partition(":")
+    if name not in DEVICES or (colon and not (number.isdigit() and name != "auto")):
+        numbered = f"{name}:0" if name in DEVICES and name != "auto" else ""
+        meant = numbered or DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ConfigError(f"device = {shorten(repr(device))}: expected auto, cpu, cuda or cuda:NUMBER{hint}")
+
+
 def pick_device(device: str) -> torch.device:
     """The device that a setting names; "auto" is cuda where there is one.
 
@@ -52,12 +66,7 @@ def pick_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, colon, number = device.partition(":")
-    if name not in DEVICES or (colon and not number.isdigit()):
-        numbered = f"{name}:0" if name in DEVICES else ""
-        meant = numbered or DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
-        hint = f"; did you mean {meant!r}?" if meant else ""
-        raise ConfigError(f"device = {shorten(repr(device))}: expected auto, cpu, cuda or cuda:NUMBER{hint}")
+    require_device(device)
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:

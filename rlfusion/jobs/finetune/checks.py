@@ -25,7 +25,7 @@ from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.untrained import require_weights
 from rlfusion.rl.agent import learner_of
 from rlfusion.rollout.ray_address import require_cluster
-from rlfusion.training.devices import pick_device
+from rlfusion.training.devices import pick_device, require_device
 
 TRIED, PIPELINE_TRIED = 4, 2
 """Samples on which the reward is tried."""
@@ -40,7 +40,7 @@ def check(config: Finetune) -> None:
         ConfigError: says which setting and why.
         RolloutError: no Ray cluster answers at its address.
     """
-    pick_device(config.device)
+    (require_device if config.learner.ranks else pick_device)(config.device)  # a head needs none of its own
     kept(config.agent)
     if config.rollout.workers or config.learner.ranks:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)

@@ -74,7 +74,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     parts, device = opened(config), pick_device(config.device)
-    with cluster_of(parts.workers), _actors(parts, ranks) as actors:
+    with cluster_of(parts.workers, progress.say), _actors(parts, ranks) as actors:
         with ranks.in_turn():
             job = prepare(config, parts, run, tracker, signals, progress, actors)
         run.require_inputs(job.inputs())
