@@ -64,11 +64,17 @@ class Cluster:
             machine, on its loopback alone.
         connect_timeout_s: within which the cluster at ``address``, and a worker of it, must answer before any work.
         start_timeout_s: for which the processes of a private cluster are waited for, each; it is tried twice.
+        wait_s: for which processes that have no place are waited for, before any work: an autoscaler of the cluster is
+            asked for them. 0 refuses at once.
     """
 
     address: str = ""
     connect_timeout_s: float = 60.0
     start_timeout_s: float = 120.0
+    wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "wait_s")
 
     def alone(self, threads: int) -> Settings:
         """The cluster's settings, without workers.
@@ -77,7 +83,7 @@ class Cluster:
             ConfigError: values that no cluster can have.
         """
         times = {"connect_timeout_s": self.connect_timeout_s, "start_timeout_s": self.start_timeout_s}
-        return Settings(threads=threads, address=self.address, **times)
+        return Settings(threads=threads, address=self.address, wait_s=self.wait_s, **times)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class Ray(Cluster):
             machine, on its loopback alone.
         connect_timeout_s: within which the cluster at ``address``, and a worker of it, must answer before any work.
         start_timeout_s: for which the processes of a private cluster are waited for, each; it is tried twice.
+        wait_s: for which processes that have no place are waited for, before any work: an autoscaler of the cluster is
+            asked for them. 0 refuses at once.
         cpus_per_worker: CPU cores that each worker reserves.
         gpus_per_worker: GPUs, or a fraction of one, that each worker reserves. With one it works on that, else on the
             CPU, whatever the device of the learner.
@@ -100,8 +108,6 @@ class Ray(Cluster):
         cpus_per_reward: CPU cores that each of those reserves.
         gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
         resources_per_reward: Ray's custom resources that each of those reserves.
-        wait_s: for which processes that have no place are waited for, before any work: an autoscaler of the cluster is
-            asked for them. 0 refuses at once.
     """
 
     cpus_per_worker: float = 1.0
@@ -113,10 +119,10 @@ class Ray(Cluster):
     cpus_per_reward: float = 0.0
     gpus_per_reward: float = 0.0
     resources_per_reward: dict[str, float] = field(default_factory=dict)
-    wait_s: float = 0.0
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "threads_per_worker", "cpus_per_reward", "gpus_per_reward", "wait_s")
+        super().__post_init__()
+        require_not_negative(self, "threads_per_worker", "cpus_per_reward", "gpus_per_reward")
         require_gpus("ray.gpus_per_worker", self.gpus_per_worker)
         require_gpus("ray.gpus_per_reward", self.gpus_per_reward)
         for name in ("resources_per_worker", "resources_per_reward"):

@@ -213,7 +213,7 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
         "threads": settings.threads,
         "deterministic": deterministic(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "device": device.partition(":")[0] if settings.workers else device,  # Ray shows a worker its own GPU alone
+        "device": settings.worker_device(device),
     }
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))
 

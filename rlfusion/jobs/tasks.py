@@ -89,7 +89,7 @@ def recipe(
         "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
         "actor_s": workers.ray.limits.item_s,
         "reward_name": spec.rewards.name,
-        "device": worker_device(workers, device),
+        "device": workers.backend.worker_device(str(device)),
         "threads": workers.backend.threads,
         "deterministic": spec.deterministic,
         "tf32": spec.tf32,
@@ -158,17 +158,6 @@ def cluster_of(workers: Workers, say: Callable[[str], None]) -> Iterator[None]:
         if told := placed(workers.backend, workers.backend.roles, say):
             say(f"placement: {told}")
         yield
-
-
-def worker_device(workers: Workers, device: torch.device) -> str:
-    """Where a worker works: on the GPU that it reserves, which is then the only one that Ray shows it; else on the CPU,
-    where the learner's ``device`` is a GPU of CUDA. Without workers it is that of the learner.
-    """
-    if not workers.count:
-        return str(device)
-    if workers.backend.gpus_per_worker:
-        return "cuda"
-    return "cpu" if device.type == "cuda" else device.type
 
 
 def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:

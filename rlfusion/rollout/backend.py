@@ -60,6 +60,15 @@ class Settings:
         held = (self.cpus_per_worker, self.gpus_per_worker, self.resources)
         return Role("rollout workers", self.workers, *held), self.rewards
 
+    def worker_device(self, device: str) -> str:
+        """Where a worker works: on the GPU that it reserves, which is then the only one that Ray shows it; else on the
+        CPU, where the learner's ``device`` is a GPU of CUDA. Without workers it is that of the learner.
+        """
+        if not self.workers:
+            return device
+        kind = device.partition(":")[0]
+        return "cuda" if self.gpus_per_worker else "cpu" if kind == "cuda" else kind
+
 
 Pending = Callable[[], list[Trajectory]]
 """Waits for submitted items and returns their trajectories in order, or raises what stopped them."""

@@ -10,8 +10,6 @@ import torch
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Ray
 from rlfusion.config.parts import Learners
-from rlfusion.jobs.parts import Workers
-from rlfusion.jobs.tasks import worker_device
 from rlfusion.rollout import Settings
 from rlfusion.rollout.placement import (
     DoesNotFit,
@@ -219,8 +217,9 @@ def test_a_private_cluster_has_the_gpus_of_its_machine_and_no_resources_of_other
 )
 def test_a_worker_works_on_what_it_reserves_whatever_the_learner_has(gpus, learner, device):
     ray = Ray(gpus_per_worker=gpus)
-    assert worker_device(Workers(2, ray, ray.settings(2, 1, "auto")), torch.device(learner)) == device
-    assert worker_device(Workers(0, ray, ray.settings(0, 1, "auto")), torch.device("cuda:1")) == "cuda:1"
+    assert ray.settings(2, 1, "auto").worker_device(learner) == device
+    assert ray.settings(2, 1, "auto").worker_device(f"{learner}:3") == device
+    assert ray.settings(0, 1, "auto").worker_device("cuda:1") == "cuda:1"
 
 
 def test_the_settings_of_each_role_arrive():
