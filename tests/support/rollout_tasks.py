@@ -46,14 +46,15 @@ def build(config, blobs) -> Task:
 
 
 def misbehave(fault: str, marker: Path) -> float:
-    """Die always ("die"), say who works and wait ("slow"); or in the first process that comes here hang ("stop"), raise
-    ("once"), wait until the marker is gone ("wait"), and give another reward ("differ") by what is returned.
+    """Die always ("die"), say who works and wait ("slow", "slower"); or in the first process that comes here hang
+    ("stop"), raise ("once"), wait until the marker is gone ("wait"), and give another reward ("differ") by what is
+    returned.
     """
     if fault == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "slow":
+    if fault in ("slow", "slower"):
         marker.with_name(f"{marker.name}.{os.getpid()}").touch()
-        time.sleep(0.2)
+        time.sleep(0.2 if fault == "slow" else 1.0)
     if fault in ("stop", "once", "wait", "differ") and _first(marker):
         if fault == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
