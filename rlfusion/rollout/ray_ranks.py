@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,10 +24,11 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlfusion.common.code_files import receive, texts_of
-from rlfusion.common.errors import RlfusionError, require_not_negative, require_positive
+from rlfusion.common.errors import RlfusionError, StorageError, require_not_negative, require_positive
 from rlfusion.common.user_code import blamed
 from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
 from rlfusion.training.ranks import Ranks, joined
+from rlfusion.training.stacks import write_stacks
 
 POLL_S, GRACE_S, START_S = 0.2, 2.0, 300.0
 Event = tuple[str, Any]
@@ -223,6 +225,18 @@ class Group:
             for event in ray.get(self.beside(0, "news", self.seen), timeout=GRACE_S):
                 hear(event)
 
+    def stacks(self) -> dict[int, str]:
+        """Where each rank stands; of one that does not answer within ``GRACE_S``, that."""
+        calls = {rank: self.beside(rank, "stacks") for rank in range(len(self.actors))}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=GRACE_S)
+        found = {}
+        for rank, call in calls.items():
+            try:
+                found[rank] = ray.get(call, timeout=0)
+            except (RayError, GetTimeoutError) as error:
+                found[rank] = f"no answer within {GRACE_S:g} s: {first_line(error)}\n"
+        return found
+
     def kill(self) -> None:
         """End all of it."""
         for actor in self.actors:
@@ -256,7 +270,7 @@ def run_in_group(
     for attempt in range(settings.restarts + 1):
         try:
             with _group(settings, texts_of(payload)) as group:
-                return group.run(entry, payload, hear, stop)
+                return _stood(group, payload, lambda: group.run(entry, payload, hear, stop))
         except _Lost as lost:
             left = settings.restarts - attempt
             hear(("end", None))
@@ -265,6 +279,24 @@ def run_in_group(
     raise GroupLost(
         f"the group of {settings.ranks} ranks was lost {settings.restarts + 1} times, at last because {why}"
     ) from why
+
+
+def _stood(group: Group, payload: Mapping[str, Any], work: Callable[[], Any]) -> Any:
+    """What ``work`` gives. Where the group is lost, where each rank stood is kept in the run's folder, which is named.
+
+    Raises:
+        _Lost: the group is lost.
+    """
+    try:
+        return work()
+    except _Lost as lost:
+        if "folder" not in payload:
+            raise
+        try:
+            file = write_stacks(Path(payload["folder"]), "ranks", group.stacks())
+        except StorageError:  # a disk that is full need not end what can be begun anew
+            raise lost from None
+        raise _Lost(f"{lost}; where each rank stood: {file}") from lost
 
 
 def _meant(error: RayTaskError, rank: int = 0) -> Exception:
