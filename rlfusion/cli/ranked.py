@@ -61,6 +61,7 @@ def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, pr
     group = GroupSettings(
         *(held.ranks, held.shares, held.exact, held.cpus_per_rank, held.gpus_per_rank, settings.threads, held.restarts),
         *(held.timeout_s, not backend.address, held.resources_per_rank),
+        start_s=backend.limits.start_s,
     )
     try:
         with shared_cluster(backend, *private(roles)), replay:

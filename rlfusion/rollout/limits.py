@@ -19,8 +19,8 @@ class Limits:
         twin_times: an item that runs for longer than this multiple of the median seconds a sample is also given to a
             worker that has nothing else to do; the first answer counts, and a second one that differs is an error. 0
             gives no twins, for rewards that are not the same twice.
-        start_s: within which a new worker is placed and has built its task. One that finds no room waits for longer
-            while others work.
+        start_s: within which a new worker is placed and has built its task, and a rank that learns is placed. A worker
+            that finds no room waits for longer while others work.
         crashes: how often one item may fail, each time on another worker, before it ends the run: by its own error,
             with the process that it runs in, or past its time (the next one has twice the time, then four times).
         preemptions: workers that may be lost, with their node or alone, as a multiple of the workers, before an item is

@@ -30,7 +30,7 @@ from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
 from rlfusion.training.ranks import Ranks, joined
 from rlfusion.training.stacks import write_stacks
 
-POLL_S, GRACE_S, START_S = 0.2, 2.0, 300.0
+POLL_S, GRACE_S = 0.2, 2.0
 Event = tuple[str, Any]
 """What a rank says while it works: a kind, and plain data."""
 
@@ -56,6 +56,7 @@ class GroupSettings:
         timeout_s: for which a rank may neither answer nor, among the others, join in what they do together.
         loopback: whether all are on this machine, and listen on its loopback alone.
         resources: Ray's custom resources that each reserves.
+        start_s: within which all are placed, on nodes that may have to install their libraries first, and answer.
     """
 
     ranks: int
@@ -68,9 +69,10 @@ class GroupSettings:
     timeout_s: float
     loopback: bool
     resources: Mapping[str, float] = field(default_factory=dict)
+    start_s: float = 300.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "ranks", "shares", "threads", "timeout_s")
+        require_positive(self, "ranks", "shares", "threads", "timeout_s", "start_s")
         require_not_negative(self, "restarts", "cpus", "gpus")
 
 
@@ -160,8 +162,9 @@ class Group:
 
     def meet(self) -> None:
         """Let the ranks find each other."""
-        host, port = self._wait([self.beside(0, "address")], START_S)[0]
-        self._wait([actor.join.remote(host, port) for actor in self.actors], START_S + self.settings.timeout_s)
+        start_s, timeout_s = self.settings.start_s, self.settings.timeout_s
+        host, port = self._wait([self.beside(0, "address")], start_s)[0]
+        self._wait([actor.join.remote(host, port) for actor in self.actors], start_s + timeout_s)
 
     def _wait(self, calls: list[Any], seconds: float) -> list[Any]:
         try:
@@ -176,7 +179,8 @@ class Group:
     def run(self, entry: str, payload: dict[str, Any], hear: Callable[[Event], None], stop: Callable[[], int]) -> Any:
         """What the first rank's work gives; ``hear`` is told its events, ``stop`` says which signal came, or 0."""
         calls = {actor.work.remote(entry, payload): rank for rank, actor in enumerate(self.actors)}
-        self.answered = [time.monotonic() + START_S] * self.settings.ranks  # what it imports first may take long
+        begun = time.monotonic() + self.settings.start_s  # what it imports first may take long
+        self.answered = [begun] * self.settings.ranks
         told = False
         while True:
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=POLL_S)
