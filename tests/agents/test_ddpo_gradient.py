@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from chains import Capture, affine, all_transitions, class_walks, collect, flat_gradient, mlp
+from ddpo_walks import PLAIN, estimate, walks_of_other_weights
 from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, ddim_chain, flow_chain, reward, task_of
 
 from rlfusion.agents.ddpo import Config, Learner
@@ -16,23 +17,6 @@ from rlfusion.diffusion.sampling import walk
 from rlfusion.diffusion.schedule import DDPM as Table
 from rlfusion.diffusion.schedule import Geometric
 from rlfusion.rl.pathwise import PathwiseStep
-
-PLAIN = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0, "advantage": "none", "micro_batch": 10**6}
-
-
-def estimate(made: dict, config: Config, acting=THETA, at=THETA, batches: int = 40, n: int = 4000, last: bool = False):
-    """The mean gradient of J that ``update`` would ascend, and its standard error, over fresh walks of ``acting``;
-    with the last step's pathwise part if ``last``.
-    """
-    actor, policy = affine(acting, **made), affine(at, **made)
-    times, g = TimeGrid(STEPS).times(made["schedule"]), torch.Generator().manual_seed(0)
-    learner = Learner(policy, times, config, 0, PathwiseStep(task_of(policy)) if last else None)
-    learner.optimization = Capture(policy)
-    for _ in range(batches):
-        noise = torch.randn(n, STEPS + 1, 2, generator=g, dtype=torch.float64)
-        learner.update(collect(actor, times, noise, reward))
-    ascent = -torch.stack(learner.optimization.gradients).numpy()
-    return ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -128,15 +112,6 @@ def test_a_last_step_that_cannot_be_differentiated_is_refused():
         PathwiseStep(task_of(policy, lambda x: reward(x).detach()))
     with pytest.raises(ConfigError, match="has noise"):
         PathwiseStep(task_of(affine(THETA, Geometric(), Renoise(), "x0")))
-
-
-def walks_of_other_weights():
-    """(policy, walks of another): as rollouts ahead of the weights give."""
-    policy, other = mlp().double(), mlp().double()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return policy, class_walks(other)
 
 
 def test_the_decoupled_clip_holds_to_the_weights_where_the_update_begins():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from chains import Capture, affine, all_transitions, collect
+from ddpo_walks import PLAIN, estimate, walks_of_other_weights
 from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, ddim_chain, reward
-from test_ddpo_gradient import PLAIN, estimate, walks_of_other_weights
 
 from rlfusion.agents import AGENTS, ddpo, grpo
 from rlfusion.common import spec
