@@ -41,7 +41,7 @@ if [ -f "$ROOT/$NAME/config.yaml" ]; then
     rlfusion supervise --restarts 5 -- finetune --resume "$ROOT/$NAME" &
 else
     rlfusion supervise --restarts 5 -- finetune --reward ink --root "$ROOT" --name "$NAME" \
-        --rollout.workers 8 --ray.gpus_per_worker 1 --ray.address "$HEAD:$PORT" &
+        --rollout.workers 8 --ray.gpus_per_worker 1 --ray.wait_s 900 --ray.address "$HEAD:$PORT" &
 fi
 RUN=$!
 trap 'kill -TERM $RUN' TERM
