@@ -42,12 +42,14 @@ def one_score(answer: Any, name: str, weights: Mapping[str, float]) -> Tensor:
     """The score () of one sample: a number, or one in a tensor, an array or a list."""
     held = _without_info(answer, 1, name)
     if isinstance(held, Mapping):
-        return scores({key: _one(value) for key, value in held.items()}, 1, name, weights)[0]
-    return scores(_one(held), 1, name, weights)[0]
+        return scores({key: _one(value, name) for key, value in held.items()}, 1, name, weights)[0]
+    return scores(_one(held, name), 1, name, weights)[0]
 
 
-def _one(held: Any) -> Any:
-    if isinstance(held, Tensor | np.ndarray | np.generic):
+def _one(held: Any, name: str) -> Any:
+    if isinstance(held, Tensor):
+        return as_tensor(held, name).reshape(-1)
+    if isinstance(held, np.ndarray | np.generic):
         return torch.as_tensor(held).reshape(-1)
     return [held] if isinstance(held, Real) else held
 

@@ -154,17 +154,21 @@ def well_formed(result: object, samples: Tensor, name: str) -> Tensor:
     Raises:
         RewardError: it is not a tensor, not (B,), or not real numbers.
     """
-    if not isinstance(result, Tensor):
-        if not isinstance(result, list | np.ndarray):
-            raise RewardError(
-                f"reward {name!r} answered {type(result).__name__}: expected a tensor of shape ({len(samples)},)"
-            )
-        result = as_tensor(result, name)
+    if not isinstance(result, Tensor | list | np.ndarray):
+        raise RewardError(
+            f"reward {name!r} answered {type(result).__name__}: expected a tensor of shape ({len(samples)},)"
+        )
+    result = as_tensor(result, name)
     if result.shape != samples.shape[:1]:
         raise RewardError(f"reward {name!r} answered shape {tuple(result.shape)}: expected ({len(samples)},)")
     if result.is_complex():
         raise RewardError(f"reward {name!r} answered {result.dtype}: expected real numbers")
     return result.to(samples.device, torch.promote_types(samples.dtype, torch.float32))
+
+
+def _form(held: Tensor) -> str:
+    """What is not plain about a tensor."""
+    return "quantized" if held.is_quantized else "meta" if held.is_meta else str(held.layout).removeprefix("torch.")
 
 
 def as_tensor(held: Any, name: str) -> Tensor:
@@ -174,6 +178,8 @@ def as_tensor(held: Any, name: str) -> Tensor:
         RewardError: they are not such.
     """
     if isinstance(held, Tensor):
+        if held.layout != torch.strided or held.is_quantized or held.is_meta:
+            raise RewardError(f"reward {name!r} answered a {_form(held)} tensor: expected a plain one of numbers")
         return held
     try:
         if isinstance(held, np.ndarray | np.generic):

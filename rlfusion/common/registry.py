@@ -216,9 +216,13 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def _offered(module: ModuleType) -> list[str]:
-    """The public names of a module without what it only imports; all of them where that leaves none."""
+    """The names that a module says are its own (``__all__``), or its public ones without what it only imports; all of
+    them where that leaves none.
+    """
     public = {name: held for name, held in vars(module).items() if name[0] != "_"}
-    own = [name for name, held in public.items() if not _imported(held, module)]
+    said = getattr(module, "__all__", ())
+    own = [name for name, held in public.items() if name in said and not inspect.ismodule(held)]
+    own = own or [name for name, held in public.items() if not _imported(held, module)]
     return own or list(public)
 
 

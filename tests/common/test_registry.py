@@ -161,6 +161,16 @@ def test_names_that_a_file_only_imports_are_not_offered(there):
         spec.parse("shapes.py:Sqare", THINGS, "thing")
 
 
+def test_names_that_a_module_says_are_its_own_are_offered(there, monkeypatch):
+    """A package gives what its modules define: torch.optim says NAdam, of torch.optim.nadam."""
+    monkeypatch.syspath_prepend(there)
+    Path("oval_inner.py").write_text("class Oval:\n    pass\n")
+    lines = ["import math", "from oval_inner import Oval", "__all__ = ['Oval', 'math']", "class Inside: pass", ""]
+    Path("oval_outer.py").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"'Ovla': expected one of Oval; did you mean 'Oval'"):
+        spec.parse("oval_outer:Ovla", THINGS, "thing")
+
+
 def test_a_stranger_s_own_error_is_theirs_with_its_line(there):
     with pytest.raises(UserCodeError, match=r"KeyError: 'three' \(shapes.py, line 18"):
         spec.parse("shapes.py:Square(side=3)", THINGS, "thing")

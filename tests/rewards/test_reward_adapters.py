@@ -399,6 +399,7 @@ def test_a_scorer_of_paths_is_refused(named):
         (torch.zeros(()), r"shape \(\)"),
         ((torch.zeros(4), torch.zeros(4)), r"\(Tensor, Tensor\)"),
         (torch.zeros(4, dtype=torch.complex64), "complex64"),
+        (torch.zeros(4).to_sparse(), "answered a sparse_coo tensor"),
         (np.array(["a"] * 4), "expected one number a sample"),
         ([[1.0], [2.0, 3.0], [1.0], [1.0]], "list of 1 for item 0"),
         (torch.tensor([1.0, float("nan"), 0, 0]), "not finite"),

@@ -230,6 +230,8 @@ def test_the_sum_names_the_term_that_fails(images):
         (torch.zeros(5, 1), r"'mine' answered shape \(5, 1\)"),
         (torch.tensor(0.0), r"'mine' answered shape \(\)"),
         (torch.zeros(5, dtype=torch.complex64), "real numbers"),
+        (torch.zeros(5).to_sparse(), "'mine' answered a sparse_coo tensor: expected a plain one of numbers"),
+        (torch.zeros(5, device="meta"), "'mine' answered a meta tensor"),
         (torch.tensor([0, math.nan, 1, -math.inf, 2]), "2 of 5 samples: item 1 = nan, item 3 = -inf$"),
     ],
 )
