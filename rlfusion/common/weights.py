@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import StateError
 
 NONE: Mapping[str, type] = {}
@@ -71,7 +72,10 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
     Raises:
         WeightsError: a tensor does not fit; nothing is changed.
     """
-    ours = learned(module)
+    _fill(learned(module), tensors, what)
+
+
+def _fill(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     if not isinstance(tensors, Mapping):
         raise WeightsError(f"{what} is {type(tensors).__name__}, expected tensors by name")
     names = sorted(ours.keys() | tensors.keys(), key=str)
@@ -79,9 +83,8 @@ def restore(module: nn.Module, tensors: Mapping[str, Tensor], what: str = "the s
     wrong = [text for text in wrong if text]
     if wrong:
         raise WeightsError(f"{what} does not fit the module: {'; '.join(wrong[:5])}")
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in ours.items():
+        shards.put(tensors[name], tensor)
 
 
 def require_entries(state: Any, ours: Mapping[Any, Any], what: str, optional: Mapping[str, type] = NONE) -> None:
@@ -124,7 +127,9 @@ def _is(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """The learned tensors of a module after ``version`` updates: a safetensors blob and its SHA-256."""
+    """The learned tensors of a module after ``version`` updates: a safetensors blob and its SHA-256. Of a network that
+    is split over the ranks, this rank's rows of them, or (``whole``) all.
+    """
 
     version: int
     sha256: str
@@ -133,7 +138,22 @@ class Weights:
     @classmethod
     def of(cls, module: nn.Module, version: int) -> Self:
         """A copy of what is ``learned`` of the module as it is now."""
-        blob = pack(learned(module))
+        return cls.packed(version, {name: shards.own(tensor) for name, tensor in learned(module).items()})
+
+    @classmethod
+    def whole(cls, module: nn.Module, version: int, here: bool) -> Self:
+        """The same of all ranks' rows, which they ask for together; nothing where it is not wanted ``here``."""
+        gathered = {}
+        for name, tensor in learned(module).items():
+            full = shards.whole(tensor)
+            if here:
+                gathered[name] = full.cpu()
+        return cls.packed(version, gathered)
+
+    @classmethod
+    def packed(cls, version: int, tensors: Mapping[str, Tensor]) -> Self:
+        """These tensors."""
+        blob = pack(tensors)
         return cls(version, sha256(blob), blob)
 
     @cached_property
@@ -150,7 +170,8 @@ class Weights:
         found = sha256(self.blob)
         if found != self.sha256:
             raise WeightsError(f"weights of version {self.version}: SHA-256 {found}, expected {self.sha256}")
-        restore(module, unpack(self.blob), f"the blob of weights of version {self.version}")
+        ours = {name: shards.own(tensor) for name, tensor in learned(module).items()}
+        _fill(ours, unpack(self.blob), f"the blob of weights of version {self.version}")
 
 
 class Live(Weights):
@@ -166,7 +187,7 @@ class Live(Weights):
     @cached_property
     def blob(self) -> bytes:  # type: ignore[override]
         """As of ``Weights``, at the first use."""
-        return pack(learned(self.module))
+        return Weights.of(self.module, self.version).blob
 
     @cached_property
     def sha256(self) -> str:  # type: ignore[override]

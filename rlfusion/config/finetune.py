@@ -20,6 +20,10 @@ from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import Keep
 from rlfusion.training.devices import Deterministic
+from rlfusion.training.optimizers import require_elementwise
+
+SPLIT_ON = ("auto", "cpu", "cuda")
+"""The devices of ranks whose network is split."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,13 @@ class Finetune:
         r = self.rollout
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves, self.learner.shares))
         self.learner.require_device(self.device)
+        if self.learner.split:
+            require_elementwise(getattr(self.agent, "optimizer", "adamw"))
+            if self.device not in SPLIT_ON:
+                raise ConfigError(
+                    f"device = {self.device} with learner.shard = fsdp: expected one of {', '.join(SPLIT_ON)}; each "
+                    "rank has the GPUs that learner.gpus_per_rank gives it"
+                )
         _ = self.settings  # refuses what no backend can use
 
     def _require_known_options(self) -> None:

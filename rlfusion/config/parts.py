@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negative, require_positive, shorten
@@ -167,6 +167,8 @@ class Learners:
             optimiser step takes samples of every share. Equal shares on other ranks are the same run, to rounding.
         exact: gradients are summed over the shares in one fixed tree, so that any number of ranks gives the same bits
             where shares / ranks is a power of two.
+        shard: "none": each rank holds the whole network; "fsdp": each holds its rows of the parameters, gradients,
+            moments and averages (FSDP2 of torch), and layers are gathered while they compute.
         cpus_per_rank: CPU cores that each rank reserves.
         gpus_per_rank: GPUs that each rank reserves. No two ranks share a GPU.
         resources_per_rank: Ray's custom resources that each rank reserves, of nodes of a cluster, by name.
@@ -177,6 +179,7 @@ class Learners:
     ranks: int = 0
     shares: int = 1
     exact: bool = False
+    shard: Literal["none", "fsdp"] = "none"
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     resources_per_rank: dict[str, float] = field(default_factory=dict)
@@ -198,6 +201,12 @@ class Learners:
             raise ConfigError(
                 f"learner.shares = {self.shares}: expected a multiple of learner.ranks = {self.ranks}, such as {count}"
             )
+        if self.split and not self.ranks:
+            raise ConfigError("learner.ranks = 0 with learner.shard = fsdp: expected ranks, 1 at least")
+        if self.split and self.exact and count & (count - 1):
+            raise ConfigError(
+                f"learner.exact = true with learner.shard = fsdp, learner.ranks = {count}: expected a power of two"
+            )
         each = self.shares // count
         if self.exact and each & (each - 1):
             raise ConfigError(
@@ -214,6 +223,11 @@ class Learners:
         """Raise ConfigError where a batch, the setting ``name``, has fewer samples than there are shares."""
         if batch < self.shares:
             raise ConfigError(f"{name} = {batch}: expected a sample at least in each of learner.shares = {self.shares}")
+
+    @property
+    def split(self) -> bool:
+        """Whether parameters lie in shards over the ranks."""
+        return self.shard == "fsdp"
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,10 @@ def pretrained(spec: BaseSpec) -> models.Card | None:
     return None
 
 
-def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Progress) -> Origin:
-    """The base model on ``device``, with its adapters, and what belongs to it.
+def begin(
+    spec: BaseSpec, device: torch.device, signals: Signals, progress: Progress, place: torch.device | None = None
+) -> Origin:
+    """The base model with its adapters, on ``device`` or, if it is given, at another ``place``; and what belongs to it.
 
     Raises:
         ConfigError: settings that cannot work together.
@@ -65,4 +67,4 @@ def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Prog
         data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
     denoiser.precision = spec.precision
     models.adapt(denoiser, card, spec.lora, spec.seed)
-    return Origin(denoiser.to(device), card, judged, data)
+    return Origin(denoiser.to(place or device), card, judged, data)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from rlfusion.common import shards, storage
 from rlfusion.common.weights import Live, Weights
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
@@ -38,10 +39,13 @@ class Collector:
 
     def acting(self, policy: nn.Module, version: int) -> Weights:
         """The learner's weights, for walks to come. In this process, and not ahead of the learner, all that act under
-        them are collected before they change again: they need not be packed.
+        them are collected before they change again: they need not be packed. Of a network that is split,
+        workers elsewhere get all, which the ranks gather together.
         """
-        here = not self.spec.rollout.workers and not self.spec.rollout.lag
-        return Live(policy, version) if here else Weights.of(policy, version)
+        workers = self.spec.rollout.workers
+        if workers and shards.roots(policy):
+            return Weights.whole(policy, version, here=storage.writes())
+        return Live(policy, version) if not workers and not self.spec.rollout.lag else Weights.of(policy, version)
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.training import optimizers
@@ -41,6 +42,7 @@ class Holds(NamedTuple):
         optimizer: of the learner, by its name.
         rows: samples that have activations at once.
         decodes: samples are decoded with a gradient, which is the reward's own.
+        ranks: over which all but activations is split (these are then not measured); 1 for none.
     """
 
     here: bool
@@ -50,6 +52,7 @@ class Holds(NamedTuple):
     optimizer: str
     rows: int
     decodes: bool
+    ranks: int = 1
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -127,16 +130,19 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     wanted = [p for p in denoiser.parameters() if p.requires_grad]
     moments, rows = optimizers.state_bytes(optimizers.parse(holds.optimizer), wanted), holds.rows
     vae = getattr(policy.space, "vae", None)
-    found = {
+    split = {
         "network, frozen": frozen,
         "network, trained": trained,
         "gradients and optimiser": trained + moments,
         "average": trained,
         "copies of what is trained": copies * trained,
         "to undo an update": holds.undo * ((2 + holds.reference) * trained + moments),
-        "autoencoder": sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0,
-        f"activations of {rows} samples": activations(policy, times, shape, rows),
     }
+    found = {name: -(-size // holds.ranks) for name, size in split.items()}
+    found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
+    if shards.roots(denoiser):
+        return found
+    found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
     if holds.decodes:
         found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
     return found

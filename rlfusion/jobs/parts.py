@@ -137,4 +137,5 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         optimizer=getattr(agent, "optimizer", "adamw"),
         rows=getattr(agent, "micro_batch", config.rollout.item),
         decodes=decodes,
+        ranks=config.learner.ranks if config.learner.split else 1,
     )

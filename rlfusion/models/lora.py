@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import nn
 
-from rlfusion.common import spec, storage
+from rlfusion.common import shards, spec, storage
 from rlfusion.common.errors import ConfigError, require_positive, shorten, unknown
 from rlfusion.common.seeding import integer
 from rlfusion.common.weights import ADAPTER
@@ -143,9 +143,12 @@ def _adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def save(folder: Path, net: nn.Module) -> None:
-    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``. One that
+    is split is gathered, for which all ranks call this.
+    """
     from peft import get_peft_model_state_dict
 
+    net = shards.gathered(net, here=storage.writes())
     if not storage.writes():
         return
     storage.make_folder(folder)

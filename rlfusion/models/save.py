@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion.common import storage
+from rlfusion.common import shards, storage
 from rlfusion.common.weights import pack, sha256
 from rlfusion.diffusion.space import Space
 from rlfusion.models import lora, pipelines
@@ -26,8 +26,10 @@ def space_blob(space: Space) -> dict[str, bytes]:
 
 def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all. Adapters are
-    merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written.
+    merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written. What is
+    split over ranks is gathered, for which all of them call this.
     """
+    denoiser = shards.gathered(denoiser, here=storage.writes())
     if not storage.writes():
         return
     storage.make_folder(folder)

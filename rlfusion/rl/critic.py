@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key, integer, stream
 from rlfusion.common.tensors import Cond
@@ -132,7 +133,7 @@ def make_critic(text: str, task: Task, seed: int) -> Critic:
     """
     like, weight = bare(task.policy.denoiser)
     with models.initial(integer(seed, "critic")):
-        net = copy.deepcopy(lora.merged(like).net) if text == COPY else _new(text, task)
+        net = copy.deepcopy(lora.merged(shards.gathered(like, here=True)).net) if text == COPY else _new(text, task)
         own = Denoiser(net, like.schedule, like.kind, like.precision)
         critic = Critic(own if text != COPY or weight is None else Embedded(own, weight), task.shape)
     first = next(like.parameters())

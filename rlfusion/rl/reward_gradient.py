@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond, map_cond, moved
@@ -235,8 +236,14 @@ def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:
         NumericalError: it is not finite.
     """
     wanted = [p for p in module.parameters() if p.requires_grad]
-    found = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
-    norm = torch.stack([g.norm() for g in found if g is not None] or [torch.zeros(())]).norm().item()
+    if any(map(shards.is_split, wanted)):  # autograd knows the gathered parameters alone
+        value.backward(retain_graph=keep)
+        norm = current().norm([p.grad for p in wanted if p.grad is not None] or [torch.zeros(())]).item()
+        for p in wanted:
+            p.grad = None
+    else:
+        found = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
+        norm = torch.stack([g.norm() for g in found if g is not None] or [torch.zeros(())]).norm().item()
     if norm != norm or norm == float("inf"):
         raise NumericalError(f"the gradient of the reward is not finite (norm {norm}): look at the reward")
     return norm

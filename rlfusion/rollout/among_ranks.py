@@ -6,6 +6,8 @@ from rlfusion.common.frames import joined_blobs, split_blobs
 from rlfusion.common.weights import Weights
 from rlfusion.rollout.backend import Backend, Pending, check_versions
 from rlfusion.rollout.item import WorkItem
+from rlfusion.rollout.local import Local
+from rlfusion.rollout.task import idle, moves, run_item
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.rollout.wire import from_wire, to_wire
 from rlfusion.training.ranks import Ranks
@@ -40,6 +42,32 @@ class AmongRanks(Backend):
     def close(self) -> None:
         if self.inner is not None:
             self.inner.close()
+
+
+class InStep(AmongRanks):
+    """A backend of every rank where the network is split: all walk at the same time, and one whose walk is shorter, or
+    that has none, calls the network for nothing, so that all call it equally often.
+    """
+
+    def __init__(self, acting: Local, ranks: Ranks) -> None:
+        super().__init__(acting, ranks, whole=False)
+        self.acting = acting
+
+    def submit(self, items: Sequence[WorkItem], weights: Weights) -> Pending:
+        check_versions(items, weights)
+        return lambda: self._all(self._walked(items, weights), len(items))
+
+    def _walked(self, items: Sequence[WorkItem], weights: Weights) -> list[Trajectory]:
+        task, rank, found = self.acting.task, self.ranks.rank, []
+        self.acting.load(weights)
+        for first in range(0, len(items), self.ranks.count):
+            together = items[first : first + self.ranks.count]
+            rest = max(moves(task, item) for item in together)
+            if rank < len(together):
+                found.append(run_item(task, together[rank]))
+                rest -= moves(task, together[rank])
+            idle(task, rest)
+        return found
 
 
 def _wired(trajectory: Trajectory) -> tuple[bytes, bytes]:

@@ -21,10 +21,14 @@ class Local(Backend):
         return lambda: self._run(items, weights)
 
     def _run(self, items: Sequence[WorkItem], weights: Weights) -> list[Trajectory]:
+        self.load(weights)
+        return [run_item(self.task, item) for item in items]
+
+    def load(self, weights: Weights) -> None:
+        """Act under these weights from here on."""
         if weights.mark != self._loaded:
             weights.load_into(self.task.policy)
             self._loaded = weights.mark
-        return [run_item(self.task, item) for item in items]
 
     def close(self) -> None:
         """Nothing is held."""

@@ -145,7 +145,7 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = [obs.x], [], obs.cond, None
     before = _remembered(task)
-    for k in range(len(task.times) - 1 if rollout_spec.end else int(begin.max())):
+    for k in range(moves(task, item)):
         distribution = task.policy(obs)
         action = distribution.sample(noise[:, k + 1])
         if rollout_spec.path:
@@ -164,6 +164,20 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
         _cached(before, _remembered(task), group) if rollout_spec.end else None,
     )
+
+
+def moves(task: Task, item: WorkItem) -> int:
+    """The steps that the longest walk of an item takes."""
+    return len(task.times) - 1 if task.rollout_spec.end else int(task.rollout_spec.begin(item).max())
+
+
+@torch.no_grad()
+def idle(task: Task, steps: int) -> None:
+    """Call the policy as often as a walk of so many steps does, for nothing."""
+    group = {} if task.conditions is None else {"group": torch.zeros(1, dtype=torch.int64)}
+    obs, _ = task.environment(1).reset(options={"noise": torch.zeros(1, *task.shape, device=task.device), **group})
+    for _ in range(steps):
+        task.policy(obs)
 
 
 def _remembered(task: Task) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from rlfusion.common.weights import sha256
 
 FREE = re.compile(
     r"(root|name|device|threads|updates|budget_queries|workers|rollout\.workers|ray(\..*)?|"
-    r"learner\.(ranks|cpus_per_rank|gpus_per_rank|resources_per_rank(\..*)?|restarts|timeout_s)|"
+    r"learner\.(ranks|shard|cpus_per_rank|gpus_per_rank|resources_per_rank(\..*)?|restarts|timeout_s)|"
     r"(pretrain\.)?checkpoint_every|checkpoints\..*)"
 )
 """Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, NumericalError, require_decay
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.training.learning_rate import Factor, rise
@@ -147,7 +148,7 @@ class EMA:
         require_entries(state["shadow"], self.shadow, "the averages' shadow")
         self.count = state["count"]
         for name, value in state["shadow"].items():
-            self.shadow[name].copy_(value)
+            shards.put(value, self.shadow[name])
 
 
 def _rule(decay: Decay | float) -> Decay:
@@ -233,7 +234,7 @@ class Optimization:
             RanksDiffer: the ranks' parameters are not the same any more.
         """
         current().reduce(self.named.values())
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm).item()
+        norm = current().clip(self.named.values(), self.max_grad_norm).item()
         if norm != norm or norm == float("inf"):
             bad = [name for name, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
             self.clear()

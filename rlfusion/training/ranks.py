@@ -13,26 +13,21 @@ knows nothing of ranks is right on any number of them, and no faster.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import NumericalError, RlfusionError
 from rlfusion.common.weights import pack, unpack
+from rlfusion.training.sums import Body, Record, Round, Sums, backward, buckets, calls_of
 
-Record = dict[str, Tensor]
-Body = Callable[[Tensor], tuple[Tensor, Record]]
-"""The work of a micro-batch: rows -> the loss whose gradient is accumulated, and what is to be known of it."""
-
-BUCKET = 2**24
-"""Elements of gradients that are reduced at a time."""
 PATIENCE = timedelta(days=30)
 """For which ranks wait for the first to make what they then find: a base model, pairs of a teacher."""
 FIRST, EVERY = 3, 50
@@ -64,6 +59,7 @@ class Ranks:
     def __post_init__(self) -> None:
         self._sums: dict[nn.Parameter, list[Tensor | None]] = {}
         self._patient: Any = None
+        self._beside: Any = None
 
     @property
     def mine(self) -> range:
@@ -94,17 +90,35 @@ class Ranks:
         Raises:
             NumericalError: ``body`` did, on this rank or another.
         """
-        if self.shares == 1:
-            return list(_run(torch.arange(len(share)), micro_batch, body))
-        records: list[Record] = []
-        with self._apart(module) as own, self._alike():
-            for v in self.mine:
-                records += _run((share.cpu() == v).nonzero().flatten(), micro_batch, body)
+        split = bool(shards.roots(module))
+        if self.shares == 1 and not split:
+            return [backward(rows, body) for rows in calls_of(torch.ones(len(share)), micro_batch)]
+        calls = [calls_of(share.cpu() == v, micro_batch) for v in range(self.shares)]
+        records: dict[tuple[int, int], Record] = {}
+        with self._apart(module) as own, self.alike():
+            for v, found in self._in_step(module, calls, body) if split else self._by_share(calls, body):
+                records |= {(v, i): record for i, record in enumerate(found)}
                 own.end_of_share()
         return self.gather(records)
 
+    def _by_share(self, calls: list[list[Tensor]], body: Body) -> Iterator[tuple[int, list[Record]]]:
+        """The shares of this rank, each of micro-batches ``calls[v]``, backwards; and their records."""
+        for v in self.mine:
+            yield v, [backward(some, body) for some in calls[v]]
+
+    def _in_step(self, module: nn.Module, calls: list[list[Tensor]], body: Body) -> Iterator[tuple[int, list[Record]]]:
+        """The same of a network that is split: neighbouring shares at the same time, one a rank, whose gradients FSDP2
+        adds up. A rank that has fewer micro-batches than another idles: one row, of no weight.
+        """
+        for first in range(0, self.shares, self.count):
+            v, most = first + self.rank, max(map(len, calls[first : first + self.count]))
+            mine = Round(module, body, self.count, self.exact, self.alike)
+            found = [mine(some, last=i == most - 1) for i, some in enumerate([*calls[v], *[None] * most][:most])]
+            mine.finish()
+            yield v, found[: len(calls[v])]
+
     @contextmanager
-    def _alike(self) -> Iterator[None]:
+    def alike(self) -> Iterator[None]:
         """What is not finite within the context on one rank is an error on all: each then undoes the same update."""
         own: NumericalError | None = None
         try:
@@ -119,9 +133,9 @@ class Ranks:
                 raise NumericalError(f"{text.decode()} (on rank {rank})")
 
     @contextmanager
-    def _apart(self, module: nn.Module) -> Iterator["_Sums"]:
+    def _apart(self, module: nn.Module) -> Iterator["Sums"]:
         """Within the context the gradients of ``module`` are a sum of their own, kept for ``reduce`` afterwards."""
-        sums = _Sums([p for p in module.parameters() if p.requires_grad], self.exact)
+        sums = Sums([p for p in module.parameters() if p.requires_grad], self.exact)
         try:
             yield sums
         except BaseException:
@@ -147,7 +161,7 @@ class Ranks:
 
     def _total(self, parameters: Sequence[nn.Parameter], sums: list[Tensor | None]) -> list[Tensor | None]:
         """The sum over the ranks of each parameter's; None where no rank has a gradient."""
-        if self.count == 1:
+        if self.count == 1 or all(map(shards.is_split, parameters)):  # the sum of what is split is FSDP2's
             return sums
         told = torch.tensor([total is not None for total in sums], dtype=torch.int32)
         torch.distributed.all_reduce(told)
@@ -158,41 +172,71 @@ class Ranks:
 
     def _reduced(self, tensors: list[Tensor]) -> Iterator[Tensor]:
         """The sum over the ranks of each tensor, in buckets."""
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             if self.exact:
                 parts = [torch.empty_like(flat) for _ in range(self.count)]
                 torch.distributed.all_gather(parts, flat)
-                flat = _tree(parts)
+                flat = shards.tree(parts)
             else:
                 torch.distributed.all_reduce(flat)
             sizes = [tensor.numel() for tensor in bucket]
             yield from (part.view_as(tensor) for part, tensor in zip(flat.split(sizes), bucket))
 
-    def gather(self, records: list[Record]) -> list[Record]:
-        """The records of all ranks, in their order, each on the device of the first of this rank."""
+    @torch.no_grad()
+    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+        """Scale the gradients down to the norm ``most``; their norm before, of what is split over all ranks."""
+        wanted = [p for p in parameters if p.grad is not None]
+        if not any(shards.is_split(p) for p in wanted):
+            return nn.utils.clip_grad_norm_(wanted, most)
+        gradients = [p.grad for p in wanted if p.grad is not None]
+        norm = self.norm(gradients)
+        for p, gradient in zip(wanted, gradients):
+            own = nn.Parameter(shards.own(p))
+            own.grad = shards.own(gradient)
+            nn.utils.clip_grads_with_norm_(own, most, norm)
+        return norm
+
+    @torch.no_grad()
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of gradients that are split; ``exact``: as of whole ones, of which there is one at a time."""
+        if self.exact:
+            return nn.utils.get_total_norm([nn.utils.get_total_norm([shards.whole(g)]) for g in gradients])
+        squares = torch.stack([shards.own(g).double().square().sum() for g in gradients]).sum()
+        if self.count > 1:
+            torch.distributed.all_reduce(squares)
+        return squares.sqrt().to(gradients[0].dtype)
+
+    def gather(self, records: Mapping[tuple[int, int], Record]) -> list[Record]:
+        """The records of all ranks by share and number, in that order, each on the device of the first of this rank."""
         if self.count == 1:
-            return records
-        device = next((value.device for record in records for value in record.values()), torch.device("cpu"))
-        own = {f"{i}/{name}": value for i, record in enumerate(records) for name, value in record.items()}
+            return [records[key] for key in sorted(records)]
+        device = next((value.device for record in records.values() for value in record.values()), torch.device("cpu"))
+        own = {f"{v}/{i}/{name}": value for (v, i), record in records.items() for name, value in record.items()}
         found: dict[tuple[int, int], Record] = {}
-        for rank, blob in enumerate(self.exchange(pack(own))):
+        for blob in self.exchange(pack(own)):
             for key, value in unpack(blob).items():
-                i, _, name = key.partition("/")
-                found.setdefault((rank, int(i)), {})[name] = value.to(device)
+                v, i, name = key.split("/", 2)
+                found.setdefault((int(v), int(i)), {})[name] = value.to(device)
         return [found[key] for key in sorted(found)]
 
-    def exchange(self, blob: bytes) -> list[bytes]:
-        """The bytes of every rank, in the order of the ranks."""
+    def meet_beside(self) -> None:
+        """Have a second group, for what another thread does (``exchange``) while the ranks go on."""
+        if self.count > 1 and self._beside is None:
+            self._beside = torch.distributed.new_group(backend="gloo")
+
+    def exchange(self, blob: bytes, beside: bool = False) -> list[bytes]:
+        """The bytes of every rank, in the order of the ranks. In another thread it is ``beside``."""
         if self.count == 1:
             return [blob]
+        group = self._beside if beside else None
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        torch.distributed.all_gather(sizes, torch.tensor([len(blob)]))
+        torch.distributed.all_gather(sizes, torch.tensor([len(blob)]), group=group)
         longest = max(int(size) for size in sizes)
         own = torch.zeros(longest, dtype=torch.uint8)
         own[: len(blob)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else own[:0]
         parts = [torch.empty_like(own) for _ in range(self.count)]
-        torch.distributed.all_gather(parts, own)
+        torch.distributed.all_gather(parts, own, group=group)
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes)]
 
     @contextmanager
@@ -240,7 +284,8 @@ class Ranks:
         Raises:
             RanksDiffer: names the first that differs.
         """
-        if self.count == 1 or not (step <= FIRST or step % EVERY == 0):
+        named = {name: p for name, p in named.items() if not shards.is_split(p)}  # no two ranks hold the same rows
+        if self.count == 1 or not named or not (step <= FIRST or step % EVERY == 0):
             return
         own = torch.stack([_mark(p) for p in named.values()]).cpu()
         parts = [torch.empty_like(own) for _ in range(self.count)]
@@ -261,77 +306,6 @@ def _dealt(orders: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
         parts = order.tensor_split(steps)
         yield [parts[(i - at) % steps] for i in range(steps)]
         at += len(order)
-
-
-def _run(rows: Tensor, micro_batch: int, body: Body) -> Iterator[Record]:
-    """The micro-batches of ``rows``, backwards; a detached record each."""
-    for some in rows.split(micro_batch) if len(rows) else ():
-        loss, record = body(some)
-        loss.backward()
-        yield {name: value.detach() for name, value in record.items()}
-
-
-class _Sums:
-    """The gradients of some parameters, summed over shares; what they had before is put back."""
-
-    def __init__(self, parameters: list[nn.Parameter], exact: bool) -> None:
-        self.parameters, self.exact = parameters, exact
-        self.before = [p.grad for p in parameters]
-        self.levels: list[list[Tensor | None] | None] = []
-        self._clear()
-
-    def _clear(self) -> None:
-        for p in self.parameters:
-            p.grad = None
-
-    def end_of_share(self) -> None:
-        """Take the share's gradients into the tree, where there is one: as a binary counter that carries."""
-        if not self.exact:
-            return
-        carried: list[Tensor | None] = [p.grad for p in self.parameters]
-        self._clear()
-        for i, level in enumerate(self.levels):
-            if level is None:
-                self.levels[i] = carried
-                return
-            carried, self.levels[i] = [_plus(a, b) for a, b in zip(level, carried)], None
-        self.levels.append(carried)
-
-    def totals(self) -> list[Tensor | None]:
-        """The sums; the gradients are not touched any more."""
-        if not self.exact:
-            return self.final
-        return reduce(lambda low, high: [_plus(a, b) for a, b in zip(high, low)], filter(None, self.levels))
-
-    def put_back(self) -> None:
-        """Give the parameters the gradients that they had."""
-        self.final: list[Tensor | None] = [p.grad for p in self.parameters]
-        for p, grad in zip(self.parameters, self.before):
-            p.grad = grad
-
-
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _tree(parts: list[Tensor]) -> Tensor:
-    """Eq. (2) of neighbouring subtrees."""
-    while len(parts) > 1:
-        paired = [a + b for a, b in zip(parts[::2], parts[1::2])]
-        parts = paired + parts[len(paired) * 2 :]
-    return parts[0]
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, up to ``BUCKET`` elements at a time."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def _mark(p: Tensor) -> Tensor:

@@ -61,6 +61,22 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
     assert seen <= LOOPBACK
 
 
+def test_ranks_whose_network_is_split_are_lost_and_end_in_the_same_bits(alone):
+    process = Process(alone, *RUN, *RANKS, "--learner.shard", "fsdp", "--name", "split")
+
+    def killed() -> bool:
+        if updates(alone, "split") < 2:
+            return False
+        os.kill(titled("ray::Rank")[-1], signal.SIGKILL)
+        return True
+
+    result = process.once(killed, 0).wait()
+    assert result.code == 0, result.err
+    assert "ranks is lost" in result.err
+    assert weights(alone, "split") == weights(alone, "alone")
+    assert list((alone / "runs" / "split" / "checkpoints").glob("step-*/learner.rows-1-of-2.safetensors"))
+
+
 def test_a_stop_is_saved_by_the_ranks_and_goes_on_in_one_process(alone):
     process = Process(alone, *RUN, *RANKS, "--name", "stopped", "--updates", 40)
     result = process.once(lambda: updates(alone, "stopped") >= 2, signal.SIGTERM).wait()

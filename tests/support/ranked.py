@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,19 @@ from rollout_tasks import CLASSES, SHAPE, make_policy
 from torch import Tensor, nn
 
 from rlfusion.agents import AGENTS
-from rlfusion.common import spec
+from rlfusion.common import shards, spec
 from rlfusion.data import Dataset
+from rlfusion.diffusion.denoiser import Precision
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.ranks import Ranks, RanksDiffer, current, joined
 
-Form = tuple[int, bool]
-"""Shares, and whether the sum is exact."""
+Form = tuple[int, bool] | tuple[int, bool, bool]
+"""Shares, whether the sum is exact, and whether the network is split."""
 Work = tuple[list[str], Form]
 STEPS, UPDATES, PER_PROMPT = 3, 2, 8
 
@@ -42,17 +45,23 @@ def walks(task: Task, policy: nn.Module, iteration: int) -> Trajectory:
     return concatenate([run_item(acting, item) for item in items])
 
 
-def trained(agent: str) -> tuple[list[Tensor], list[dict[str, float]]]:
+def trained(
+    agent: str, split: bool = False, device: str = "cpu", precision: Precision = "float32"
+) -> tuple[list[Tensor], list[dict[str, float]]]:
     """The weights and metrics of a few updates of an agent, on whatever ranks this process is one of."""
     settings = spec.parse(agent, AGENTS, AGENTS.what)
     policy = make_policy(1)
-    task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own")
+    policy.denoiser.precision = precision
+    if split:
+        shards.split(policy.denoiser.net, torch.device(device), current().exact)
+    policy.to(device)
+    task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device)
     task = replace(task, rollout_spec=settings.rollout_spec(STEPS))
     draw = torch.Generator().manual_seed(0)
     data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
     learner = settings.learner(task, data, 0)
     metrics = [learner.update(walks(task, learner.policy, i)) for i in range(UPDATES)]
-    return [p.detach() for p in policy.parameters()], metrics
+    return [shards.whole(p).detach().cpu() for p in policy.parameters()], metrics
 
 
 def digest(tensors: list[Tensor]) -> str:
@@ -73,6 +82,34 @@ def drifted() -> str:
     except RanksDiffer as error:
         return str(error)
     return ""
+
+
+def held(split: bool) -> dict[str, int]:
+    """Bytes that this rank holds of a network after a step: of parameters, gradients, moments and the average."""
+    torch.manual_seed(0)
+    net = ResidualMLP(SHAPE, CLASSES, width=64, depth=2)
+    if split:
+        shards.split(net, torch.device("cpu"), current().exact)
+    module = nn.ModuleDict({"net": net})
+    optimization = Optimization(module, 1e-3, ema=0.9)
+
+    def body(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = torch.ones(len(rows), *SHAPE)
+        return module["net"](x, x.flatten(1)[:, 0], torch.zeros(len(rows), dtype=torch.int64)).square().sum(), {}
+
+    current().accumulate(module, current().share(torch.arange(8), 8), 4, body)
+    current().reduce(optimization.named.values())
+    gradients = _bytes([p.grad for p in optimization.named.values()])
+    optimization.step()
+    moments = [m for p in optimization.named.values() for m in optimization.optimizer.inner.state[p].values() if m.ndim]
+    about = {"parameters": list(module.parameters()), "moments": moments, "average": optimization.ema.shadow.values()}
+    return {"gradients": gradients} | {name: _bytes(tensors) for name, tensors in about.items()}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory in which they lie."""
+    storages = [shards.own(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _member(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: tuple) -> None:
@@ -98,34 +135,39 @@ def members(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
 
 
-def _agents(rank: int, count: int, work: list[Work]) -> tuple[list[list[tuple]], str]:
+def _agents(rank: int, count: int, work: list[Work]) -> tuple[list[list[tuple]], str, list[dict[str, int]]]:
     told = []
     for agents, form in work:
-        with joined(Ranks(rank, count, *form)):
-            told.append([_told(agent) for agent in agents])
+        with joined(Ranks(rank, count, *form[:2])):
+            told.append([_told(agent, *form[2:]) for agent in agents])
     with joined(Ranks(rank, count, count)):
-        return told, drifted()
+        drift = drifted()
+    with joined(Ranks(rank, count, count, exact=True)):
+        return told, drift, [held(False), held(True)]
 
 
-def _told(agent: str) -> tuple[str, list[list[float]], list[dict[str, float]]]:
-    weights, metrics = trained(agent)
+def _told(agent: str, split: bool = False) -> tuple[str, list[list[float]], list[dict[str, float]]]:
+    weights, metrics = trained(agent, split)
     return digest(weights), [w.flatten().tolist() for w in weights], metrics
 
 
 class OfRanks(NamedTuple):
-    """``told[rank][work][agent]``: the digest, the weights and the metrics; and what each rank says of a drift."""
+    """``told[rank][work][agent]``: the digest, the weights and the metrics; what each rank says of a drift; and
+    ``held`` of each, of a network that is not split and of one that is.
+    """
 
     told: list[list[list[tuple]]]
     drift: list[str]
+    held: list[list[dict[str, int]]]
 
 
+@cache
 def alone(agent: str, form: Form) -> tuple[str, list[list[float]], list[dict[str, float]]]:
     """The same of one process."""
-    with joined(Ranks(0, 1, *form)):
+    with joined(Ranks(0, 1, *form[:2])):
         return _told(agent)
 
 
 def on_ranks(count: int, work: list[Work]) -> OfRanks:
     """Train agents on so many ranks, each list of them in one form."""
-    held = members(count, _agents, work)
-    return OfRanks([told for told, _ in held], [drift for _, drift in held])
+    return OfRanks(*zip(*members(count, _agents, work)))

@@ -8,9 +8,10 @@ import torch
 from ranked import alone, on_ranks
 from torch import nn
 
-from rlfusion.agents import AGENTS
+from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.frames import joined_blobs, split_blobs
+from rlfusion.config import Finetune
 from rlfusion.config.parts import Learners
 from rlfusion.rl.agent import Plan
 from rlfusion.training.ranks import Ranks
@@ -29,13 +30,21 @@ AGENT_SETTINGS = [
     "qsm(q='denoised')",
     "dawr()",
 ]
+SPLIT_SETTINGS = [*AGENT_SETTINGS, "ddpo(micro_batch=4, kl_loss=0.1)", "dpo(micro_batch=2)", "draft(steps=2)"]
 EXACT, SUMMED = (4, True), (4, False)
+SPLIT, SPLIT_SUMMED = (4, True, True), (4, False, True)
 FEW = ["ddpo(kl_loss=0.1)", "draft()"]
 
 
 @pytest.fixture(scope="module")
 def two():
-    return on_ranks(2, [(AGENT_SETTINGS, EXACT), (FEW, SUMMED)])
+    work = [(AGENT_SETTINGS, EXACT), (FEW, SUMMED), (SPLIT_SETTINGS, SPLIT), (FEW, SPLIT_SUMMED)]
+    return on_ranks(2, work)
+
+
+@pytest.fixture(scope="module")
+def four():
+    return on_ranks(4, [(FEW, EXACT), (FEW, SPLIT)])
 
 
 def test_every_agent_is_tried():
@@ -50,18 +59,33 @@ def test_two_ranks_give_the_bits_of_one(two, at):
         assert told[0][at][2] == metrics
 
 
+@pytest.mark.parametrize("form", [1, 3], ids=["whole", "split"])
 @pytest.mark.parametrize("at", range(len(FEW)), ids=FEW)
-def test_all_reduced_sums_are_equal_to_rounding_and_alike_on_all_ranks(two, at):
-    (first, weights, _), (second, _, _) = (told[1][at] for told in two.told)
+def test_sums_of_ranks_are_equal_to_rounding_and_alike_on_all_ranks(two, at, form):
+    (first, weights, _), (second, _, _) = (told[form][at] for told in two.told)
     assert first == second
     for ours, theirs in zip(weights, alone(FEW[at], SUMMED)[1]):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-5)
 
 
-def test_four_ranks_give_the_bits_of_one():
-    four = on_ranks(4, [(FEW, EXACT)])
+@pytest.mark.parametrize("form", range(2), ids=["whole", "split"])
+def test_four_ranks_give_the_bits_of_one(four, form):
     for told in four.told:
-        assert [held[0] for held in told[0]] == [alone(text, EXACT)[0] for text in FEW]
+        assert [held[0] for held in told[form]] == [alone(text, EXACT)[0] for text in FEW]
+
+
+@pytest.mark.parametrize("at", range(len(SPLIT_SETTINGS)), ids=SPLIT_SETTINGS)
+def test_a_network_that_is_split_gives_the_bits_of_one_that_is_whole(two, at):
+    digest, _, metrics = alone(SPLIT_SETTINGS[at], EXACT)
+    for told in two.told:
+        assert told[2][at][0] == digest
+        assert told[2][at][2] == metrics
+
+
+@pytest.mark.parametrize("what", ["parameters", "gradients", "moments", "average"])
+def test_each_of_two_ranks_holds_half_of_what_is_split(two, what):
+    for whole, split in two.held:
+        assert split[what] <= 0.55 * whole[what]
 
 
 def test_a_rank_that_drifts_is_named_with_the_tensor(two):
@@ -142,12 +166,33 @@ def test_blobs_are_framed():
         ({"ranks": 2}, "learner.shares = 1: expected a multiple of learner.ranks = 2, such as 2"),
         ({"ranks": 2, "shares": 6, "exact": True}, "expected shares / ranks to be a power of two, is 3"),
         ({"shares": 0}, "shares = 0"),
+        ({"shard": "fsdp"}, "learner.ranks = 0 with learner.shard = fsdp: expected ranks, 1 at least"),
+        ({"shard": "fsdp", "ranks": 3, "shares": 6, "exact": True}, "learner.ranks = 3: expected a power of two"),
         ({"ranks": -1}, "ranks = -1"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(settings, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         Learners(**settings)
+
+
+def test_a_split_network_takes_optimisers_that_look_at_single_elements():
+    split = Learners(ranks=2, shares=2, shard="fsdp")
+    for text in ("adamw", "sgd(momentum=0.9)", "torch.optim:NAdam"):
+        Finetune(learner=split, agent=ddpo.Config(optimizer=text))
+    for text in ("torch.optim:Adafactor", "torch.optim:Rprop"):
+        Finetune(learner=Learners(ranks=2, shares=2), agent=ddpo.Config(optimizer=text))
+        with pytest.raises(ConfigError, match=f"optimizer {text!r} with learner.shard = fsdp"):
+            Finetune(learner=split, agent=ddpo.Config(optimizer=text))
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1"])
+def test_a_split_network_is_on_cpus_or_the_gpu_of_each_rank(device):
+    split = Learners(ranks=2, shares=2, shard="fsdp", gpus_per_rank=1)
+    with pytest.raises(
+        ConfigError, match=f"device = {device} with learner.shard = fsdp: expected one of auto, cpu, cuda"
+    ):
+        Finetune(learner=split, device=device)
 
 
 def test_walks_are_enough_for_every_step_in_every_share():

@@ -137,11 +137,11 @@ def test_the_next_one_waits_and_its_copy_is_taken_in_the_same_memory(tmp_path, m
     slow = Slow(monkeypatch)
     with Writer(tmp_path, Keep()).open() as writer:
         begin(writer, 1, state(1.0))
-        first = writer._kept["model"]["model/'w'"].data_ptr()
+        first = writer._kept.shards["model"]["model/'w'"].data_ptr()
         threading.Timer(0.1, slow.go.set).start()
         begin(writer, 2, state(2.0))
         assert steps(tmp_path) >= {1}
-        assert writer._kept["model"]["model/'w'"].data_ptr() == first
+        assert writer._kept.shards["model"]["model/'w'"].data_ptr() == first
         begin(writer, 3, {"model": {"w": torch.zeros(9)}})  # of another shape
     for step in (1, 2):
         found = checkpoint.load(tmp_path / f"step-{step:08}")["model"]["w"]

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlfusion import models
+from rlfusion.common import shards
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.common.weights import sha256, unpack
+from rlfusion.common.weights import Weights, learned, require_entries, sha256, unpack
 from rlfusion.config import Evaluation, Finetune
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
@@ -85,11 +86,7 @@ class Job:
 
     @property
     def _split(self) -> bool:
-        if current().count == 1:
-            return False
-        from torch.distributed.tensor import DTensor
-
-        return any(isinstance(p, DTensor) for p in self.policy.parameters())
+        return bool(shards.roots(self.policy))
 
     def _by_first(self, make: Callable[[], Any]) -> Any:
         """What the samples that ``looks`` draws are found to be, on every rank."""
@@ -144,8 +141,28 @@ class Job:
 
     def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
         """All that resuming after ``done`` updates needs."""
-        older = {str(v): unpack(w.blob) for v, w in collector.still_needed(done).items()}
+        older = {str(v): self._tensors(w) for v, w in collector.still_needed(done).items()}
         return self.state_dict() | {"older_weights": older, "slowed": list(collector.slowed)}
+
+    def _tensors(self, weights: Weights) -> dict[str, Tensor]:
+        """The tensors of some weights, split as the policy is where these are one rank's."""
+        ours, held = learned(self.learner.policy), unpack(weights.blob)
+        if self.config.rollout.workers:
+            return held
+        return {name: shards.of_own(value, ours[name]) for name, value in held.items()}
+
+    def repacked(self, version: int, tensors: Mapping[str, Tensor]) -> Weights:
+        """The weights of another version, as the backend takes them, from the tensors that a checkpoint has of it.
+
+        Raises:
+            StateError: they are not of this policy.
+        """
+        ours = learned(self.learner.policy)
+        require_entries(tensors, ours, f"the weights of version {version}")
+        if self.config.rollout.workers:
+            return Weights.packed(version, {name: shards.whole(value) for name, value in tensors.items()})
+        own = {name: shards.own(shards.like(value, ours[name])) for name, value in tensors.items()}
+        return Weights.packed(version, own)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has of the run, but for the weights of walks to come."""
@@ -153,25 +170,26 @@ class Job:
         return {"learner": learner, "older_weights": {}, "slowed": [], "watch": watch, "before": self.before}
 
 
-def prepare(
-    config: Finetune,
-    parts: Parts,
-    run: Run,
-    tracker: Tracker,
-    signals: Signals,
-    progress: Progress,
-    actors: Mapping[str, str] | None = None,
-) -> Job:
-    """Find or make the base model, the judge and the reward, and build the learner with the base model's weights.
-    ``actors`` are those of ``tasks.actors_of``.
+class Found(NamedTuple):
+    """What a fine-tuning begins with, and finds or makes in the cache."""
+
+    origin: base_model.Origin
+    reward: Reward
+
+
+def find(
+    config: Finetune, parts: Parts, signals: Signals, progress: Progress, actors: Mapping[str, str] | None = None
+) -> Found:
+    """Find or make the base model, the judge and the reward. ``actors`` are those of ``tasks.actors_of``.
 
     Raises:
         ConfigError: settings that cannot work together.
     """
-    device, folder = pick_device(config.device), run.folder
+    device = pick_device(config.device)
     config.chain.make_kernel()
-    denoiser, card, judged, data = base_model.begin(parts.base, device, signals, progress)
-    policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
+    place = torch.device("cpu") if config.learner.split else device
+    origin = base_model.begin(parts.base, device, signals, progress, place)
+    denoiser, card, judged, _ = origin
     require_solvable(denoiser, config.chain)
     made = from_actors(actors or {}, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
     reward = judged.reward(config.reward, parts.rewards.options, parts.base.root, config.call_options, made)
@@ -179,9 +197,24 @@ def prepare(
         require_independent(judged.judge, reward)
     if isinstance(reward, torch.nn.Module):
         reward.to(device)
+    return Found(origin, reward)
+
+
+def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress: Progress, found: Found) -> Job:
+    """Build the learner of what was ``found``, at the base model's weights; of a learner that is split, each rank's.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+    """
+    (denoiser, card, judged, data), reward = found
+    folder = run.folder
+    if config.learner.split:
+        shards.split(denoiser.net, pick_device(config.device), current().exact)
+        denoiser.to(pick_device(config.device))  # what is beside the parameters
+    policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     if card.pipeline:
-        found = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
-        progress.say(f"memory: about {memory.described(found)}, and scratch space beside")
+        held = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
+        progress.say(f"memory: about {memory.described(held)}, and scratch space beside")
     learner = make_learner(config, parts, card, policy, reward, data)
     card = replace(card, chain=asdict(config.chain))
 

@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion import models
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.common.weights import Weights, learned, pack, require_entries, sha256
+from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
-from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import anew
-from rlfusion.jobs.finetune.job import Job, prepare
+from rlfusion.jobs.finetune.job import Job, find, prepare
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.models import lora
 from rlfusion.rewards import names_of
-from rlfusion.rollout import Backend, Keep, Local, Recipe, make_backend
-from rlfusion.rollout.among_ranks import AmongRanks
+from rlfusion.rollout import Backend, Keep, Local, make_backend
+from rlfusion.rollout.among_ranks import AmongRanks, InStep
 from rlfusion.rollout.object_store import answer_bytes
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
@@ -76,11 +77,11 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     parts, device = opened(config), pick_device(config.device)
     with cluster_of(parts.workers, progress.say), _actors(parts, ranks) as actors:
         with ranks.in_turn():
-            job = prepare(config, parts, run, tracker, signals, progress, actors)
+            made = find(config, parts, signals, progress, actors)
+        job = prepare(config, parts, run, tracker, progress, made)
         run.require_inputs(job.inputs())
         progress.say(f"plan: {config.agent.plan()}")
-        described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
-        with _backend(job, described, ranks) as backend:
+        with _backend(job, actors, ranks) as backend:
             _require_room(job, backend)
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
             collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device)
@@ -98,20 +99,30 @@ def _actors(parts: Parts, ranks: Ranks) -> Iterator[dict[str, str]]:
         yield json.loads(ranks.exchange(json.dumps(own).encode())[0])
 
 
-def _backend(job: Job, described: Recipe, ranks: Ranks) -> Backend:
+def _backend(job: Job, actors: dict[str, str], ranks: Ranks) -> Backend:
     """The backend of the settings; of several ranks the first has the workers, if there are any."""
-    if ranks.count == 1:
-        return _own_backend(job, described)
     workers = bool(job.config.rollout.workers)
-    return AmongRanks(None if workers and ranks.rank else _own_backend(job, described), ranks, workers)
+    if shards.roots(job.policy) and not workers:
+        return InStep(_acting(job), ranks)
+    policy = shards.gathered(job.policy, here=ranks.rank == 0) if job.config.lora else job.policy
+    if ranks.count == 1:
+        return _own_backend(job, policy, actors)
+    return AmongRanks(None if workers and ranks.rank else _own_backend(job, policy, actors), ranks, workers)
 
 
-def _own_backend(job: Job, described: Recipe) -> Backend:
+def _own_backend(job: Job, policy: Policy, actors: dict[str, str]) -> Backend:
     """In this process a pretrained model shares what is not trained with its copy."""
+    parts, device = job.parts, pick_device(job.config.device)
     if job.card.pipeline and not job.config.rollout.workers:
-        return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
+        return _acting(job)
+    described = recipe(parts.task, parts.workers, job.card, policy, job.reward, device, actors)
     keep = Keep(job.folder / FAILED, job.folder.name, job.card.names)
-    return make_backend(described, job.parts.workers.backend, keep)
+    return make_backend(described, parts.workers.backend, keep)
+
+
+def _acting(job: Job) -> Local:
+    """Walks in this process, by a copy of the policy."""
+    return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
 
 
 def _require_room(job: Job, backend: Backend) -> None:
@@ -182,8 +193,8 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
                 f"budget_queries = {job.config.budget_queries}: after {found.step} updates the run has asked for "
                 f"{job.learner.queries} rewards already, expected as many at least, or 0"
             )
-        blobs = {int(version): pack(tensors) for version, tensors in state["older_weights"].items()}
-        return [Weights(version, sha256(blob), blob) for version, blob in sorted(blobs.items())]
+        older = {int(version): tensors for version, tensors in state["older_weights"].items()}
+        return [job.repacked(version, tensors) for version, tensors in sorted(older.items())]
 
 
 def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:

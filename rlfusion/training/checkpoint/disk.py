@@ -28,20 +28,32 @@ def _owned_name(kind: str, path: Path) -> Path:
 def attempt(path: Path, files: dict[str, bytes]) -> None:
     """Write a checkpoint; what fails leaves nothing behind."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tidy(path.parent)
-        _write(path, files)
+        part = begin(path)
+        add(part, files)
+        give(part, path)
     except OSError:
         with suppress(OSError):  # the folder itself may be what is gone
             tidy(path.parent)
         raise
 
 
-def _write(path: Path, files: dict[str, bytes]) -> None:
+def begin(path: Path) -> Path:
+    """A folder of this process, in which a checkpoint is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tidy(path.parent)
     part = _owned_name("part", path)
     part.mkdir()
+    return part
+
+
+def add(part: Path, files: dict[str, bytes]) -> None:
+    """Write files into it."""
     for name, blob in files.items():
         _write_file(part / name, blob)
+
+
+def give(part: Path, path: Path) -> None:
+    """Give it its name, once all that is in it is on the disk."""
     _sync_folder(part)
     if os.path.lexists(path):
         path.rename(path.with_name(f".replaced-{path.name}"))

@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rlfusion.common import storage
 from rlfusion.common.errors import StateError
 from rlfusion.common.nested import flatten
 from rlfusion.common.numerics import differences, fingerprint
 from rlfusion.common.weights import read_file, sha256
+from rlfusion.training.checkpoint import rows
 from rlfusion.training.checkpoint.keep import METRIC
 
 FORMAT = 2
@@ -93,16 +95,25 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+Files = dict[str, bytes]
+"""The content of files by name."""
+Shards = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by name, below each top-level key of a state."""
+
+
 class Snapshot(NamedTuple):
-    """A state at one moment: its JSON record, and its tensors on the CPU by name, below each top-level key."""
+    """A state at one moment: its JSON record, and its tensors on the CPU by name, below each top-level key; of those
+    that are split over ranks, this rank's rows apart.
+    """
 
     record: dict[str, Any]
     shards: dict[str, dict[str, Tensor]]
+    split: dict[str, dict[str, Tensor]]
 
 
-def snapshot(state: Mapping[str, Any], kept: Mapping[str, Mapping[str, Tensor]] | None = None) -> Snapshot:
-    """A copy of ``state`` that shares memory with nothing, in the memory of ``kept``, an earlier one's shards, where
-    the tensors are of the same shape and dtype.
+def snapshot(state: Mapping[str, Any], kept: Snapshot | None = None) -> Snapshot:
+    """A copy of ``state`` that shares memory with nothing, in the memory of ``kept``, an earlier one, where the tensors
+    are of the same shape and dtype. What is not split is copied where this process ``storage.writes``.
 
     Raises:
         TypeError: the state holds what no checkpoint can; its place is named.
@@ -113,12 +124,17 @@ def snapshot(state: Mapping[str, Any], kept: Mapping[str, Mapping[str, Tensor]] 
             raise CheckpointError(f"state[{key!r}]: expected a top-level name of letters, digits, '_', '.' and '-'")
     live: dict[str, dict[str, Tensor]] = {key: {} for key in state}
     record = {"dict": [[key, flatten(value, key, live[key])] for key, value in state.items()]}
-    old = kept or {}
-    shards = {
-        key: {name: _copy(tensor, old.get(key, {}).get(name)) for name, tensor in held.items()}
+    parted = {key: rows.apart(held) for key, held in live.items()}
+    plain = {key: held if storage.writes() else {} for key, (held, _) in parted.items()}
+    split = {key: held for key, (_, held) in parted.items()}
+    return Snapshot(record, _copies(plain, kept.shards if kept else {}), _copies(split, kept.split if kept else {}))
+
+
+def _copies(live: Shards, kept: Shards) -> dict[str, dict[str, Tensor]]:
+    return {
+        key: {name: _copy(tensor, kept.get(key, {}).get(name)) for name, tensor in held.items()}
         for key, held in live.items()
     }
-    return Snapshot(record, shards)
 
 
 def _copy(tensor: Tensor, kept: Tensor | None) -> Tensor:
@@ -129,14 +145,37 @@ def _copy(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return kept.copy_(tensor.detach())
 
 
-def files_of(held: Snapshot, step: int, owner: Owner, metric: dict[str, Any] | None = None) -> dict[str, bytes]:
-    """The content of every file of a checkpoint, by name; ``metric`` is what ``Keep.metric`` gave."""
+class Entry(NamedTuple):
+    """What a manifest states of a file."""
+
+    size: int
+    sha256: str
+
+
+def entries_of(files: Files) -> dict[str, Entry]:
+    """The entries of some files."""
+    return {name: Entry(len(blob), sha256(blob)) for name, blob in files.items()}
+
+
+def files_of(held: Snapshot, step: int, owner: Owner) -> Files:
+    """The content of the files of a checkpoint that one process writes, but for the manifest."""
     files = {f"{key}.safetensors": safetensors.torch.save(shard) for key, shard in held.shards.items() if shard}
-    about = {"step": step, "run": owner.run, "settings": owner.digests[-1]}
-    files["state.json"] = json.dumps({**about, "state": held.record}, allow_nan=False).encode()
-    entries = {name: {"size": len(blob), "sha256": sha256(blob)} for name, blob in files.items()}
-    manifest = {"format": FORMAT, **about, "files": entries, "fingerprint": fingerprint()}
+    files["state.json"] = json.dumps({**_about(step, owner), "state": held.record}, allow_nan=False).encode()
+    return files
+
+
+def split_of(held: Snapshot, rank: int, count: int) -> Files:
+    """The content of the files that each rank writes, of what is split."""
+    return {rows.name_of(key, rank, count): safetensors.torch.save(split) for key, split in held.split.items() if split}
+
+
+def manifest_of(entries: Mapping[str, Entry], step: int, owner: Owner, metric: dict[str, Any] | None) -> Files:
+    """The manifest of files with these entries; ``metric`` is what ``Keep.metric`` gave."""
+    listed = {name: entry._asdict() for name, entry in entries.items()}
+    manifest = {"format": FORMAT, **_about(step, owner), "files": listed, "fingerprint": fingerprint()}
     manifest |= {METRIC: metric} if metric else {}
-    return files | {
-        "manifest.json": json.dumps({**manifest, "sha256": sha256(_canonical(manifest))}, indent=2).encode()
-    }
+    return {"manifest.json": json.dumps({**manifest, "sha256": sha256(_canonical(manifest))}, indent=2).encode()}
+
+
+def _about(step: int, owner: Owner) -> dict[str, Any]:
+    return {"step": step, "run": owner.run, "settings": owner.digests[-1]}

@@ -11,28 +11,36 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rlfusion.common import storage
+from rlfusion.common import shards, storage
 from rlfusion.common.errors import RlfusionError, StateError
 from rlfusion.common.nested import restore
 from rlfusion.common.weights import unpack
-from rlfusion.training.checkpoint.disk import attempt, candidates, remove, set_aside, tidy
+from rlfusion.training.checkpoint import rows
+from rlfusion.training.checkpoint.disk import add, attempt, begin, candidates, give, remove, set_aside, tidy
 from rlfusion.training.checkpoint.keep import Keep
 from rlfusion.training.checkpoint.manifest import (
     MALFORMED,
     NOBODY,
     CheckpointError,
+    Entry,
+    Files,
     Owner,
     Snapshot,
+    entries_of,
     files_of,
     fingerprint_warnings,
+    manifest_of,
     name_of,
     snapshot,
+    split_of,
     verify,
 )
+from rlfusion.training.ranks import Ranks, current
 
 KEEP = Keep()
 NONE: Mapping[str, float] = {}
 _log = logging.getLogger(__name__)
+UNSAVED = "; the checkpoint was not saved"
 
 
 class Found(NamedTuple):
@@ -67,29 +75,37 @@ def save(
     metric = keep.metric(metrics)
     if step < 0:
         raise CheckpointError(f"step = {step}: expected step >= 0")
-    if not storage.writes():
+    if not (storage.writes() or shards.active()):
         return folder / name_of(step)
-    return commit(folder, Commit(step, owner, keep, metric), snapshot(state))
+    return commit(folder, Commit(step, owner, keep, metric, current()), snapshot(state))
 
 
 class Commit(NamedTuple):
-    """What a checkpoint says of itself beside its state, and which others stay beside it."""
+    """What a checkpoint says of itself beside its state, which others stay beside it, and the ranks that write it."""
 
     step: int
     owner: Owner
     keep: Keep
     metric: dict[str, Any] | None
+    ranks: Ranks = Ranks()
 
 
 def commit(folder: Path, about: Commit, held: Snapshot) -> Path:
-    """Write a snapshot, verify what was written, and remove what does not stay: the one way to a checkpoint.
+    """Write a snapshot, verify what was written, and remove what does not stay: the one way to a checkpoint. Where the
+    network is split all ranks do so together, beside whatever else they do.
 
     Raises:
         CheckpointError, StorageError: as ``save``.
     """
     path, keep = folder / name_of(about.step), about.keep
-    files = files_of(held, about.step, about.owner, about.metric)
-    storage.patiently(lambda: attempt(path, files), path, "; the checkpoint was not saved")
+    if split := split_of(held, about.ranks.rank, about.ranks.count):
+        _write_together(path, about, held, split)
+    else:
+        files = files_of(held, about.step, about.owner)
+        files |= manifest_of(entries_of(files), about.step, about.owner, about.metric)
+        storage.patiently(lambda: attempt(path, files), path, UNSAVED)
+    if about.ranks.rank:
+        return path
     verify(path)
     there = {at: old for at, old in candidates(folder) if at <= about.step}
     stay = keep.stay([keep.held(at, old) for at, old in there.items()]) | {about.step}
@@ -97,6 +113,28 @@ def commit(folder: Path, about: Commit, held: Snapshot) -> Path:
         remove(old)
     tidy(folder)
     return path
+
+
+def _write_together(path: Path, about: Commit, held: Snapshot, split: Files) -> None:
+    """Each rank writes its ``split`` files into a folder of the first rank's, which writes the others and the manifest
+    of all, and gives the folder its name.
+    """
+    ranks, first = about.ranks, about.ranks.rank == 0
+    part = str(storage.patiently(lambda: begin(path), path, UNSAVED)) if first else ""
+    place = Path(ranks.exchange(part.encode(), beside=True)[0].decode())
+    try:
+        storage.patiently(lambda: add(place, split), path, UNSAVED)
+        listed = ranks.exchange(json.dumps(entries_of(split)).encode(), beside=True)
+        if first:
+            files = files_of(held, about.step, about.owner)
+            entries = {name: Entry(*entry) for own in map(json.loads, listed) for name, entry in own.items()}
+            files |= manifest_of(entries | entries_of(files), about.step, about.owner, about.metric)
+            storage.patiently(lambda: add(place, files), path, UNSAVED)
+            storage.patiently(lambda: give(place, path), path, UNSAVED)
+    except OSError:
+        if first:
+            tidy(path.parent)
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -111,8 +149,9 @@ def load(path: Path) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     try:
         for name in manifest["files"]:
-            if name.endswith(".safetensors"):
+            if name.endswith(".safetensors") and not rows.NAME.fullmatch(name):
                 tensors |= unpack((path / name).read_bytes())
+        tensors |= rows.read(path, manifest["files"])
         return restore(json.loads((path / "state.json").read_text())["state"], tensors)
     except (*MALFORMED, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from rlfusion.common import storage
+from rlfusion.common import shards, storage
 from rlfusion.common.errors import RlfusionError
 from rlfusion.common.stops import StopRequested, leaving
 from rlfusion.training.checkpoint.keep import Keep
-from rlfusion.training.checkpoint.manifest import CheckpointError, Owner, snapshot
+from rlfusion.training.checkpoint.manifest import CheckpointError, Owner, Snapshot, snapshot
 from rlfusion.training.checkpoint.saving import Commit, commit
+from rlfusion.training.ranks import current
 
 LEAVING_S = 60.0
 """For which a process that ends at once waits for the checkpoint that it is writing."""
@@ -37,7 +36,7 @@ class Writer:
         self.size = 0
         self._thread = ThreadPoolExecutor(1, "rlfusion-checkpoint")
         self._going: Future[None] | None = None
-        self._kept: Mapping[str, Mapping[str, Tensor]] = {}
+        self._kept: Snapshot | None = None
 
     def begin(
         self,
@@ -57,13 +56,16 @@ class Writer:
         metric = self.keep.metric(metrics)
         if step < 0:
             raise CheckpointError(f"step = {step}: expected step >= 0")
-        if not storage.writes():
+        if not (storage.writes() or shards.active()):
             return
         self.settle()
         held = snapshot(state, self._kept)
-        self._kept = held.shards if self.keep.background else {}
-        self.size = sum(t.numel() * t.element_size() for shard in held.shards.values() for t in shard.values())
-        about = Commit(step, owner, self.keep, metric)
+        self._kept = held if self.keep.background else None
+        copied = [t for of in (held.shards, held.split) for shard in of.values() for t in shard.values()]
+        self.size = sum(t.numel() * t.element_size() for t in copied)
+        about = Commit(step, owner, self.keep, metric, current())
+        if any(held.split.values()):
+            about.ranks.meet_beside()
 
         def write() -> None:
             commit(self.folder, about, held)

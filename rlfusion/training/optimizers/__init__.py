@@ -10,7 +10,7 @@ In brackets stand the arguments of the class, but for ``lr`` and ``weight_decay`
 """
 
 from rlfusion.training.optimizers.named import NamedOptimizer, state_bytes
-from rlfusion.training.optimizers.names import OPTIMIZERS, parse, settle
+from rlfusion.training.optimizers.names import OPTIMIZERS, parse, require_elementwise, settle
 from rlfusion.training.optimizers.recipe import Recipe
 
-__all__ = ["OPTIMIZERS", "NamedOptimizer", "Recipe", "parse", "settle", "state_bytes"]
+__all__ = ["OPTIMIZERS", "NamedOptimizer", "Recipe", "parse", "require_elementwise", "settle", "state_bytes"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import StateError
 from rlfusion.common.weights import require_entries
 from rlfusion.training.optimizers.recipe import Recipe
@@ -75,7 +76,7 @@ class NamedOptimizer:
             raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
         like: dict[str, Any] = next(iter(self.recipe.stepped(self.named[name]).state.values()), {})
         require_entries(held, like, f"moments of {name!r}")
-        return {k: v.to(like[k].device) if isinstance(like[k], Tensor) else v for k, v in held.items()}
+        return {k: shards.like(v, like[k]).to(like[k].device) if isinstance(v, Tensor) else v for k, v in held.items()}
 
     def _load_groups(self, saved: list[Any]) -> None:
         new = _settings(self.recipe.stepped(next(iter(self.named.values())))) if any(saved) else []

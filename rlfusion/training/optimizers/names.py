@@ -21,6 +21,18 @@ OPTIMIZERS = Registry(
     "rlfusion.optimizers",
     {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adamw8bit": f"{__package__}.eight_bits:AdamW8bit"},
 )
+ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+)
+"""Those whose step of an element depends on that element's gradients alone."""
 _BESIDE = "it is a setting of its own, beside the optimizer"
 _REFUSED = {
     "params": "the parameters are those that are trained",
@@ -52,6 +64,22 @@ def parse(text: str) -> Recipe:
     recipe = Recipe(name, kind, settings, not (found.ours or of_torch(kind)))
     _try(recipe)
     return recipe
+
+
+def require_elementwise(text: str) -> None:
+    """Refuse an optimiser that does not step each element of a parameter by itself: of what is split over ranks, each
+    has some rows alone.
+
+    Raises:
+        ConfigError: says which do.
+    """
+    recipe = parse(text)
+    if recipe.kind not in ELEMENTWISE:
+        known = ", ".join(["adamw", "sgd", *(f"torch.optim:{kind.__name__}" for kind in ELEMENTWISE[2:])])
+        raise ConfigError(
+            f"optimizer {recipe.name!r} with learner.shard = fsdp: it may look at whole parameters, of which a rank "
+            f"has some rows alone; expected one of {known}"
+        )
 
 
 def settle(settings: Any) -> None:

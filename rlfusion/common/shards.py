@@ -1,0 +1,266 @@
+"""Networks whose parameters lie in shards over the ranks: torch's FSDP2 (``fully_shard``), applied in one place.
+
+A parameter that is split is a DTensor: each of N ranks holds neighbouring rows of it, about 1 / N, and the same rows of
+its gradient, moments and average. The parameters of a part of the network (each layer of its lists) are gathered while
+that part computes, and given up again; so all ranks must call the network equally often, in step.
+
+What is split is computed with through torch, and reaches files and workers through ``own`` (this rank's rows) or
+``whole`` (all of them, which all ranks must ask for together).
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlfusion.common.errors import ConfigError
+
+Whole = TypeVar("Whole", bound=nn.Module)
+
+_outlines: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
+"""The networks that are split, and each as it was before, without memory for its parameters."""
+_mesh: Any = None
+"""The ranks over which they are split."""
+_split: tuple[type, ...] = ()
+"""The type of what is split; none, and torch's module of it not imported, until something is."""
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether a tensor lies in shards over the ranks."""
+    return isinstance(tensor, _split)
+
+
+def active() -> bool:
+    """Whether this process has a network that is split."""
+    return bool(_outlines)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, in its own memory; of one that is not split, itself."""
+    return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of one that is split, a copy, which all ranks ask for together."""
+    return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def rows(length: int, rank: int, count: int) -> slice:
+    """The rows that a rank holds of a tensor of so many: equal parts but for the last ones, which may be short."""
+    each = -(-length // count)
+    return slice(min(rank * each, length), min((rank + 1) * each, length))
+
+
+def held(length: int) -> slice:
+    """The rows that this process holds of a tensor of so many; all of them unless it has a network that is split."""
+    return rows(length, _mesh.get_local_rank(), _mesh.size()) if _outlines else slice(0, length)
+
+
+def placed(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape from the rows of ``held``: split, where this process has a network that is."""
+    if not _outlines:
+        return value
+    from torch.distributed.tensor import DTensor, Shard
+
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(value, _mesh, (Shard(0),), run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def like(value: Tensor, ours: Tensor) -> Tensor:
+    """``value``, all rows of it or split, split (or not) as ``ours`` of the same shape is."""
+    if not is_split(ours):
+        return whole(value)
+    return value if is_split(value) else of_own(value[held(len(value))].clone(), ours)
+
+
+def of_own(value: Tensor, ours: Tensor) -> Tensor:
+    """A tensor that is split as ``ours``, from this rank's rows; of one that is not split, themselves."""
+    return placed(value, ours.shape) if is_split(ours) else value
+
+
+@torch.no_grad()
+def put(value: Tensor, ours: Tensor) -> None:
+    """Copy ``value``, split or not, into ``ours`` of the same shape, split or not."""
+    own(ours).copy_(own(like(value, ours)))
+
+
+def roots(module: nn.Module) -> list[nn.Module]:
+    """The networks in a module that are split."""
+    return [part for part in module.modules() if part in _outlines] if _outlines else []
+
+
+def split(net: nn.Module, device: torch.device, exact: bool) -> None:
+    """Give each rank of the default group its rows of the parameters of ``net``, on ``device``, in place.
+
+    Raises:
+        ConfigError: a parameter is a single number; or ``exact``, and this torch cannot sum in a tree of ours.
+    """
+    global _split
+    from torch.distributed.tensor import DTensor
+
+    for name, p in net.named_parameters():
+        if p.ndim == 0:
+            raise ConfigError(
+                f"learner.shard = fsdp: parameter {name!r} is a single number, expected one of shape (1,)"
+            )
+    _split = (DTensor,)
+    outline = copy.deepcopy(net, {id(p): _hollow(p) for p in net.parameters()})
+    _shard(net, device, exact)
+    _outlines[net] = outline
+
+
+def _hollow(p: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+
+
+def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
+    """Let FSDP2 have each part of ``net``, and the rest of it. Every part is given up after its forward pass, the root
+    too: what would stay would be old once the optimiser has stepped.
+    """
+    global _mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if _mesh is None:
+        _mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in [*_parts(net), net]:
+        fully_shard(part, mesh=_mesh, reshard_after_forward=True)
+    if exact and not {"set_custom_reduce_scatter", "set_force_sum_reduction_for_comms"} <= vars(FSDPModule).keys():
+        raise ConfigError(
+            f"learner.exact = true with learner.shard = fsdp: torch {torch.__version__} cannot sum gradients in a tree "
+            "of ours, expected torch >= 2.9, or learner.exact = false"
+        )
+    for part in net.modules() if exact else ():
+        if isinstance(part, FSDPModule):
+            part.set_custom_reduce_scatter(TREE)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in the lists of ``module``, the outermost ones, that have parameters."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _listed(child)
+        else:
+            yield from _parts(child)
+
+
+def _listed(modules: nn.Module) -> Iterator[nn.Module]:
+    for child in modules.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _listed(child)
+        elif any(True for _ in child.parameters()):
+            yield child
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A copy of a network that is split, split likewise; it shares the parameters that are not trained."""
+    twin = copy.deepcopy(_outlines[net])
+    held = dict(net.named_parameters())
+    _shard(twin, own(next(iter(held.values()))).device, exact=False)
+    state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    state |= {name: p.detach() for name, p in held.items() if not p.requires_grad}
+    twin.load_state_dict(state, assign=True)
+    _outlines[twin] = copy.deepcopy(_outlines[net])
+    return twin
+
+
+def memo(module: nn.Module) -> dict[int, Any]:
+    """For ``copy.deepcopy`` of a module: copies of the networks in it that are split."""
+    return {id(net): copied(net) for net in roots(module)}
+
+
+def gathered(module: Whole, here: bool) -> Whole:
+    """A copy of the module that is not split, on the CPU; itself where nothing in it is. All ranks ask for it together;
+    those that do not want it ``here`` get one without memory for its parameters.
+    """
+    found: dict[int, Any] = {}
+    for net in roots(module):
+        plain = found[id(net)] = copy.deepcopy(_outlines[net])
+        state: dict[str, Tensor] = {}
+        for name, value in net.state_dict().items():
+            full = whole(value).detach()
+            if here:
+                state[name] = full.to("cpu", copy=True)
+        plain.load_state_dict(state, strict=here, assign=True)
+    return copy.deepcopy(module, found) if found else module
+
+
+class _Tree:
+    """The reduce-scatter of FSDP2 as a tree of neighbours, so that its sum does not depend on the number of ranks.
+    Outside of ``summed`` all ranks have computed alike, and each keeps its own.
+    """
+
+    summing = False
+
+    def allocate(self, size: Iterable[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        parts = input_tensor.view(group.size(), -1)
+        if self.summing:
+            parts = torch.empty_like(parts)
+            torch.distributed.all_to_all_single(parts, input_tensor.view_as(parts), group=group)
+            output_tensor.copy_(tree(list(parts)))
+        else:
+            output_tensor.copy_(parts[group.rank()])
+
+
+TREE = _Tree()
+
+
+def tree(parts: list[Tensor]) -> Tensor:
+    """The sum of parts, neighbours first, as a binary tree."""
+    while len(parts) > 1:
+        paired = [a + b for a, b in zip(parts[::2], parts[1::2])]
+        parts = paired + parts[len(paired) * 2 :]
+    return parts[0]
+
+
+@contextmanager
+def summed() -> Iterator[None]:
+    """Within the context gradients are those of other work on each rank, and are added up."""
+    TREE.summing = True
+    try:
+        yield
+    finally:
+        TREE.summing = False
+
+
+@contextmanager
+def calls(module: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Within the context, how often each part of what is split is called with gradients."""
+    found: Counter[nn.Module] = Counter()
+
+    def called(part: nn.Module, _: Any) -> None:
+        if torch.is_grad_enabled():
+            found[part] += 1
+
+    parts = [part for net in roots(module) for part in [*_parts(net), net]]
+    hooks = [part.register_forward_pre_hook(called) for part in parts]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def unreduced(module: nn.Module) -> Iterator[None]:
+    """Within the context gradients stay on their rank, whole, until a backward pass after it takes them along."""
+    nets: list[Any] = roots(module)
+    for net in nets:
+        net.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for net in nets:
+            net.set_requires_gradient_sync(True)
