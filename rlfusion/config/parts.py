@@ -219,6 +219,13 @@ class Learners:
         if self.ranks and device.startswith("cuda") and not self.gpus_per_rank:
             raise ConfigError(f"learner.gpus_per_rank = 0 with device = {device}: expected 1, or a share of a GPU")
 
+    def require_whole(self) -> None:
+        """Raise ConfigError where ranks are to split a network, and what they do is of whole ones."""
+        if self.split:
+            raise ConfigError(
+                f"learner.shard = {self.shard}: finetune alone splits a network over ranks, expected none"
+            )
+
     def require_batch(self, name: str, batch: int) -> None:
         """Raise ConfigError where a batch, the setting ``name``, has fewer samples than there are shares."""
         if batch < self.shares:

@@ -5,8 +5,9 @@ import torch
 from ranked import members
 from ranked_fits import FITS, METHODS, OBJECTIVES, alone, fitted, method, work
 
-from rlfusion import distill, pretrain
+from rlfusion import config, distill, pretrain
 from rlfusion.common.errors import ConfigError
+from rlfusion.config.parts import Learners
 
 EXACT, SUMMED = (4, True), (4, False)
 FEW, FEW_METHODS = ["CT(s1=8)", "dropout"], ["dmd"]
@@ -79,6 +80,12 @@ def test_shares_distil_as_the_whole_batch(name, tmp_path):
 def test_of_fewer_samples_than_shares_none_is_learned():
     with pytest.raises(ConfigError, match=r"batch = 10: expected a sample at least in each of learner.shares = 16"):
         alone((16, False), fitted, FITS[0])
+
+
+@pytest.mark.parametrize("settings", [config.Pretrain, config.Autoencode, config.Distill])
+def test_a_network_that_is_split_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"learner.shard = fsdp: finetune alone splits .* expected none"):
+        settings(learner=Learners(ranks=2, shares=2, shard="fsdp"))
 
 
 def test_two_ranks_go_on_with_what_one_began(folder, tmp_path):
