@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlfusion.training import checkpoint
-from rlfusion.training.checkpoint import disk
+from rlfusion.training.checkpoint import disk, saving
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 CUT, UNSYNCED = 9, 3
@@ -125,10 +125,10 @@ def test_a_writer_that_does_not_sync_the_folder_is_found_out(tmp_path, monkeypat
 
 def test_a_writer_that_writes_in_place_is_found_out(tmp_path, monkeypatch):
     def in_place(path: Path, files: dict[str, bytes]) -> None:
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         for name, blob in files.items():
             disk._write_file(path / name, blob)
 
-    monkeypatch.setattr(disk, "_write", in_place)
+    monkeypatch.setattr(saving, "attempt", in_place)
     with pytest.raises(AssertionError):
         tried(tmp_path, 2)
