@@ -197,6 +197,7 @@ def _private_environment(folder: Path, patience_s: float) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+        _core.Config.initialize("")  # else this process would ask other clusters with this one's token
 
 
 @contextmanager

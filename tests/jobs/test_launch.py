@@ -22,6 +22,7 @@ from rlfusion.common.errors import ConfigError, StorageError, UnavailableError
 from rlfusion.config.launch import Jobs, Launch
 from rlfusion.jobs.launch import arrival, cluster, environment, wheel
 from rlfusion.jobs.launch.inputs import Inputs
+from rlfusion.rollout import ray_cluster
 from rlfusion.jobs.launch.job import new_order, resume, submit
 
 REWARD = "def brightness(samples, cond):\n    return samples.flatten(1).mean(1)\n"
@@ -284,6 +285,13 @@ def test_an_address_where_nothing_is_ends_with_69_in_one_line(here, capsys):
     assert [
         line.startswith("rlfusion: unavailable: no Ray dashboard answers at http://127.0.0.1:1") for line in lines
     ] == [True] * 2
+
+
+def test_a_private_cluster_leaves_nothing_of_its_token(tmp_path, capsys):
+    with ray_cluster._private_environment(tmp_path, 5):
+        pass
+    assert main(["jobs", "list", "--address", "http://127.0.0.1:1", "--timeout_s", "5"]) == 69
+    assert capsys.readouterr().err.startswith("rlfusion: unavailable: no Ray dashboard answers")
 
 
 def test_a_port_that_accepts_and_says_nothing_is_given_up_at_the_deadline(capsys):
