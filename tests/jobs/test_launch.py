@@ -22,8 +22,8 @@ from rlfusion.common.errors import ConfigError, StorageError, UnavailableError
 from rlfusion.config.launch import Jobs, Launch
 from rlfusion.jobs.launch import arrival, cluster, environment, wheel
 from rlfusion.jobs.launch.inputs import Inputs
-from rlfusion.rollout import ray_cluster
 from rlfusion.jobs.launch.job import new_order, resume, submit
+from rlfusion.rollout import ray_cluster
 
 REWARD = "def brightness(samples, cond):\n    return samples.flatten(1).mean(1)\n"
 
