@@ -48,7 +48,6 @@ class Decoded:
         self.decoding = [part for part in (vae.decoder, getattr(vae, "post_quant_conv", None)) if part is not None]
         for part in self.decoding:
             part.to(dtype)
-        self.dtype = dtype
         shift, std = each.get("latents_mean", config.get("shift_factor") or 0.0), each.get("latents_std", 1.0)
         self.shift, self.scale = _channels(shift), config["scaling_factor"] / _channels(std)
         self.channels, self.factor, self.chunk = channels, factor, chunk
@@ -75,7 +74,7 @@ class Decoded:
         return to_pixels(torch.cat([decode(part) for part in parts]))
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(self.dtype)).sample.to(z)
+        return self.vae.decode(z.to(next(self.vae.decoder.parameters()).dtype)).sample.to(z)
 
     def latent(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of a sample."""
