@@ -73,7 +73,8 @@ def nodes() -> Iterator[Nodes]:
         held = Nodes(cluster, started)
         held.join()
         held.join()
-        ray.init(address=cluster.address, **ray_cluster.OPTIONS)
+        with ray_cluster._undisturbed_signals():  # other tests of this process look at them
+            ray.init(address=cluster.address, **ray_cluster.OPTIONS)
         stack.callback(ray.shutdown)
         yield held
 
