@@ -7,7 +7,7 @@ setup:  ## the environment, with everything that the tests and the checks need
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -e '.[test,dev]'
 
-test:  ## everything, in parallel where it may be: some 25 minutes on two cores
+test:  ## everything, in parallel where it may be: half an hour on two cores
 	PYTHON=$(PYTHON) sh tests/run
 
 quick:  ## the mathematics alone: under a minute
