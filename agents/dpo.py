@@ -24,7 +24,7 @@ from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond, map_cond, moved, sum_features
-from rlfusion.common.weights import learned, require_entries, restore
+from rlfusion.common.weights import learned, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy, frozen_copy
@@ -32,6 +32,7 @@ from rlfusion.diffusion.schedule import level
 from rlfusion.objectives.renoise import noised, renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.agent import Plan
+from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
@@ -192,18 +193,10 @@ class Learner:
         return {"pairs": float(len(pair(batch.reward, batch.group, self.config.pairs)[0]))}
 
     def state_dict(self) -> dict:
-        return {
-            "optimization": self.optimization.state_dict(),
-            "reference": learned(self.reference),
-            "iteration": self.iteration,
-            "queries": self.queries,
-        }
+        return state_of(self, {"reference": self.reference})
 
     def load_state_dict(self, state: dict) -> None:
-        require_entries(state, self.state_dict(), "the learner")
-        self.optimization.load_state_dict(state["optimization"])
-        restore(self.reference, state["reference"])
-        self.iteration, self.queries = state["iteration"], state["queries"]
+        put_back(state, self, {"reference": self.reference})
 
 
 def pair(reward: Tensor, group: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share
 from rlfusion.rl.advantage import group_moments, normalize
 from rlfusion.rl.agent import Plan
+from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
@@ -210,17 +210,7 @@ class Learner:
         return self.transitions.require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
 
     def state_dict(self) -> dict:
-        state = {
-            "optimization": self.optimization.state_dict(),
-            "iteration": self.iteration,
-            "queries": self.queries,
-        }
-        reference = self.transitions.reference
-        return state if reference is None else state | {"reference": learned(reference)}
+        return state_of(self, {"reference": self.transitions.reference})
 
     def load_state_dict(self, state: dict) -> None:
-        require_entries(state, self.state_dict(), "the learner")
-        self.optimization.load_state_dict(state["optimization"])
-        self.iteration, self.queries = state["iteration"], state["queries"]
-        if self.transitions.reference is not None:
-            restore(self.transitions.reference, state["reference"])
+        put_back(state, self, {"reference": self.transitions.reference})

@@ -23,13 +23,13 @@ from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import map_cond, mean_features, moved
-from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.objectives.renoise import renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import group_relative
 from rlfusion.rl.agent import Plan
+from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
 from rlfusion.rollout.trajectory import Trajectory
@@ -202,14 +202,7 @@ class Learner:
         return {}
 
     def state_dict(self) -> dict:
-        state = {"optimization": self.optimization.state_dict(), "old": learned(self.policy)}
-        state |= {"iteration": self.iteration, "queries": self.queries}
-        return state if self.base is None else state | {"base": learned(self.base)}
+        return state_of(self, {"old": self.policy, "base": self.base})
 
     def load_state_dict(self, state: dict) -> None:
-        require_entries(state, self.state_dict(), "the learner")
-        self.optimization.load_state_dict(state["optimization"])
-        restore(self.policy, state["old"])
-        self.iteration, self.queries = state["iteration"], state["queries"]
-        if self.base is not None:
-            restore(self.base, state["base"])
+        put_back(state, self, {"old": self.policy, "base": self.base})

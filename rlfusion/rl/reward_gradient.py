@@ -20,10 +20,10 @@ from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond, map_cond, moved
-from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rl.agent import Plan
+from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
@@ -210,16 +210,10 @@ class Learner:
         return self._summary([terms]) | {"grad_norm": norm}
 
     def state_dict(self) -> dict:
-        state = {"optimization": self.optimization.state_dict(), "iteration": self.iteration, "queries": self.queries}
-        reference = self.paths.reference
-        return state if reference is None else state | {"reference": learned(reference)}
+        return state_of(self, {"reference": self.paths.reference})
 
     def load_state_dict(self, state: dict) -> None:
-        require_entries(state, self.state_dict(), "the learner")
-        self.optimization.load_state_dict(state["optimization"])
-        self.iteration, self.queries = state["iteration"], state["queries"]
-        if self.paths.reference is not None:
-            restore(self.paths.reference, state["reference"])
+        put_back(state, self, {"reference": self.paths.reference})
 
 
 def _part(batch: Trajectory, walks: Tensor, iteration: int, epoch: int) -> Part:
