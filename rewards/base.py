@@ -138,7 +138,7 @@ def unchanged(name: str, *held: object) -> Iterator[None]:
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+            torch.set_default_device(device)  # of torch 2.6, None would leave a device that cannot be read
     if versions != [_version(part) for part in held]:
         raise RewardError(f"reward {name!r} changed its samples or conditions in place: expected it to work on a copy")
 

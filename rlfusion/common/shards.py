@@ -98,7 +98,7 @@ def split(net: nn.Module, device: torch.device, exact: bool) -> None:
     """Give each rank of the default group its rows of the parameters of ``net``, on ``device``, in place.
 
     Raises:
-        ConfigError: a parameter is a single number; or ``exact``, and this torch cannot sum in a tree of ours.
+        ConfigError: a parameter is a single number; or this torch is too old.
     """
     global _split
     from torch.distributed.tensor import DTensor
@@ -123,6 +123,11 @@ def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
     too: what would stay would be old once the optimiser has stepped.
     """
     global _mesh
+    if not can_split():
+        raise ConfigError(
+            f"learner.shard = fsdp: the FSDP2 of torch {torch.__version__} takes no sums of ours, expected a newer "
+            "torch (2.14 does), or learner.shard = none"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -130,16 +135,18 @@ def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
         _mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in [*_parts(net), net]:
         fully_shard(part, mesh=_mesh, reshard_after_forward=True)
-    if exact and not {"set_custom_reduce_scatter", "set_force_sum_reduction_for_comms"} <= vars(FSDPModule).keys():
-        raise ConfigError(
-            f"learner.exact = true with learner.shard = fsdp: torch {torch.__version__} cannot sum gradients in a tree "
-            "of ours, expected torch >= 2.9, or learner.exact = false"
-        )
     for part in net.modules() if exact else ():
         if isinstance(part, FSDPModule):
             part.set_custom_reduce_scatter(TREE)
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+def can_split() -> bool:
+    """Whether this torch has an FSDP2 whose sums may be ours."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return {"set_custom_reduce_scatter", "set_force_sum_reduction_for_comms"} <= vars(FSDPModule).keys()
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:

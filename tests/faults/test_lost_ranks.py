@@ -9,6 +9,8 @@ import pytest
 from processes import Process, listening, rlfusion, titled
 from tiny_runs import TINY
 
+from rlfusion.common import shards
+
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")]
 SHARED = ("--learner.shares", 2, "--learner.exact", "true", "--checkpoint_every", 1, "--reward", "ink", "--updates", 5)
 RUN = ("finetune", *TINY, *SHARED)
@@ -61,6 +63,7 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
     assert seen <= LOOPBACK
 
 
+@pytest.mark.skipif(not shards.can_split(), reason="needs an FSDP2 that takes sums of ours")
 def test_ranks_whose_network_is_split_are_lost_and_end_in_the_same_bits(alone):
     process = Process(alone, *RUN, *RANKS, "--learner.shard", "fsdp", "--name", "split")
 

@@ -7,9 +7,13 @@ import pytest
 from ranked_jobs import jobs_on_ranks
 from tiny_runs import TINY
 
+from rlfusion.common import shards
 from rlfusion.training import checkpoint
 
-pytestmark = pytest.mark.alone
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not shards.can_split(), reason="needs an FSDP2 that takes sums of ours"),
+]
 FULL = (
     *TINY,
     "--updates",

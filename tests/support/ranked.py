@@ -143,7 +143,7 @@ def _agents(rank: int, count: int, work: list[Work]) -> tuple[list[list[tuple]],
     with joined(Ranks(rank, count, count)):
         drift = drifted()
     with joined(Ranks(rank, count, count, exact=True)):
-        return told, drift, [held(False), held(True)]
+        return told, drift, [held(split) for split in ((False, True) if shards.can_split() else (False,))]
 
 
 def _told(agent: str, split: bool = False) -> tuple[str, list[list[float]], list[dict[str, float]]]:
