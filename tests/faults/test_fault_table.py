@@ -63,6 +63,7 @@ def nodes() -> Iterator[Nodes]:
 
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "write_ray_address", lambda *given: None)  # that is a file of the whole machine
+        stack.enter_context(ray_cluster._undisturbed_signals())  # other tests of this process look at them
         folder = stack.enter_context(private_folder())
         stack.enter_context(ray_cluster._private_environment(folder, PATIENCE_S))
         started: list[Any] = []
@@ -73,8 +74,7 @@ def nodes() -> Iterator[Nodes]:
         held = Nodes(cluster, started)
         held.join()
         held.join()
-        with ray_cluster._undisturbed_signals():  # other tests of this process look at them
-            ray.init(address=cluster.address, **ray_cluster.OPTIONS)
+        ray.init(address=cluster.address, **ray_cluster.OPTIONS)
         stack.callback(ray.shutdown)
         yield held
 
