@@ -43,6 +43,7 @@ def row(name: str, lag: int, report: Report, items: int) -> str:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("workers", 1000), ("ranks", 64), ("steps", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)

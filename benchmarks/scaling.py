@@ -49,6 +49,7 @@ class Kind(NamedTuple):
 
 
 def kinds(model: dict[str, Any]) -> tuple[Kind, Kind]:
+    """What may be trained of a model: adapters, or all weights."""
     return Kind("LoRA", model["adapters"], model["parameters"]), Kind("all weights", model["parameters"], 0)
 
 
@@ -93,15 +94,18 @@ def spent(kind: Kind, model: dict[str, Any], ranks: int) -> dict[str, float]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def gb(size: float) -> str:
+    """Bytes, in GB with three digits."""
     return f"{size / 1e9:.3g}"
 
 
 def samples(models: dict[str, Any]) -> str:
+    """What one sample takes of each model."""
     head = ["model", "pixels", "parameters, 1e9", "LoRA, 1e6", "forward, TFLOP", "backward, TFLOP"]
     head += ["activations, GB", "checkpointed, GB"]
     rows = [
@@ -114,6 +118,7 @@ def samples(models: dict[str, Any]) -> str:
 
 
 def memory(models: dict[str, Any]) -> str:
+    """The bytes of a rank, of each model and kind."""
     head = ["model", "trained", "weights, gradients, moments", "beside", "all, on one rank"]
     head += [f"over {n} ranks" for n in GPUS]
     rows = [
@@ -126,6 +131,7 @@ def memory(models: dict[str, Any]) -> str:
 
 
 def traffic(models: dict[str, Any]) -> str:
+    """The bytes on the wire, of each model and kind."""
     ways = [(how, n) for n in GPUS for how in ("replicated", "exact", "sharded")]
     head = ["model", "trained", *(f"{how}, {n}" for how, n in ways), "a version", "a walk, MB"]
     rows = [
@@ -139,6 +145,7 @@ def traffic(models: dict[str, Any]) -> str:
 
 
 def verdict(models: dict[str, Any]) -> str:
+    """What saturates first, and which settings to choose."""
     head = ["model", "trained", "GPUs", "shard", "samples at once"]
     head += ["rollout, s", "learning, s", "wire, s", "publishing, s", "saturates first", "then"]
     rows = []
@@ -175,6 +182,7 @@ def placed(page: str) -> str:
 
 
 def main() -> None:
+    """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="the page to put them on")
     page = parser.parse_args().write

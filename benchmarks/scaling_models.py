@@ -49,6 +49,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without memory."""
     return torch.zeros(*shape, dtype=dtype, device="meta")
 
 
@@ -67,6 +68,7 @@ def unet(cross: int, size: int, **settings: Any) -> tuple[Any, Callable[[nn.Modu
 
 
 def sd3(pixels: int = 1024, **settings: Any) -> tuple[Any, Callable[[nn.Module], Tensor]]:
+    """A transformer of Stable Diffusion 3, and a call of it."""
     from diffusers import SD3Transformer2DModel
 
     def call(net: nn.Module) -> Tensor:
@@ -78,6 +80,7 @@ def sd3(pixels: int = 1024, **settings: Any) -> tuple[Any, Callable[[nn.Module],
 
 
 def flux(pixels: int = 1024) -> tuple[Any, Callable[[nn.Module], Tensor]]:
+    """The transformer of FLUX.1, and a call of it."""
     from diffusers import FluxTransformer2DModel
 
     def call(net: nn.Module) -> Tensor:
@@ -90,6 +93,7 @@ def flux(pixels: int = 1024) -> tuple[Any, Callable[[nn.Module], Tensor]]:
 
 
 def qwen(pixels: int = 1024) -> tuple[Any, Callable[[nn.Module], Tensor]]:
+    """The transformer of Qwen-Image, and a call of it."""
     from diffusers import QwenImageTransformer2DModel
 
     def call(net: nn.Module) -> Tensor:
@@ -175,6 +179,7 @@ def counted(pixels: int, make: Any, call: Callable[[nn.Module], Tensor]) -> dict
 
 
 def main() -> None:
+    """Count every model, and write what was counted."""
     nn.functional.scaled_dot_product_attention = attention
     found = {}
     for name, (pixels, parts) in MODELS.items():

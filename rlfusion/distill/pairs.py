@@ -36,7 +36,7 @@ from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training.checkpoint import write_json_atomic
-from rlfusion.training.devices import deterministic, set_numerics
+from rlfusion.training.devices import set_numerics, told
 from rlfusion.training.ranks import current
 
 ITEM = 250
@@ -211,8 +211,7 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
         "card": asdict(card),
         "chain": asdict(chain),
         "threads": settings.threads,
-        "deterministic": deterministic(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        **dict(zip(("deterministic", "tf32"), told())),
         "device": settings.worker_device(device),
     }
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))

@@ -10,9 +10,10 @@ from rlfusion.common.errors import ConfigError, near, shorten
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """Where cuBLAS reads how much memory it may use, and the values of it with which it repeats itself."""
 
-
 Deterministic = bool | Literal["strict"]
 """Whether a GPU repeats itself; "strict" where it would be an error that an operation does not."""
+
+_told: tuple[Deterministic, bool] = (True, False)
 
 
 def set_numerics(
@@ -20,12 +21,15 @@ def set_numerics(
 ) -> None:
     """CPU threads of torch; and how a GPU computes: with kernels that repeat themselves bit for bit (where an operation
     has none, torch warns, or refuses it if "strict"), or with the fastest, chosen by trying; float32 products in
-    float32, or in TF32 (10 bits of mantissa). A process calls it before its first work on the GPU.
+    float32, or in TF32 (10 bits of mantissa). A process calls it before its first work on the GPU. On a
+    CPU the two are only noted, for ``told``.
     """
+    global _told
+    _told = deterministic, tf32
     torch.set_num_threads(threads)
     if torch.device(device).type == "cuda":
-        if deterministic and os.environ.get(WORKSPACE) not in WORKSPACES:
-            os.environ[WORKSPACE] = WORKSPACES[0]
+        if deterministic:
+            os.environ.setdefault(WORKSPACE, WORKSPACES[0])  # torch warns of another value, which is the user's own
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = bool(deterministic), not deterministic
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic != "strict")
@@ -33,11 +37,11 @@ def set_numerics(
         filling.fill_uninitialized_memory = False  # of use to those who read what nobody wrote
 
 
-def deterministic() -> Deterministic:
-    """What this process was told, or what torch begins with."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return False
-    return True if torch.is_deterministic_algorithms_warn_only_enabled() else "strict"
+def told() -> tuple[Deterministic, bool]:
+    """``deterministic`` and ``tf32`` as this process was told them last: for workers that have a GPU where it has
+    none.
+    """
+    return _told
 
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
