@@ -3,10 +3,13 @@
 ``digits`` is scikit-learn's copy of the UCI handwritten digits: 1,797 real 8x8 images of 10 classes, 0..16 grey levels.
 """
 
+import gzip
 import hashlib
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,11 +117,24 @@ class Dataset:
 
 def digits() -> Dataset:
     """The 1,797 handwritten digits, 1x8x8."""
-    from sklearn.datasets import load_digits
+    table = torch.from_numpy(_digits_table().astype(np.float32))
+    x = table[:, :64].reshape(-1, 1, 8, 8) / 8 - 1
+    return Dataset(x, table[:, 64].long(), tuple(str(i) for i in range(10)), levels=17)
 
-    bunch = load_digits()
-    x = torch.from_numpy(bunch.images.astype(np.float32))[:, None] / 8 - 1
-    return Dataset(x, torch.from_numpy(bunch.target.astype(np.int64)), tuple(str(i) for i in range(10)), levels=17)
+
+def _digits_table() -> np.ndarray:
+    """(1797, 65): the 64 pixels of each digit, 0 to 16, and its class. The file in scikit-learn's package is read as it
+    is, because importing scikit-learn (and scipy, pandas) takes longer than all else that a start does beside torch.
+    """
+    package = importlib.util.find_spec("sklearn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz" if package and package.origin else None
+    if file and file.is_file():
+        with gzip.open(file, "rt", encoding="ascii") as lines:
+            return np.loadtxt(lines, delimiter=",")
+    from sklearn.datasets import load_digits  # a scikit-learn that keeps them elsewhere
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
 
 
 def captioned(x: Tensor, captions: list[str], levels: int | None) -> Dataset:

@@ -1,5 +1,8 @@
 """Data sets: what is loaded, how it is split and ordered, what is refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,23 @@ def test_digits_are_those_of_scikit_learn():
     assert digits.label.tolist() == raw.target.tolist()
     assert (digits.classes, digits.shape, len(digits)) == (10, (1, 8, 8), 1797)
     np.testing.assert_array_equal(data.to_pixels(digits.x)[:, 0].numpy() * 16, raw.images)
+
+
+def test_a_scikit_learn_without_the_file_of_digits_is_asked_for_them(monkeypatch):
+    digits = data.digits()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    asked = data.digits()
+    assert torch.equal(asked.x, digits.x)
+    assert torch.equal(asked.label, digits.label)
+
+
+def test_digits_are_read_without_an_import_of_scikit_learn():
+    code = (
+        "import sys; from rlfusion import data; data.digits()\n"
+        "print(*{name.split('.')[0] for name in sys.modules} & {'sklearn', 'scipy', 'pandas'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_to_pixels_clamps():
