@@ -6,20 +6,38 @@ batch size, interrupted or not; and the stream of a sample holds the noises of a
 """
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 Key = int | str
+BLOCK = 2**20
+"""Numbers that ``normals`` draws at a time, where one column is no more than that."""
+
+
+class _Words(ISeedSequence):
+    """A Philox key of its own, instead of one from numpy's hash of a seed: numpy asks the system for a seed first where
+    it is given a key, which takes three times as long as the rest.
+    """
+
+    def __init__(self, digest: bytes) -> None:
+        self.words = np.frombuffer(digest, dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The two words, as Philox asks for them."""
+        assert (n_words, dtype) == (2, np.uint64)
+        return self.words
 
 
 def stream(*key: Key) -> np.random.Generator:
     """The generator of one key. Keys that differ in any part give independent streams."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+    return np.random.Generator(np.random.Philox(_Words(hashlib.blake2b(text.encode(), digest_size=16).digest())))
 
 
 def integer(*key: Key) -> int:
@@ -29,8 +47,22 @@ def integer(*key: Key) -> int:
 
 def normal(key: tuple[Key, ...], items: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 noise (len(items), *shape); row i depends on ``key`` and ``items[i]`` alone."""
-    items = list(items)
-    out = np.empty((len(items), *shape), dtype=np.float32)
-    for row, item in zip(out, items):
-        stream(*key, int(item)).standard_normal(out=row, dtype=np.float32)
+    return _drawn([stream(*key, int(item)) for item in items], shape)
+
+
+def normals(key: tuple[Key, ...], items: Iterable[int], columns: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The ``columns`` (len(items), *shape) of ``normal(key, items, (columns, *shape))``, one after another and drawn as
+    they are taken, ``BLOCK`` numbers at a time.
+    """
+    streams = [stream(*key, int(item)) for item in items]
+    at_once = max(1, BLOCK // max(1, len(streams) * math.prod(shape)))
+    for first in range(0, columns, at_once):
+        yield from _drawn(streams, (min(at_once, columns - first), *shape)).unbind(1)
+
+
+def _drawn(streams: list[np.random.Generator], shape: tuple[int, ...]) -> Tensor:
+    """The next numbers of each stream, (len(streams), *shape)."""
+    out = np.empty((len(streams), *shape), dtype=np.float32)
+    for row, of in zip(out, streams):
+        of.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)

@@ -214,13 +214,22 @@ def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *
 
 
 @torch.no_grad()
-def divergence(policy: Policy, base: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
-    """sum_t KL(policy || base) (N,), in nats, at the states of the walks of ``draw``; steps without noise have none."""
-    parts = []
+def draw_beside(
+    policy: Policy, base: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key
+) -> tuple[Tensor, Tensor]:
+    """The samples of ``draw``; and sum_t KL(policy || base) (N,), in nats, at the states of their walks: steps without
+    noise have none.
+    """
+    noisy, samples, parts = (policy.stds(times) > 0).tolist(), [], []
     for noise, some in _noise(policy, times, label, shape, key):
-        steps = [step for step in walk(policy, noise, times, some) if bool((step.transition.std > 0).all())]
-        parts.append(torch.stack([step.transition.kl(base(step.obs)) for step in steps]).sum(0))
-    return torch.cat(parts)
+        x, found = noise[:, 0], []
+        for step, has_density in zip(walk(policy, noise, times, some), noisy):
+            x = step.x
+            if has_density:
+                found.append(step.transition.kl(base(step.obs)))
+        samples.append(policy.space.decode(x))
+        parts.append(torch.stack(found).sum(0))
+    return torch.cat(samples), torch.cat(parts)
 
 
 def _noise(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.jobs.measure import Judged, Unjudged, divergence, draw
+from rlfusion.jobs.measure import Judged, Unjudged, draw, draw_beside
 from rlfusion.jobs.parts import RewardSpec
 from rlfusion.rewards import Reward
 from rlfusion.rl.monitor import Config, Monitor
@@ -45,13 +45,13 @@ class Monitored:
         """The policy's samples."""
         return draw(self.policy, self.times, self._label, self.judged.shape, self.seed, "monitor")
 
-    def kl(self) -> float | None:
-        """``kl`` of the walks that ``draw`` draws."""
+    def look(self) -> tuple[Tensor, float | None]:
+        """The samples of ``draw``, and the KL of their walks to the base model; one walk gives both."""
         if self.base is None:
-            return None
-        shape = self.judged.shape
-        kl = divergence(self.policy, self.base, self.times, self._label, shape, self.seed, "monitor")
-        return kl.mean().item()
+            return self.draw(), None
+        about = (self.times, self._label, self.judged.shape, self.seed, "monitor")
+        samples, kl = draw_beside(self.policy, self.base, *about)
+        return samples, kl.mean().item()
 
     @property
     def _label(self) -> Tensor:

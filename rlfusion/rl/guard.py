@@ -15,7 +15,6 @@ case. The next rollout is drawn anew. ``diagnosis.md`` records every bad update;
 warning.
 """
 
-import copy
 import logging
 import math
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from statistics import median
 from typing import Any, Literal
 
 from rlfusion.common import storage
+from rlfusion.common.copies import copied
 from rlfusion.common.errors import ConfigError, NumericalError, StateError, require_positive
 from rlfusion.common.weights import require_entries
 from rlfusion.models.lora_dropout import dropped
@@ -94,6 +94,7 @@ class Guarded:
         self.first_std = self.best = math.nan
         self.bad = self.bad_in_a_row = 0
         self.good: list[dict[str, Any]] = []
+        self._kept: dict[str, Any] | None = None  # memory of the copy that undoes an update
 
     def update(self, batch: Trajectory) -> dict[str, float]:
         """The learner's update, or its undoing.
@@ -102,7 +103,7 @@ class Guarded:
             NumericalError: the run ends here; the weights are the last good ones.
             ConfigError: what the learner returns is no metrics.
         """
-        before = None if self.config.action == "warn" else copy.deepcopy(self.learner.state_dict())
+        before = self._before()
         iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
@@ -111,8 +112,7 @@ class Guarded:
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
         except BaseException:  # a stop, or the user's own code: as if the update had not begun
-            if before is not None:
-                self.learner.load_state_dict(before)
+            self._put_back(before)
             raise
         queries = max(queries, self.learner.queries)  # what was asked for stays asked for
         if alarm is None:
@@ -122,6 +122,19 @@ class Guarded:
         self.learner.iteration = iteration + 1
         self.learner.queries = queries
         return metrics | {"skipped": float(self.bad)}
+
+    def _before(self) -> dict[str, Any] | None:
+        """What undoes the update to come, in the memory of the one before; None where nothing will."""
+        if self.config.action == "warn":
+            return None
+        self._kept = copied(self.learner.state_dict(), self._kept)
+        return self._kept
+
+    def _put_back(self, state: dict[str, Any] | None) -> None:
+        """Let the learner be as it was; it may keep the tensors of ``state``, which are its own from here on."""
+        if state is not None:
+            self._kept = None
+            self.learner.load_state_dict(state)
 
     def _judge(self, metrics: dict[str, float]) -> Alarm | None:
         """Eq. (2) to (4)."""
@@ -144,15 +157,16 @@ class Guarded:
             self.first_std, self.best = metrics["reward_std"] or math.nan, metrics["reward"]
         self.best = max(self.best, metrics["reward"])
         if self.config.action == "rollback":
-            self.good = [*self.good, copy.deepcopy(self.learner.state_dict())][-DEPTH:]
+            oldest = self.good.pop(0) if len(self.good) == DEPTH else None
+            self.good.append(copied(self.learner.state_dict(), oldest))
 
     def _refuse(self, alarm: Alarm, before: dict[str, Any] | None, iteration: int) -> None:
         """Undo the update as ``action`` says, write it down, and end the run where it has to end."""
         self.bad, self.bad_in_a_row = self.bad + 1, self.bad_in_a_row + 1
         action = self.config.action
         ends = action == "halt" or alarm.guard == "staleness" or self.bad_in_a_row >= self.config.patience
-        if before is not None:
-            self.learner.load_state_dict(copy.deepcopy(self.good[0]) if action == "rollback" and self.good else before)
+        older = action == "rollback" and self.good
+        self._put_back(copied(self.good[0]) if older and before is not None else before)
         done = {"skip": "its update was undone", "rollback": f"the weights of up to {DEPTH} good updates ago are back"}
         what = "the run ends here" if ends else done.get(action, "nothing was done about it")
         self._write(alarm, iteration, what)

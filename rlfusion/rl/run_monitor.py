@@ -24,7 +24,7 @@ class RunMonitor:
         updates: of the whole run; the last look is after them.
         folder: of the run.
         draw: the policy's samples now, on fixed seeds.
-        kl: of the walks of those samples to the base model, in nats; None where there is none.
+        look: the same, and the KL of their walks to the base model in nats; None where there is none.
         make: the monitor, from the base model's samples.
         save_best: writes the model that the policy has now.
     """
@@ -33,7 +33,7 @@ class RunMonitor:
     updates: int
     folder: Path
     draw: Callable[[], Tensor]
-    kl: Callable[[], float | None]
+    look: Callable[[], tuple[Tensor, float | None]]
     make: Callable[[Tensor], Monitor]
     save_best: Callable[[], None]
 
@@ -63,7 +63,7 @@ class RunMonitor:
     def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
         """The monitor's metrics after ``done`` updates, and its alarms; saves the model if it is the best so far."""
         assert self.monitor is not None  # begin() comes first
-        metrics = self.monitor.probe(self.draw(), self.kl())
+        metrics = self.monitor.probe(*self.look())
         alarms = self.monitor.alarms(metrics)
         if self.best.take(done, metrics, bool(alarms)):
             self.save_best()

@@ -8,7 +8,7 @@
 All of it is in global units: neither the number of workers nor their order enters.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.seeding import stream
+from rlfusion.common.seeding import normals, stream
 from rlfusion.diffusion.sampling import chain_noise
 
 
@@ -64,6 +64,11 @@ class WorkItem:
 def rollout_noise(seed: int, iteration: int, samples: Iterable[int], steps: int, shape: tuple[int, ...]) -> Tensor:
     """The noise (B, K+1, *shape) of these samples' walks of ``steps`` steps, Eq. (2), as ``sampling.walk`` takes it."""
     return chain_noise((seed, "rollout", iteration), samples, steps, shape)
+
+
+def noises(item: WorkItem, columns: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The first ``columns`` (B, *shape) of ``rollout_noise`` of an item, one after another, drawn as they are taken."""
+    return normals((item.seed, "rollout", item.iteration, "chain"), item.samples, columns, shape)
 
 
 def choose_prompts(seed: int, iteration: int, count: int, total: int) -> list[int]:

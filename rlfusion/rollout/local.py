@@ -6,7 +6,7 @@ from rlfusion.common.weights import Weights
 from rlfusion.rollout.backend import Backend, Pending, check_versions
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.task import Task, run_item
-from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.rollout.trajectory import Trajectory, gathered
 
 
 class Local(Backend):
@@ -22,7 +22,7 @@ class Local(Backend):
 
     def _run(self, items: Sequence[WorkItem], weights: Weights) -> list[Trajectory]:
         self.load(weights)
-        return [run_item(self.task, item) for item in items]
+        return gathered((run_item(self.task, item) for item in items), sum(map(len, items)))
 
     def load(self, weights: Weights) -> None:
         """Act under these weights from here on."""

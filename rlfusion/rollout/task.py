@@ -7,7 +7,7 @@
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -23,7 +23,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
-from rlfusion.rollout.item import WorkItem, rollout_noise
+from rlfusion.rollout.item import WorkItem, noises
 from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.stages import REWARD, stage
@@ -61,6 +61,11 @@ class Task:
     def times(self) -> Tensor:
         """The K + 1 times of the chain."""
         return self.grid.times(self.policy.schedule)
+
+    @cached_property
+    def noisy(self) -> list[bool]:
+        """Which of the K steps take noise."""
+        return (self.policy.stds(self.times) > 0).tolist()
 
     @property
     def prompts(self) -> int:
@@ -138,22 +143,24 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 
 def _walk(task: Task, item: WorkItem) -> Trajectory:
     env, rollout_spec = task.environment(len(item)), task.rollout_spec
-    noise = rollout_noise(item.seed, item.iteration, item.samples, len(task.times) - 1, task.shape)
-    noise, group = noise.to(task.device), torch.tensor(item.groups)
-    begin = rollout_spec.begin(item)
-    options = {"noise": noise[:, 0]} | ({} if task.conditions is None else {"group": group})
+    group, begin, steps = torch.tensor(item.groups), rollout_spec.begin(item), moves(task, item)
+    noise = _noise(task, item, steps)
+    options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
-    x, log_prob, cond, reward = [obs.x], [], obs.cond, None
+    x, log_prob, cond, reward = obs.x[:, None], [], obs.cond, None
     before = _remembered(task)
-    for k in range(moves(task, item)):
+    for k, z in zip(range(steps), noise):
         distribution = task.policy(obs)
-        action = distribution.sample(noise[:, k + 1])
+        action = distribution.sample(z)
         if rollout_spec.path:
             log_prob.append(distribution.log_prob(action))
+            x = x if k else _room(x, action, steps)
+            x[:, k + 1] = action
+        else:
+            x = _kept(x, action[:, None], begin > k)
         obs, reward, _, _, _ = env.step(action)
-        x = [*x, action] if rollout_spec.path else [_kept(x[0], action, begin > k)]
     return Trajectory(
-        torch.stack(x, 1),
+        x,
         task.times,
         torch.stack(log_prob, 1) if rollout_spec.path else None,
         reward if rollout_spec.end else None,
@@ -164,6 +171,27 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
         _cached(before, _remembered(task), group) if rollout_spec.end else None,
     )
+
+
+def _noise(task: Task, item: WorkItem, steps: int) -> Iterator[Tensor]:
+    """z_0 and the noise of each of the first ``steps`` steps, on the task's device: 0 where a step takes none. It is
+    drawn as far as the last step that takes some.
+    """
+    noisy = [True, *task.noisy[:steps]]
+    drawn = noises(item, 1 + max(k for k, takes in enumerate(noisy) if takes), task.shape)
+    none = torch.zeros((), device=task.device)
+    for takes in noisy:
+        z = next(drawn, none)
+        yield z.to(task.device) if takes else none
+
+
+def _room(x: Tensor, action: Tensor, steps: int) -> Tensor:
+    """Room for the states of walks of so many steps, (B, K+1, *), the first of which are x (B, 1, *)."""
+    room = torch.empty(
+        len(x), steps + 1, *x.shape[2:], dtype=torch.promote_types(x.dtype, action.dtype), device=x.device
+    )
+    room[:, :1] = x
+    return room
 
 
 def moves(task: Task, item: WorkItem) -> int:
@@ -194,6 +222,8 @@ def _cached(before: tuple[int, int], after: tuple[int, int], group: Tensor) -> T
 
 def _kept(x: Tensor, action: Tensor, goes_on: Tensor) -> Tensor:
     """The state of each walk whose kept part has not begun is its newest, of the others the one it begins with."""
+    if bool(goes_on.all()):
+        return action
     return torch.where(goes_on.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), action, x)
 
 

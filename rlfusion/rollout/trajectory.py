@@ -1,6 +1,8 @@
 """The record of a batch of walks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -96,7 +98,38 @@ def concatenate(parts: list[Trajectory]) -> Trajectory:
         ValueError: the parts differ in their times or in the version of their weights.
     """
     first = parts[0]
+    if len(parts) == 1:
+        return first
     if any(p.version != first.version or not torch.equal(p.times, first.times) for p in parts):
         raise ValueError(f"cannot join walks of weights {sorted({p.version for p in parts})} or of different times")
-    join: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in _kept(first)}
+    join: dict[str, Any] = {name: _cat([getattr(p, name) for p in parts]) for name in _kept(first)}
     return replace(first, **join, cond=cat_cond([p.cond for p in parts]))
+
+
+def gathered(parts: Iterator[Trajectory], walks: int) -> list[Trajectory]:
+    """The parts, one after another, with the states of all in one tensor of so many ``walks``: ``concatenate`` joins
+    them without a copy, and no more than the states of one part are held twice.
+    """
+    found: list[Trajectory] = []
+    whole, done = None, 0
+    for part in parts:
+        if len(part) == walks:
+            return [part]
+        if whole is None:
+            whole = part.x.new_empty(walks, *part.x.shape[1:])
+        rows = whole[done : done + len(part)]
+        rows.copy_(part.x)
+        found.append(replace(part, x=rows))
+        done += len(part)
+    return found
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts: themselves where they are neighbours in memory (``gathered``), else a copy."""
+    first, rows = parts[0], sum(map(len, parts))
+    base = first._base
+    if base is not None and base.shape == (rows, *first.shape[1:]) and base.is_contiguous():
+        places = [base.data_ptr() + base[:at].nbytes for at in accumulate(map(len, parts[:-1]), initial=0)]
+        if [p.data_ptr() for p in parts] == places and all(p._base is base and p.is_contiguous() for p in parts):
+            return base
+    return torch.cat(parts)

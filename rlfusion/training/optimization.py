@@ -113,8 +113,9 @@ class EMA:
     def update(self) -> None:
         """Take in the parameters as they are now."""
         decay = self.decay(self.count)
-        for name, p in self.trained.items():
-            self.shadow[name].lerp_(p, 1 - decay)
+        if self.trained:
+            mine = [shards.own(self.shadow[name]) for name in self.trained]
+            torch._foreach_lerp_(mine, [shards.own(p) for p in self.trained.values()], 1 - decay)
         self.count += 1
 
     @contextmanager

@@ -1,10 +1,12 @@
 """Keyed randomness: a number depends on its key alone, now and in every later version."""
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from rlfusion.common.seeding import integer, normal, stream
+from rlfusion.common import seeding
+from rlfusion.common.seeding import integer, normal, normals, stream
 from rlfusion.diffusion.sampling import chain_noise
 
 
@@ -65,3 +67,22 @@ def test_a_stream_is_its_own_at_every_call():
     first, second = stream(4, "x"), stream(4, "x")
     first.normal(size=100)
     assert stream(4, "x").integers(1 << 60) == second.integers(1 << 60)
+
+
+@pytest.mark.parametrize("block", [1, 3 * 6, 4 * 3 * 6, seeding.BLOCK])
+def test_columns_that_are_drawn_as_they_are_taken_are_the_same(block, monkeypatch):
+    monkeypatch.setattr(seeding, "BLOCK", block)
+    whole = normal((2, "x"), [5, 0, 9], (7, 2, 3))
+    found = list(normals((2, "x"), iter([5, 0, 9]), 7, (2, 3)))
+    assert torch.equal(torch.stack(found, 1), whole)
+
+
+def test_columns_are_not_drawn_before_they_are_taken(monkeypatch):
+    """Two columns of noise are held at a time where that is what ``BLOCK`` allows, however many there are."""
+    monkeypatch.setattr(seeding, "BLOCK", 2 * 3 * 4)
+    drawn, draw = [], seeding._drawn
+    monkeypatch.setattr(seeding, "_drawn", lambda streams, shape: drawn.append(shape) or draw(streams, shape))
+    columns = normals((2,), range(3), 5, (4,))
+    for wanted in ([(2, 4)], [(2, 4)], [(2, 4)] * 2, [(2, 4)] * 2, [(2, 4), (2, 4), (1, 4)]):
+        next(columns)
+        assert drawn == wanted

@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from chains import class_walks, mlp
+from counted import counting
 from processes import rlfusion
 from safetensors.torch import load_file
 from tiny_runs import TINY
@@ -168,6 +170,44 @@ def test_a_real_update_is_undone_bit_for_bit(tmp_path):
     assert learner.optimization.optimizer.state_dict() == state
     assert state["state"] == {}
     assert learner.iteration == 1
+
+
+def tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [tensor for item in inner for tensor in tensors(item)]
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_bad_updates_between_good_ones_are_undone_bit_for_bit(action, tmp_path):
+    """The copies are in memory that is kept: what an undone update gives back is not written over by the next copy."""
+    policy = mlp()
+    learner = Learner(policy, TimeGrid(4).times(Cosine()), DDPO(lr=1e-2))
+    guarded, walks, good = Guarded(learner, Config(action=action), tmp_path), class_walks(policy), []
+    for number in range(10):
+        before = copy.deepcopy(learner.state_dict())
+        bad = number in (2, 5, 6, 9)
+        guarded.config = Config(action=action, log_ratio=1e-9 if bad else 1e9)
+        guarded.update(replace(walks, version=learner.iteration))
+        good = good if bad else [*good, copy.deepcopy(learner.state_dict())][-DEPTH:]
+        expected = (good[0] if action == "rollback" else before) if bad else learner.state_dict()
+        assert guarded.bad == sum(n <= number for n in (2, 5, 6, 9))
+        for found, wanted in zip(tensors(learner.state_dict()), tensors(expected), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_the_copy_that_undoes_an_update_takes_no_new_memory():
+    policy = mlp()
+    learner = Learner(policy, TimeGrid(4).times(Cosine()), DDPO(lr=1e-3))
+    guarded, walks = Guarded(learner, Config(log_ratio=1e9), None), class_walks(policy)
+    for _ in range(2):
+        guarded.update(replace(walks, version=learner.iteration))
+    places = {t.data_ptr() for t in tensors(guarded._before())}
+    with counting() as ops:
+        held = guarded._before()
+    assert {t.data_ptr() for t in tensors(held)} == places
+    assert set(ops) - {"aten.detach"} == {"aten._foreach_copy_"}
 
 
 def test_the_state_goes_through_a_checkpoint(tmp_path):

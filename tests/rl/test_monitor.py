@@ -14,7 +14,7 @@ from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.sampling import chain_noise, walk
 from rlfusion.diffusion.schedule import Cosine
-from rlfusion.jobs.measure import divergence
+from rlfusion.jobs.measure import draw, draw_beside
 from rlfusion.rewards import RewardError
 from rlfusion.rl.monitor import Best, Config, Monitor
 
@@ -131,7 +131,9 @@ def test_the_kl_of_walks_is_that_of_their_linear_gaussian_steps():
     """sum_t |m - m_ref|^2 / (2 S_t^2) at the states of the walks, by hand."""
     policy, base = (affine(theta, Cosine(), DDIM(1.0), "v") for theta in ((-0.3, 0.25), (-0.1, 0.4)))
     times = TimeGrid(4).times(Cosine())
-    got = divergence(policy, base, times, torch.zeros(7, dtype=torch.int64), (1, 1, 2), 3, "here")
+    label = torch.zeros(7, dtype=torch.int64)
+    samples, got = draw_beside(policy, base, times, label, (1, 1, 2), 3, "here")
+    assert torch.equal(samples, draw(policy, times, label, (1, 1, 2), 3, "here"))
     expected = torch.zeros(7, dtype=torch.float64)
     noise = chain_noise((3, "here"), range(7), 4, (1, 1, 2))
     with torch.no_grad():

@@ -3,20 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from counted import counting
 from rollout_tasks import CLASSES, SHAPE, assert_identical, build, make_policy, make_recipe
 from rounding import ROUNDING
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import Weights, WeightsError
 from rlfusion.data import to_pixels
-from rlfusion.diffusion.policy import Observation
+from rlfusion.diffusion.kernel import DDIM
+from rlfusion.diffusion.policy import Observation, Policy
 from rlfusion.diffusion.sampling import chain_noise, sample
 from rlfusion.rewards import RewardError
-from rlfusion.rollout import Local, Recipe, Settings, WorkItem, make_backend, plan, version_for
-from rlfusion.rollout.item import choose_prompts
+from rlfusion.rollout import Local, Recipe, Settings, WorkItem, make_backend, plan, prefix, run_item, version_for
+from rlfusion.rollout.item import choose_prompts, noises
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.rollout.wire import from_wire, to_wire
 
@@ -193,3 +196,63 @@ def test_without_workers_ray_is_never_imported():
 def test_settings_below_their_least_value_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Settings(**settings)
+
+
+def test_the_states_of_a_rollout_are_joined_without_a_copy():
+    items = small_plan(item_size=5)
+    recipe = make_recipe()
+    parts = make_backend(recipe, Settings()).collect(items, Weights.of(build(recipe.config, {}).policy, 5))
+    whole = concatenate(parts)
+    walk = whole.x[0].nbytes
+    assert [part.x.data_ptr() - whole.x.data_ptr() for part in parts] == [0, 5 * walk, 10 * walk]
+    assert_identical(whole, concatenate([replace(p, x=p.x.clone()) for p in parts]))
+    with counting() as ops:
+        one = concatenate(parts[:1])
+    assert one is parts[0]
+    assert not ops
+
+
+@pytest.mark.parametrize("taken", [[1, 0], [0, 2], [0, 1], [0, 1, 1]])
+def test_parts_that_are_no_whole_are_joined_by_a_copy(taken):
+    x = torch.arange(24.0).reshape(6, 4)
+    parts = [x[0:2], x[2:4], x[4:6]]
+    some = [Trajectory(parts[i], torch.ones(1), None, None, torch.zeros(2), None, 0) for i in taken]
+    whole = concatenate(some)
+    assert torch.equal(whole.x, torch.cat([parts[i] for i in taken]))
+    assert whole.x.data_ptr() != x.data_ptr()
+
+
+class Steps(DDIM):
+    """Noise in some steps only, told by the time that they begin at."""
+
+    def coefficients(self, t, s, dt):
+        found = super().coefficients(t, s, dt)
+        return found._replace(std=found.std * ((t.alpha < 0.1) | ((t.alpha > 0.6) & (t.alpha < 0.8))))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "columns"), [(DDIM(1.0), 4), (DDIM(0.0), 1), (Steps(1.0), 4), (Steps(0.9), 4)], ids=str
+)
+def test_noise_is_drawn_as_far_as_a_step_takes_it(kernel, columns, monkeypatch):
+    """The walk is that of ``sample`` with all noise; a step that takes none draws none after the last that does."""
+    recipe, item = make_recipe(), small_plan()[1]
+    task = build(recipe.config, {})
+    task = replace(task, policy=Policy(task.policy.denoiser, kernel))
+    asked, drawn = [], noises
+    monkeypatch.setattr("rlfusion.rollout.task.noises", lambda i, n, shape: asked.append(n) or drawn(i, n, shape))
+    walked = run_item(task, item)
+    noise = chain_noise((11, "rollout", 2), item.samples, 4, SHAPE)
+    assert torch.equal(walked.x[:, -1], sample(task.policy, noise, task.times, torch.tensor(item.groups)))
+    assert asked == [columns]
+    stopped = run_item(replace(task, rollout_spec=prefix(2, 2)), item)
+    assert torch.equal(stopped.x[:, 0], walked.x[:, 2])
+    assert asked[1] <= 3
+
+
+def test_the_states_of_a_walk_are_written_once():
+    """No list of states is stacked in the end: each is copied into its place, and nothing as large is made besides."""
+    task, item = build(make_recipe().config, {}), small_plan(item_size=12)[0]
+    with counting() as ops:
+        walked = run_item(task, item)
+    assert walked.x.shape == (12, 5, *SHAPE)
+    assert ops["aten.stack"] == 1  # log-probabilities

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from counted import counting
 
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError
@@ -109,3 +110,20 @@ def test_impossible_rules_are_refused(text, said):
 def test_a_number_that_is_no_decay_is_refused_by_its_setting():
     with pytest.raises(ConfigError, match=r"ema_decay = 1.0"):
         EMA(torch.nn.Linear(1, 1), 1.0)
+
+
+def test_an_average_takes_one_call_however_many_parameters_there_are():
+    module = torch.nn.Sequential(*(torch.nn.Linear(2, 3) for _ in range(5)))
+    average, expected = EMA(module, 0.5), [p.detach().clone() for p in module.parameters()]
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    with counting() as ops:
+        average.update()
+    for held, p in zip(expected, module.parameters()):
+        held.lerp_(p.detach(), 1 - Constant(0.5)(0))
+    assert all(torch.equal(a, b) for a, b in zip(average.shadow.values(), expected, strict=True))
+    assert ops == {"aten._foreach_lerp_": 1}
+
+
+def test_a_module_without_trained_parameters_has_an_average():
+    EMA(torch.nn.Linear(1, 1).requires_grad_(False), 0.5).update()

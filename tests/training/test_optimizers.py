@@ -8,6 +8,7 @@ import distilled
 import pytest
 import rollout_tasks
 import torch
+from counted import counting
 from torch import nn
 
 from rlfusion.agents import AGENTS
@@ -24,7 +25,7 @@ from rlfusion.pretrain import Learner as Pretraining
 from rlfusion.rollout import Task
 from rlfusion.training import checkpoint
 from rlfusion.training.optimization import Optimization
-from rlfusion.training.optimizers import NamedOptimizer, parse, state_bytes
+from rlfusion.training.optimizers import NamedOptimizer, parse, recipe, state_bytes
 from rlfusion.training.optimizers.recipe import without_compiler
 
 OWN = '''
@@ -147,6 +148,28 @@ def test_a_step_is_torchs_own_bit_for_bit(text, weight_decay):
         descend(theirs, reference, range(i, i + 1), skip=(0, 2))
     assert same(ours, theirs)
     assert not same(ours, network())
+
+
+@pytest.mark.parametrize(("most", "listed"), [(recipe.LISTED, True), (recipe.LISTED - 1, False)])
+def test_a_cpu_takes_small_parameters_as_lists_with_the_same_bits(most, listed, monkeypatch):
+    monkeypatch.setattr(recipe, "LISTED", 3 * 50 * 7 + most - recipe.LISTED)
+    torch.manual_seed(0)
+    start = [torch.randn(50, 7) for _ in range(3)]
+    ours, theirs = ({str(i): nn.Parameter(p.clone()) for i, p in enumerate(start)} for _ in range(2))
+    optimizer = NamedOptimizer(parse("adamw"), ours, 1e-2, 0.1)
+    plain = torch.optim.AdamW(theirs.values(), 1e-2, weight_decay=0.1, foreach=False)
+    for _ in range(4):
+        for name, p in ours.items():
+            p.grad = torch.randn(50, 7) if name != "1" else None
+            theirs[name].grad = None if p.grad is None else p.grad.clone()
+        with counting() as ops:
+            optimizer.step()
+        plain.step()
+        assert (ops["aten._foreach_addcdiv_"] == 1) is listed
+        assert ("aten.addcdiv_" not in ops) is listed
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    kept = optimizer.state_dict()
+    assert kept["groups"] == [{}]  # a checkpoint does not know of it
 
 
 def test_the_fused_step_is_as_near_to_exact_arithmetic_as_the_plain_one():

@@ -100,7 +100,13 @@ def guarded() -> Guarded:
 def monitor(folder: Path) -> RunMonitor:
     """The monitor of a run after its first look."""
     made = RunMonitor(
-        Monitoring(best="reward"), 4, folder, lambda: images().x, lambda: None, lambda x: None, lambda: None
+        Monitoring(best="reward"),
+        4,
+        folder,
+        lambda: images().x,
+        lambda: (images().x, None),
+        lambda x: None,
+        lambda: None,
     )
     made.begin()
     made.best.take(1, {"reward": 0.5}, alarmed=False)

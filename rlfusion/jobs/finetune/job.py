@@ -222,7 +222,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
         models.save(folder / "best", denoiser, card)
 
     monitored = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
-    parts_of_monitor = (monitored.draw, monitored.kl, monitored.monitor, save_best)
+    parts_of_monitor = (monitored.draw, monitored.look, monitored.monitor, save_best)
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, RlfusionError, shorten
 from rlfusion.common.user_code import running
 
 FUSED = ("cuda",)
-"""Devices where AdamW is fused unless told otherwise. On a CPU ``adamw(fused=True)`` takes a third to a sixth of the
-plain step's time and is no less exact, but rounds otherwise: runs made before would not repeat to the bit."""
+"""Devices where AdamW is fused unless told otherwise. On a CPU it takes the parameters as lists (foreach), which gives
+the bits of the plain step in half of its time where tensors are small. ``adamw(fused=True)`` takes a third to a sixth
+and is no less exact, but rounds otherwise, and the ends of a tensor otherwise than its middle: runs made before would
+not repeat to the bit, nor would a network that is split over ranks be equal to a whole one."""
+LISTED = 2**24
+"""Elements up to which that is so: the lists' scratch is as large as the parameters, and large tensors gain nothing."""
 
 _UNUSABLE = (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError, LookupError)
 
@@ -49,6 +54,7 @@ class Recipe:
             raise ConfigError(f"weight_decay = {weight_decay:g}: optimizer {self.name!r} has none, expected 0")
         if self.kind is torch.optim.AdamW and not {"fused", "foreach"} & self.settings.keys():
             arguments["fused"] = all(p.device.type in FUSED for p in parameters)
+            arguments["foreach"] = as_lists(parameters) or None
         with self.refusing(f"with {shorten(arguments)}"):
             kind = without_compiler(self.kind)  # type: ignore[arg-type]  # mypy reads the __hash__ of its instances
             return kind(parameters, **arguments)
@@ -83,6 +89,12 @@ class Recipe:
         except _UNUSABLE as error:
             said = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
             raise ConfigError(f"optimizer {self.name!r} cannot be used {how}: {said}") from error
+
+
+def as_lists(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are taken as lists on a CPU (``LISTED``); elsewhere torch itself knows when to."""
+    plain = all(t.device.type == "cpu" and not shards.is_split(t) for t in tensors)
+    return plain and sum(t.numel() for t in tensors) <= LISTED
 
 
 def of_torch(kind: type) -> bool:
