@@ -1,7 +1,7 @@
 # The commands that one types. PYTHON is that of the environment: `make setup` makes it, or say make test PYTHON=python.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test quick lint types docs bench
+.PHONY: setup test quick lint types docs help bench
 
 setup:  ## the environment, with everything that the tests and the checks need
 	test -x $(PYTHON) || python3 -m venv .venv
@@ -22,6 +22,9 @@ types:  ## mypy on the rooms that are typed in full
 
 docs:  ## the reference of the public names, from their docstrings, in site/
 	$(PYTHON) -m pdoc -o site rlfusion
+
+help:  ## what the commands' --help prints, after a change of settings
+	$(PYTHON) -m rlfusion.cli.help_pages
 
 bench:  ## what rollout and update cost beyond the network's own passes
 	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1

@@ -142,6 +142,7 @@ def make_parser(settings: type, command: str, defaults: Mapping[str, Any]) -> An
 
     parser = ArgumentParser(
         prog=f"rlfusion {command}",
+        usage=f"rlfusion {command} [--SETTING VALUE]...",  # of the hundred settings that stand below
         description=settings.__doc__.splitlines()[0],
         epilog=RESUMING if command in RESUMABLE else None,
         exit_on_error=False,

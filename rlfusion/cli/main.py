@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from rlfusion.cli import help_pages
 from rlfusion.common.stops import Entry, StopRequested
 
 DONE, UNFORESEEN, INTERRUPTED = 0, 1, 130
@@ -19,44 +20,6 @@ MOST_CHARACTERS = 900
 """Of an error's line, whatever other libraries say in it."""
 LONGEST_WORD = 400
 """Characters of a name or path in it that is said whole."""
-
-GUIDE = """\
-Fine-tune diffusion models by reward: the denoising chain is a Gymnasium MDP, the model is its policy.
-
-  rlfusion finetune                          the main job: pretrain on digits (once), improve by DDPO
-  rlfusion finetune --agent NAME             another algorithm: ddpo, ... (--agent NAME --help: its settings)
-  rlfusion finetune --reward ink             another reward; also your own, --reward package.module:name
-  rlfusion finetune --rollout.workers 2      the same result, collected by 2 Ray workers
-  rlfusion finetune --resume runs/NAME       go on where a stopped or killed run was
-  rlfusion finetune --config runs/NAME/config.yaml --seed 1
-                                             the same settings again, with changes
-  rlfusion pretrain                          a model alone; --data FOLDER or FILE for your own images (docs/inputs.md)
-  rlfusion pretrain --objective flow         another recipe: eps, v, flow, trigflow, edm, ... (docs/pretraining.md)
-  rlfusion compare --agents ddpo,grpo --rewards ink,symmetry --seeds 3 --budget_queries 2400
-                                             algorithms side by side: table, plots, one TensorBoard
-  rlfusion distill --method cd --teacher runs/NAME
-                                             a student of a few steps: cd, ... (docs/distillation.md)
-  rlfusion finetune --base runs/STUDENT      any model to start from, also a student, with its own chain
-  rlfusion pretrain-autoencoder              an autoencoder; pretrain --autoencoder runs/NAME works in its latents
-  rlfusion train-clip                        a small CLIP of images and words, for the CLIP rewards (docs/rewards.md)
-  rlfusion sample --checkpoint runs/NAME     a picture of its samples
-  rlfusion evaluate --checkpoint runs/NAME   its quality in figures
-  rlfusion check-reward NAME                 is a reward fit to be trained on? (docs/rewards.md)
-  rlfusion finetune --model HUB-ID --pipeline.prompts FILE.txt
-                                             a pretrained text-to-image pipeline (docs/models.md)
-  rlfusion check-model HUB-ID                is a model fit to be trained by reward?
-  rlfusion list [agents | kernels | ...]     what there is of each kind, and where it comes from
-  rlfusion check-agent FILE.py:NAME          does an algorithm learn, resume, repeat? also your own (docs/doors.md)
-  rlfusion doctor [settings of finetune]     what is here, and the memory that such a run takes
-  rlfusion serve-reward NAME --port 8500     a reward for other processes: --reward http://127.0.0.1:8500
-  rlfusion reproduce RUN/failed-items/NAME   a work item that failed on every worker, again (docs/cluster.md)
-  rlfusion supervise -- finetune ...         the same, resumed by itself where its process dies (docs/cluster.md)
-  rlfusion launch finetune ... --root /shared/runs --address http://head:8265 --follow
-                                             a job of a Ray cluster; rlfusion jobs list | status | logs | stop | resume
-  tensorboard --logdir runs                  all runs, with before/after grids
-
-Every command takes --help (all settings with their meaning), --config FILE.yaml and --print_config.
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +94,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["help"] and len(arguments) == 2:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(GUIDE)
+        print(help_pages.guide())
         return DONE
     if arguments[0] == "--version":
         from rlfusion import __version__
@@ -146,6 +109,9 @@ def _run(arguments: list[str]) -> int:
         from rlfusion.common.errors import unknown
 
         raise unknown("command", arguments[0], COMMANDS)
+    if text := help_pages.page(arguments):
+        print(text, end="")
+        return DONE
     return COMMANDS[arguments[0]](arguments[1:]) or DONE
 
 
