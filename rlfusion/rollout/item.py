@@ -9,7 +9,7 @@ All of it is in global units: neither the number of workers nor their order ente
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -54,7 +54,7 @@ class WorkItem:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; ``from_json`` reads it back."""
-        return asdict(self) | {"groups": list(self.groups)}
+        return vars(self) | {"groups": list(self.groups)}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:

@@ -1,14 +1,16 @@
 """Rollouts on Ray actors. Ray is the process, placement and object layer; the scheduler decides.
 
 What crosses to a worker is plain data: the recipe of its task, items as dicts, and (version, SHA-256, blob) of the
-weights with every item, the blob by reference and fetched once a version. What comes back is a JSON text and a
-safetensors blob. A worker never holds an object of the driver's, and never puts one into the store.
+weights with every item, the blob by reference and fetched once a version. What comes back is (run, version, SHA-256) of
+what acted, a JSON text and a safetensors blob. An answer of another run, or under other weights than were asked for,
+is refused. A worker never holds an object of the driver's, and never puts one into the store.
 """
 
 import json
 import logging
 import math
 import os
+import secrets
 import sys
 import threading
 import time
@@ -34,11 +36,13 @@ from rlfusion.rollout.ray_cluster import first_line, shared_cluster, smallest_st
 from rlfusion.rollout.scheduler import Scheduler
 from rlfusion.rollout.task import Recipe, run_item
 from rlfusion.rollout.trajectory import Trajectory
-from rlfusion.rollout.wire import digest, from_wire, to_wire
+from rlfusion.rollout.wire import Acted, Wire, digest, from_wire, to_wire
 
 POLL_S = 0.5
 NO_IMPORT = "failed to import on the worker"
 """What Ray says where a worker has not the modules of what it shall run."""
+Asked = tuple[str, int, str]
+"""What ``Acted`` is on the wire."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,14 +51,15 @@ class Worker:
 
     def build(
         self,
+        run: str,
         recipe: tuple[str, str],
         blobs: Mapping[str, bytes],
         paths: list[str],
         threads: int,
         texts: Mapping[str, str],
     ) -> dict[str, str]:
-        """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``; ``texts`` are
-        the files of the user's own code (``code_files.receive``).
+        """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``, for ``run``;
+        ``texts`` are the files of the user's own code (``code_files.receive``).
 
         The answer is this process's numerics fingerprint.
         """
@@ -62,22 +67,30 @@ class Worker:
         torch.set_num_threads(threads)
         receive(texts)
         self.task = Recipe.from_text(*recipe, blobs).build()
-        self.loaded = ""
+        self.acting = Acted(run, -1, "")
         return fingerprint()
 
     def where(self) -> str:
         """The node that this process has its place on."""
         return ray.get_runtime_context().get_node_id()
 
-    def run(self, item: dict[str, Any], version: int, sha256: str, blob: list[ray.ObjectRef]) -> tuple[str, bytes]:
-        """Run one item under the weights (version, sha256), which ``blob`` holds."""
-        work = WorkItem.from_json(item)
+    def run(self, item: dict[str, Any], asked: Asked, blob: list[ray.ObjectRef]) -> tuple[Asked, str, bytes]:
+        """Run one item under the weights that are ``asked`` for, which ``blob`` holds: what acted, and its walks."""
+        work, (run, version, sha256) = WorkItem.from_json(item), asked
         if work.version != version:
             raise WeightsError(f"{work}: got weights of version {version}")
-        if sha256 != self.loaded:
-            Weights(version, sha256, ray.get(blob[0])).load_into(self.task.policy)
-            self.loaded = sha256
-        return to_wire(run_item(self.task, work))
+        if run != self.acting.run:
+            raise WeightsError(f"{work} is of run {run!r}, expected items of run {self.acting.run!r}")
+        if sha256 != self.acting.sha256:
+            self.load(Weights(version, sha256, ray.get(blob[0])))
+        elif version != self.acting.version:  # the same weights after another update
+            self.acting = self.acting._replace(version=version)
+        return (self.acting[:], *to_wire(run_item(self.task, work)))
+
+    def load(self, weights: Weights) -> None:
+        """Act under these weights from here on."""
+        weights.load_into(self.task.policy)
+        self.acting = Acted(self.acting.run, weights.version, weights.sha256)
 
 
 class _Call(NamedTuple):
@@ -86,6 +99,7 @@ class _Call(NamedTuple):
     worker: int
     work: Literal["place", "build", "item"]
     item: int = -1
+    asked: Acted | None = None
 
 
 class RayBackend(Backend):
@@ -103,7 +117,8 @@ class RayBackend(Backend):
         self._stack.enter_context(shared_cluster(settings, cpus, gpus))
         text, paths = recipe.text, [os.path.abspath(path) for path in sys.path]
         blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
-        self._recipe = ((recipe.builder, text), blobs, paths, settings.threads, texts)
+        self._name = f"{keep.run if keep else 'rollouts'}-{secrets.token_hex(4)}"
+        self._recipe = (self._name, (recipe.builder, text), blobs, paths, settings.threads, texts)
         self._actor: Any = ray.remote(
             num_cpus=settings.cpus_per_worker,
             num_gpus=settings.gpus_per_worker,
@@ -160,7 +175,7 @@ class RayBackend(Backend):
             raise
         if job.error is not None:
             raise job.error
-        return [job.results[number] for number in job.numbers]
+        return [from_wire(*job.results[number]) for number in job.numbers]
 
     def _take_in(self) -> None:
         """Give the submissions that have come to the scheduler, in order."""
@@ -199,9 +214,10 @@ class RayBackend(Backend):
             self._execute(self._scheduler.result(command.worker, command.item, time.monotonic())[1])
             return
         job = self._job_of(command.item)
-        item, weights = job.items[command.item - job.numbers.start].to_json(), job.weights
-        answer = self._actors[command.worker].run.remote(item, weights.version, weights.sha256, [job.blob])
-        self._calls[answer] = _Call(command.worker, "item", command.item)
+        item = job.items[command.item - job.numbers.start].to_json()
+        asked = Acted(self._name, job.weights.version, job.weights.sha256)
+        answer = self._actors[command.worker].run.remote(item, tuple(asked), [job.blob])
+        self._calls[answer] = _Call(command.worker, "item", command.item, asked)
 
     def _job_of(self, item: int) -> "_Job":
         return next(job for job in self._jobs if item in job.numbers)
@@ -235,14 +251,24 @@ class RayBackend(Backend):
         if call.work == "build":
             _warn_of_other_numerics(call.worker, value)
             return self._scheduler.ready(call.worker, time.monotonic(), json.dumps(value, sort_keys=True))
-        return self._result(call, from_wire(*value))
+        acted, *wire = value
+        return self._refused(call, acted) if Acted(*acted) != call.asked else self._result(call, (wire[0], wire[1]))
 
-    def _result(self, call: _Call, trajectory: Trajectory) -> list[Command]:
-        held = digest(trajectory) if self._scheduler.twinned(call.item) else ""
+    def _refused(self, call: _Call, acted: Asked) -> list[Command]:
+        """An answer of another run or under other weights is not one; the worker that gave it is not asked again."""
+        error = WeightsError(f"worker {call.worker} answered for {Acted(*acted)}, expected {call.asked}")
+        _log.warning("%s: it is killed, and what it did is done again", error)
+        self._errors[call.item] = error
+        self._kill(call.worker)
+        return self._scheduler.lost(call.worker, f"answered for {Acted(*acted)}", time.monotonic())
+
+    def _result(self, call: _Call, wire: Wire) -> list[Command]:
+        """The worker gets its next item before the answer is unpacked, which waits until all are there."""
+        held = digest(from_wire(*wire)) if self._scheduler.twinned(call.item) else ""
         first, commands = self._scheduler.result(call.worker, call.item, time.monotonic(), held)
         if first:
             job = self._job_of(call.item)
-            job.results[call.item] = trajectory
+            job.results[call.item] = wire
             self._errors.pop(call.item, None)
             self._leave(job)
         return commands
@@ -304,7 +330,7 @@ class _Job:
         self.items, self.weights = items, weights
         self.blob: ray.ObjectRef | None = None
         self.numbers = range(0)
-        self.results: dict[int, Trajectory] = {}
+        self.results: dict[int, Wire] = {}
         self.error: Exception | None = None
         self.again = False
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,8 +11,22 @@ from rlfusion.common.nested import flatten, restore
 from rlfusion.common.weights import pack, unpack
 from rlfusion.rollout.trajectory import Trajectory
 
+Wire = tuple[str, bytes]
+"""A JSON text and a safetensors blob."""
 
-def to_wire(trajectory: Trajectory) -> tuple[str, bytes]:
+
+class Acted(NamedTuple):
+    """Which weights act: of which run, after how many updates, and their SHA-256."""
+
+    run: str
+    version: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"run {self.run!r}, version {self.version}, SHA-256 {self.sha256[:12] or 'none'}"
+
+
+def to_wire(trajectory: Trajectory) -> Wire:
     """All of a trajectory, whatever its condition."""
     tensors: dict[str, Tensor] = {}
     held = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}

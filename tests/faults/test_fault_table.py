@@ -151,7 +151,7 @@ def test_a_rollout_worker(nodes, whole, table, tmp_path, number):
     assert not math.isnan(row.seen_s)
 
 
-@pytest.mark.parametrize("kind", ["Flipping", "Stale"])
+@pytest.mark.parametrize("kind", ["Flipping", "Stale", "Behind", "Elsewhere"])
 def test_weights_that_are_not_those_announced(nodes, whole, table, tmp_path, kind):
     import faulty_workers
 

@@ -216,9 +216,32 @@ def test_wrong_weights_are_refused_on_either_side_and_the_pool_goes_on(pair):
 def test_a_worker_checks_the_version_of_its_item_itself():
     worker = ray_backend.Worker()
     recipe = make_recipe()
-    worker.build((recipe.builder, recipe.text), {}, [], 1, {})
+    worker.build("mine", (recipe.builder, recipe.text), {}, [], 1, {})
     with pytest.raises(WeightsError, match="got weights of version 3"):
-        worker.run(items(version=2)[0].to_json(), 3, "", [])
+        worker.run(items(version=2)[0].to_json(), ("mine", 3, ""), [])
+    with pytest.raises(WeightsError, match=r"is of run 'other', expected items of run 'mine'"):
+        worker.run(items(version=2)[0].to_json(), ("other", 2, ""), [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Behind", r"run '(mine-\w+)', version 1, .*, expected run '\1', version 2, "),
+        ("Elsewhere", r"run 'another-mine"),
+    ],
+)
+def test_an_answer_of_other_weights_or_another_run_is_refused_and_done_again(kind, said, tmp_path, caplog):
+    import faulty_workers
+
+    backend = make_backend(make_recipe("named", tmp_path / "marks"), ray_settings(1), Keep(tmp_path, "mine", ()))
+    with backend:
+        ray.cloudpickle.register_pickle_by_value(faulty_workers)  # the workers do not find it
+        backend._actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(getattr(faulty_workers, kind))
+        for version in (1, 2):
+            weights = Weights.of(make_policy(seed=version), version)
+            assert_equals_local(backend.collect(items(version), weights), items(version), weights)
+    assert re.search(rf"worker 0 answered for {said}.*it is killed, and what it did is done again", caplog.text)
+    assert len(list(tmp_path.iterdir())) == 1, "it went wrong once, and no item was kept"
 
 
 def test_a_pool_that_cannot_be_placed_says_what_it_waited_for():

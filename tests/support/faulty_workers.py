@@ -5,7 +5,8 @@ from typing import Any
 
 import ray
 
-from rlfusion.rollout.ray_backend import Worker
+from rlfusion.common.weights import Weights
+from rlfusion.rollout.ray_backend import Asked, Worker
 
 
 def first(marker: str) -> bool:
@@ -20,18 +21,35 @@ def first(marker: str) -> bool:
 class Flipping(Worker):
     """Gets weights of which one byte was flipped on the way."""
 
-    def run(self, item: dict[str, Any], version: int, sha256: str, blob: list[ray.ObjectRef]) -> tuple[str, bytes]:
-        if version > 0 and first(f"{self.task.reward_name}.flipped"):
+    def run(self, item: dict[str, Any], asked: Asked, blob: list[ray.ObjectRef]) -> tuple[Asked, str, bytes]:
+        if asked[1] > 0 and first(f"{self.task.reward_name}.flipped"):
             damaged = bytearray(ray.get(blob[0]))
             damaged[-3] ^= 4
-            return super().run(item, version, sha256, [ray.put(bytes(damaged))])
-        return super().run(item, version, sha256, blob)
+            return super().run(item, asked, [ray.put(bytes(damaged))])
+        return super().run(item, asked, blob)
 
 
 class Stale(Worker):
-    """Has the weights of the version before."""
+    """Is told to act under the weights of the version before."""
 
-    def run(self, item: dict[str, Any], version: int, sha256: str, blob: list[ray.ObjectRef]) -> tuple[str, bytes]:
-        if version > 0 and first(f"{self.task.reward_name}.stale"):
-            return super().run(item, version - 1, sha256, blob)
-        return super().run(item, version, sha256, blob)
+    def run(self, item: dict[str, Any], asked: Asked, blob: list[ray.ObjectRef]) -> tuple[Asked, str, bytes]:
+        if asked[1] > 0 and first(f"{self.task.reward_name}.stale"):
+            return super().run(item, (asked[0], asked[1] - 1, asked[2]), blob)
+        return super().run(item, asked, blob)
+
+
+class Behind(Worker):
+    """Goes on under the weights that it has, once."""
+
+    def load(self, weights: Weights) -> None:
+        if weights.version < 2 or not first(f"{self.task.reward_name}.behind"):
+            super().load(weights)
+
+
+class Elsewhere(Worker):
+    """Answers for another run, once."""
+
+    def run(self, item: dict[str, Any], asked: Asked, blob: list[ray.ObjectRef]) -> tuple[Asked, str, bytes]:
+        acted, text, walks = super().run(item, asked, blob)
+        other = (f"another-{acted[0]}", *acted[1:])
+        return (other if first(f"{self.task.reward_name}.elsewhere") else acted), text, walks
