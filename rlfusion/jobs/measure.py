@@ -1,5 +1,6 @@
 """Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from rlfusion.rewards.untrained import FROM_DATA, require_weights
 
 NO_CALL_OPTIONS = CallOptions()
 GRID_ROWS, GRID_COLUMNS = 8, 20
+WALKED, WALKED_NUMBERS = 64, 2**18
+"""Samples, and numbers of latents, up to which samples are walked at a time where fewer are decoded."""
+
 HEADLINES = ("reward", "agreement", "frechet", "frechet_floor", "precision", "recall", "diversity_relative")
 PLAIN = ("reward", "diversity", "brightness", "edge_density", "entropy")
 PIPELINE_ROWS, PIPELINE_COLUMNS = 2, 8
@@ -207,10 +211,17 @@ def reward_parts(reward: Reward) -> dict[str, Tensor]:
     return dict(reward.state_dict()) if isinstance(reward, nn.Module) else {}
 
 
+def at_once(chunk: int, latent: tuple[int, ...]) -> int:
+    """How many samples are walked at a time, without gradients, where ``chunk`` are decoded: a fixed rule of the size
+    of latents, so that samples do not depend on the machine or its load. It is never below ``chunk``.
+    """
+    return max(chunk, min(WALKED, WALKED_NUMBERS // math.prod(latent)))
+
+
 def draw(policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], *key: Key) -> Tensor:
     """Samples (N, *shape) in [0, 1] of the labels (N,), on fixed seeds: sample i depends on ``key`` and i alone."""
     parts = _noise(policy, times, label, shape, key)
-    return torch.cat([policy.space.decode(sample(policy, noise, times, some)) for noise, some in parts])
+    return torch.cat([_decoded(policy, sample(policy, noise, times, some)) for noise, some in parts])
 
 
 @torch.no_grad()
@@ -227,17 +238,22 @@ def draw_beside(
             x = step.x
             if has_density:
                 found.append(step.transition.kl(base(step.obs)))
-        samples.append(policy.space.decode(x))
+        samples.append(_decoded(policy, x))
         parts.append(torch.stack(found).sum(0))
     return torch.cat(samples), torch.cat(parts)
+
+
+def _decoded(policy: Policy, x: Tensor) -> Tensor:
+    """The samples of latents, as many at a time as the model's space says."""
+    return torch.cat([policy.space.decode(part) for part in x.split(policy.space.chunk)])
 
 
 def _noise(
     policy: Policy, times: Tensor, label: Tensor, shape: tuple[int, ...], key: tuple[Key, ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The noise of walks and their labels, as many at a time as the model's space says."""
+    """The noise of walks and their labels, ``at_once`` at a time."""
     latent = policy.space.latent(shape)
-    for rows in torch.arange(len(label)).split(policy.space.chunk):
+    for rows in torch.arange(len(label)).split(at_once(policy.space.chunk, latent)):
         noise = chain_noise(key, rows.tolist(), len(times) - 1, latent)
         yield noise.to(label.device), label[rows.to(label.device)]
 

@@ -88,6 +88,19 @@ class Task:
             masked=self.masked,
         )
 
+    @cached_property
+    def _environments(self) -> dict[int, DenoisingVectorEnv]:
+        """The environment of the last item, by its number of walks."""
+        return {}
+
+    def _environment_of(self, count: int) -> DenoisingVectorEnv:
+        """An environment to be reset; it is made again where the number of walks is another one."""
+        if count not in self._environments:
+            made = self.environment(count)
+            self._environments.clear()
+            self._environments[count] = made
+        return self._environments[count]
+
     def score(self, x: Tensor, cond: Cond) -> Tensor:
         """The checked reward (B,) of latents (B, *shape), with its gradient where it has one."""
         return score(self.reward, self.decode(x), cond, self.reward_name)
@@ -142,7 +155,7 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 
 
 def _walk(task: Task, item: WorkItem) -> Trajectory:
-    env, rollout_spec = task.environment(len(item)), task.rollout_spec
+    env, rollout_spec = task._environment_of(len(item)), task.rollout_spec
     group, begin, steps = torch.tensor(item.groups), rollout_spec.begin(item), moves(task, item)
     noise = _noise(task, item, steps)
     options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})

@@ -121,6 +121,7 @@ def gathered(parts: Iterator[Trajectory], walks: int) -> list[Trajectory]:
         rows.copy_(part.x)
         found.append(replace(part, x=rows))
         done += len(part)
+        del part  # its own states are not needed while the next part is made
     return found
 
 

@@ -22,7 +22,7 @@ from rlfusion.config import Evaluation, Finetune, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.sampling import chain_noise, sample
-from rlfusion.jobs import base_model
+from rlfusion.jobs import base_model, measure
 from rlfusion.jobs.finetune import check, finetune
 from rlfusion.jobs.measure import draw
 from rlfusion.jobs.parts import opened
@@ -292,11 +292,12 @@ def test_negative_prompts_lead_each_prompt_away_from_its_own(tiny_pipelines):
         torch.testing.assert_close(both[i : i + 1], single, rtol=1e-4, atol=1e-4)
 
 
-def test_samples_do_not_depend_on_what_is_drawn_beside_them(tiny_pipelines):
+def test_samples_do_not_depend_on_what_is_drawn_beside_them(tiny_pipelines, monkeypatch):
     chain = Chain(steps=2, spacing="model", kernel="DDIM(eta=1.0)")
     label = torch.arange(4) % 2
     parts = []
     for decode in (1, 4):
+        monkeypatch.setattr(measure, "WALKED", decode)
         denoiser = pipelines.build(about(tiny_pipelines["sd"], decode=decode), PROMPTS)
         made = chain.policy(denoiser, PROMPTS)
         parts.append(draw(made, chain.times(denoiser), label, (3, SIDE, SIDE), 0, "test"))

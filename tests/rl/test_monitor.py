@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from chains import affine
+from chains import affine, mlp
 from processes import rlfusion
 from tiny_runs import TINY
 from torch import nn
@@ -14,7 +14,8 @@ from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.sampling import chain_noise, walk
 from rlfusion.diffusion.schedule import Cosine
-from rlfusion.jobs.measure import draw, draw_beside
+from rlfusion.diffusion.space import Pixels
+from rlfusion.jobs.measure import at_once, draw, draw_beside
 from rlfusion.rewards import RewardError
 from rlfusion.rl.monitor import Best, Config, Monitor
 
@@ -142,6 +143,28 @@ def test_the_kl_of_walks_is_that_of_their_linear_gaussian_steps():
             expected += gap / (2 * std**2) if std > 0 else 0.0
     assert got.min() > 0
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_samples_are_walked_many_at_a_time_and_decoded_as_few_as_the_space_says():
+    class Narrow(Pixels):
+        chunk = 2
+
+        def decode(self, z):
+            decoded.append(len(z))
+            return super().decode(z)
+
+    policy, times, label = mlp(), TimeGrid(3).times(Cosine()), torch.arange(70) % 4
+    expected = draw(policy, times, label, (1, 3, 2), 3, "here")
+    policy.denoiser.space, decoded, walked = Narrow(), [], []
+    policy.denoiser.net.register_forward_pre_hook(lambda _, inputs: walked.append(len(inputs[0])))
+    torch.testing.assert_close(draw(policy, times, label, (1, 3, 2), 3, "here"), expected)
+    assert walked == [64] * 3 + [6] * 3
+    assert decoded == [2] * 35
+
+
+def test_how_many_are_walked_at_a_time_follows_from_the_size_of_latents_alone():
+    assert [at_once(8, (4, side, side)) for side in (8, 32, 64, 128, 1024)] == [64, 64, 16, 8, 8]
+    assert at_once(500, (1, 8, 8)) == 500
 
 
 def test_the_best_is_the_highest_without_an_alarm_and_of_distances_the_least():
