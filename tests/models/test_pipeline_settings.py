@@ -12,6 +12,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.sampling import sample
 from rlfusion.models import pipelines
 from rlfusion.models.pipelines import Settings, Whole, lengths
+from rlfusion.models.pipelines.settings import UNTOLD
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 STEPS = 2
@@ -111,6 +112,18 @@ def test_what_is_said_of_a_saved_pipeline_replaces_what_it_was_saved_with(saved)
     assert models.describe(saved, Settings(size=16)) == card
 
 
+def test_what_a_new_pipeline_would_have_replaces_what_a_saved_one_has_where_it_is_said(saved, tmp_path):
+    said = {"dtype": "bfloat16", "vae_dtype": "bfloat16", "checkpointing": True, "decode": 3}
+    card = models.describe(saved, Settings(**said))
+    models.save(tmp_path / "other" / "model", models.build(card), card)
+    again = str(tmp_path / "other")
+    assert {key: models.describe(again, Settings()).pipeline[key] for key in said} == said
+    for key, plain in UNTOLD.items():
+        held = models.describe(again, Settings(**{key: plain})).pipeline
+        assert {name: held[name] for name in said} == said | {key: plain}
+    assert models.build(models.describe(again, Settings(dtype="float32"))).net.model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -127,7 +140,7 @@ def test_what_a_saved_pipeline_cannot_be_is_refused(settings, said, saved):
         models.describe(saved, Settings(**settings))
 
 
-@pytest.mark.parametrize("setting", ["prompts=a cat", "size=16", "dtype=bfloat16", "decode=2", "prompt_column=x"])
+@pytest.mark.parametrize("setting", ["prompts=a cat", "size=16", "dtype=float32", "checkpointing=false", "decode=8", "encoding=x"])
 @pytest.mark.parametrize("command", ["sample", "evaluate", "check-model", "finetune", "compare"])
 def test_settings_of_a_pipeline_for_another_model_are_refused_by_every_command(command, setting, tmp_path, capsys):
     folder = tmp_path / "own"

@@ -17,8 +17,8 @@ from rlfusion.models.pipelines.scheduler import read as read_scheduler
 MOST_STEPS = 20
 """Steps of a chain that is trained, unless told otherwise or the pipeline's own are fewer."""
 
-KEPT = {"side": "size", **{name: name for name in ("dtype", "vae_dtype", "checkpointing", "decode")}}
-"""Entries of a card by the settings that say them, of a saved pipeline too."""
+UNTOLD: dict[str, Any] = {"dtype": "float32", "vae_dtype": "float32", "checkpointing": False, "decode": 8}
+"""What settings that are null stand for, where no saved pipeline has others."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Settings:
         max_sequence_length: tokens of a prompt that the large text encoder reads, padding among them (FLUX, SD3, Sana);
             0 for what the model card has: 256 of FLUX schnell, else the default of diffusers.
         dtype: of the network's frozen weights and arithmetic; latents, transitions, log-probabilities and adapters stay
-            in float32. All but float32 needs adapters (lora).
-        vae_dtype: in which the autoencoder decodes: on a GPU bfloat16 takes a sixth of float32's time.
+            in float32. All but float32 needs adapters (lora). Null for what a saved pipeline has, else float32.
+        vae_dtype: in which the autoencoder decodes: on a GPU bfloat16 takes a sixth of float32's time. Null for what
+            a saved pipeline has, else float32.
         variant: of the weights' files, such as fp16.
-        checkpointing: compute activations again in the backward pass, for less memory.
-        decode: samples that the autoencoder decodes at a time.
+        checkpointing: compute activations again in the backward pass, for less memory. Null for what a saved pipeline
+            has, else false.
+        decode: samples that the autoencoder decodes at a time; null for what a saved pipeline has, else 8.
         family: how prompts are encoded and the network is called, as package.module:Name or path/to/file.py:Name, of a
             family of your own (docs/doors.md); empty finds it by the pipeline's class.
     """
@@ -49,17 +51,18 @@ class Settings:
     prompts_sha256: str = ""
     size: int = 0
     max_sequence_length: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     variant: str = ""
-    checkpointing: bool = False
-    decode: int = 8
+    checkpointing: bool | None = None
+    decode: int | None = None
     family: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", absolute(self.family))
         require_not_negative(self, "size", "max_sequence_length")
-        require_positive(self, "decode")
+        if self.decode is not None:
+            require_positive(self, "decode")
 
     def read(self, negative: str = "") -> Prompts:
         """The prompts, which must be those that are expected.
@@ -106,8 +109,8 @@ class Settings:
         return {SEQUENCE: told or own}
 
     def over(self, name: str, held: Mapping[str, Any]) -> dict[str, Any]:
-        """What the settings say otherwise than ``held``, the card of a saved pipeline ``name``: those that are not at
-        their defaults; the prompts come beside.
+        """What the settings say in place of ``held``, the card of a saved pipeline ``name``: a size, and those that are
+        not null; the prompts come beside.
 
         Raises:
             ConfigError: another family or variant, which a saved one cannot have, or a file's settings without a file.
@@ -117,9 +120,11 @@ class Settings:
                 raise ConfigError(f"{key} = {told!r}: {name!r} was saved with {key} {own!r}, expected none")
         if not self.prompts and (lone := self.prompt_column or self.encoding):
             raise ConfigError(f"prompt_column or encoding = {lone!r}: expected pipeline.prompts, a file, beside it")
-        plain = Settings()
-        said = {entry: key for entry, key in KEPT.items() if getattr(self, key) != getattr(plain, key)}
-        return {entry: getattr(self, key) for entry, key in said.items()}
+        return self._told() | ({"side": self.size} if self.size else {})
+
+    def _told(self) -> dict[str, Any]:
+        """Those of ``UNTOLD`` that are not null."""
+        return {key: told for key in UNTOLD if (told := getattr(self, key)) is not None}
 
     def prompted(self, negative: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What a card keeps of the prompts beside their texts, and the texts."""
@@ -136,13 +141,8 @@ class Settings:
             raise ConfigError(f"model {name!r} reads texts: expected pipeline.prompts, a prompt or a file of them")
         held, texts = self.prompted(negative)
         place = str(Path(name).resolve()) if Path(name).exists() else name  # a worker, or a later run, has another cwd
-        held |= {"name": place, "variant": self.variant, "dtype": self.dtype, "checkpointing": self.checkpointing}
-        held |= {
-            "side": self.size,
-            "decode": self.decode,
-            "vae_dtype": self.vae_dtype,
-            **({"family": self.family} if self.family else {}),
-        }
+        held |= {"name": place, "variant": self.variant, "side": self.size, **UNTOLD, **self._told()}
+        held |= {"family": self.family} if self.family else {}
         return held | {"cache": str(cache.resolve()) if cache else "", "adapters": []}, texts
 
 
