@@ -17,6 +17,7 @@ SUFFIXES = (*SEPARATED, ".jsonl", ".ndjson", ".parquet")
 IMAGE = ("file_name", "filename", "file", "image", "img", "path", "filepath", "file_path", "image_path", "image_id")
 CAPTION = ("text", "caption", "prompt")
 LABEL = ("label", "class", "category", "label_name", "class_name")
+SPLIT = ("split",)
 EXTRA = "pip install 'rlfusion[datasets]'"
 
 
@@ -168,6 +169,15 @@ def roles(table: Columns, conditions: str, image: str, caption: str, label: str)
         f"{where} has the columns {_list(table.names)}: expected captions ({', '.join(CAPTION)}) or classes "
         f"({', '.join(LABEL)}), or caption='NAME', label='NAME' or conditions='none'"
     )
+
+
+def split_of(table: Columns) -> str:
+    """The column of the splits by its usual name, in any case; "" for none.
+
+    Raises:
+        ConfigError: several that could be meant.
+    """
+    return _one(table, SPLIT, "split_column") if any(name.lower() in SPLIT for name in table.names) else ""
 
 
 def _one(table: Columns, known: tuple[str, ...], setting: str) -> str:

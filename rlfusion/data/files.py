@@ -59,7 +59,7 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in OF_SYSTEMS | FILES_OF_SYSTEMS
 
 
-def require_regular(file: Path) -> None:
+def require_regular(file: Path, what: str = "image") -> None:
     """
     Raises:
         ConfigError: nothing there (a broken link), or a pipe or device, which a read would wait for.
@@ -67,9 +67,17 @@ def require_regular(file: Path) -> None:
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
     except OSError as error:
-        raise ConfigError(f"image {str(file)!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{what} {str(file)!r} cannot be read: {error.strerror}") from error
     if not regular:
-        raise ConfigError(f"image {str(file)!r} is no regular file")
+        raise ConfigError(f"{what} {str(file)!r} is no regular file")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _walk(root: Path, left: Counter[str]) -> list[tuple[Path, list[str]]]:
@@ -83,7 +91,7 @@ def _walk(root: Path, left: Counter[str]) -> list[tuple[Path, list[str]]]:
         except OSError as error:
             raise ConfigError(f"folder {str(folder)!r} cannot be read: {error.strerror}") from error
         here = above | {(about.st_dev, about.st_ino)}
-        folders = [entry for entry in entries if entry.is_dir()]
+        folders = [entry for entry in entries if _is_folder(entry)]
         found.append((folder, [entry.name for entry in entries if entry not in folders]))
         for entry in folders:
             inside = entry.stat()

@@ -8,9 +8,9 @@ from typing import Literal
 
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.data import splits
-from rlfusion.data.columns import read_table, read_text, roles
+from rlfusion.data.columns import Columns, read_table, read_text, roles, split_of
 from rlfusion.data.dataset import Dataset
-from rlfusion.data.files import METADATA, Files, files_below
+from rlfusion.data.files import METADATA, Files, files_below, require_regular
 from rlfusion.data.rows import Found, Row, Source, assemble, caption_text, plain
 from rlfusion.data.table import located, text_of
 
@@ -66,9 +66,9 @@ class Folder(Source):
         if columns and not files.metadata:
             raise ConfigError(f"columns are named, and {self.path!r} has none of {', '.join(sorted(METADATA))}")
         if files.metadata and (asked == "auto" or columns):
-            return self._of_tables(files, wanted)
+            return self._of_tables(files, wanted, root)
         if asked == "captions" and files.metadata and not beside:
-            return self._of_tables(files, wanted)
+            return self._of_tables(files, wanted, root)
         if asked == "captions" or (asked == "auto" and beside):
             return "captions", self._beside(files, wanted, len(beside)), "captions from files beside the images"
         if files.captions:
@@ -88,6 +88,7 @@ class Folder(Source):
         return {f: read[files.captions[f]] for f in wanted}
 
     def _caption(self, file: Path) -> str:
+        require_regular(file, "caption")
         lines = [text.strip() for text in read_text(file).splitlines() if text.strip()]
         if any(BOX.fullmatch(text) for text in lines):
             raise ConfigError(f"{str(file)!r} holds numbers, {lines[0][:40]!r}, as of boxes: expected a caption")
@@ -109,12 +110,12 @@ class Folder(Source):
             return "classes", dict.fromkeys(wanted, "all"), ""
         return "classes", {f: plain(names[0], f"folder {names[0]!r}") for f, names in below.items()}, ""
 
-    def _of_tables(self, files: Files, wanted: list[Path]) -> tuple[str, dict[Path, str], str]:
+    def _of_tables(self, files: Files, wanted: list[Path], root: Path | None) -> tuple[str, dict[Path, str], str]:
         """From the metadata tables, of which each names the images below its own folder."""
         texts: dict[Path, str] = {}
         kinds = set()
         for file in files.metadata:
-            kind = self._of_table(file, texts)
+            kind = self._of_table(file, texts, root)
             kinds.add(kind)
         if len(kinds) > 1:
             raise ConfigError(f"the metadata tables of {self.path!r} hold {' and '.join(sorted(kinds))}: expected one")
@@ -123,10 +124,14 @@ class Folder(Source):
             named = [str(f) for f in texts]
             raise unknown(f"image of {str(files.metadata[0])!r} ({len(bare)} have no row),", str(bare[0]), named[:1000])
         kind, tables = kinds.pop(), ", ".join(sorted({f.name for f in files.metadata}))
-        return kind, texts, f"{kind} from {tables}" if kind != "none" else ""
+        notes = [f"{kind} from {tables}"] if kind != "none" else []
+        if elsewhere := len(texts.keys() - set(files.images)):
+            notes.append(f"{elsewhere:,} rows of images that are hidden, elsewhere, or of another suffix left out")
+        return kind, texts, "; ".join(notes)
 
-    def _of_table(self, file: Path, texts: dict[Path, str]) -> str:
+    def _of_table(self, file: Path, texts: dict[Path, str], root: Path | None) -> str:
         table = read_table(file)
+        column = self._split_column(table, root)
         role = roles(table, self.conditions, self.image, self.caption, self.label)
         for i, row in enumerate(table.rows):
             where = table.where(i)
@@ -135,13 +140,29 @@ class Folder(Source):
                 raise ConfigError(f"{where} holds its image: expected its file's name, or --data {str(file)!r}")
             if image in texts:
                 raise ConfigError(f"{where} is the second of {str(image)!r}: expected one, or --data {str(file)!r}")
+            if column and row.get(column) != _top(image, Path(self.path)):
+                raise ConfigError(f"{where}: {column} = {row.get(column)!r} of {str(image)!r}: expected the same split")
             texts[image] = text_of(row, role.text, role.kind, where)
         return role.kind
 
+    def _split_column(self, table: Columns, root: Path | None) -> str:
+        """The column of the splits in a table of metadata, "" for none.
+
+        Raises:
+            ConfigError: there is one, and the folder has no splits (``root`` is given).
+        """
+        column = "" if self.split == splits.NONE else split_of(table)
+        if column and root is not None:
+            raise ConfigError(
+                f"{str(table.file)!r} has a column {column!r}, and a folder's splits are its folders: expected --data "
+                f"{str(table.file)!r}, which follows it, or split='none'"
+            )
+        return column
+
 
 def _top(file: Path, root: Path) -> str:
-    """The first folder below ``root`` on the way to ``file``; "" for none."""
-    parts = file.relative_to(root).parts
+    """The first folder below ``root`` on the way to ``file``; "" for none, and for a file elsewhere."""
+    parts = file.relative_to(root).parts if file.is_relative_to(root) else ()
     return parts[0] if len(parts) > 1 else ""
 
 

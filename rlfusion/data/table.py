@@ -7,11 +7,10 @@ from typing import Any
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.data import splits
-from rlfusion.data.columns import Columns, read_table, roles
+from rlfusion.data.columns import Columns, read_table, roles, split_of
 from rlfusion.data.dataset import Dataset
 from rlfusion.data.rows import Found, Row, Source, assemble, caption_text, class_text, shown
 
-SPLIT = "split"
 TEXTS = {"captions": caption_text, "classes": class_text}
 
 
@@ -25,7 +24,7 @@ class Table(Source):
         label: the column of the classes; "" finds it by its name, where there is no caption.
         root: the folder that the paths are relative to; "" is the table's own.
         suffix: what is added to every path (".jpg", where the table has names without it).
-        split_column: the column of the splits; "" is "split", where there is one.
+        split_column: the column of the splits; "" is "split" in any case, where there is one.
         delimiter: between the fields of a .csv; "" is the comma (the tabulator in a .tsv).
     """
 
@@ -59,7 +58,7 @@ class Table(Source):
     def _split_column(self, table: Columns) -> str:
         if self.split == splits.NONE:
             return ""
-        column = self.split_column or (SPLIT if SPLIT in table.names else "")
+        column = self.split_column or split_of(table)
         if column and column not in table.names:
             raise splits.unknown(f"column of {str(table.file)!r}", column, table.names)
         if not column and (self.split or self.held):

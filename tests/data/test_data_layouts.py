@@ -104,6 +104,21 @@ def test_links_are_followed_and_loops_are_cut(tmp_path):
     refused(str(tmp_path / "here"), "gone.png", "No such file")
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path):
+    make(tmp_path, ["a.png"])
+    (tmp_path / "round").symlink_to("round")
+    assert "1 left out: 1 without a suffix" in data.load(str(tmp_path), 4).summary
+    (tmp_path / "b.png").symlink_to("b.png")
+    refused(str(tmp_path), "b.png", "symbolic links")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.caption"])
+def test_a_pipe_is_no_caption(name, tmp_path):
+    make(tmp_path, ["a.png"])
+    os.mkfifo(tmp_path / name)
+    refused(str(tmp_path), name, "no regular file")  # it would be waited for
+
+
 def test_what_is_no_image_is_refused_by_name(tmp_path):
     make(tmp_path, ["a.png"])
     os.mkfifo(tmp_path / "pipe.png")
@@ -370,6 +385,37 @@ def test_the_metadata_of_a_hugging_face_folder(tmp_path):
     assert levels(found.split(0.5)[1]) == [20]
     write(tmp_path / "validation" / "metadata.csv", [{"file_name": "a.png", "text": "y"}])
     refused(str(tmp_path), "captions and classes")
+
+
+@pytest.mark.parametrize("column", ["split", "Split", "SPLIT"])
+def test_a_column_of_splits_is_followed_or_refused_never_left_out(column, tmp_path):
+    make(tmp_path, ["a.png", "b.png", "c.png"])
+    rows = [{"file_name": f"{n}.png", "text": n, column: part} for n, part in zip("abc", ("train", "train", "test"))]
+    write(tmp_path / "metadata.csv", rows)
+    refused(str(tmp_path), "metadata.csv", repr(column), "split='none'")
+    assert texts(data.load(of("folder", tmp_path, split="none"), 4)) == ["a", "b", "c"]
+    found = data.load(str(tmp_path / "metadata.csv"), 4)
+    assert "2 of 'train' to train on, 1 of 'test' held out" in found.summary
+    write(tmp_path / "metadata.csv", [row | {column.swapcase(): "train"} for row in rows])
+    refused(str(tmp_path / "metadata.csv"), "several that may be the split_column", "split_column='NAME'")
+
+
+def test_a_column_of_splits_beside_folders_of_them_says_the_same(tmp_path):
+    make(tmp_path, ["train/a.png", "test/b.png"])
+    rows = [{"file_name": f"{part}/{n}.png", "text": n, "split": part} for n, part in (("a", "train"), ("b", "test"))]
+    write(tmp_path / "metadata.csv", rows)
+    assert levels(data.load(str(tmp_path), 4).split(0.5)[1]) == [10]
+    write(tmp_path / "metadata.csv", [row | {"split": "train"} for row in rows])
+    refused(str(tmp_path), "row 2", "split = 'train'", "expected the same split")
+
+
+def test_rows_of_images_that_are_not_read_are_counted(tmp_path):
+    make(tmp_path, ["in/a.png", "in/.old/b.png", "out.png"])
+    rows = [{"file_name": name, "text": "x"} for name in ("a.png", ".old/b.png", "../out.png")]
+    write(tmp_path / "in" / "metadata.csv", rows)
+    found = data.load(str(tmp_path / "in"), 4)
+    assert texts(found) == ["x"]
+    assert "2 rows of images that are hidden, elsewhere, or of another suffix left out" in found.summary
 
 
 def test_a_table_like_that_of_celeba(tmp_path):

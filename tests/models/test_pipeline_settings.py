@@ -140,7 +140,9 @@ def test_what_a_saved_pipeline_cannot_be_is_refused(settings, said, saved):
         models.describe(saved, Settings(**settings))
 
 
-@pytest.mark.parametrize("setting", ["prompts=a cat", "size=16", "dtype=float32", "checkpointing=false", "decode=8", "encoding=x"])
+@pytest.mark.parametrize(
+    "setting", ["prompts=a cat", "size=16", "dtype=float32", "checkpointing=false", "decode=8", "encoding=x"]
+)
 @pytest.mark.parametrize("command", ["sample", "evaluate", "check-model", "finetune", "compare"])
 def test_settings_of_a_pipeline_for_another_model_are_refused_by_every_command(command, setting, tmp_path, capsys):
     folder = tmp_path / "own"
