@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.notices import say_once
 from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.user_code import called
 from rlfusion.rewards.answers import one_score, scores
 from rlfusion.rewards.base import require_labels
 from rlfusion.rewards.binding import ONE, Adapter, Bound, bind
@@ -123,7 +124,8 @@ def adapted(
     )
 
     def call(*args: Any, **named: Any) -> Any:
-        return scorer(*args, **named, **options)
+        with called(f"reward {name!r}"):
+            return scorer(*args, **named, **options)
 
     return Adapted(name, call, bound, task_info, adapter.scores, inside)
 
@@ -132,23 +134,29 @@ def signature_of(name: str, scorer: Callable[..., Any]) -> inspect.Signature:
     """The signature of what is called: of a module, that of its ``forward``.
 
     Raises:
-        ConfigError: it has none that can be read.
+        ConfigError: it has none that can be read, or is async.
     """
-    called = _flat(scorer.forward if isinstance(scorer, nn.Module) else scorer)
+    read = _flat(scorer.forward if isinstance(scorer, nn.Module) else scorer)
+    if any(map(_is_async, (read, getattr(read, "__call__", None)))):  # noqa: B004 - of an object, what is called
+        raise ConfigError(f"reward {name!r} is async: expected a function that returns the scores (asyncio.run in it)")
     try:
-        return inspect.signature(called)
-    except (ValueError, TypeError) as error:
+        return inspect.signature(read)
+    except (ValueError, TypeError, AttributeError) as error:  # the last of a module of TorchScript
         raise ConfigError(
             f"reward {name!r}: its parameters cannot be read: expected a function around it with named ones"
         ) from error
 
 
+def _is_async(thing: Any) -> bool:
+    return inspect.iscoroutinefunction(thing) or inspect.isasyncgenfunction(thing)
+
+
 def fixed(scorer: Callable[..., Any]) -> set[str]:
     """The keywords that functools.partial has fixed: they stand, unless an option or the adapter names them."""
-    called = scorer.forward if isinstance(scorer, nn.Module) else scorer
-    if not isinstance(called, functools.partial):
-        called = getattr(called, "__call__", None)  # noqa: B004 - of a class with a partialmethod
-    return set(_flat(called).keywords) if isinstance(called, functools.partial) else set()
+    held = scorer.forward if isinstance(scorer, nn.Module) else scorer
+    if not isinstance(held, functools.partial):
+        held = getattr(held, "__call__", None)  # noqa: B004 - of a class with a partialmethod
+    return set(_flat(held).keywords) if isinstance(held, functools.partial) else set()
 
 
 def whole(thing: Any) -> Any:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError, UserCodeError
 from rlfusion.common.tensors import Cond
-from rlfusion.common.user_code import running
+from rlfusion.common.user_code import called, running
 
 NAMED = 10
 """How many offending items an error names."""
 FEWEST = 2
+NO_NUMBERS = (str, bytes, bytearray, memoryview)
+"""Sequences whose items look like numbers, and are none."""
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +109,9 @@ def score(reward: Reward, samples: Tensor, cond: Cond, name: str, masked: bool =
     """
     try:
         with running(f"reward {name!r} on samples {tuple(samples.shape)}"), unchanged(name, samples, cond):
-            result = reward(samples.contiguous(), cond)  # as a served one gets them: sums in another order differ
+            given = samples.contiguous()  # as a served one gets them: sums in another order differ
+            with called(f"reward {name!r}"):
+                result = reward(given, cond)
     except RewardFailure as failure:
         if not masked:
             raise
@@ -183,21 +187,32 @@ def as_tensor(held: Any, name: str) -> Tensor:
         return held
     try:
         if isinstance(held, np.ndarray | np.generic):
+            if np.ma.is_masked(held):
+                raise RewardError(f"reward {name!r} answered an array with a mask: expected NaN where it has no score")
             return torch.from_numpy(np.ascontiguousarray(held).reshape(np.shape(held)))
-        if isinstance(held, Sequence) and not isinstance(held, str):
+        if isinstance(held, Sequence) and not isinstance(held, NO_NUMBERS):
             if held and all(isinstance(part, Tensor) for part in held):
                 return torch.stack([part.reshape(()) for part in held])
-            wrong = [i for i, part in enumerate(held) if not isinstance(part, Real | Tensor | np.ndarray | np.generic)]
+            wrong = [i for i, part in enumerate(held) if not _is_number(part)]
             if wrong:
                 raise RewardError(
                     f"reward {name!r} answered {answered(held[wrong[0]])} for item {wrong[0]}: expected a number"
                 )
             return torch.as_tensor(np.asarray([np.asarray(part).reshape(()) for part in held], dtype=np.float64))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise RewardError(
             f"reward {name!r} answered {answered(held)}: expected one number a sample ({error})"
         ) from error
     raise RewardError(f"reward {name!r} answered {answered(held)}: expected a tensor, an array or a list of numbers")
+
+
+def _is_number(part: Any) -> bool:
+    """Whether an item of a list may be a score: a real number, alone or in a tensor or an array."""
+    if isinstance(part, Tensor):
+        return not part.is_complex()
+    if isinstance(part, np.ndarray | np.generic):
+        return part.dtype.kind in "biuf" and not np.ma.is_masked(part)
+    return isinstance(part, Real)
 
 
 def answered(held: Any) -> str:

@@ -252,7 +252,7 @@ def _ordered(parameters: Mapping[str, inspect.Parameter], adapter: Adapter) -> l
 def _scorer(name: str, found: Any, adapter: Adapter) -> tuple[Callable[..., Any], str]:
     """What is called of an object, and its name if it is a method: what is told, itself, or ``score``."""
     method = adapter.told("method")
-    idle = isinstance(found, nn.Module) and type(found).forward is nn.Module.forward
+    idle = isinstance(found, nn.Module) and inspect.getattr_static(type(found), "forward") is nn.Module.forward
     if inspect.isfunction(found) or (not method and callable(found) and not idle):
         return found, method
     method = method or "score"

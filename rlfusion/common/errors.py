@@ -7,6 +7,7 @@ import difflib
 import errno
 import socket
 from argparse import ArgumentError
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -249,6 +250,13 @@ def require_at_most(settings: object, **limits: float) -> None:
     for name, limit in limits.items():
         if not (value := getattr(settings, name)) <= limit:
             raise ConfigError(f"{name} = {value}: expected a number of at most {limit:g}")
+
+
+def require_distinct(name: str, held: Iterable[object]) -> None:
+    """Raise ConfigError where the list in a setting has something twice."""
+    for one, count in Counter(held).items():
+        if count > 1:
+            raise ConfigError(f"{name} = {shorten(list(held))}: expected each once, {shorten(repr(one))} is there twice")
 
 
 def require_share(settings: object, name: str) -> None:

@@ -61,6 +61,25 @@ def running(what: str) -> Iterator[None]:
 
 
 @contextmanager
+def called(what: str) -> Iterator[None]:
+    """Within the context the user's code ``what`` is called, and nothing else is done.
+
+    Raises:
+        UserCodeError: an error without any frame below the call, as compiled code raises it (``functools.lru_cache``, an
+            extension module); all others pass.
+    """
+    try:
+        yield
+    except RlfusionError:
+        raise
+    except Exception as error:
+        caller = error.__traceback__ and error.__traceback__.tb_next  # the first is this frame
+        if caller is None or caller.tb_next is None:
+            raise UserCodeError(f"{what}: {described(error)} (in compiled code)") from error
+        raise
+
+
+@contextmanager
 def loading(what: str) -> Iterator[None]:
     """Within the context a file of the user's code is read and made a module.
 

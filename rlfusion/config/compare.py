@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
-from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.errors import ConfigError, require_distinct, require_positive, unknown
 from rlfusion.config.finetune import Finetune
 from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base
@@ -91,6 +91,11 @@ class Compare:
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
         if not self.agents or not self.rewards:
             raise ConfigError(f"agents = {self.agents}, rewards = {self.rewards}: expected one of each at least")
+        for name in ("rewards", "best_of", "guidance"):
+            require_distinct(name, getattr(self, name))
+        for name in self.reward_options:
+            if name not in self.rewards:
+                raise unknown("reward in the options", name, self.rewards)
         if any(n < 2 for n in self.best_of):
             raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
         object.__setattr__(self, "agents", [_whole(text) for text in self.agents])

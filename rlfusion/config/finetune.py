@@ -7,7 +7,7 @@ from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
 from rlfusion.common.code_files import label
-from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, unknown
+from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
 from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
@@ -141,6 +141,7 @@ class Finetune:
         names = [*names_of(self.reward), *self.monitor.held_out]
         if not names_of(self.reward):
             raise ConfigError("reward = {}: expected one reward at least, {name: weight}")
+        require_distinct("monitor.held_out", self.monitor.held_out)
         for name in self.reward_options:
             if name not in names:
                 raise unknown("reward in the options", name, names)

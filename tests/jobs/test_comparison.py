@@ -22,7 +22,7 @@ from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.curves import Point, best_within, curve, first_at
-from rlfusion.jobs.compare.job import _overlay
+from rlfusion.jobs.compare.job import _overlay, check
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
@@ -106,11 +106,32 @@ def test_who_cannot_leave_a_sample_out_is_named_and_stops_nobody_else():
         ({"agents": []}, "one of each at least"),
         ({"best_of": [1]}, r"best_of = \[1\]"),
         ({"seeds": 0}, "seeds = 0"),
+        ({"rewards": ["ink", "symmetry", "ink"]}, r"rewards = .*: expected each once, 'ink' is there twice"),
+        ({"best_of": [4, 4]}, r"best_of = \[4, 4\]: expected each once"),
+        ({"guidance": [1.0, 2.0, 1.0]}, "guidance = .*: expected each once"),
+        ({"rewards": ["ink"], "reward_options": {"symmetry": {}}}, "unknown reward in the options 'symmetry'"),
     ],
 )
 def test_comparisons_that_cannot_be_are_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         Compare(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rewards": ["ink", "inkk"]}, "unknown reward 'inkk'.*did you mean 'ink'"),
+        ({"rewards": ["ink", "nowhere.py:f"]}, "nowhere.py"),
+        ({"rewards": ["ink", "jpeg_compressibility"], "reward_options": {"jpeg_compressibility": {"qualty": 3}}},
+         "did you mean 'quality'"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_cannot_be_made_is_refused_before_the_others_are_learned_from(settings, said):
+    """The baselines ask every reward, after all runs."""
+    with pytest.raises(ConfigError, match=said):
+        check(Compare(agents=["ddpo"], **settings))
+    refused = check(Compare(agents=["draft"], rewards=["ink", "jpeg_compressibility"]))
+    assert ["draft on jpeg_compressibility" in message for message in refused] == [True]
 
 
 def test_figures_by_hand(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from rlfusion.common import notices
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, UserCodeError
 from rlfusion.rewards import RewardError, asks, build, score, task_info
 from rlfusion.rewards.remote.exchange import greet, greeted
 
@@ -241,6 +241,23 @@ def test_scorers_as_they_are_published_give_their_numbers(thing, options, expect
     torch.testing.assert_close(score(reward, samples, COND, name), expected(samples).float(), rtol=1e-5, atol=1e-5)
 
 
+async def asynchronous(images, prompts):
+    return means(images)
+
+
+async def streaming(images):
+    yield means(images)
+
+
+async def async_factory(scale=1.0):
+    return means
+
+
+class Asynchronous:
+    async def __call__(self, images, prompts):
+        return means(images)
+
+
 @pytest.mark.parametrize(
     ("thing", "options", "said"),
     [
@@ -264,6 +281,13 @@ def test_scorers_as_they_are_published_give_their_numbers(thing, options, expect
         (ours, {"scale": 2}, "takes no options"),
         (required, {}, r"threshold"),
         (lambda: 3, {}, "made int"),
+        (asynchronous, {}, "is async: expected a function that returns the scores"),
+        (functools.partial(asynchronous, prompts=None), {}, "is async"),
+        (Asynchronous, {}, "is async"),
+        (Asynchronous(), {}, "is async"),
+        (streaming, {}, "is async"),
+        (async_factory, {}, "is async"),
+        (torch.jit.trace(nn.Linear(4, 1), torch.zeros(1, 4)), {}, "its parameters cannot be read"),
         (dict, {}, "."),
         (object, {}, "made object: expected a callable"),
     ],
@@ -403,6 +427,16 @@ def test_a_scorer_of_paths_is_refused(named):
         (np.array(["a"] * 4), "expected one number a sample"),
         ([[1.0], [2.0, 3.0], [1.0], [1.0]], "list of 1 for item 0"),
         (torch.tensor([1.0, float("nan"), 0, 0]), "not finite"),
+        (np.ma.array([1.0, 2.0, 3.0, 4.0], mask=[0, 1, 0, 0]), "an array with a mask"),
+        ([np.ma.masked, 1.0, 2.0, 3.0], "for item 0: expected a number"),
+        ([1.0, np.complex64(1 + 2j), 2.0, 3.0], "for item 1: expected a number"),
+        ([1.0, 2.0, torch.tensor(1 + 2j), 3.0], "for item 2: expected a number"),
+        ([np.str_("1")] * 4, "for item 0: expected a number"),
+        ([np.datetime64(3, "s")] * 4, "for item 0: expected a number"),
+        (b"abcd", "answered bytes of 4"),
+        (bytearray(4), "answered bytearray"),
+        (memoryview(b"abcd"), "answered memoryview"),
+        ([10**400, 1, 2, 3], "too large"),
     ],
 )
 def test_answers_that_are_no_numbers_are_refused(answer, said, named, samples):
@@ -471,6 +505,16 @@ def test_metadata_cross_the_wire():
     assert greeted(greet(odd))["metadata"] == list(odd["metadata"])
     none = task_info(("a", "b"), (3, 4, 4))
     assert greeted(greet(none))["metadata"] == [{}, {}]
+
+
+@pytest.mark.parametrize("parameters", ["images, prompts", "samples, cond"])
+def test_what_compiled_code_raises_is_the_users(parameters, named, samples):
+    """``lru_cache`` calls hash its arguments in C: no frame of the traceback is the user's."""
+    there: dict = {"means": means}
+    exec(f"def scorer({parameters}):\n    return means({parameters.partition(',')[0]})", there)
+    name = named(functools.lru_cache(there["scorer"]))
+    with pytest.raises(UserCodeError, match="their_rewards:thing.*unhashable type: 'list'"):
+        score(build(name, {}, TOLD), samples, COND if "prompts" in parameters else [0, 1, 2, 1], name)
 
 
 def test_words_that_the_model_has_not_are_an_error(named, samples):

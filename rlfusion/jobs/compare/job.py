@@ -38,15 +38,20 @@ def check(config: Compare) -> list[str]:
     Raises:
         ConfigError: nothing of the comparison can run, or a setting is wrong for every run.
     """
-    errors, runs = [], list(config.runs())
+    errors: list[tuple[str, str, ConfigError]] = []
+    runs = list(config.runs())
     for agent, reward, seed, settings in runs:
         try:
             finetune.check(settings)
         except ConfigError as error:
-            errors.append((f"{agent} on {reward}, seed {seed}: {error}", error))
+            errors.append((reward, f"{agent} on {reward}, seed {seed}: {error}", error))
     if len(errors) == len(runs):
-        raise errors[0][1]
-    return [message for message, _ in errors]
+        raise errors[0][2]
+    for name in config.rewards:
+        told = [settings for _, reward, _, settings in runs if reward == name]
+        if len(told) == sum(reward == name for reward, *_ in errors):  # is it the reward? The baselines need it, too
+            finetune.require_reward(told[0])
+    return [message for _, message, _ in errors]
 
 
 def compare(config: Compare, folder: Path, signals: Signals, progress: Progress) -> str:

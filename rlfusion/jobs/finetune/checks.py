@@ -77,6 +77,23 @@ def check(config: Finetune) -> None:
         score(reward, to_pixels(data.x[:TRIED]), label, parts.rewards.name, parts.rewards.masked)
 
 
+def require_reward(config: Finetune) -> None:
+    """Refuse a reward that cannot be made, whatever learns from it.
+
+    Raises:
+        ConfigError: says what of it.
+    """
+    parts = opened(config)
+    card = base_model.pretrained(parts.base)
+    if card is not None:
+        judged = Unjudged(card.shape, card.names, card.metadata)
+        judged.reward(config.reward, parts.rewards.options, parts.base.root)
+        return
+    data = load(config.pretrain.data, config.pretrain.size)
+    card = models.load_card(Path(config.base)) if config.base else card_of(config.pretrain, data)
+    build(config.reward, parts.rewards.options, task_info(card.names, card.shape, card.metadata))
+
+
 def check_pretrained(config: Finetune, card: models.Card) -> None:
     """Refuse what cannot work with a pretrained pipeline, before its weights are read.
 
