@@ -43,8 +43,13 @@ def require_template(template: str) -> None:
         ConfigError: no place for the prompt, or another one.
     """
     try:
-        places = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        found = [(name, form or how) for _, name, form, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ConfigError(f"template = {template!r}: {error}") from error
-    if not places or places - {"", "0", "word"}:
-        raise ConfigError(f"template = {template!r}: expected {{}} or {{word}} where the prompt belongs, and no other")
+    marks = [name for name, _ in found]
+    if not found or any(formed for _, formed in found) or set(marks) - {"", "0", "word"} or marks.count("") > 1:
+        raise ConfigError(
+            f"template = {template!r}: expected {{}} (once) or {{word}} where the prompt belongs, and no other"
+        )
+    if {"", "0"} <= set(marks):
+        raise ConfigError(f"template = {template!r}: expected {{}} or {{0}}, not both")

@@ -256,7 +256,8 @@ def require_distinct(name: str, held: Iterable[object]) -> None:
     """Raise ConfigError where the list in a setting has something twice."""
     for one, count in Counter(held).items():
         if count > 1:
-            raise ConfigError(f"{name} = {shorten(list(held))}: expected each once, {shorten(repr(one))} is there twice")
+            twice = shorten(repr(one))
+            raise ConfigError(f"{name} = {shorten(list(held))}: expected each once, {twice} is there twice")
 
 
 def require_share(settings: object, name: str) -> None:

@@ -21,6 +21,7 @@ _USED = set(
         "PIL",
         "accelerate",
         "diffusers",
+        "huggingface_hub",
         "lpips",
         "numpy",
         "open_clip",
@@ -29,13 +30,14 @@ _USED = set(
         "ray",
         "safetensors",
         "sklearn",
+        "tokenizers",
         "torch",
         "torchvision",
         "transformers",
         "urllib3",
     ]
 )
-"""Libraries that the rewards of rlfusion itself call."""
+"""Libraries that rlfusion itself calls."""
 
 
 @contextmanager
@@ -65,8 +67,8 @@ def called(what: str) -> Iterator[None]:
     """Within the context the user's code ``what`` is called, and nothing else is done.
 
     Raises:
-        UserCodeError: an error without any frame below the call, as compiled code raises it (``functools.lru_cache``, an
-            extension module); all others pass.
+        UserCodeError: an error without any frame below the call, as compiled code raises it (``functools.lru_cache``,
+            an extension module); all others pass.
     """
     try:
         yield

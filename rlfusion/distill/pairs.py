@@ -12,6 +12,7 @@ of workers gives the same, and what is already there is not made again.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key
 from rlfusion.common.stops import in_force
 from rlfusion.common.tensors import Cond
-from rlfusion.common.weights import Weights, pack, sha256, unpack
+from rlfusion.common.weights import Weights, pack, read_file, sha256, unpack
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
@@ -35,7 +36,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
 from rlfusion.rollout.trajectory import concatenate
-from rlfusion.training.checkpoint import write_json_atomic
+from rlfusion.training.checkpoint import MALFORMED, set_aside, write_json_atomic
 from rlfusion.training.devices import set_numerics, told
 from rlfusion.training.ranks import current
 
@@ -242,9 +243,13 @@ class _Shards:
     def _read_manifest(self) -> dict[str, str]:
         """The SHA-256 of each shard; of none where the manifest is of other pairs, or damaged, as shards may be."""
         try:
-            held = json.loads(self.manifest.read_bytes())
-            return held["shards"] if held["identity"] == self.identity else {}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            held = json.loads(read_file(self.manifest))
+            return dict(held["shards"].items()) if held["identity"] == self.identity else {}
+        except FileNotFoundError:
+            return {}
+        except MALFORMED:
+            if not self.manifest.is_file():  # a folder, a pipe: nothing is written over it
+                set_aside(self.manifest, "corrupt")
             return {}
 
     def path(self, n: int) -> Path:
@@ -253,12 +258,14 @@ class _Shards:
     def sound(self, n: int, say: Callable[[str], None]) -> bool:
         """The shard is there and is what was written for this teacher; another file in its place is set aside."""
         path = self.path(n)
-        if not path.is_file():
+        if not os.path.lexists(path):
             return False
-        if sha256(path.read_bytes()) == self.known.get(path.name):
-            return True
-        aside = path.with_suffix(".corrupt")
-        path.replace(aside)
+        try:
+            if sha256(read_file(path)) == self.known.get(path.name):
+                return True
+        except OSError:  # a folder, a pipe, a link to nothing
+            pass
+        aside = set_aside(path, "corrupt")
         say(f"pairs {path} are damaged or another teacher's: set aside as {aside.name}, and made again")
         return False
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError, require_positive
@@ -189,8 +190,9 @@ def from_diffusers(folder: str) -> Latents:
 
     try:
         model = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"autoencoder = {folder!r}: no AutoencoderKL there ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"autoencoder = {folder!r}: no AutoencoderKL there ({said})") from error
     config = {name: copy.copy(value) for name, value in dict(model.config).items() if not name.startswith("_")}
     if config.get("latents_mean") or config.get("latents_std"):
         raise ConfigError(

@@ -142,7 +142,7 @@ def _record(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{str(folder)!r} is no bundle: expected a folder with {FILE}, as a run leaves it in failed-items"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{folder / FILE} is no JSON: {shorten(error)}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__

@@ -1,5 +1,7 @@
 """Pairs of a teacher: what they are, who may make them, and what an interruption, damage or another teacher leaves."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,36 @@ def test_damage_is_told_and_made_again(tmp_path, harm):
     assert equal(made(tmp_path, say=told.append), whole)
     assert len(told) == 1
     assert "shard-00001.safetensors" in told[0]
-    assert shard.with_suffix(".corrupt").is_file()
+    assert (tmp_path / f"{shard.name}.corrupt").is_file()
+    shard.write_bytes(b"again")
+    assert equal(made(tmp_path), whole)
+    assert (tmp_path / f"{shard.name}.corrupt-2").read_bytes() == b"again"  # the first stays
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "pairs.json"])
+@pytest.mark.parametrize("put", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_in_its_place_is_set_aside(name, put, tmp_path):
+    whole = made(tmp_path)
+    (tmp_path / name).unlink()
+    put(tmp_path / name)
+    assert equal(made(tmp_path), whole)
+    assert (tmp_path / name).is_file()
+    written = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
+    assert equal(made(tmp_path), whole)
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")} == written
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "3", "[]", "{}", "[" * 200_000, '{"identity": 3}', "\ufeff{}", '{"identity": "I", "shards": null}',
+     '{"identity": "I", "shards": []}', '{"identity": "I", "shards": [1]}', '{"identity": "I", "shards": "x"}',
+     '{"identity": "I", "shards": {"shard-00000.safetensors": [3]}}'],
+)  # fmt: skip
+def test_a_manifest_that_is_none_costs_the_pairs_alone(content, tmp_path):
+    whole, manifest = made(tmp_path), tmp_path / "pairs.json"
+    manifest.write_text(content.replace('"I"', json.dumps(json.loads(manifest.read_text())["identity"])))
+    assert equal(made(tmp_path), whole)
+    assert len(list(tmp_path.glob("*.corrupt"))) == 3
 
 
 def test_pairs_of_another_teacher_are_not_taken(tmp_path):

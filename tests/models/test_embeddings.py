@@ -8,6 +8,7 @@ import torch
 
 from rlfusion.common import notices
 from rlfusion.common.errors import StorageError
+from rlfusion.common.weights import pack, unpack
 from rlfusion.models import pipelines
 from rlfusion.models.pipelines import embeddings, hub, lengths
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
@@ -57,6 +58,34 @@ def test_each_text_is_encoded_once_and_looked_up_by_condition(resident, negated,
             null = conditions(torch.cat([index, conditions.null(index)]), torch.float32)["text"][5:, 1, 2]
             assert null.tolist() == [expected("negative", NEGATIVES[i]) for i in index]
     assert bool(made.table) == bool(resident)
+
+
+def flipped(blob: bytes) -> bytes:
+    return blob[:-9] + bytes([blob[-9] ^ 1]) + blob[-8:]
+
+
+@pytest.mark.parametrize("harm", [flipped, lambda b: b[:-3], lambda b: b"", lambda b: b"junk" * 9, "without a digest"])
+@pytest.mark.parametrize("part", ["prompt-00001", "negative-00000"])
+def test_a_damaged_file_is_told_and_made_again(part, harm, tmp_path, small_shards):
+    texts, file = Texts.of(TEXTS, NEGATIVES), tmp_path / f"{part}.safetensors"
+    encoded(texts, Encoder(), tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(pack(unpack(whole)) if isinstance(harm, str) else harm(whole))
+    with pytest.warns(UserWarning, match=f"{part}.safetensors' are damaged; they are made again"):
+        assert kept(tmp_path, texts) is None
+    again = Encoder()
+    encoded(texts, again, tmp_path)
+    assert file.read_bytes() == whole
+    assert {asked for asked, _ in again.asked} == {part.partition("-")[0]}
+
+
+def test_a_mapped_file_that_is_cut_is_made_again(tmp_path, monkeypatch, small_shards):
+    monkeypatch.setattr(embeddings, "RESIDENT", 0)
+    texts, file = Texts.of(TEXTS, NEGATIVES), tmp_path / "prompt-00001.safetensors"
+    encoded(texts, Encoder(), tmp_path)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="are damaged"):
+        assert kept(tmp_path, texts) is None
 
 
 def test_encoding_goes_on_where_it_was_killed(tmp_path, small_shards):

@@ -466,3 +466,45 @@ def test_a_scheduler_is_read_as_its_pipeline_corrects_it(name, tiny_pipelines, t
 def _said(scheduler):
     """Its settings, but for the library's notes on them."""
     return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+def folder_files() -> list[str]:
+    texts = ["text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    return ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", *texts]
+
+
+@pytest.mark.parametrize("content", [b"null", b"{", b"[" * 200_000, b"\xff\xfe\xfa{"])
+@pytest.mark.parametrize("name", folder_files())
+def test_a_damaged_file_of_a_pipeline_is_refused_in_one_line(name, content, tiny_pipelines, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_pipelines["sd"], folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        models.build(models.describe(str(folder), pipelines.Settings(prompts="a cat")))
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value)) < 900
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("unet", {"sample_size": None}),
+        ("unet", {"sample_size": "64"}),
+        ("vae", {"block_out_channels": 3}),
+    ],
+)
+def test_a_setting_of_a_component_that_is_of_another_kind_is_named(name, change, tiny_pipelines, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_pipelines["sd"], folder)
+    file = folder / name / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        models.build(models.describe(str(folder), pipelines.Settings(prompts="a cat")))
+
+
+def test_a_tokenizer_without_a_limit_is_named(tiny_pipelines, tmp_path):
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_pipelines["sd"], folder)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizers whose tokenizer_config\.json says"):
+        models.build(models.describe(str(folder), pipelines.Settings(prompts="a cat")))

@@ -187,7 +187,21 @@ def test_templates():
     assert fill("{} or {word}", "7 cats") == "7 cats or seven cats"
     assert fill("{}", "{curly}") == "{curly}"
     assert fill_all(["{}", "a {}"], ["b", "c"]) == [["b", "c"], ["a b", "a c"]]
-    for template in ("a cat", "{name}", "{", "", []):
+    assert fill_all("{0}, {0}, {word}", ["7"]) == [["7, 7, seven"]]
+    odd = (
+        "{} {}",
+        "{} {0}",
+        "{:d}",
+        "{!x}",
+        "{word:>9999999999}",
+        "{:{}}",
+        "{1}",
+        "{0[0]}",
+        "{word.upper}",
+        "}",
+        "{{}}",
+    )
+    for template in ("a cat", "{name}", "{", "", [], *odd):
         with pytest.raises(ConfigError, match="template = "):
             fill_all(template, ["b"])
     with pytest.raises(ConfigError, match="prompts"):

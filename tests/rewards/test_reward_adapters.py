@@ -513,7 +513,7 @@ def test_what_compiled_code_raises_is_the_users(parameters, named, samples):
     there: dict = {"means": means}
     exec(f"def scorer({parameters}):\n    return means({parameters.partition(',')[0]})", there)
     name = named(functools.lru_cache(there["scorer"]))
-    with pytest.raises(UserCodeError, match="their_rewards:thing.*unhashable type: 'list'"):
+    with pytest.raises(UserCodeError, match=r"their_rewards:thing.*unhashable type: 'list'"):
         score(build(name, {}, TOLD), samples, COND if "prompts" in parameters else [0, 1, 2, 1], name)
 
 

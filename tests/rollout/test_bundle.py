@@ -100,6 +100,7 @@ DAMAGE = {
         r"is no bundle: expected a folder with bundle\.json",
     ),
     "no JSON": (lambda folder: (folder / "bundle.json").write_text("{"), "is no JSON"),
+    "brackets": (lambda folder: (folder / "bundle.json").write_text("[" * 200_000), "is no JSON"),
     "a list": (lambda folder: (folder / "bundle.json").write_text("[]"), "format 'list', expected 1"),
     "another format": (_change(format=2), "format 2, expected 1"),
     "no weights": (lambda folder: (folder / "weights.safetensors").unlink(), r"weights\.safetensors cannot be read"),

@@ -4,16 +4,19 @@
     (2)  files PART-NNNNN.safetensors of ``SHARD`` rows each, PART "prompt" or "negative"; one that is there is not made
          again, so that what was killed goes on
     (3)  up to ``RESIDENT`` bytes of them are read into memory, more stay on the disk, mapped, and are read row by row
+    (4)  each file states the SHA-256 of its tensors, to which those that are read into memory are held
 
 A text is encoded alone, so that its embedding does not depend on the others beside it.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -21,7 +24,7 @@ from torch import Tensor
 from rlfusion.common import storage
 from rlfusion.common.errors import StorageError
 from rlfusion.common.progress import Progress
-from rlfusion.common.weights import pack, unpack
+from rlfusion.common.weights import pack, sha256, unpack
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 
 SHARD = 1024
@@ -29,6 +32,7 @@ RESIDENT = 2**30
 SHOWN = 64
 """A bar is shown for more texts than that."""
 
+DIGEST = "sha256"
 PARTS = ("prompt", "negative")
 Encode = Callable[[str, str], Rows | None]
 """(part, text) -> the embeddings of one text, (1, ...) each; None where a family has no negative prompts."""
@@ -80,10 +84,34 @@ def kept(folder: Path, texts: Texts) -> Conditions | None:
     if not negated and not (folder / NONE).is_file():
         return None
     held = [files[part] for part in PARTS[: 1 + negated]]
-    if sum(file.stat().st_size for part in held for file in part) <= RESIDENT:
+    resident = sum(file.stat().st_size for part in held for file in part) <= RESIDENT
+    if not all([_sound(file, resident) for part in held for file in part]):  # of each, all are looked at
+        return None
+    if resident:
         parts = [_joined([unpack(file.read_bytes()) for file in part]) for part in held]
         return Conditions(parts[0], parts[1] if negated else None, texts.at)
     return Conditions(Mapped(held[0]), Mapped(held[1]) if negated else None, texts.at)
+
+
+def _packed(rows: Rows) -> bytes:
+    """A file of rows, Eq. (4)."""
+    return safetensors.torch.save(rows, metadata={DIGEST: sha256(pack(rows))})
+
+
+def _sound(file: Path, whole: bool) -> bool:
+    """Whether a file is as it was written; where it is not read ``whole``, whether it can be read. One that is not is
+    removed, with a warning.
+    """
+    try:
+        with safe_open(file, "pt") as held:
+            stated = (held.metadata() or {}).get(DIGEST)
+        if stated and (not whole or sha256(pack(unpack(file.read_bytes()))) == stated):
+            return True
+    except (OSError, safetensors.SafetensorError):
+        pass
+    warnings.warn(f"embeddings {str(file)!r} are damaged; they are made again", stacklevel=2)
+    file.unlink(missing_ok=True)
+    return False
 
 
 def encoded(texts: Texts, encode: Encode, folder: Path | None) -> Conditions:
@@ -113,7 +141,7 @@ def _keep(folder: Path, part: str, texts: Sequence[str], encode: Encode) -> None
         if not rows:
             storage.write(folder / NONE, b"")
             return
-        storage.write(file, pack(rows))
+        storage.write(file, _packed(rows))
 
 
 NONE = "negative-none"

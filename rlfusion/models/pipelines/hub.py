@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rlfusion.common import hub
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
@@ -38,6 +40,28 @@ CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offse
 
 REFUSALS = (OSError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)
 """What a scheduler's class raises of settings that it cannot work with."""
+DAMAGED = (*REFUSALS, AttributeError, SafetensorError)
+"""What the libraries raise of files that are damaged, or are of something else."""
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **{"in_channels": int, "sample_size": (int, list)},
+    **{"block_out_channels": list, "encoder_block_out_channels": list},
+}
+"""What the settings of a component are that its shapes are read from."""
+
+
+class Component(dict[str, Any]):
+    """The settings of a component; asking for one that is not there, or of another kind, is a ConfigError."""
+
+    def __init__(self, held: Mapping[str, Any], place: str) -> None:
+        super().__init__(held)
+        self.place = place
+
+    def __getitem__(self, name: str) -> Any:
+        held = self.get(name)
+        if name not in self or not isinstance(held, KINDS.get(name, object)):
+            found = shorten(repr(held)) if name in self else "no such setting"
+            raise ConfigError(f"{self.place!r}: {name} = {found}, expected the configuration of a component as saved")
+        return held
 
 
 def diffusers() -> Any:
@@ -55,6 +79,12 @@ def diffusers() -> Any:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     return library
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error of a library, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {shorten(said[0], LONGEST_PATH)}" if said else type(error).__name__
 
 
 def is_pipeline(name: str) -> bool:
@@ -95,7 +125,7 @@ def index(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((path / INDEX).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{str(path / INDEX)!r} cannot be read: {error}") from error
 
 
@@ -151,15 +181,27 @@ def corrected(pipeline: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if settings.get(name, value) != value}
 
 
-def config(path: Path, component: str) -> dict[str, Any]:
-    """The configuration of a component that is a model."""
-    return json.loads((path / component / "config.json").read_text())
+def config(path: Path, component: str) -> Component:
+    """The configuration of a component that is a model.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    file = path / component / "config.json"
+    try:
+        held = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error
+    if not isinstance(held, dict):
+        raise ConfigError(f"{str(file)!r} holds {type(held).__name__}: expected the configuration of a component")
+    return Component(held, str(file))
 
 
 def factor(path: Path) -> int:
     """By how much the autoencoder reduces each side: it halves it between two blocks."""
     held = config(path, "vae")
-    return 2 ** (len(held.get("block_out_channels") or held["encoder_block_out_channels"]) - 1)
+    blocks = "block_out_channels" if held.get("block_out_channels") else "encoder_block_out_channels"
+    return 2 ** (len(held[blocks]) - 1)
 
 
 def pipeline_class(path: Path) -> type:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.notices import say_once
 from rlfusion.models.pipelines import hub
 from rlfusion.models.pipelines.family import SEQUENCE, Family
@@ -36,13 +37,20 @@ def report(path: Path, family: Family, prompts: Sequence[str], max_sequence_leng
 
 
 def _tokenizer(path: Path, name: str) -> Any:
-    """A pipeline's tokenizer; None where it has none of that name."""
+    """A pipeline's tokenizer; None where it has none of that name.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
     held = hub.index(path).get(name)
     if not isinstance(held, list) or held[0] is None:
         return None
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(path / name, local_files_only=True)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path / name, local_files_only=True)
+    except hub.DAMAGED as error:
+        raise ConfigError(f"{str(path / name)!r} cannot be loaded: {hub.first_line(error)}") from error
 
 
 def _said(tokenizer: Any, name: str, most: int, prompts: Sequence[str]) -> str:

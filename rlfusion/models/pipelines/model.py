@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.code_files import files_of
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import hub, lengths
@@ -40,6 +40,8 @@ from rlfusion.models.pipelines.scheduler import Sampling, read
 from rlfusion.models.pipelines.space import Decoded
 
 LORA = "pytorch_lora_weights.safetensors"
+KEPT_AS = 2
+"""The form of the files of embeddings: those of another are not looked at."""
 PARTS, PART = 64, 2**16
 """How many parts of a file of weights its fingerprint reads, and their bytes."""
 
@@ -156,9 +158,10 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
             local_files_only=True,
             **absent,
         )
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(f"pipeline {about['name']!r} cannot be loaded: {first}") from error
+    except hub.DAMAGED as error:
+        if isinstance(foreseen(error), OutOfMemory):
+            raise
+        raise ConfigError(f"pipeline {about['name']!r} cannot be loaded: {hub.first_line(error)}") from error
 
 
 def _conditions(
@@ -172,7 +175,14 @@ def _conditions(
         return load(path, about, without=family.texts), held
     pipe = load(path, about)
     how = functools.partial(family.encode, **told) if told else family.encode
-    held = _encode(pipe, replace(family, encode=how), texts, hub.shape(path, about["side"], family)[1], device, folder)
+    try:
+        side = hub.shape(path, about["side"], family)[1]
+        held = _encode(pipe, replace(family, encode=how), texts, side, device, folder)
+    except OverflowError as error:  # a tokenizer that pads to a limit that it does not have
+        raise ConfigError(
+            f"pipeline {about['name']!r}: prompts cannot be encoded ({error}): expected tokenizers whose "
+            "tokenizer_config.json says model_max_length"
+        ) from error
     pipe.register_modules(**{name: None for name in family.texts if name in pipe.components})
     return pipe, held
 
@@ -207,7 +217,7 @@ def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence
     found = sorted(f for name in family.texts for f in (path / name).glob("*") if f.is_file())
     files = [path / hub.INDEX, *found]
     libraries = [version(name) for name in ("diffusers", "transformers")]
-    same = [[_fingerprint(f) for f in files], libraries, list(prompts)]
+    same: list[Any] = [KEPT_AS, [_fingerprint(f) for f in files], libraries, list(prompts)]
     same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
     same += _sequence(about).values()
     if own := about.get("family"):

@@ -74,7 +74,7 @@ class Keep:
             return Held(step, None)
         try:
             said = json.loads((path / "manifest.json").read_text()).get(METRIC) or {}
-        except (OSError, ValueError, AttributeError):  # damaged: it is not the best of anything
+        except (OSError, ValueError, AttributeError, RecursionError):  # damaged: it is not the best of anything
             return Held(step, None)
         value = said.get("value") if said.get("name") == self.best else None
         return Held(step, value if isinstance(value, float) else None)
