@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.rollout.commands import RolloutError
 
 AUTO, CLIENT = "auto", "ray://"
@@ -85,6 +85,8 @@ def _require_listening(address: str, host: str, port: int, timeout_s: float) -> 
         socket.create_connection((host, port), timeout=timeout_s).close()
     except TimeoutError:
         raise _silent(address, timeout_s) from None
+    except UnicodeError as error:  # of a part of the name that is empty, or has more than 63 letters
+        raise ConfigError(f"ray.address = {shorten(repr(address))}: {shorten(host)} is no name of a host") from error
     except OSError as error:
         raise RolloutError(
             f"no Ray cluster at ray.address = {address!r}: {error.strerror or error}; expected the address that "

@@ -77,6 +77,12 @@ def test_where_nothing_listens_is_said_in_seconds(address):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["x..y", f"{'a' * 64}.org", "a" * 300])
+def test_a_host_whose_name_cannot_be_one_is_refused(host):
+    with pytest.raises(ConfigError, match="is no name of a host"):
+        ray_address.require_cluster(f"{host}:6379", 1.0)
+
+
 def test_what_listens_and_does_not_answer_is_given_up_at_the_deadline(monkeypatch):
     monkeypatch.setattr(ray_address, "TRY", "import time; time.sleep(600)")
     began = time.monotonic()
