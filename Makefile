@@ -24,7 +24,7 @@ docs:  ## the reference of the public names, from their docstrings, in site/
 	$(PYTHON) -m pdoc -o site rlfusion
 
 help:  ## what the commands' --help prints, after a change of settings
-	$(PYTHON) -m rlfusion.cli.help_pages
+	$(PYTHON) -m rlfusion.cli.help_writer
 
 bench:  ## what rollout and update cost beyond the network's own passes
 	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1

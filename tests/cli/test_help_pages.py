@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlfusion.cli import help_pages
+from rlfusion.cli import help_pages, help_writer
 from rlfusion.cli.main import COMMANDS
 
 
@@ -26,7 +26,7 @@ def options(text: str) -> dict[str, str]:
 def test_a_page_is_what_the_parser_says(command):
     page = help_pages.page([command, "--help"])
     assert page, "make help writes the pages"
-    said = help_pages.made(command)
+    said = help_writer.made(command)
     assert options(page) == options(said), "settings have changed: make help writes the pages again"
     assert bool(options(page)) == (command not in ("list", "jobs"))
     if not options(page):
