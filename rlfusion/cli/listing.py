@@ -20,7 +20,7 @@ def show(arguments: list[str]) -> None:
     Raises:
         ConfigError: an unknown kind, or more than one.
     """
-    if arguments[:1] in (["--help"], ["-h"]):
+    if arguments in (["--help"], ["-h"]):
         print(USAGE)
     elif not arguments:
         _print("rlfusion list KIND", ("kind", "names", "option"), _kinds())

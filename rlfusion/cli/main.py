@@ -93,6 +93,12 @@ def _run(arguments: list[str]) -> int:
     """Run a command; its exit code, where it is no error."""
     if arguments[:1] == ["help"] and len(arguments) == 2:
         arguments = [arguments[1], "--help"]
+    if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help", "--version"):
+        from rlfusion.common.errors import ConfigError, shorten
+
+        raise ConfigError(
+            f"rlfusion {shorten(' '.join(arguments))}: expected nothing behind {arguments[0]}, or rlfusion COMMAND --help"
+        )
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_pages.guide())
         return DONE

@@ -17,11 +17,13 @@ from rlfusion.data.npz import Npz
 from rlfusion.data.table import Table
 
 DIGITS = "digits"
+SIZE = 32
+"""Pixels of a side that images are brought to, unless told."""
 _PLACES = {"folder": "folder:Folder", "npz": "npz:Npz", "table": "table:Table", "hf": "hub:HF"}
 SOURCES = Registry("data source", "rlfusion.data", {name: f"rlfusion.data.{place}" for name, place in _PLACES.items()})
 
 
-def load(data: str, size: int = 32, say: Callable[[str], None] | None = None) -> Dataset:
+def load(data: str, size: int = SIZE, say: Callable[[str], None] | None = None) -> Dataset:
     """A data set by name or path: "digits", a folder of images (brought to ``size``), an ``.npz``, a table (``.csv``,
     ``.tsv``, ``.jsonl``, ``.parquet``), or a source with settings: ``folder(path='...', split='train')``, ``npz(...)``,
     ``table(...)``, ``hf(...)``. ``say`` is told in one line what was read and what was left out.
@@ -30,11 +32,26 @@ def load(data: str, size: int = 32, say: Callable[[str], None] | None = None) ->
         ConfigError: nothing there, or something that cannot be read or be understood in one way.
     """
     if data == DIGITS:
-        return digits()
-    found = _loaded(data, source(data), size)
+        return _of_size(digits(), data, size)
+    found = _of_size(_loaded(data, source(data), size), data, size)
     if say is not None:
         message = "".join(c if c.isprintable() else "?" for c in found.summary)
         say(f"data {data!r}: {message}")
+    return found
+
+
+def _of_size(found: Dataset, data: str, size: int) -> Dataset:
+    """Data that have the size that was asked for, or were not asked.
+
+    Raises:
+        ConfigError: they have a size of their own, and another one was asked for.
+    """
+    sides = found.shape[1:]
+    if size != SIZE and any(side != size for side in sides):
+        raise ConfigError(
+            f"size = {size}: data {data!r} are {'x'.join(map(str, sides))} as they are, expected no size (images of a "
+            "folder or a table are brought to one)"
+        )
     return found
 
 

@@ -491,6 +491,16 @@ def test_a_setting_given_twice_holds_last_and_says_so(typed):
     assert typed("finetune", "--seed", "3", "--seed", "3").err == ""
 
 
+@pytest.mark.parametrize("line", ["help finetune x", "--version x", "--help finetune", "-h x y", "help a b"])
+def test_a_word_too_many_beside_help_is_named(line, typed):
+    said = typed(*line.split())
+    assert (said.code, said.out) == (2, "")
+    assert (
+        said.err
+        == f"rlfusion: rlfusion {line}: expected nothing behind {line.split()[0]}, or rlfusion COMMAND --help\n"
+    )
+
+
 @pytest.mark.parametrize("line", ["", "help", "help finetune", "finetune -h", "finetune --seed 1 --help"])
 def test_help_is_help(line, typed):
     said = typed(*line.split())

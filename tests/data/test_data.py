@@ -40,6 +40,15 @@ def test_digits_are_read_without_an_import_of_scikit_learn():
     assert done.stdout.split() == []
 
 
+def test_a_size_of_data_that_have_their_own_is_refused(tmp_path):
+    np.savez(tmp_path / "own.npz", images=np.zeros((4, 16, 16), np.uint8), labels=np.arange(4))
+    for name, size, own in (("digits", 16, "8x8"), (str(tmp_path / "own.npz"), 64, "16x16")):
+        with pytest.raises(ConfigError, match=f"size = {size}: data .* are {own} as they are, expected no size"):
+            data.load(name, size)
+    assert data.load("digits", 8).shape == (1, 8, 8)
+    assert data.load(str(tmp_path / "own.npz"), 16).shape == (1, 16, 16)
+
+
 def test_to_pixels_clamps():
     assert data.to_pixels(torch.tensor([-1.5, -1, 0, 1, 3])).tolist() == [0, 0, 0.5, 1, 1]
 
