@@ -96,9 +96,8 @@ def _run(arguments: list[str]) -> int:
     if len(arguments) > 1 and arguments[0] in ("-h", "--help", "help", "--version"):
         from rlfusion.common.errors import ConfigError, shorten
 
-        raise ConfigError(
-            f"rlfusion {shorten(' '.join(arguments))}: expected nothing behind {arguments[0]}, or rlfusion COMMAND --help"
-        )
+        told = f"expected nothing behind {arguments[0]}, or rlfusion COMMAND --help"
+        raise ConfigError(f"rlfusion {shorten(' '.join(arguments))}: {told}")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_pages.guide())
         return DONE
