@@ -28,6 +28,7 @@ help:  ## what the commands' --help prints, after a change of settings
 
 bench:  ## what rollout and update cost beyond the network's own passes
 	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1
+	$(PYTHON) benchmarks/learner_overhead.py
 
 QUICK = tests/common tests/objectives tests/test_layers.py tests/test_house.py \
 	tests/diffusion/test_gaussian.py tests/diffusion/test_kinds.py tests/diffusion/test_kernel.py \

@@ -17,8 +17,7 @@ from rlfusion.common.user_code import running
 FUSED = ("cuda",)
 """Devices where AdamW is fused unless told otherwise. On a CPU it takes the parameters as lists (foreach), which gives
 the bits of the plain step in half of its time where tensors are small. ``adamw(fused=True)`` takes a third to a sixth
-and is no less exact, but rounds otherwise, and the ends of a tensor otherwise than its middle: runs made before would
-not repeat to the bit, nor would a network that is split over ranks be equal to a whole one."""
+and is no less exact, but rounds otherwise: runs made before would not repeat to the bit."""
 LISTED = 2**24
 """Elements up to which that is so: the lists' scratch is as large as the parameters, and large tensors gain nothing."""
 

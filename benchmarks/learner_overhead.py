@@ -1,0 +1,154 @@
+"""What a rollout and an update of each of the nine agents cost beyond the bare passes of the networks within them.
+
+    (1)  rollout   an item of the part of walks that the agent takes: noise, steps, log-probabilities, decoding, reward
+    (2)  update    ``Learner.update`` behind the guards of a run, with the copy that undoes it
+
+each over its own passes of the network, the reference, the critic and the decoder, forwards and backwards, run again
+with the same inputs and nothing between them (``passes``). Ours and the floor are timed alternately in one process.
+
+"pipeline" is a tiny Stable Diffusion with 5 steps in calls of 8, "digits" the network of the default run with 20. The
+time is this process's, so that others on the machine change little. ``tests/agents/test_overhead.py`` counts
+operations.
+
+    python benchmarks/learner_overhead.py [--rounds 9] [--case pipeline] [--agents ddpo,nft] [--json NAME]
+"""
+
+import argparse
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from overhead import RESULTS, show_profile
+from timing import compare, machine
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
+
+from passes import Floor
+
+from rlfusion.agents import AGENTS
+from rlfusion.common.tensors import to_pixels
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.schedule import Cosine
+from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.rewards import ink
+from rlfusion.rl.guard import Config as Guards
+from rlfusion.rl.guard import Guarded
+from rlfusion.rollout import Task, plan, run_item
+
+LEARNED = {"lr": 1e-7}
+OF_AGENT: dict[str, dict[str, dict[str, Any]]] = {
+    "pipeline": {"qsm": {"q": "denoised", "noisings": 1}},
+    "digits": {},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is walked, and how."""
+
+    make: Callable[[], tuple[Denoiser, tuple[int, ...], Callable[[Tensor], Tensor], tuple[type[nn.Module], ...]]]
+    prompts: int
+    walks: int
+    steps: int
+    micro_batch: int
+    spacing: str
+
+
+def tiny_pipeline() -> tuple[Denoiser, tuple[int, ...], Callable[[Tensor], Tensor], tuple[type[nn.Module], ...]]:
+    """A tiny Stable Diffusion, all of whose weights are trained."""
+    from real_sizes import CASES, build
+
+    settings = Namespace(dtype="float32", device="cpu", checkpointing=False, decode=8)
+    denoiser = build(CASES["tiny"], True, settings)
+    kinds = (type(denoiser.net), type(denoiser.space.vae.decoder))  # type: ignore[attr-defined]
+    return denoiser, (4, 8, 8), denoiser.space.decode, kinds
+
+
+def digits() -> tuple[Denoiser, tuple[int, ...], Callable[[Tensor], Tensor], tuple[type[nn.Module], ...]]:
+    """The network of the default run, with random weights."""
+    net = ResidualMLP((1, 8, 8), 10)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return Denoiser(net, Cosine(), "v"), (1, 8, 8), to_pixels, (ResidualMLP,)
+
+
+CASES = {
+    "pipeline": Case(tiny_pipeline, 2, 16, 5, 8, "model"),
+    "digits": Case(digits, 10, 120, 20, 2048, "trailing"),
+}
+
+
+class Bench:
+    """The functions of one agent in one case, and their floors."""
+
+    def __init__(self, name: str, agent: str) -> None:
+        case = CASES[name]
+        torch.manual_seed(0)
+        denoiser, shape, decode, self.kinds = case.make()
+        chain = Chain(steps=case.steps, kernel="DDIM(eta=1.0)", spacing=case.spacing)
+        policy = chain.policy(denoiser, [str(i) for i in range(case.prompts)])
+        usual = {field.name: field.default for field in fields(AGENTS[agent])}["micro_batch"]
+        given = {"micro_batch": min(case.micro_batch, usual), **OF_AGENT[name].get(agent, {})}
+        config = AGENTS[agent](**LEARNED, **given)
+        spec = config.rollout_spec(case.steps)
+        conditions = torch.arange(case.prompts)
+        self.task = Task(policy, chain.grid(denoiser), shape, conditions, decode, ink, "ink", "cpu", spec)
+        self.item = plan(0, 0, case.prompts, case.walks // case.prompts, case.walks, case.prompts, 0)[0]
+        self.guarded = Guarded(config.learner(self.task, None, 0), Guards(), None)
+        self.batch = self.rollout()
+
+    def rollout(self) -> Any:
+        return run_item(self.task, self.item)
+
+    def update(self) -> None:
+        self.guarded.update(replace(self.batch, version=self.guarded.learner.iteration))
+
+
+def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
+    """The record of one agent in one case."""
+    bench = Bench(name, agent)
+    record: dict[str, Any] = {"case": name, "agent": agent}
+    for what, ours in (("rollout", bench.rollout), ("update", bench.update)):
+        if args.what and what != args.what:
+            continue
+        bare = Floor(ours, bench.kinds)
+        if args.profile:
+            show_profile(f"{name} {agent}: {what}", ours)
+            continue
+        m = compare(ours, bare, args.rounds, "cpu", time.process_time) | {"passes": len(bare.passes)}
+        record[what] = m
+        print(
+            f"{name:10}{agent:6}{what:9}{m['passes']:6} passes{m['floor_ms']:9.1f} ms"
+            f"{m['ratio']:8.3f}   {m['q1']:.3f} .. {m['q3']:.3f}",
+            flush=True,
+        )
+    return record
+
+
+def main() -> None:
+    """Read the arguments, measure, print, and write if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=sorted(CASES), action="append", help="default: all")
+    parser.add_argument("--agents", default=",".join(AGENTS))
+    parser.add_argument("--what", choices=("rollout", "update"), help="default: both")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", metavar="NAME", help="also write benchmarks/results/NAME.json")
+    parser.add_argument("--profile", action="store_true", help="print where the time of one call goes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    records = [measure(name, agent, args) for name in args.case or CASES for agent in args.agents.split(",")]
+    if args.json:
+        held = {"machine": machine("cpu"), "rounds": args.rounds, "cpu_time": True, "records": records}
+        (RESULTS / f"{args.json}.json").write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
