@@ -17,19 +17,24 @@ from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.agent import AgentLearner, wrong_metrics
 from rlfusion.rl.reward_gradient import PREFLIGHT
 from rlfusion.rollout.trajectory import Trajectory, concatenate
+from rlfusion.training.ranks import current
 
 SAMPLES = 64
 
 
 def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights: Weights) -> list[str]:
     """Collect a few walks under the learner's present ``weights``, and check them: what is to be told, line by line.
+    Each further rank collects the walks of one prompt: where it asks the reward itself, one that is not there on its
+    node is found now.
 
     Raises:
         NumericalError, ConfigError: a check fails.
     """
     item, each = collector.items(PREFLIGHT, weights.version)[0], collector.spec.rollout.samples_per_prompt
     small = replace(item, groups=item.groups[: max(1, SAMPLES // each) * each])  # whole prompts
-    batch, _ = scored(concatenate(collector.backend.collect([small], weights)).to(collector.device), spec.rewards)
+    others = [replace(item, groups=item.groups[:each]) for _ in range(current().count - 1)]
+    first, *_ = collector.backend.collect([small, *others], weights)
+    batch, _ = scored(concatenate([first]).to(collector.device), spec.rewards)
     found, told = preflight(learner, batch), []
     if found.get("reward_std") == 0:
         told.append("warning: all rewards of the first walks are equal; while they are, there is nothing to learn from")

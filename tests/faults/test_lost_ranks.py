@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from processes import Process, listening, rlfusion, titled
+from processes import LOOPBACK, Process, listening, rlfusion, titled
 from tiny_runs import TINY
 
 from rlfusion.common import shards
@@ -16,7 +16,6 @@ SHARED = ("--learner.shares", 2, "--learner.exact", "true", "--checkpoint_every"
 RUN = ("finetune", *TINY, *SHARED)
 RANKS = ("--learner.ranks", 2, "--learner.timeout_s", 30, "--rollout.workers", 1)
 TINY_NET = "ResidualMLP(width=32, depth=1)"
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def weights(cwd: Path, name: str) -> bytes:
@@ -96,15 +95,17 @@ def test_a_stop_is_saved_by_the_ranks_and_goes_on_in_one_process(alone):
         assert weights(alone, "stopped") == weights(alone, "alone")
 
 
-def test_a_reward_that_raises_on_a_rank_is_said_once_and_not_begun_anew(alone):
+def test_a_rank_without_the_rewards_package_is_said_once_before_any_work_and_not_begun_anew(alone):
     (alone / "own.py").write_text(
-        "import sys\ndef bad(samples, cond):\n    if 'ray' in sys.modules:\n        raise KeyError('no such prompt')\n"
+        "import torch.distributed as group\ndef bad(samples, cond):\n"
+        "    if group.is_initialized() and group.get_rank() == 1:\n        import no_such_package\n"
         "    return samples.mean((1, 2, 3))\n"
     )
     result = rlfusion(alone, *RUN, "--learner.ranks", 2, "--name", "raises", "--reward", "own.py:bad")
     assert result.code == 3, result.err
-    assert "KeyError: 'no such prompt' (own.py, line 4, in bad)" in result.err
-    assert "on rank" in result.err
+    assert "No module named 'no_such_package' (own.py, line 4, in bad)" in result.err
+    assert "on rank 1" in result.err
+    assert not (alone / "runs" / "raises" / "before.json").exists()
     assert "is lost" not in result.err
 
 

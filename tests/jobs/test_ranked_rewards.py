@@ -1,9 +1,11 @@
-"""How often a reward is asked where several ranks learn: as often as in one process, in the same run."""
+"""How often a reward is asked where several ranks learn: as often as in one process, in the same run; and once more by
+each rank, before any work, of which one may have no such reward."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from ranked_jobs import job, jobs_on_ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY
@@ -22,10 +24,14 @@ def bright(samples, cond):
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
     with ASKED.open("a") as file:
         file.write(f"{rank} {len(samples)}\\n")
+    if rank == 1 and Path("lacks").exists():
+        import no_such_package
     return samples.mean((1, 2, 3))
 """
 RUN = (*TINY, "--learner.shares", 2, "--learner.exact", "true", "--updates", 4, "--monitor.every", 2)
 RUN = (*RUN, "--monitor.samples", 50, "--evaluation.every", 3, "--reward", "counting.py:bright", "--root", "runs")
+TRIED = 6
+"""Walks of one prompt, on which a further rank tries the reward."""
 
 
 def asked(folder: Path) -> Counter:
@@ -46,9 +52,22 @@ def test_two_ranks_ask_a_reward_as_often_as_one_process_and_find_the_same(tmp_pa
     alone = asked(tmp_path)["alone"]
     jobs_on_ranks(2, tmp_path, (*RUN, "--name", "two"))
     of_ranks = asked(tmp_path)
-    assert of_ranks["0"] + of_ranks["1"] == alone
-    assert of_ranks["1"] == 4 * 10  # one item of 10 walks in each of 4 rollouts: it evaluates and monitors nothing
+    assert of_ranks["0"] + of_ranks["1"] == alone + TRIED
+    assert of_ranks["1"] == 4 * 10 + TRIED  # an item of 10 walks in each of 4 rollouts: it evaluates, monitors nothing
     one, two = (load_file(f"runs/{name}/model/weights.safetensors") for name in ("one", "two"))
     assert all(bool((one[name] == two[name]).all()) for name in one)
     told = [Path(f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(line) for line in told[0]] == [json.loads(line) for line in told[1]]
+
+
+@pytest.mark.parametrize("agent", ["ddpo", "refl"])
+def test_a_rank_without_the_rewards_package_ends_the_run_before_anything_is_measured(tmp_path, monkeypatch, agent):
+    monkeypatch.chdir(tmp_path)
+    Path("counting.py").write_text(REWARD)
+    Path("lacks").touch()
+    with pytest.raises(AssertionError):
+        jobs_on_ranks(2, tmp_path, (*RUN, "--agent", agent, "--monitor.every", 0, "--name", "lacks"))
+    assert not Path("runs/lacks/before.json").exists()
+    found = asked(tmp_path)
+    assert 0 < found["1"] <= 24
+    assert found["0"] <= 24, "the first rank has measured the base model before"

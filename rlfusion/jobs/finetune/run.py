@@ -136,11 +136,12 @@ def _require_room(job: Job, backend: Backend) -> None:
 
 def _begin(job: Job, collector: Collector, found: Found | None, progress: Progress) -> None:
     """Measure the base model where the checkpoint does not say how it is, under these settings; load the checkpoint;
-    publish the weights.
+    publish the weights. What every rank will ask of the reward is tried before any of it.
     """
     state = _fitting(job, found.path) if found else None
     changed = job.run.record.since(found) if found else {}
     known = state is not None and not changed
+    told = [] if known else _tried(job, collector)
     job.before = dict(state["before"]) if known else job.evaluate(0)
     checkpoint.write_json_atomic(job.folder / "before.json", job.before)
     if not known or not (job.folder / "samples" / "before.png").is_file():
@@ -156,10 +157,16 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
         for weights in _load(job, state, found):
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
-    weights = collector.acting(job.learner.policy, job.learner.iteration)
-    for line in try_out(job.parts.task, job.learner, collector, weights):
+        told = _tried(job, collector)
+    for line in told:
         progress.say(line)
-    collector.publish(weights)
+    collector.publish(collector.acting(job.learner.policy, job.learner.iteration))
+
+
+def _tried(job: Job, collector: Collector) -> list[str]:
+    """What is to be told of a first few walks of the learner's present weights."""
+    weights = collector.acting(job.learner.policy, job.learner.iteration)
+    return try_out(job.parts.task, job.learner, collector, weights)
 
 
 def _fitting(job: Job, path: Path) -> dict[str, Any]:
