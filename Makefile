@@ -1,7 +1,7 @@
 # The commands that one types. PYTHON is that of the environment: `make setup` makes it, or say make test PYTHON=python.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test quick lint types docs help bench
+.PHONY: setup test quick lint types docs help faults bench
 
 setup:  ## the environment, with everything that the tests and the checks need
 	test -x $(PYTHON) || python3 -m venv .venv
@@ -26,9 +26,15 @@ docs:  ## the reference of the public names, from their docstrings, in site/
 help:  ## what the commands' --help prints, after a change of settings
 	$(PYTHON) -m rlfusion.cli.help_writer
 
+faults:  ## what goes wrong on a cluster, for real, and the table of it
+	$(PYTHON) -m pytest -q -s $(FAULTS)
+
 bench:  ## what rollout and update cost beyond the network's own passes
 	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1
 	$(PYTHON) benchmarks/learner_overhead.py
+
+FAULTS = tests/faults/test_checkpoint_kills.py tests/faults/test_fault_runs.py tests/faults/test_fault_table.py \
+	tests/faults/test_lost_ranks.py
 
 QUICK = tests/common tests/objectives tests/test_layers.py tests/test_house.py \
 	tests/diffusion/test_gaussian.py tests/diffusion/test_kinds.py tests/diffusion/test_kernel.py \

@@ -22,7 +22,8 @@ from rlfusion.jobs import pretrain_autoencoder
 from rlfusion.jobs.distill import distill
 from rlfusion.jobs.finetune import finetune
 from rlfusion.jobs.pretrain import pretrain
-from rlfusion.rollout.placement import Role, private
+from rlfusion.jobs.roles import roles
+from rlfusion.rollout.placement import private
 from rlfusion.training.ranks import Ranks, current, joined
 
 JOBS: dict[str, Callable[..., Any]] = {
@@ -62,16 +63,15 @@ def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, pr
 
     payload = {"command": command, "config": config.to_yaml(settings), "folder": str(folder.resolve())}
     replay, held, backend = _Replay(progress), settings.learner, settings.settings
-    own = Role("learner ranks", held.ranks, held.cpus_per_rank, held.gpus_per_rank, held.resources_per_rank, alone=True)
-    roles = (own, *backend.roles)
+    wanted, driver = roles(settings)
     group = GroupSettings(
         *(held.ranks, held.shares, held.exact, held.cpus_per_rank, held.gpus_per_rank, settings.threads, held.restarts),
         *(held.timeout_s, not backend.address, held.resources_per_rank),
         start_s=backend.limits.start_s,
     )
     try:
-        with shared_cluster(backend, *private(roles)), replay:
-            progress.say(f"placement: {placed(backend, roles, progress.say)}")
+        with shared_cluster(backend, *private(wanted)), replay:
+            placed(backend, wanted, driver, progress.say)
             signals.hold(True)  # a stop is for the ranks to answer, once their step is done and saved
             result = run_in_group(
                 group,

@@ -103,8 +103,10 @@ class Ray(Cluster):
         resources_per_worker: Ray's custom resources that each worker reserves, of nodes of a cluster, by name.
         threads_per_worker: CPU threads of torch of each worker; 0 for as many as ``threads`` of the run.
         limits: deadlines and retries.
-        reward_envs: rewards that run in an actor with a runtime environment of its own, by name: what Ray calls
-            runtime_env, such as {pip: [...]}, {working_dir: ...}, {env_vars: {...}}.
+        reward_envs: rewards that run in actors with a runtime environment of their own, by name: what Ray calls
+            runtime_env, such as {pip: [...]}, {working_dir: ...}, {env_vars: {...}}; {} for that of the run.
+        workers_per_reward: actors of each of those; whoever asks for rewards asks them in turn.
+        threads_per_reward: CPU threads of torch of each of those; 0 for as many as ``threads`` of the run.
         cpus_per_reward: CPU cores that each of those reserves.
         gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
         resources_per_reward: Ray's custom resources that each of those reserves.
@@ -116,13 +118,16 @@ class Ray(Cluster):
     threads_per_worker: int = 0
     limits: Limits = field(default_factory=Limits)
     reward_envs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    workers_per_reward: int = 1
+    threads_per_reward: int = 0
     cpus_per_reward: float = 0.0
     gpus_per_reward: float = 0.0
     resources_per_reward: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative(self, "threads_per_worker", "cpus_per_reward", "gpus_per_reward")
+        require_positive(self, "workers_per_reward")
+        require_not_negative(self, "threads_per_worker", "threads_per_reward", "cpus_per_reward", "gpus_per_reward")
         require_gpus("ray.gpus_per_worker", self.gpus_per_worker)
         require_gpus("ray.gpus_per_reward", self.gpus_per_reward)
         for name in ("resources_per_worker", "resources_per_reward"):
@@ -148,10 +153,11 @@ class Ray(Cluster):
             self.resources_per_worker,
             Role(
                 "reward workers",
-                len(self.reward_envs),
+                len(self.reward_envs) * self.workers_per_reward,
                 self.cpus_per_reward,
                 self.gpus_per_reward,
                 self.resources_per_reward,
+                threads=self.threads_per_reward or threads,
             ),
             self.wait_s,
         )

@@ -126,10 +126,22 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     trained = sum(size for wanted, size in sizes if wanted)
     frozen = sum(size for wanted, size in sizes if not wanted)
     noisy = bool((policy.stds(times) > 0).any())
-    copies = holds.here + holds.reference + (holds.watched and noisy)
     wanted = [p for p in denoiser.parameters() if p.requires_grad]
     moments, rows = optimizers.state_bytes(optimizers.parse(holds.optimizer), wanted), holds.rows
     vae = getattr(policy.space, "vae", None)
+    found = of_weights(holds._replace(watched=holds.watched and noisy), frozen, trained, moments)
+    found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
+    if shards.roots(denoiser):
+        return found
+    found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
+    if holds.decodes:
+        found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
+    return found
+
+
+def of_weights(holds: Holds, frozen: int, trained: int, moments: int) -> Estimate:
+    """Eq. (1) and (2), of bytes of frozen and trained weights, and of the optimiser's moments."""
+    copies = holds.here + holds.reference + holds.watched
     split = {
         "network, frozen": frozen,
         "network, trained": trained,
@@ -138,14 +150,7 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
         "copies of what is trained": copies * trained,
         "to undo an update": holds.undo * ((2 + holds.reference) * trained + moments),
     }
-    found = {name: -(-size // holds.ranks) for name, size in split.items()}
-    found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
-    if shards.roots(denoiser):
-        return found
-    found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
-    if holds.decodes:
-        found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
-    return found
+    return {name: -(-size // holds.ranks) for name, size in split.items()}
 
 
 def described(found: Estimate) -> str:

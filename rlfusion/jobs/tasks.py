@@ -1,6 +1,6 @@
 """Builds the task of a worker from the settings of a fine-tuning: from plain data and bytes alone, wherever it runs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -9,10 +9,12 @@ import torch
 
 from rlfusion import models
 from rlfusion.common.weights import pack, unpack
+from rlfusion.config import Finetune
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.measure import reward_parts
 from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
+from rlfusion.jobs.roles import roles
 from rlfusion.rewards import CallOptions, Learned, Reward, WeightedSum, bare, build, everywhere, task_info
 from rlfusion.rollout import Recipe, RolloutSpec, Task
 from rlfusion.rollout.placement import private
@@ -76,7 +78,7 @@ def recipe(
     policy: Policy,
     reward: Reward,
     device: torch.device,
-    actors: Mapping[str, str] | None = None,
+    actors: Mapping[str, Sequence[str]] | None = None,
 ) -> Recipe:
     """The recipe from which every worker builds its task. The learned parts of the reward, the decoder, and
     weights that are not trained travel as bytes."""
@@ -86,7 +88,7 @@ def recipe(
         "reward": _everywhere(spec.rewards.reward),
         "reward_options": {everywhere(name): held for name, held in worker_options(spec.rewards, reward).items()},
         "call_options": asdict(spec.rewards.call_options),
-        "actors": {everywhere(name): actor for name, actor in (actors or {}).items()},
+        "actors": {everywhere(name): list(held) for name, held in (actors or {}).items()},
         "actor_s": workers.ray.limits.item_s,
         "reward_name": spec.rewards.name,
         "device": workers.backend.worker_device(str(device)),
@@ -120,7 +122,7 @@ def _everywhere(reward: str | Mapping[str, float]) -> str | dict[str, float]:
 
 
 @contextmanager
-def actors_of(workers: Workers, options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+def actors_of(workers: Workers, options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, list[str]]]:
     """The running actors of ``ray.reward_envs``, with the options of each reward: their names by reward; none, and no
     Ray, where there are no such.
 
@@ -140,27 +142,27 @@ def actors_of(workers: Workers, options: Mapping[str, Mapping[str, Any]]) -> Ite
 
 
 @contextmanager
-def cluster_of(workers: Workers, say: Callable[[str], None]) -> Iterator[None]:
-    """The Ray cluster that workers and actors use, had before any work, with a place for all of them, which ``say`` is
-    told of; none, and no Ray, where there are no workers.
+def cluster_of(config: Finetune, say: Callable[[str], None]) -> Iterator[None]:
+    """The Ray cluster that the workers and actors of a fine-tuning use, had before any work, with a place for all of
+    them, which ``say`` is told of; none, and no Ray, where there are no workers.
 
     Raises:
         RolloutError: it cannot be had.
         DoesNotFit: it has no place for all.
     """
-    if not workers.count:
+    if not config.rollout.workers:
         yield
         return
     from rlfusion.rollout.ray_cluster import shared_cluster
-    from rlfusion.rollout.ray_placement import placed
+    from rlfusion.rollout.ray_placement import in_actor, placed
 
-    with shared_cluster(workers.backend, *private(workers.backend.roles)):
-        if told := placed(workers.backend, workers.backend.roles, say):
-            say(f"placement: {told}")
+    with shared_cluster(config.settings, *private(config.settings.roles)):
+        if not in_actor():  # else they were placed together with the ranks
+            placed(config.settings, *roles(config), say)
         yield
 
 
-def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:
+def from_actors(actors: Mapping[str, Sequence[str]], known: Mapping[str, Any], timeout_s: float) -> dict[str, Reward]:
     """The rewards of running actors, for a model of this task info.
 
     Raises:
@@ -170,4 +172,4 @@ def from_actors(actors: Mapping[str, str], known: Mapping[str, Any], timeout_s: 
         return {}
     from rlfusion.rollout.ray_rewards import ActorReward
 
-    return {name: ActorReward(name, actor, known, timeout_s) for name, actor in actors.items()}
+    return {name: ActorReward(name, held, known, timeout_s) for name, held in actors.items()}

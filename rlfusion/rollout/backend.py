@@ -58,7 +58,7 @@ class Settings:
     def roles(self) -> tuple[Role, Role]:
         """The processes that are wanted of a cluster."""
         held = (self.cpus_per_worker, self.gpus_per_worker, self.resources)
-        return Role("rollout workers", self.workers, *held), self.rewards
+        return Role("rollout workers", self.workers, *held, threads=self.threads), self.rewards
 
     def worker_device(self, device: str) -> str:
         """Where a worker works: on the GPU that it reserves, which is then the only one that Ray shows it; else on the

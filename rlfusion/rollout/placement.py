@@ -1,8 +1,10 @@
 """Whether the processes of a run fit on a cluster together: asked before anything is loaded, without Ray.
 
 A ``Role`` is so many equal processes, a ``Node`` what is free of a machine. As for Ray, a share of a GPU is a share of
-one GPU, and from one on GPUs are whole ones. What is hardest to place is placed first, each process where the least is
-left over; where that does not place all, other ways are tried.
+one GPU, and from one on GPUs are whole ones. Memory, of which Ray knows nothing, is that of the GPUs that a process
+reserves, by whatever shares, and else of its node; where a node does not say what it has, any amount is there. What is
+hardest to place is placed first, each process where the least is left over; where that does not place all, other ways
+are tried.
 """
 
 import math
@@ -12,8 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from rlfusion.common.errors import ConfigError, UnavailableError
 
-CPU, GPU = "CPU", "GPU"
-OWN = (CPU, GPU, "memory", "object_store_memory")
+CPU, GPU, MEMORY, GPU_MEMORY = "CPU", "GPU", "memory", "GPU memory"
+OWN = (CPU, GPU, MEMORY, "object_store_memory")
+PROCESS = 400_000_000
+"""Bytes of a node's memory that any process with torch takes, whatever it does."""
 EXACT = 10_000
 """Ray counts resources in such parts of one."""
 SEARCHED, TRIES = 200, 5_000
@@ -35,6 +39,9 @@ class Role:
         gpus: GPUs of each: a share below 1, or whole ones.
         resources: Ray's custom resources of each, by name.
         alone: no two of them may share a GPU.
+        threads: torch threads of each.
+        memory: bytes that each takes at least of its GPUs, or of its node where it has none, beside ``PROCESS``; 0
+            where nothing is known of it.
     """
 
     name: str
@@ -43,6 +50,8 @@ class Role:
     gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
     alone: bool = False
+    threads: int = 1
+    memory: int = 0
 
     def __post_init__(self) -> None:
         require_gpus(self.name, self.gpus)
@@ -51,6 +60,18 @@ class Role:
     def each(self) -> dict[str, float]:
         """What one reserves, by the names of Ray."""
         return {name: n for name, n in {CPU: self.cpus, GPU: self.gpus, **self.resources}.items() if n > 0}
+
+    @property
+    def device(self) -> str:
+        """What each works on: what it reserves."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Memory that one takes at least, of its node and of its GPUs; nothing where nothing is known of it."""
+        if not self.memory:
+            return {}
+        return {MEMORY: PROCESS, GPU_MEMORY: self.memory} if self.gpus else {MEMORY: PROCESS + self.memory}
 
 
 def require_gpus(name: str, gpus: float) -> None:
@@ -77,45 +98,60 @@ def require_resources(name: str, resources: Mapping[str, float]) -> None:
 
 @dataclass
 class Node:
-    """A machine: its ``total`` resources by Ray's names, and those that are ``free``."""
+    """A machine: its ``total`` resources by Ray's names, and those that are ``free``; the bytes of each of its GPUs, 0
+    where that is not known.
+    """
 
     name: str
     total: Mapping[str, float]
     free: Mapping[str, float]
+    gpu_memory: int = 0
 
 
 class _Machine:
-    """What is left of a node while processes are placed on it, in parts of ``EXACT``; its GPUs one by one."""
+    """What is left of a node while processes are placed on it, in parts of ``EXACT``; its GPUs one by one, and bytes of
+    each.
+    """
 
-    def __init__(self, free: Mapping[str, float]) -> None:
-        self.left = {name: round(n * EXACT) for name, n in free.items() if name != GPU}
-        whole, rest = divmod(round(free.get(GPU, 0) * EXACT), EXACT)
+    def __init__(self, node: Node) -> None:
+        self.left = {name: round(n * EXACT) for name, n in node.free.items() if name != GPU}
+        whole, rest = divmod(round(node.free.get(GPU, 0) * EXACT), EXACT)
         self.gpus = [EXACT] * whole + ([rest] if rest else [])
+        self.bytes: list[float] = [node.gpu_memory or math.inf] * len(self.gpus)
         self.taken: list[frozenset[str]] = [frozenset() for _ in self.gpus]
 
     def options(self, need: Mapping[str, int], alone: str) -> list[dict[int, int]]:
         """The ways to take in what needs so much: what to take of which GPU, the fullest first; none where it does not
         fit. No GPU has two of a role that is ``alone``.
         """
-        if any(self.left.get(name, 0) < n for name, n in need.items() if name != GPU):
+        if any(self._of_node(name) < n for name, n in need.items() if name not in (GPU, GPU_MEMORY)):
             return []
         gpus = need.get(GPU, 0)
         if not gpus:
             return [{}]
+        each = need.get(GPU_MEMORY, 0) / max(1, gpus // EXACT)
+        fits = [at for at, n in enumerate(self.gpus) if n >= min(gpus, EXACT) and self.bytes[at] * EXACT >= each]
         if gpus >= EXACT:
-            free = [at for at, n in enumerate(self.gpus) if n == EXACT][: gpus // EXACT]
+            free = fits[: gpus // EXACT]
             return [dict.fromkeys(free, EXACT)] if len(free) * EXACT == gpus else []
-        fits = [at for at, n in enumerate(self.gpus) if n >= gpus and not (alone and alone in self.taken[at])]
-        kinds = {(self.gpus[at], self.taken[at]): at for at in reversed(fits)}
+        kinds = {self._kind(at): at for at in reversed(fits) if not (alone and alone in self.taken[at])}
         return [{at: gpus} for _, at in sorted(kinds.items(), key=lambda item: item[0][0])]
+
+    def _of_node(self, name: str) -> float:
+        return self.left.get(name, math.inf if name == MEMORY else 0)
+
+    def _kind(self, gpu: int) -> tuple[int, float, tuple[str, ...]]:
+        """Equal for GPUs on which the same fits."""
+        return self.gpus[gpu], self.bytes[gpu], tuple(sorted(self.taken[gpu]))
 
     def take(self, need: Mapping[str, int], option: Mapping[int, int], alone: str, sign: int = 1) -> None:
         """Take it in; with ``sign`` -1 give it back."""
         for name, n in need.items():
-            if name != GPU:
+            if name in self.left:
                 self.left[name] -= sign * n
         for at, n in option.items():
             self.gpus[at] -= sign * n
+            self.bytes[at] -= sign * need.get(GPU_MEMORY, 0) / len(option) / EXACT
             if alone:
                 self.taken[at] = self.taken[at] | {alone} if sign > 0 else self.taken[at] - {alone}
 
@@ -127,14 +163,14 @@ class _Machine:
     @property
     def state(self) -> tuple:
         """Equal for nodes on which the same fits."""
-        return tuple(sorted(self.left.items())), tuple(sorted(zip(self.gpus, map(tuple, map(sorted, self.taken)))))
+        return tuple(sorted(self.left.items())), tuple(sorted(map(self._kind, range(len(self.gpus)))))
 
 
 class _Search:
     """Places processes one after another, each where the least is left over, and goes back where that leads nowhere."""
 
     def __init__(self, nodes: Sequence[Node], roles: Sequence[Role]) -> None:
-        self.machines = [_Machine(node.free) for node in nodes]
+        self.machines = [_Machine(node) for node in nodes]
         self.processes = sorted((role for role in roles for _ in range(role.count)), key=_hardness, reverse=True)
         self.tries = TRIES
 
@@ -176,20 +212,22 @@ class _Search:
 
 def _need(role: Role) -> tuple[dict[str, int], str]:
     """What one reserves, in parts of ``EXACT``; and the role's name where no two may share a GPU."""
-    return {name: round(n * EXACT) for name, n in role.each.items()}, role.name if role.alone else ""
+    each = {**role.each, **role.bytes}
+    return {name: round(n * EXACT) for name, n in each.items()}, role.name if role.alone else ""
 
 
-def _hardness(role: Role) -> tuple[float, float, float]:
+def _hardness(role: Role) -> tuple[float, ...]:
     """The order in which processes are placed: what is hardest to place is the largest."""
-    return role.gpus, sum(role.resources.values()), role.cpus
+    return role.gpus, sum(role.resources.values()), role.cpus, role.memory
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The roles of a run, and how many processes of each have no place."""
+    """The roles of a run, and how many processes of each have no place; the nodes that were looked at."""
 
     roles: tuple[Role, ...]
     missing: Mapping[str, int]
+    nodes: tuple[Node, ...] = ()
 
     def there(self, role: Role) -> int:
         """How many processes of a role have a place."""
@@ -201,7 +239,7 @@ def place(nodes: Sequence[Node], roles: Sequence[Role]) -> Placement:
     missing = _Search(nodes, roles).greedy()
     if missing and sum(role.count for role in roles) <= SEARCHED and _Search(nodes, roles).run():
         missing = Counter()
-    return Placement(tuple(roles), missing)
+    return Placement(tuple(roles), missing, tuple(nodes))
 
 
 def require_place(nodes: Sequence[Node], roles: Sequence[Role]) -> Placement:
@@ -221,10 +259,14 @@ def _told(nodes: Sequence[Node], found: Placement, busy: bool) -> str:
     """What does not fit, and what there is."""
     lost = [role for role in found.roles if role.name in found.missing]
     short = [f"{found.missing[role.name]} of {role.count} {role.name} ({_shown(role)} each)" for role in lost]
-    names = {name for role in lost for name in role.each}
-    need = {name: sum(round(r.each.get(name, 0) * EXACT) * r.count for r in found.roles) / EXACT for name in names}
-    have = {name: sum(node.free.get(name, 0) for node in nodes) for name in names}
-    sums = ", ".join(f"{need[name]:g} {name} wanted, {have[name]:g} free" for name in sorted(names))
+    names = {name for role in lost for name in (*role.each, *role.bytes)}
+    need = {name: sum(role.count * _of(role, name) for role in found.roles) for name in names}
+    have = {name: _free(nodes, name) for name in names}
+    sums = ", ".join(
+        f"{_amount(name, need[name])} wanted, {_amount(name, have[name], named=False)} free"
+        for name in sorted(names)
+        if have[name] < math.inf
+    )
     why = "others hold the rest, wait or end them" if busy else "add nodes, or ask for less"
     split = ", on no single node or GPU together" if all(need[name] <= have[name] for name in names) else ""
     return (
@@ -233,17 +275,26 @@ def _told(nodes: Sequence[Node], found: Placement, busy: bool) -> str:
     )
 
 
+def _of(role: Role, name: str) -> float:
+    """What each of a role wants of a resource, as Ray counts it."""
+    return round({**role.each, **role.bytes}.get(name, 0) * EXACT) / EXACT
+
+
+def _free(nodes: Sequence[Node], name: str) -> float:
+    """What is free of a resource on all nodes; of memory that is not known any amount."""
+    if name == GPU_MEMORY:
+        return sum(n.free.get(GPU, 0) * (n.gpu_memory or math.inf) for n in nodes if n.free.get(GPU, 0))
+    return sum(node.free.get(name, math.inf if name == MEMORY else 0) for node in nodes)
+
+
+def _amount(name: str, n: float, named: bool = True) -> str:
+    """A number of a resource: of bytes in GB."""
+    text = f"{n / 1e9:.3g} GB" if name in (MEMORY, GPU_MEMORY) else f"{n:g}"
+    return f"{text} {'of ' if name in (MEMORY, GPU_MEMORY) else ''}{name}" if named else text
+
+
 def _shown(role: Role) -> str:
-    return ", ".join(f"{n:g} {name}" for name, n in role.each.items()) or "no resources"
-
-
-def line(found: Placement) -> str:
-    """The table of the roles in a line: role, wanted, there; of those with processes."""
-    parts = []
-    for role in found.roles:
-        if role.count:
-            parts.append(f"{role.name}: {role.count} x {_shown(role)}, {found.there(role)} there")
-    return "; ".join(parts)
+    return ", ".join(_amount(name, n) for name, n in {**role.each, **role.bytes}.items()) or "no resources"
 
 
 def private(roles: Sequence[Role]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Asks a Ray cluster whether it has a place for all processes of a run, before anything is loaded."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
 import torch
@@ -9,45 +9,74 @@ from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 
 from rlfusion.rollout.backend import Settings
-from rlfusion.rollout.placement import DoesNotFit, Node, Role, line, private, require_place
+from rlfusion.rollout.placement import GPU, MEMORY, DoesNotFit, Node, Placement, Role, private, require_place
+from rlfusion.rollout.placement_table import Driver, table
+from rlfusion.training.devices import memory_of
 
 POLL_S = 2.0
+GIB = 2**30
+KIND = "accelerator_type:"
+GPU_GIB: Mapping[str, int] = {
+    "T4": 16, "L4": 24, "A10G": 24, "A10": 24, "L40": 48, "L40S": 48, "V100": 32, "A100": 80, "A100-40G": 40,
+    "A100-80G": 80, "H100": 80, "H200": 141, "B200": 192,
+}  # fmt: skip
+"""Memory of the GPUs that Ray tells the kind of; of a kind that comes with several the most."""
 
 
 def nodes() -> list[Node]:
     """The nodes of the cluster that this process is connected to, and what is free of each."""
     free = available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return [Node(n["NodeManagerHostname"], n["Resources"], free.get(n["NodeID"], n["Resources"])) for n in alive]
+    held = [(n["NodeManagerHostname"], n["Resources"], free.get(n["NodeID"], n["Resources"])) for n in alive]
+    return [Node(name, total, left, gpu_memory(total)) for name, total, left in held]
+
+
+def gpu_memory(resources: Mapping[str, float]) -> int:
+    """Bytes of each GPU of a node with these resources, which name its kind; 0 where that is not known."""
+    kinds = [name.removeprefix(KIND) for name in resources if name.startswith(KIND)]
+    return GPU_GIB.get(kinds[0], 0) * GIB if len(kinds) == 1 else 0
 
 
 def this_machine(roles: Sequence[Role]) -> Node:
-    """What a private cluster has for ``roles``: as many cores as they ask for, and the GPUs of this machine."""
+    """What a private cluster has for ``roles``: as many cores as they ask for, and the GPUs and the memory of this
+    machine.
+    """
     cpus, _ = private(roles)
-    held = {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}
-    return Node("this machine", held, held)
+    held = {"CPU": float(cpus), GPU: float(torch.cuda.device_count()), MEMORY: float(memory_of("cpu"))}
+    return Node("this machine", held, held, memory_of("cuda"))
+
+
+def in_actor() -> bool:
+    """Whether this process is an actor of a run, whose roles are placed by its driver."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().get_actor_id())
 
 
 def placed(
     settings: Settings,
     roles: Sequence[Role],
+    driver: Driver,
     say: Callable[[str], None],
     look: Callable[[], list[Node]] = nodes,
-) -> str:
-    """The table of ``roles`` in a line, all of which have a place; "" within an actor, for whose run they were placed.
-    While they have none and ``settings.wait_s`` lasts, nodes may join, and an autoscaler is asked for them.
+) -> None:
+    """Find a place for all ``roles``, and ``say`` their table. While they have none and ``settings.wait_s`` lasts,
+    nodes may join, and an autoscaler is asked for them.
 
     Raises:
         DoesNotFit: what is missing, in a line.
     """
-    if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
-        return ""
-    if not settings.address:
-        return line(require_place([this_machine(roles)], roles))
+    driver.require_room()
+    found = _found(settings, roles, say, look) if settings.address else require_place([this_machine(roles)], roles)
+    say("\n  ".join(["placement:", *table(found, driver)]))
+
+
+def _found(
+    settings: Settings, roles: Sequence[Role], say: Callable[[str], None], look: Callable[[], list[Node]]
+) -> Placement:
+    """A place on a cluster, where nodes may join."""
     deadline, told = time.monotonic() + settings.wait_s, False
     while True:
         try:
-            return line(require_place(look(), roles))
+            return require_place(look(), roles)
         except DoesNotFit as error:
             if time.monotonic() >= deadline:
                 raise

@@ -1,15 +1,18 @@
 """Rewards in Ray actors, each with a runtime environment of its own: for dependencies that conflict with ours.
 
-One actor a reward, for the workers and the driver alike. What crosses is the two frames of ``rewards.exchange``, by the
-rules of the HTTP service: the values are those of the reward at home, bit for bit, and what cannot be scored is an
-error of its item. An actor that dies is started anew by Ray, up to ``RESTARTS`` times, as scoring needs no memory.
+As many actors a reward as are wanted, for the workers and the driver alike, which ask them in turn. What crosses is
+the two frames of ``rewards.exchange``, by the rules of the HTTP service: the values are those of the reward at home,
+bit for bit, and what cannot be scored is an error of its item. An actor that dies is started anew by Ray, and one that
+hangs by its watch (``ray_kept``), as scoring needs no memory.
 """
 
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,10 +34,11 @@ from rlfusion.rewards.remote.frames import digest_of
 from rlfusion.rewards.remote.offer import Limits, Offer, require_servable
 from rlfusion.rewards.remote.tables import Tables, UnknownTable
 from rlfusion.rollout.backend import Settings
+from rlfusion.rollout.placement import require_place
 from rlfusion.rollout.ray_cluster import shared_cluster
+from rlfusion.rollout.ray_kept import BESIDE, RESTARTS, Named, kept
+from rlfusion.rollout.ray_placement import in_actor, nodes
 from rlfusion.rollout.reward_envs import require_possible
-
-RESTARTS = 3
 
 
 class RewardActor:
@@ -75,20 +79,24 @@ class RewardActor:
             return b""
         return answer(*self.offer.reward(question.task_info, question.table), question, self.device)
 
+    def alive(self) -> None:
+        """Answers whatever it works at (``ray_kept``)."""
+
 
 class ActorReward(MayGroup):
-    """The reward of a running actor, by the actor's name."""
+    """The reward of running actors, by their names: each call asks the next of them."""
 
-    def __init__(self, name: str, actor: str, task_info: Mapping[str, Any], timeout_s: float) -> None:
+    def __init__(self, name: str, actors: Sequence[str], task_info: Mapping[str, Any], timeout_s: float) -> None:
         """
         Raises:
-            ConfigError: the actor cannot make its reward; it says why.
+            ConfigError: an actor cannot make its reward; it says why.
         """
         super().__init__()
-        self.name, self.task_info, self.timeout_s = name, dict(task_info), timeout_s
-        self._actor, self._table = ray.get_actor(actor), table_of(task_info)
+        self.name, self.task_info = name, dict(task_info)
+        self._actors, self._table = [Named(actor, timeout_s) for actor in actors], table_of(task_info)
+        self._turns = itertools.count(os.getpid())  # processes begin with different ones
         try:
-            self._groups: bool = self._greeted()["groups"]
+            self._groups: bool = self._greeted(self._next())["groups"]
         except (RayError, GetTimeoutError) as error:
             raise ConfigError(f"reward {name!r} does not start in its environment: {_said(error)}") from error
 
@@ -105,24 +113,23 @@ class ActorReward(MayGroup):
             RewardRaised: because the user's own code raised there.
             RewardUnavailable: the actor is gone or late.
         """
-        frame = ask(samples.detach(), cond, self._table)
+        frame, actor = ask(samples.detach(), cond, self._table), self._next()
         try:
-            found = self._asked(frame)
-            if not found:  # it was started anew
-                self._greeted()
-                found = self._asked(frame)
+            found = actor.call("score", frame)
+            if not found:  # it was started anew, or is asked for the first time
+                self._greeted(actor)
+                found = actor.call("score", frame)
         except (RayError, GetTimeoutError) as error:
             kind = RewardFailure if isinstance(error, RayTaskError) else RewardUnavailable
             raise kind.of_all(self.name, len(samples), f"its Ray actor failed: {_said(error)}") from error
         return answered(found, len(samples), frame).checked(self.name)
 
-    def _greeted(self) -> dict[str, Any]:
-        told: Any = ray.get(self._actor.hello.remote(greet(self.task_info)), timeout=self.timeout_s)
-        return told
+    def _next(self) -> Named:
+        return self._actors[next(self._turns) % len(self._actors)]
 
-    def _asked(self, frame: bytes) -> bytes:
-        found: Any = ray.get(self._actor.score.remote(frame), timeout=self.timeout_s)
-        return found
+    def _greeted(self, actor: Named) -> dict[str, Any]:
+        told: dict[str, Any] = actor.call("hello", greet(self.task_info))
+        return told
 
 
 @contextmanager
@@ -132,42 +139,45 @@ def reward_actors(
     settings: Settings,
     cpus: int,
     gpus: int,
-) -> Iterator[dict[str, str]]:
-    """Start an actor for each reward of ``envs`` (its runtime environment by its name): the actors' names by reward.
+) -> Iterator[dict[str, list[str]]]:
+    """Start the actors of each reward of ``envs`` (its runtime environment by its name), all as many: the actors' names
+    by reward.
 
     The Ray cluster is that of ``settings``, or a private one of ``cpus`` and ``gpus``, which the rollout workers share.
 
     Raises:
         ConfigError: an environment cannot be made on this machine.
         RolloutError: no cluster can be had.
+        DoesNotFit: it has no place for them.
     """
-    if not settings.address:  # elsewhere is not ours to look at
-        for name, env in envs.items():
+    for name, env in envs.items():
+        if not settings.address:  # elsewhere is not ours to look at
             require_possible(name, env)
-    with ExitStack() as stack:
-        stack.enter_context(shared_cluster(settings, cpus, gpus))
-        paths = [os.path.abspath(path) for path in sys.path]
-        held: list[Any] = []
-        names: dict[str, str] = {}
+        require_servable(name, options.get(name) or {})
+    each = settings.rewards.count // max(1, len(envs))
+    with shared_cluster(settings, cpus, gpus):
+        if settings.address and not in_actor():  # where a run is only checked nothing else has asked for their place
+            require_place(nodes(), [settings.rewards])
+        names: dict[str, list[str]] = {}
+        starts: list[tuple[str, Callable[[], Any]]] = []
         for number, (name, env) in enumerate(envs.items()):
-            require_servable(name, options.get(name) or {})
-            names[name] = f"rlfusion-reward-{os.getpid()}-{number}"
-            actor = ray.remote(RewardActor).options(
-                name=names[name],
-                runtime_env=_uploaded(env),
-                num_cpus=settings.rewards.cpus,
-                num_gpus=settings.rewards.gpus,
-                resources=dict(settings.rewards.resources),
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
-            )
-            given, gpu = dict(options.get(name) or {}), settings.rewards.gpus > 0
-            held.append(actor.remote(name, given, paths, settings.threads, gpu, texts_of(name)))
-        try:
+            names[name] = [f"rlfusion-reward-{os.getpid()}-{number}-{n}" for n in range(each)]
+            make = partial(_started, name, dict(options.get(name) or {}), _uploaded(env), settings)
+            starts += [(one, partial(make, one)) for one in names[name]]
+        with kept(starts, settings.limits.item_floor_s / 2):
             yield names
-        finally:
-            for actor in held:
-                ray.kill(actor)
+
+
+def _started(reward: str, options: dict[str, Any], env: dict[str, Any], settings: Settings, name: str) -> Any:
+    """A new actor of a reward."""
+    role = settings.rewards
+    reserved: Any = dict(
+        max_restarts=RESTARTS, max_task_retries=RESTARTS, num_cpus=role.cpus, num_gpus=role.gpus,
+        resources=dict(role.resources), concurrency_groups={BESIDE: 1},
+    )  # fmt: skip
+    paths = [os.path.abspath(path) for path in sys.path]
+    made: Any = ray.remote(**reserved)(RewardActor).options(name=name, runtime_env=env)
+    return made.remote(reward, options, paths, role.threads or settings.threads, role.gpus > 0, texts_of(reward))
 
 
 def _uploaded(env: Mapping[str, Any]) -> dict[str, Any]:

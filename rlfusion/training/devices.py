@@ -16,6 +16,14 @@ Deterministic = bool | Literal["strict"]
 _told: tuple[Deterministic, bool] = (True, False)
 
 
+def memory_of(device: str) -> int:
+    """Bytes of memory that a device of this machine has, of GPUs the smallest's; 0 where that is not known."""
+    if device.startswith("cuda"):
+        found = [torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())]
+        return min(found, default=0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else 0
+
+
 def set_numerics(
     threads: int, device: torch.device | str, deterministic: Deterministic = True, tf32: bool = False
 ) -> None:

@@ -1,9 +1,8 @@
 """What goes wrong on a cluster of three nodes, and what a run makes of it: the same weights, and no sample lost.
 
 Each row trains the same learner by the product's own collector and Ray backend while one thing goes wrong. The table is
-printed at the end (``pytest -s``). What is tried elsewhere: lost ranks (``test_lost_ranks``), a driver under supervise
-(``tests/jobs/test_supervise``), reward actors (``tests/rewards/test_reward_envs``), every write of a checkpoint
-(``test_checkpoint_kills``), full disks (``test_storage``).
+printed at the end (``make faults``). What is tried elsewhere: lost ranks (``test_lost_ranks``), a full disk and a
+driver under supervise (``test_fault_runs``), every write of a checkpoint (``test_checkpoint_kills``).
 """
 
 import math
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from fault_rows import Row, shown
 from processes import titled
 from rollout_tasks import make_policy, make_recipe
 from tiny_training import UPDATES, Trained, trained
@@ -24,6 +24,7 @@ from tiny_training import UPDATES, Trained, trained
 from rlfusion.common.weights import Weights
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rollout import Limits, Settings, make_backend
+from rlfusion.rollout.placement import Role
 from rlfusion.rollout.ray_folders import private_folder
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")]
@@ -33,16 +34,6 @@ ray_cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
 
 LIMITS = Limits(item_s=8, item_floor_s=8, start_s=150, twin_times=20)
 PATIENCE_S = 150.0
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    fault: str
-    seen_s: float
-    lost_s: float
-    samples: int
-    same: bool
 
 
 class Nodes(NamedTuple):
@@ -83,10 +74,7 @@ def nodes() -> Iterator[Nodes]:
 def table() -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
-    print("\n| fault | seen after (s) | time lost (s) | lost samples | same digest |\n|---|---|---|---|---|")
-    for row in rows:
-        seen = "-" if math.isnan(row.seen_s) else f"{row.seen_s:.1f}"
-        print(f"| {row.fault} | {seen} | {row.lost_s:.1f} | {row.samples} | {'yes' if row.same else 'NO'} |")
+    print(shown(rows))
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +98,12 @@ def handled(backend) -> tuple[int, ...]:
     return scheduler._started, scheduler.twins, sum(len(item.failed) for item in scheduler.open.values())
 
 
-def disturbed(backend, fault: Callable[[], None], whole: Trained, name: str) -> Row:
-    """Train while ``fault`` happens after the first update: the row of the table."""
+def disturbed(
+    backend, fault: Callable[[], None], whole: Trained, name: str, handled: Callable[[Any], Any] = handled
+) -> Row:
+    """Train while ``fault`` happens after the first update: the row of the table. It is seen when what was ``handled``
+    changes.
+    """
     seen, progress = [math.nan], list[int]()
 
     def watch() -> None:
@@ -148,6 +140,39 @@ def test_a_rollout_worker(nodes, whole, table, tmp_path, number):
 
         row = disturbed(backend, fault, whole, f"{number.name} of a rollout worker")
     check(row, table)
+    assert not math.isnan(row.seen_s)
+
+
+REWARD = """
+import time
+
+def brightness(samples, cond):
+    time.sleep(0.2)
+    return samples.flatten(1).mean(1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_reward_worker(nodes, whole, table, tmp_path, number):
+    from rlfusion.rollout.ray_rewards import reward_actors
+
+    (tmp_path / "asked.py").write_text(REWARD)
+    reward, role = f"{tmp_path / 'asked.py'}:brightness", Role("reward workers", 2, 0.0)
+    settings = Settings(workers=2, limits=LIMITS, rewards=role)
+    with (
+        reward_actors({reward: {}}, {}, settings, 0, 0) as actors,
+        make_backend(make_recipe(actors=actors), settings) as backend,
+    ):
+        before: set[int] = set()
+
+        def fault() -> None:
+            before.update(titled("ray::RewardActor"))
+            os.kill(min(before), number)
+
+        new = lambda _: bool(before and set(titled("ray::RewardActor")) - before)  # noqa: E731
+        row = disturbed(backend, fault, whole, f"{number.name} of a reward worker", new)
+    check(row, table)
+    assert len(before) == 2
     assert not math.isnan(row.seen_s)
 
 

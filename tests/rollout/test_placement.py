@@ -12,21 +12,24 @@ from rlfusion.config import Ray
 from rlfusion.config.parts import Learners
 from rlfusion.rollout import Settings
 from rlfusion.rollout.placement import (
+    PROCESS,
     DoesNotFit,
     Node,
     Role,
-    line,
     place,
     private,
     require_gpus,
     require_place,
 )
+from rlfusion.rollout.placement_table import Driver, table
 from rlfusion.training.devices import require_device
 
+GB = 10**9
 
-def node(cpus=8.0, gpus=0.0, free=None, **more) -> Node:
+
+def node(cpus=8.0, gpus=0.0, free=None, gpu_memory=0, **more) -> Node:
     total = {"CPU": cpus, "GPU": gpus, **more}
-    return Node("n", total, total | (free or {}))
+    return Node("n", total, total | (free or {}), gpu_memory)
 
 
 def ranks(count=2, gpus=1.0, cpus=1.0, **more) -> Role:
@@ -54,6 +57,20 @@ FITS = {
     "reward workers by a resource": ([HEAD, node(4, 0, ocr=2.0)], [Role("reward workers", 2, 0, 0, {"ocr": 1})]),
     "a rank and workers on one GPU": ([node(8, 1)], [ranks(1, 0.5), workers(2, 0.25)]),
     "what others left": ([node(8, 2, free={"GPU": 1.5})], [ranks(1, 1), workers(1, 0.5)]),
+    "memory of GPUs": ([node(8, 2, gpu_memory=80 * GB)], [ranks(2, memory=79 * GB)]),
+    "memory of two GPUs": ([node(8, 2, gpu_memory=80 * GB)], [ranks(1, 2.0, memory=159 * GB)]),
+    "more than its share of a GPU": (
+        [node(8, 1, gpu_memory=80 * GB)],
+        [ranks(1, 0.5, memory=60 * GB), workers(2, 0.25, memory=10 * GB)],
+    ),
+    "the larger of two GPUs": (
+        [node(8, 1, gpu_memory=24 * GB), node(8, 1, gpu_memory=80 * GB)],
+        [workers(1, 0.5, memory=20 * GB), ranks(1, 1.0, memory=40 * GB)],
+    ),
+    "memory of a node": ([node(8, memory=10.0 * GB)], [workers(4, memory=2 * GB)]),
+    "memory of a node that does not say": ([HEAD], [workers(1, memory=10**15)]),
+    "memory of GPUs of no kind that is known": ([node(8, 1)], [ranks(1, memory=10**15)]),
+    "a role of which nothing is known": ([node(8, memory=1.0)], [workers(4)]),
 }
 
 MISSING = {
@@ -67,6 +84,26 @@ MISSING = {
     "others hold it": ([node(8, 2, free={"GPU": 0.0})], [ranks(1)], "others hold the rest, wait or end them$"),
     "it is not there": ([node(8, 0)], [ranks(1)], "on 1 node; add nodes, or ask for less$"),
     "no nodes": ([], [workers(1)], "1 CPU wanted, 0 free on 0 nodes"),
+    "memory of a node": (
+        [node(8, memory=4.0 * GB)],
+        [workers(2, memory=2 * GB)],
+        r"1 of 2 rollout workers \(1 CPU, 2.4 GB of memory each\): .*4.8 GB of memory wanted, 4 GB free",
+    ),
+    "memory of a GPU": (
+        [node(8, 2, gpu_memory=24 * GB)],
+        [ranks(2, memory=30 * GB)],
+        r"2 of 2 learner ranks .*, 30 GB of GPU memory each\): .*60 GB of GPU memory wanted, 48 GB free",
+    ),
+    "memory of a GPU that others have a share of": (
+        [node(8, 1, gpu_memory=80 * GB)],
+        [ranks(1, 0.5, memory=60 * GB), workers(1, 0.5, memory=30 * GB)],
+        "1 of 1 rollout workers .*90 GB of GPU memory wanted, 80 GB free",
+    ),
+    "memory on no node alone": (
+        [node(8, memory=2.0 * GB), node(8, memory=2.0 * GB)],
+        [workers(1, memory=3 * GB)],
+        "on no single node or GPU",
+    ),
 }
 
 
@@ -147,16 +184,24 @@ def test_a_number_of_gpus_that_ray_cannot_give_is_refused(gpus):
 
 
 def test_the_table_says_what_is_wanted_and_what_is_there():
-    roles = [ranks(2, 1.0), workers(3, 0.5), Role("reward workers", 0)]
-    assert line(place([HEAD, node(8, 3)], roles)) == (
-        "learner ranks: 2 x 1 CPU, 1 GPU, 2 there; rollout workers: 3 x 1 CPU, 0.5 GPU, 2 there"
-    )
+    roles = [ranks(2, 1.0, threads=2, memory=30 * GB), workers(3, 0.5), Role("reward workers", 0)]
+    found = table(place([HEAD, node(8, 3, gpu_memory=80 * GB)], roles), Driver("cpu", 1, PROCESS, 16 * GB))
+    assert [row.split() for row in found] == [
+        ["role", "wanted", "there", "device", "CPU", "GPU", "threads", "GB", "at", "least", "GB", "there"],
+        ["driver", "1", "1", "cpu", "0", "0", "1", "0.4", "16"],
+        ["learner", "ranks", "2", "2", "cuda", "1", "1", "2", "30", "80"],
+        ["rollout", "workers", "3", "2", "cuda", "1", "0.5", "1", "?", "80"],
+    ]
+    assert all(row.index("cuda") == found[0].index("device") for row in found[2:])
 
 
 def test_a_private_cluster_has_room_for_all_roles():
     roles = [ranks(2, 0, 0.5), workers(3, 0.5), Role("reward workers", 1, 0, 0)]
     assert private(roles) == (4, 2)
     assert private([Role("reward workers", 1, 0, 0)]) == (1, 0)
+
+
+HERE = Driver("cpu", 1, PROCESS, 16 * GB)
 
 
 class Looked:
@@ -186,29 +231,49 @@ def test_nodes_that_join_are_waited_for_and_asked_for(asking):
     ray_placement, asked = asking
     told, looked, roles = [], Looked(3), [ranks(2), workers(1, 0.5, 0.0)]
     with pytest.raises(DoesNotFit):
-        ray_placement.placed(Settings(address="auto"), roles, told.append, Looked(3))
+        ray_placement.placed(Settings(address="auto"), roles, HERE, told.append, Looked(3))
     assert (asked, told) == ([], []), "without wait_s nothing is waited for"
     roles = [ranks(2), workers(1, 0.0)]
-    line = ray_placement.placed(Settings(address="auto", wait_s=20.0), roles, told.append, looked)
-    assert line == "learner ranks: 2 x 1 CPU, 1 GPU, 2 there; rollout workers: 1 x 1 CPU, 1 there"
+    ray_placement.placed(Settings(address="auto", wait_s=20.0), roles, HERE, told.append, looked)
+    assert [row.split()[:4] for row in told.pop().splitlines()[3:]] == [
+        ["learner", "ranks", "2", "2"],
+        ["rollout", "workers", "1", "1"],
+    ]
     assert looked.looks == 4
     assert asked == [[{"CPU": 1.0, "GPU": 1.0}] * 2 + [{"CPU": 1.0}]]
     assert len(told) == 1
     assert "2 GPU wanted, 0 free" in told[0]
     with pytest.raises(DoesNotFit, match="2 GPU wanted, 0 free"):
-        ray_placement.placed(Settings(address="auto", wait_s=0.05), roles, told.append, Looked(10**9))
+        ray_placement.placed(Settings(address="auto", wait_s=0.05), roles, HERE, told.append, Looked(10**9))
 
 
 def test_a_private_cluster_has_the_gpus_of_its_machine_and_no_resources_of_others(asking, monkeypatch):
     ray_placement, _ = asking
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    place = lambda *roles: ray_placement.placed(Settings(), roles, print)  # noqa: E731
-    assert place(workers(200)) == "rollout workers: 200 x 1 CPU, 200 there"
-    assert place(workers(2, 0.5), Role("reward workers", 0, 0)) == "rollout workers: 2 x 1 CPU, 0.5 GPU, 2 there"
+    monkeypatch.setattr(ray_placement, "memory_of", {"cpu": 64 * GB, "cuda": 24 * GB}.get)
+    told = []
+    place = lambda *roles: ray_placement.placed(Settings(), roles, HERE, told.append)  # noqa: E731
+    place(workers(200))
+    assert told.pop().splitlines()[-1].split()[:4] == ["rollout", "workers", "200", "200"]
+    place(workers(2, 0.5), Role("reward workers", 0, 0))
+    assert told.pop().splitlines()[-1].split()[-1] == "24"
     with pytest.raises(DoesNotFit, match="2 GPU wanted, 1 free"):
         place(workers(2, 1.0))
     with pytest.raises(DoesNotFit, match="1 ocr wanted, 0 free"):
         place(workers(1, resources={"ocr": 1}))
+
+
+def test_a_driver_that_does_not_fit_is_refused(asking):
+    ray_placement, _ = asking
+    with pytest.raises(DoesNotFit, match="takes 30 GB of memory of its device 'cuda' at least, and 24 GB are there"):
+        ray_placement.placed(Settings(), [workers(1)], Driver("cuda", 1, 30 * GB, 24 * GB), print)
+
+
+def test_the_kind_of_a_gpu_says_its_memory_where_that_is_known(asking):
+    ray_placement, _ = asking
+    assert ray_placement.gpu_memory({"GPU": 8.0, "accelerator_type:H200": 1.0}) == 141 * 2**30
+    assert ray_placement.gpu_memory({"GPU": 8.0, "accelerator_type:NEWEST": 1.0}) == 0
+    assert ray_placement.gpu_memory({"CPU": 8.0}) == 0
 
 
 @pytest.mark.parametrize(
@@ -224,11 +289,12 @@ def test_a_worker_works_on_what_it_reserves_whatever_the_learner_has(gpus, learn
 
 def test_the_settings_of_each_role_arrive():
     held = {"resources_per_worker": {"rack": 0.5}, "resources_per_reward": {"ocr": 1.0}, "cpus_per_reward": 2.0}
+    held |= {"workers_per_reward": 3, "threads_per_reward": 2}
     ray = Ray(gpus_per_worker=0.5, threads_per_worker=3, reward_envs={"a": {}, "b": {}}, wait_s=7.0, **held)
     settings = ray.settings(4, 1, "auto")
     assert settings.roles == (
-        Role("rollout workers", 4, 1.0, 0.5, {"rack": 0.5}),
-        Role("reward workers", 2, 2.0, 0.0, {"ocr": 1.0}),
+        Role("rollout workers", 4, 1.0, 0.5, {"rack": 0.5}, threads=3),
+        Role("reward workers", 6, 2.0, 0.0, {"ocr": 1.0}, threads=2),
     )
     assert (settings.threads, settings.wait_s) == (3, 7.0)
     assert ray.settings(0, 1, "auto").threads == 1, "in this process they are the run's"

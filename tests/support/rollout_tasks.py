@@ -14,7 +14,9 @@ from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Cosine
+from rlfusion.jobs.tasks import from_actors
 from rlfusion.nets.mlp import ResidualMLP
+from rlfusion.rewards import task_info
 from rlfusion.rollout import Recipe, Task
 from rlfusion.rollout.trajectory import Trajectory
 
@@ -30,8 +32,9 @@ def make_policy(seed: int = 0) -> Policy:
     return Policy(Denoiser(net, Cosine(), "v"), DDIM(1.0))
 
 
-def make_recipe(fault: str = "", marker: Path | None = None) -> Recipe:
-    return Recipe("rollout_tasks:build", {"fault": fault, "marker": str(marker)})
+def make_recipe(fault: str = "", marker: Path | None = None, actors: dict[str, list[str]] | None = None) -> Recipe:
+    """``actors``: the names of the running actors of one reward, by its name, that is to be asked."""
+    return Recipe("rollout_tasks:build", {"fault": fault, "marker": str(marker), "actors": actors or {}})
 
 
 def build(config, blobs) -> Task:
@@ -39,10 +42,20 @@ def build(config, blobs) -> Task:
         odd = misbehave(config["fault"], Path(config["marker"]))
         return samples.flatten(1).mean(1) + (torch.nan if config["fault"] == "nan" else odd)
 
+    asked = from_actors(config["actors"], task_info(("a", "b", "c"), SHAPE), 60.0)
     name = config["marker"] if config["fault"] == "named" else "brightness"
     if config["fault"] == "build":
         raise FileNotFoundError("no such model: base.safetensors")
-    return Task(make_policy(seed=1), TimeGrid(4), SHAPE, torch.arange(CLASSES), to_pixels, reward, name, device="cpu")
+    return Task(
+        make_policy(seed=1),
+        TimeGrid(4),
+        SHAPE,
+        torch.arange(CLASSES),
+        to_pixels,
+        [*asked.values(), reward][0],
+        name,
+        device="cpu",
+    )
 
 
 def misbehave(fault: str, marker: Path) -> float:

@@ -1,6 +1,6 @@
 """What a fine-tuning consists of: its base model, learner, judge, reward and monitor, made and measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,7 +178,11 @@ class Found(NamedTuple):
 
 
 def find(
-    config: Finetune, parts: Parts, signals: Signals, progress: Progress, actors: Mapping[str, str] | None = None
+    config: Finetune,
+    parts: Parts,
+    signals: Signals,
+    progress: Progress,
+    actors: Mapping[str, Sequence[str]] | None = None,
 ) -> Found:
     """Find or make the base model, the judge and the reward. ``actors`` are those of ``tasks.actors_of``.
 

@@ -75,7 +75,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     parts, device = opened(config), pick_device(config.device)
-    with cluster_of(parts.workers, progress.say), _actors(parts, ranks) as actors:
+    with cluster_of(config, progress.say), _actors(parts, ranks) as actors:
         with ranks.in_turn():
             made = find(config, parts, signals, progress, actors)
         job = prepare(config, parts, run, tracker, progress, made)
@@ -93,13 +93,13 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
 
 
 @contextmanager
-def _actors(parts: Parts, ranks: Ranks) -> Iterator[dict[str, str]]:
+def _actors(parts: Parts, ranks: Ranks) -> Iterator[dict[str, list[str]]]:
     """The running actors of rewards, by name, which are the first rank's."""
     with nullcontext({}) if ranks.rank else actors_of(parts.workers, parts.rewards.given) as own:
         yield json.loads(ranks.exchange(json.dumps(own).encode())[0])
 
 
-def _backend(job: Job, actors: dict[str, str], ranks: Ranks) -> Backend:
+def _backend(job: Job, actors: dict[str, list[str]], ranks: Ranks) -> Backend:
     """The backend of the settings; of several ranks the first has the workers, if there are any."""
     workers = bool(job.config.rollout.workers)
     if shards.roots(job.policy) and not workers:
@@ -110,7 +110,7 @@ def _backend(job: Job, actors: dict[str, str], ranks: Ranks) -> Backend:
     return AmongRanks(None if workers and ranks.rank else _own_backend(job, policy, actors), ranks, workers)
 
 
-def _own_backend(job: Job, policy: Policy, actors: dict[str, str]) -> Backend:
+def _own_backend(job: Job, policy: Policy, actors: dict[str, list[str]]) -> Backend:
     """In this process a pretrained model shares what is not trained with its copy."""
     parts, device = job.parts, pick_device(job.config.device)
     if job.card.pipeline and not job.config.rollout.workers:

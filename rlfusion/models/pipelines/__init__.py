@@ -3,7 +3,7 @@
 from rlfusion.models.pipelines.conditions import Conditions
 from rlfusion.models.pipelines.export import save
 from rlfusion.models.pipelines.family import Family, Net
-from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, shape
+from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, parameters, shape
 from rlfusion.models.pipelines.hub import family as family_of
 from rlfusion.models.pipelines.model import LORA, build, outline, placed
 from rlfusion.models.pipelines.parity import Whole, published
@@ -30,6 +30,7 @@ __all__ = [
     "index",
     "is_pipeline",
     "outline",
+    "parameters",
     "placed",
     "published",
     "read_prompts",

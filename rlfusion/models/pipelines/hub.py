@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from rlfusion.common import hub
@@ -195,6 +196,21 @@ def config(path: Path, component: str) -> Component:
     if not isinstance(held, dict):
         raise ConfigError(f"{str(file)!r} holds {type(held).__name__}: expected the configuration of a component")
     return Component(held, str(file))
+
+
+def parameters(path: Path, component: str) -> int:
+    """How many elements the parameters of a component have, which is made without memory for them.
+
+    Raises:
+        ConfigError: diffusers has no such class.
+    """
+    named = index(path).get(component)
+    made = getattr(diffusers(), named[1], None) if isinstance(named, list) and len(named) == 2 else None
+    if made is None:
+        raise ConfigError(f"{str(path / INDEX)!r} names the {component} {named!r}: diffusers has no such class")
+    with torch.device("meta"):
+        model = made.from_config(made.load_config(path / component))
+    return sum(p.numel() for p in model.parameters())
 
 
 def factor(path: Path) -> int:
