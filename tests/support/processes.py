@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PATIENCE = 400.0
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""The addresses of the loopback, as ``listening`` gives them."""
 PRELOAD = [
     "PIL.Image",
     "jsonargparse",

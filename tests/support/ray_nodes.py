@@ -2,14 +2,15 @@
 
 Ray gives a node up that is not registered within 30 s, and a raylet ends itself where its agents have not written their
 ports within 15 s; both are numbers in its code. Here the first wait is longer, and the ports, which are given, are
-written before the raylet starts.
+written before the raylet starts. Nodes may join, on the loopback too: where its processes are told to listen on that
+alone (``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``) Ray takes the machine for one that can have no others.
 """
 
 import inspect
 import time
 
 from ray import _raylet
-from ray._private import services
+from ray._private import ray_constants, services
 
 PATIENCE_S = 300.0
 UNUSED = -1
@@ -41,8 +42,18 @@ def with_ports(*args, **named):
     return _start_raylet(*args, **named)
 
 
+class Joinable:
+    """Ray's constants, as its command sees them alone."""
+
+    ENABLE_RAY_CLUSTER = True
+
+    def __getattr__(self, name):
+        return getattr(ray_constants, name)
+
+
 if __name__ == "__main__":
     services.get_node, services.start_raylet = patiently, with_ports
-    from ray.scripts.scripts import main
+    from ray.scripts import scripts
 
-    main()
+    scripts.ray_constants = Joinable()
+    scripts.main()
