@@ -58,7 +58,7 @@ def ranked(command: str) -> Callable[..., Any]:
 
 def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, progress: Progress) -> Any:
     from rlfusion.rollout.ray_cluster import shared_cluster
-    from rlfusion.rollout.ray_placement import placed
+    from rlfusion.rollout.ray_placement import together
     from rlfusion.rollout.ray_ranks import GroupSettings, run_in_group
 
     payload = {"command": command, "config": config.to_yaml(settings), "folder": str(folder.resolve())}
@@ -68,10 +68,14 @@ def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, pr
         *(held.ranks, held.shares, held.exact, held.cpus_per_rank, held.gpus_per_rank, settings.threads, held.restarts),
         *(held.timeout_s, not backend.address, held.resources_per_rank),
         start_s=backend.limits.start_s,
+        placing=backend.placing,
     )
     try:
-        with shared_cluster(backend, *private(wanted)), replay:
-            placed(backend, wanted, driver, progress.say)
+        with (
+            shared_cluster(backend, *private(wanted)),
+            replay,
+            together(backend, wanted, driver, progress.say),
+        ):
             signals.hold(True)  # a stop is for the ranks to answer, once their step is done and saved
             result = run_in_group(
                 group,

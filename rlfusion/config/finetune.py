@@ -18,6 +18,7 @@ from rlfusion.rl.agent import Agent, Plan
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
+from rlfusion.rollout.together import colocated, require_both
 from rlfusion.training.checkpoint import Keep
 from rlfusion.training.devices import Deterministic
 from rlfusion.training.optimizers import require_elementwise
@@ -135,7 +136,10 @@ class Finetune:
                     f"device = {self.device} with learner.shard = fsdp: expected one of {', '.join(SPLIT_ON)}; each "
                     "rank has the GPUs that learner.gpus_per_rank gives it"
                 )
-        _ = self.settings  # refuses what no backend can use
+        require_both(self.ray.placement, self.learner.ranks, r.workers)
+        workers, _ = self.settings.roles  # refuses what no backend can use
+        if self.ray.placement == "colocated":
+            colocated(self.learner.role(self.threads), workers)
 
     def _require_known_options(self) -> None:
         names = [*names_of(self.reward), *self.monitor.held_out]

@@ -10,6 +10,7 @@ from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negati
 from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
 from rlfusion.rollout.placement import Role, require_gpus, require_resources
+from rlfusion.rollout.together import Placing
 
 
 def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
@@ -110,6 +111,9 @@ class Ray(Cluster):
         cpus_per_reward: CPU cores that each of those reserves.
         gpus_per_reward: GPUs, or a fraction of one, that each of those reserves.
         resources_per_reward: Ray's custom resources that each of those reserves.
+        placement: of workers and learner ranks: any: wherever there is room; colocated: each rank and its part of the
+            workers on one node, and where they are shares of a GPU on the same one; apart: no worker is on a node that
+            a rank is on.
     """
 
     cpus_per_worker: float = 1.0
@@ -123,6 +127,7 @@ class Ray(Cluster):
     cpus_per_reward: float = 0.0
     gpus_per_reward: float = 0.0
     resources_per_reward: dict[str, float] = field(default_factory=dict)
+    placement: Placing = "any"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +165,7 @@ class Ray(Cluster):
                 threads=self.threads_per_reward or threads,
             ),
             self.wait_s,
+            self.placement,
         )
 
 
@@ -176,7 +182,7 @@ class Learners:
         shard: "none": each rank holds the whole network; "fsdp": each holds its rows of the parameters, gradients,
             moments and averages (FSDP2 of torch), and layers are gathered while they compute.
         cpus_per_rank: CPU cores that each rank reserves.
-        gpus_per_rank: GPUs that each rank reserves. No two ranks share a GPU.
+        gpus_per_rank: GPUs that each rank reserves, or above half of one. No two ranks share a GPU.
         resources_per_rank: Ray's custom resources that each rank reserves, of nodes of a cluster, by name.
         restarts: times that ranks which were lost are begun anew, from the newest checkpoint.
         timeout_s: for which a rank may not answer, or not join in what all do together, before it is lost.
@@ -196,10 +202,10 @@ class Learners:
         require_not_negative(self, "ranks", "cpus_per_rank", "gpus_per_rank", "restarts")
         require_gpus("learner.gpus_per_rank", self.gpus_per_rank)
         require_resources("learner.resources_per_rank", self.resources_per_rank)
-        if self.ranks > 1 and 0 < self.gpus_per_rank < 1:
+        if self.ranks > 1 and 0 < self.gpus_per_rank <= 0.5:
             raise ConfigError(
                 f"learner.gpus_per_rank = {self.gpus_per_rank:g} with learner.ranks = {self.ranks}: expected whole "
-                "GPUs, as no two ranks share one"
+                "GPUs, or a share above 0.5, as no two ranks share one"
             )
         require_positive(self, "shares", "timeout_s")
         count = max(1, self.ranks)
@@ -219,6 +225,11 @@ class Learners:
                 f"learner.exact = true with learner.shares = {self.shares}, learner.ranks = {self.ranks}: expected "
                 f"shares / ranks to be a power of two, is {each}"
             )
+
+    def role(self, threads: int) -> Role:
+        """The ranks as processes of a cluster."""
+        each = (self.cpus_per_rank, self.gpus_per_rank, self.resources_per_rank)
+        return Role("learner ranks", self.ranks, *each, alone=True, threads=threads)
 
     def require_device(self, device: str) -> None:
         """Raise ConfigError where ranks are to learn on GPUs, and none is reserved for them."""

@@ -59,8 +59,7 @@ def roles(config: Any) -> tuple[tuple[Role, ...], Driver]:
     """
     least = of_finetuning(opened(config)) if isinstance(config, Finetune) else Least()
     held = config.learner
-    each = (held.cpus_per_rank, held.gpus_per_rank, held.resources_per_rank)
-    ranks = Role("learner ranks", held.ranks, *each, alone=True, threads=config.threads, memory=least.learner)
+    ranks = replace(held.role(config.threads), memory=least.learner)
     workers, rewards = config.settings.roles
     placed = (ranks, replace(workers, memory=least.worker), rewards)
     if held.ranks:

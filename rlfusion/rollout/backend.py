@@ -12,6 +12,7 @@ from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.limits import Limits
 from rlfusion.rollout.placement import Role
 from rlfusion.rollout.ray_address import require_address
+from rlfusion.rollout.together import Placing
 from rlfusion.rollout.trajectory import Trajectory
 
 NO_REWARDS = Role("reward workers", 0, 0.0)
@@ -33,6 +34,7 @@ class Settings:
         resources: Ray's custom resources that each worker reserves.
         rewards: the actors of rewards that run beside the workers.
         wait_s: for which a cluster may take to have a place for all.
+        placing: of workers beside ranks or apart from them (``together``).
     """
 
     workers: int = 0
@@ -46,6 +48,7 @@ class Settings:
     resources: Mapping[str, float] = field(default_factory=dict)
     rewards: Role = NO_REWARDS
     wait_s: float = 0.0
+    placing: Placing = "any"
 
     def __post_init__(self) -> None:
         require_address(self.address)

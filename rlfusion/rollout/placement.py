@@ -99,13 +99,14 @@ def require_resources(name: str, resources: Mapping[str, float]) -> None:
 @dataclass
 class Node:
     """A machine: its ``total`` resources by Ray's names, and those that are ``free``; the bytes of each of its GPUs, 0
-    where that is not known.
+    where that is not known; and its id, as Ray has it.
     """
 
     name: str
     total: Mapping[str, float]
     free: Mapping[str, float]
     gpu_memory: int = 0
+    id: str = ""
 
 
 class _Machine:

@@ -33,6 +33,7 @@ from rlfusion.rollout.commands import Assign, Command, GiveUp, RolloutError, Sta
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.object_store import InFlight
 from rlfusion.rollout.ray_cluster import first_line, shared_cluster, smallest_store
+from rlfusion.rollout.ray_placement import of_worker
 from rlfusion.rollout.scheduler import Scheduler
 from rlfusion.rollout.task import Recipe, run_item
 from rlfusion.rollout.trajectory import Trajectory
@@ -125,6 +126,7 @@ class RayBackend(Backend):
             resources=dict(settings.resources),
             max_restarts=0,
             max_task_retries=0,
+            **of_worker(settings.placing),
         )(Worker)
         self._thread = ThreadPoolExecutor(1, "rlfusion-rollout")
         self._closing = threading.Event()

@@ -1,19 +1,31 @@
 """Asks a Ray cluster whether it has a place for all processes of a run, before anything is loaded."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import ray
 import torch
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlfusion.rollout.backend import Settings
 from rlfusion.rollout.placement import GPU, MEMORY, DoesNotFit, Node, Placement, Role, private, require_place
 from rlfusion.rollout.placement_table import Driver, table
+from rlfusion.rollout.together import Placing, colocated
 from rlfusion.training.devices import memory_of
 
-POLL_S = 2.0
+POLL_S, RESERVED_S = 2.0, 60.0
+NODE = "ray.io/node-id"
 GIB = 2**30
 KIND = "accelerator_type:"
 GPU_GIB: Mapping[str, int] = {
@@ -27,8 +39,8 @@ def nodes() -> list[Node]:
     """The nodes of the cluster that this process is connected to, and what is free of each."""
     free = available_resources_per_node()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    held = [(n["NodeManagerHostname"], n["Resources"], free.get(n["NodeID"], n["Resources"])) for n in alive]
-    return [Node(name, total, left, gpu_memory(total)) for name, total, left in held]
+    held = [(n["NodeManagerHostname"], n["Resources"], n["NodeID"]) for n in alive]
+    return [Node(name, total, free.get(id, total), gpu_memory(total), id) for name, total, id in held]
 
 
 def gpu_memory(resources: Mapping[str, float]) -> int:
@@ -49,6 +61,69 @@ def this_machine(roles: Sequence[Role]) -> Node:
 def in_actor() -> bool:
     """Whether this process is an actor of a run, whose roles are placed by its driver."""
     return ray.is_initialized() and bool(ray.get_runtime_context().get_actor_id())
+
+
+@contextmanager
+def together(settings: Settings, roles: Sequence[Role], driver: Driver, say: Callable[[str], None]) -> Iterator[None]:
+    """As ``placed``, of which the first role is that of the ranks: within the context what ``settings.placing`` says of
+    ranks and workers holds, for those who ask ``of_rank`` and ``of_worker``.
+
+    Raises:
+        DoesNotFit: what is missing, in a line.
+        ConfigError: what cannot be placed together.
+    """
+    ranks, workers, *others = roles
+    if settings.placing == "any":
+        placed(settings, roles, driver, say)
+        yield
+        return
+    both = colocated(ranks, workers) if settings.placing == "colocated" else ranks
+    wanted = [both, *others] if settings.placing == "colocated" else roles
+    placed(settings, wanted, driver, say)
+    group = placement_group([both.each] * both.count, "PACK", name=_group_name())
+    try:
+        if not group.wait(RESERVED_S):
+            raise DoesNotFit(f"the place of {both.count} {both.name} was taken by others meanwhile: wait, or end them")
+        if settings.placing == "apart":
+            taken = _nodes_of(group)
+            _require_apart([node for node in nodes() if node.id not in taken], workers)
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+def _require_apart(left: Sequence[Node], workers: Role) -> None:
+    try:
+        require_place(left, [workers])
+    except DoesNotFit as error:
+        raise DoesNotFit(f"ray.placement = apart, beside the nodes of the ranks: {error}") from error
+
+
+def _group_name() -> str:
+    """One a run: of the Ray job that its driver is."""
+    return f"rlfusion-{ray.get_runtime_context().get_job_id()}"
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """The nodes of a group's bundles, by Ray's ids."""
+    return sorted(set(placement_group_table(group)["bundles_to_node_id"].values()))
+
+
+def of_rank(placing: Placing, rank: int) -> dict[str, Any]:
+    """The options of the actor of a rank."""
+    if placing == "any":
+        return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(get_placement_group(_group_name()), rank)}
+
+
+def of_worker(placing: Placing) -> dict[str, Any]:
+    """The options of the actor of a worker."""
+    if placing == "any":
+        return {}
+    group = get_placement_group(_group_name())
+    if placing == "colocated":
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    return {"label_selector": {NODE: f"!in({','.join(_nodes_of(group))})"}}
 
 
 def placed(

@@ -27,6 +27,8 @@ from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.errors import RlfusionError, StorageError, require_not_negative, require_positive
 from rlfusion.common.user_code import blamed
 from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
+from rlfusion.rollout.ray_placement import of_rank
+from rlfusion.rollout.together import Placing
 from rlfusion.training.ranks import Ranks, joined
 from rlfusion.training.stacks import write_stacks
 
@@ -57,6 +59,7 @@ class GroupSettings:
         loopback: whether all are on this machine, and listen on its loopback alone.
         resources: Ray's custom resources that each reserves.
         start_s: within which all are placed, on nodes that may have to install their libraries first, and answer.
+        placing: of the workers beside them or apart from them (``together``).
     """
 
     ranks: int
@@ -70,6 +73,7 @@ class GroupSettings:
     loopback: bool
     resources: Mapping[str, float] = field(default_factory=dict)
     start_s: float = 300.0
+    placing: Placing = "any"
 
     def __post_init__(self) -> None:
         require_positive(self, "ranks", "shares", "threads", "timeout_s", "start_s")
@@ -152,7 +156,10 @@ class Group:
         placed["concurrency_groups"] = {"beside": 4}
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
         made = (asdict(settings), paths, texts)
-        self.actors: list[Any] = [actor.remote(made[0], rank, *made[1:]) for rank in range(settings.ranks)]
+        self.actors: list[Any] = [
+            actor.options(**of_rank(settings.placing, rank)).remote(made[0], rank, *made[1:])
+            for rank in range(settings.ranks)
+        ]
         self.answered: list[float] = []
         self.asked: dict[Any, int] = {}
 

@@ -17,7 +17,7 @@ from rlfusion.rollout.limits import Limits
 def test_ranks_have_as_long_to_start_as_workers_whose_nodes_may_install_libraries(start_s, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(ray_cluster, "shared_cluster", lambda *_: nullcontext())
-    monkeypatch.setattr(ray_placement, "placed", lambda *_: "here")
+    monkeypatch.setattr(ray_placement, "together", lambda *_: nullcontext())
     monkeypatch.setattr(ray_ranks, "run_in_group", lambda settings, *_: asked.append(settings))
     settings = Finetune(ray=Ray(limits=Limits(start_s=start_s)), learner=Learners(ranks=2, shares=2))
     ranked("finetune")(settings, tmp_path, Signals(), Progress(True))

@@ -11,11 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from clusters import Nodes, several
 from fault_rows import Row, shown
 from processes import titled
 from rollout_tasks import make_policy, make_recipe
@@ -25,7 +25,6 @@ from rlfusion.common.weights import Weights
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rollout import Limits, Settings, make_backend
 from rlfusion.rollout.placement import Role
-from rlfusion.rollout.ray_folders import private_folder
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")]
 
@@ -33,40 +32,12 @@ ray = pytest.importorskip("ray")
 ray_cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
 
 LIMITS = Limits(item_s=8, item_floor_s=8, start_s=150, twin_times=20)
-PATIENCE_S = 150.0
-
-
-class Nodes(NamedTuple):
-    """A head without CPUs, and two nodes for a worker each."""
-
-    cluster: Any
-    started: list[Any]
-
-    def join(self) -> Any:
-        with ray_cluster._patient(PATIENCE_S, self.started):
-            return self.cluster.add_node(num_cpus=1)
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    from ray._private import utils
-    from ray.cluster_utils import Cluster
-
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "write_ray_address", lambda *given: None)  # that is a file of the whole machine
-        stack.enter_context(ray_cluster._undisturbed_signals())  # other tests of this process look at them
-        folder = stack.enter_context(private_folder())
-        stack.enter_context(ray_cluster._private_environment(folder, PATIENCE_S))
-        started: list[Any] = []
-        with ray_cluster._patient(PATIENCE_S, started):
-            head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder / "ray")}
-            cluster = Cluster(initialize_head=True, head_node_args=head)
-        stack.callback(cluster.shutdown)
-        held = Nodes(cluster, started)
-        held.join()
-        held.join()
-        ray.init(address=cluster.address, **ray_cluster.OPTIONS)
-        stack.callback(ray.shutdown)
+    """Two nodes for a worker each."""
+    with several({}, {}) as held:
         yield held
 
 
