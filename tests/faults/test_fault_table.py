@@ -129,7 +129,8 @@ def test_a_reward_worker(nodes, whole, table, tmp_path, number):
 
     (tmp_path / "asked.py").write_text(REWARD)
     reward, role = f"{tmp_path / 'asked.py'}:brightness", Role("reward workers", 2, 0.0)
-    settings = Settings(workers=2, limits=LIMITS, rewards=role)
+    limits = Limits(item_s=60, item_floor_s=30, start_s=150)  # half a floor after its last answer one is seen to hang
+    settings = Settings(workers=2, limits=limits, rewards=role)
     with (
         reward_actors({reward: {}}, {}, settings, 0, 0) as actors,
         make_backend(make_recipe(actors=actors), settings) as backend,
