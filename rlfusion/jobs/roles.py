@@ -76,6 +76,8 @@ def of_finetuning(parts: Parts) -> Least:
         ConfigError: as ``roles``.
     """
     found, holds = facts(parts), parts.holds
+    if not found.frozen + found.trained:
+        return Least()
     one = torch.nn.Parameter(torch.zeros(TRIED))
     moments = optimizers.state_bytes(optimizers.parse(holds.optimizer), [one]) / (TRIED * 4)
     held = memory.of_weights(

@@ -1,6 +1,7 @@
 """The memory of each role, from a model's description and files alone, against that of the model when it is loaded."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from rlfusion.config.parts import Learners
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.roles import Least, elements, of_finetuning, roles
+from rlfusion.models import pipelines
+from rlfusion.models.pipelines import hub
 from rlfusion.rollout.placement import PROCESS
 
 SMALL = Base(model=models.Config(net="ResidualMLP(width=8, depth=1)"))
@@ -37,6 +40,22 @@ def test_of_a_pipeline_it_is_what_the_loaded_model_takes(family, tiny_pipelines,
     (tmp_path / "prompts.txt").write_text("a red cat\n")
     config = settings(tiny_pipelines[family], "ddpo", tmp_path)
     assert of_finetuning(opened(config)) == Least(sum(loaded(config)[0].values()), loaded(config)[1])
+
+
+@pytest.mark.parametrize("made", [None, type("Odd", (), {"load_config": str, "from_config": lambda _: odd()})])
+def test_of_a_network_that_cannot_be_made_without_memory_nothing_is_known(made, tiny_pipelines, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    config = settings(tiny_pipelines["sd"], "ddpo", tmp_path)
+    real = hub.diffusers()
+    monkeypatch.setattr(hub, "diffusers", lambda: SimpleNamespace(UNet2DConditionModel=made))
+    assert hub.parameters(tiny_pipelines["sd"], "unet") == 0
+    monkeypatch.setattr(pipelines, "parameters", lambda *_: 0)
+    monkeypatch.setattr(hub, "diffusers", lambda: real)
+    assert of_finetuning(opened(config)) == Least()
+
+
+def odd() -> torch.nn.Module:
+    return torch.nn.Linear(int(torch.ones(3).sum()), 1)
 
 
 def test_of_adapters_it_is_at_most_that(tiny_pipelines, tmp_path):
