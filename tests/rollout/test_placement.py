@@ -310,7 +310,10 @@ def test_the_settings_of_each_role_arrive():
         (lambda: Ray(wait_s=-1), "wait_s = -1"),
         (lambda: Ray(threads_per_worker=-1), "threads_per_worker = -1"),
         (lambda: Learners(1, gpus_per_rank=1.5), r"learner.gpus_per_rank = 1.5"),
-        (lambda: Learners(2, 2, gpus_per_rank=0.5), "expected whole GPUs, as no two ranks share one"),
+        (
+            lambda: Learners(2, 2, gpus_per_rank=0.5),
+            "expected whole GPUs, or a share above 0.5, as no two ranks share one",
+        ),
         (lambda: Learners(1, resources_per_rank={"CPU": 2}), "CPU has settings of its own"),
     ],
 )
