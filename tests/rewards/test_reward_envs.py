@@ -220,7 +220,7 @@ def test_an_actor_that_was_started_anew_is_told_the_prompts_again(tmp_path, monk
     monkeypatch.setattr(ray_rewards.ray, "get_actor", lambda name: actor)
     monkeypatch.setattr(ray_rewards.ray, "get", lambda answer, timeout: answer)
     told = task_info(("a", "b"), (1, 8, 8), ({"age": 1}, {"age": 5}))
-    reward, samples, cond = ActorReward("it", "it", told, 9.0), torch.rand(3, 1, 8, 8), torch.tensor([1, 0, 1])
+    reward, samples, cond = ActorReward("it", ["it"], told, 9.0), torch.rand(3, 1, 8, 8), torch.tensor([1, 0, 1])
     assert actor.greeted == 1
     for greeted in (1, 2):
         assert reward(samples, cond).tolist() == [5.0, 1.0, 5.0]
