@@ -94,20 +94,6 @@ def on_disk(disk: Path, cwd: Path, tiny_root: Path) -> Job:
     return job
 
 
-def test_a_full_disk_on_which_room_is_made(disk, whole, table, tiny_root, tmp_path):
-    job = on_disk(disk, tmp_path / "cwd", tiny_root)
-    filler = filled(disk, 400_000)
-    process, began = job.start(), time.monotonic()
-    when(lambda: "No space left on device; waiting up to" in said(process), process)
-    done = job.checkpoints()
-    time.sleep(1)
-    assert job.checkpoints() == done, "it went on"
-    filler.unlink()
-    result = process.wait()
-    assert result.code == 0, result.err
-    check(row(job, "full disk, on which room is made", math.nan, time.monotonic() - began, whole), table)
-
-
 def test_a_full_disk_that_stays_full_is_code_74_and_resumed(
     disk, whole, table, tiny_root, tmp_path, monkeypatch, capsys
 ):
