@@ -1,5 +1,5 @@
-"""Every process of a run on this machine listens on the loopback alone: the sockets of a pretraining and a distillation
-on ranks, and of a server of rewards, are read while they run. (Fine-tunings with workers: ``test_lost_ranks``.)
+"""Every process of a run on this machine listens on the loopback alone: the sockets of a pretraining on ranks and of a
+server of rewards are read while they run. (Fine-tuning with workers, and distillation: ``test_lost_ranks``.)
 """
 
 import signal
@@ -31,14 +31,6 @@ def while_it_learns(cwd: Path, *arguments: object) -> set[str]:
 def test_a_pretraining_on_ranks(tmp_path):
     run = ("--train.steps", 400, "--train.batch", 8, "--evaluation.samples", 60)
     seen = while_it_learns(tmp_path, "pretrain", f"--{NET[0]}", NET[1], *run)
-    assert seen
-    assert seen <= LOOPBACK
-
-
-def test_a_distillation_on_ranks(tmp_path):
-    teacher = ("--pretrain.train.steps", 4, "--pretrain.train.batch", 8, f"--pretrain.{NET[0]}", NET[1])
-    pd = ("--method", "pd", "--method.steps", 400, "--method.batch", 8, "--evaluation.samples", 60)
-    seen = while_it_learns(tmp_path, "distill", *teacher, *pd)
     assert seen
     assert seen <= LOOPBACK
 

@@ -119,9 +119,19 @@ def test_a_distillation_is_stopped_on_two_ranks_and_goes_on_in_one_process(tmp_p
     one = rlfusion(tmp_path, *run, "--root", "alone", "--name", "it")
     assert one.code == 0, one.err
     process = Process(tmp_path, *run, "--learner.ranks", 2, "--name", "it")
-    stopped = process.once(lambda: updates(tmp_path, "it") >= 4, signal.SIGTERM).wait()
+    seen: set[str] = set()
+
+    def learns() -> bool:
+        if updates(tmp_path, "it") < 4:
+            return False
+        seen.update(listening())
+        return True
+
+    stopped = process.once(learns, signal.SIGTERM).wait()
     assert stopped.code == 75, stopped.err
     assert 4 <= updates(tmp_path, "it") < 20
+    assert seen
+    assert seen <= LOOPBACK
     again = rlfusion(tmp_path, "distill", "--resume", "runs/it", "--change", "learner.ranks=0")
     assert again.code == 0, again.err
     model = "it/model/weights.safetensors"
