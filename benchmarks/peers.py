@@ -1,0 +1,248 @@
+"""DDPO by TRL and by rlfusion on one tiny Stable Diffusion pipeline: the gain for so many rewards, and what it costs.
+
+Both are given the same folder, reward (red above blue), steps and guidance, train all weights on one CPU thread, and
+otherwise have their own defaults, or the settings of ``--trl`` and ``--rlfusion``. Each run is a process; the two take
+turns. TRL has a virtual environment of its own, which is made once, with the torch and the diffusers of this one.
+
+Every so many queries a run saves its weights, off the clock. A third process then samples from all of them with
+diffusers' own pipeline, from one noise:
+
+    gain       (mean reward - the base's) / standard deviation of the base's rewards
+    distance   rms difference to the base's images from the same noise, in standard deviations of the base's images
+    diversity  mean distance of two images of a prompt, over the base's
+
+    python benchmarks/peers.py [--seeds 0,1,2] [--queries 320] [--rlfusion "agent.lr=1e-3"] [--out FILE.json]
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+SUPPORT = HERE.parent.parent / "tests" / "support"
+PROMPTS, DRAWN = ("a red cat", "two dogs, 3"), 32
+SAME = ("torch", "diffusers", "transformers", "accelerate", "peft")
+"""Packages of which TRL's environment has the versions of this one."""
+
+
+class Clock:
+    """CPU seconds of this process without those spent ``off`` it, and what a run tells at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lost, self.ready = folder, 0.0, 0.0
+        self.points: list[dict[str, float]] = []
+
+    def now(self) -> float:
+        return time.process_time() - self.lost
+
+    def point(self, queries: int, save: Callable[[Path], object]) -> None:
+        """The weights after so many queries."""
+        begin = time.process_time()
+        self.points.append({"queries": queries, "cpu_s": self.now() - self.ready})
+        save(self.folder / str(queries))
+        self.lost += time.process_time() - begin
+
+    def told(self) -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {"ready_cpu_s": self.ready, "cpu_s": self.now() - self.ready, "peak_mb": peak, "points": self.points}
+
+
+def trl(job: dict[str, Any], clock: Clock) -> None:
+    """DDPOTrainer, one epoch of its own size after another."""
+    import torch
+    from accelerate import PartialState
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    torch.set_num_threads(1)
+    PartialState()  # what the trainer logs with before it has made its own
+    how = {"sample_num_steps": job["steps"], "sample_guidance_scale": job["guidance"], "seed": job["seed"]}
+    config = DDPOConfig(
+        **how | {"mixed_precision": "no", "save_freq": 10**9, "train_use_8bit_adam": False} | job["own"]
+    )
+    random.seed(job["seed"])
+
+    def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
+        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
+
+    pipe = DefaultDDPOStableDiffusionPipeline(job["model"], use_lora=False)
+    trainer = DDPOTrainer(config, reward, lambda: (random.choice(PROMPTS), {}), pipe)
+    pipe.sd_pipeline.set_progress_bar_config(disable=True)
+    each, step, done = config.sample_batch_size * config.sample_num_batches_per_epoch, 0, 0
+    clock.ready = clock.now()
+    for epoch in range(job["queries"] // each):
+        step = trainer.step(epoch, step)
+        if (epoch + 1) * each >= done + job["every"]:
+            done = (epoch + 1) * each
+            clock.point(done, lambda to: trainer.accelerator.unwrap_model(pipe.unet).save_pretrained(to))
+
+
+def rlfusion(job: dict[str, Any], clock: Clock) -> None:
+    """``rlfusion.finetune``, one update after another."""
+    import torch
+
+    import rlfusion as rlf
+
+    torch.set_num_threads(1)
+    sys.path.append(str(SUPPORT))
+    chain = {"steps": job["steps"], "guidance_scale": job["guidance"]}
+    given = {"pipeline": {"prompts": job["prompts"]}, "chain": chain, "root": job["root"], "device": "cpu"}
+    own = {"updates": 10**6} | job["own"]
+    run = rlf.finetune(job["model"], "tiny_pipelines:warm", seed=job["seed"], **given, **own)
+    each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
+    clock.ready = clock.now()
+    for metrics in run:
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}), file=sys.stderr)
+        clock.point(run.queries, lambda to: run.model.denoiser.net.model.save_pretrained(to))
+        if run.queries + each > job["queries"]:
+            return
+
+
+RIVALS = {"trl": trl, "rlfusion": rlfusion}
+
+
+def base(folder: Path) -> None:
+    """The pipeline from which all begin."""
+    import torch
+
+    sys.path.append(str(SUPPORT))
+    from tiny_pipelines import MAKERS
+
+    torch.manual_seed(0)
+    MAKERS["sd"]().save_pretrained(folder)
+
+
+def judge(model: Path, runs: list[dict[str, Any]], steps: int, guidance: float) -> None:
+    """Write gain, distance and diversity to each point of the runs."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.set_num_threads(1)
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(1)
+        how = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": 1.0, "output_type": "pt"}
+        return torch.stack([pipe(p, num_images_per_prompt=DRAWN, generator=noise, **how).images for p in PROMPTS])
+
+    def spread(images: torch.Tensor) -> float:
+        return sum(torch.pdist(of.flatten(1)).mean().item() for of in images)
+
+    def rewards(images: torch.Tensor) -> torch.Tensor:
+        return 100 * (images[:, :, 0] - images[:, :, 2]).mean((2, 3)).flatten()
+
+    start = drawn()
+    was, unit = rewards(start), start.std(1).square().mean().sqrt()
+    for run in runs:
+        for point in run["points"]:
+            pipe.unet = UNet2DConditionModel.from_pretrained(Path(run["folder"]) / str(point["queries"]))
+            images = drawn()
+            point["gain"] = ((rewards(images).mean() - was.mean()) / was.std()).item()
+            point["distance"] = ((images - start).square().mean().sqrt() / unit).item()
+            point["diversity"] = spread(images) / spread(start)
+
+
+def environment(place: Path, peer: str) -> Path:
+    """The Python of a virtual environment with TRL, which is made where it is not there."""
+    python = place / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        same = [f"{name}=={version(name)}" for name in SAME]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", peer, *same], check=True)
+    return python
+
+
+def ran(rival: str, python: Path | str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One run in a process of its own."""
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    lines = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    begin = time.time()
+    with (folder / "log.txt").open("w") as log:
+        failed = subprocess.run([python, HERE, "--run", rival, folder], env=lines, stdout=log, stderr=log).returncode
+    if failed:
+        sys.exit(f"{rival}, seed {job['seed']}: exit status {failed}\n{(folder / 'log.txt').read_text()[-3000:]}")
+    told = json.loads((folder / "told.json").read_text())
+    return {"rival": rival, "seed": job["seed"], "wall_s": time.time() - begin, "folder": str(folder), **told}
+
+
+def table(runs: list[dict[str, Any]], target: float) -> str:
+    """A line for each run: where it ends, and where it first has the target's gain."""
+    head = ["rival", "seed", "queries", "gain", "distance", "diversity", "cpu_s", "ready_cpu_s", "peak_mb"]
+    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 10]
+    for run in runs:
+        end, first = run["points"][-1], next((p for p in run["points"] if p["gain"] >= target), None)
+        reached = f"{first['queries']}, {first['cpu_s']:.1f}, {first['distance']:.2f}" if first else "-"
+        cells = [run["rival"], run["seed"], end["queries"], *(f"{end[n]:.2f}" for n in head[3:6])]
+        cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}", f"{run['peak_mb']:.0f}", reached]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def settings(text: str) -> dict[str, Any]:
+    """What ``name=value name=value`` says, as a mapping."""
+    import yaml
+
+    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in text.split())}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--rivals", default="trl,rlfusion")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--queries", type=int, default=320)
+    parser.add_argument("--every", type=int, default=48, help="queries between two looks at TRL")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--target", type=float, default=1.0, help="the gain to reach")
+    parser.add_argument("--trl", default="", help="settings of DDPOConfig, name=value ...")
+    parser.add_argument("--rlfusion", default="", help="settings of rlfusion.finetune, name=value ...")
+    parser.add_argument("--peer", default="trl==0.23.1")
+    parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "rlfusion-peers-trl")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all, judge, print the table and write the JSON."""
+    args = arguments()
+    if args.run:
+        rival, folder = args.run[0], Path(args.run[1])
+        clock = Clock(folder)
+        RIVALS[rival](json.loads((folder / "job.json").read_text()), clock)
+        (folder / "told.json").write_text(json.dumps(clock.told()))
+        return
+    rivals = args.rivals.split(",")
+    pythons = {"rlfusion": sys.executable, "trl": environment(args.venv, args.peer) if "trl" in rivals else ""}
+    own = {"rlfusion": settings(args.rlfusion), "trl": settings(args.trl)}
+    with tempfile.TemporaryDirectory() as place:
+        root, runs = Path(place), []
+        base(root / "model")
+        (root / "prompts.txt").write_text("\n".join(PROMPTS))
+        same = {"model": str(root / "model"), "prompts": str(root / "prompts.txt"), "root": str(root / "runs")}
+        same |= {name: getattr(args, name) for name in ("queries", "every", "steps", "guidance")}
+        for seed in map(int, args.seeds.split(",")):
+            for rival in rivals:
+                job = same | {"seed": seed, "own": own[rival]}
+                runs.append(ran(rival, pythons[rival], job, root / f"{rival}-{seed}"))
+        judge(root / "model", runs, args.steps, args.guidance)
+    print(table(runs, args.target))
+    if args.out:
+        held = {"settings": {k: str(v) for k, v in vars(args).items() if k not in ("run", "out", "venv")}}
+        args.out.write_text(json.dumps(held | {"versions": {n: version(n) for n in SAME}, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
