@@ -158,7 +158,7 @@ class Learner:
 
     def _weights_at(self, batch: Trajectory, places: Places) -> Tensor:
         group = batch.group[places.walk]
-        advantage = batch.reward[places.walk] - self.critic.at(places.x, places.t, group).to(batch.reward)
+        advantage = batch.reward[places.walk] - self.critic.at(places.x(), places.t, group).to(batch.reward)
         return self.config.weights(normalized(advantage, group, self.config.normalize))
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:

@@ -310,7 +310,7 @@ class Learner:
 
     def _features(self, batch: Trajectory) -> int:
         """The divisor of log-ratios before the clip."""
-        return batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+        return batch.features if self.config.clip_per_dim else 1
 
     def _clipped(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
         return clipped_surrogate(log_ratio, advantage, self.config.clip, self.config.dual_clip)

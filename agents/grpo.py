@@ -150,7 +150,7 @@ class Learner:
         require_finite(batch.reward)
         reference = self.transitions.refer(batch) if self.transitions.reference else None
         advantage, steps = self.advantages(batch.reward, batch.group), self.trained(self.iteration)
-        features = batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+        features = batch.features if self.config.clip_per_dim else 1
         c, proximal = self.config, self._proximal(batch)
 
         def objective(terms: Terms) -> Tensor:
@@ -206,7 +206,7 @@ class Learner:
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:
         """log_ratio_max; raises NumericalError unless the ratio is 1 at the acting weights."""
-        features = batch.x[0, 0].numel() if self.config.clip_per_dim else 1
+        features = batch.features if self.config.clip_per_dim else 1
         return self.transitions.require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
 
     def state_dict(self) -> dict:

@@ -25,7 +25,7 @@ from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import map_cond, mean_features, moved
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.objectives.renoise import renoise
+from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import group_relative
 from rlfusion.rl.agent import Plan
@@ -158,11 +158,13 @@ class Learner:
 
     def accumulate(self, batch: Trajectory, optimality: Tensor, rows: Tensor, key: tuple) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself."""
-        noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
+        t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
+        eps = drawn.to(batch.x.device, batch.x.dtype, non_blocking=True)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             at = moved(some, rows.device)
-            record = self._loss(batch, optimality[rows[at]], rows[at], noise.x[at], noise.t[some])
+            x = noised(batch.x[rows[at], -1], eps[at], t[some], self.policy.schedule)
+            record = self._loss(batch, optimality[rows[at]], rows[at], x, t[some])
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
 
         ranks = current()

@@ -168,6 +168,9 @@ def told(folder: Path) -> list[tuple[str, str]]:
     shares = ", ".join(f"{name} {value:.3g} s" for name, value in sorted(stages.items(), key=lambda s: -s[1]))
     rows = [("done", f"{last['step']} updates, {last['queries']} queries, {last['seconds']:.4g} s of training")]
     rows += [("stages", shares)] if shares else []
+    counts = {name.partition("/")[2]: value for name, value in last.items() if name.startswith("bytes/")}
+    moved = ", ".join(f"{name.replace('_', ' ')} {value / 1e6:.4g} MB" for name, value in counts.items())
+    rows += [("moved", moved)] if moved else []
     shown = {"samples_per_second": "samples a second", "utilisation": "utilisation", "mfu": "MFU"}
     shown |= {"flops_per_second": "FLOP/s while learning"}
     return rows + [(text, f"{last[name]:.3g}") for name, text in shown.items() if name in last]

@@ -5,6 +5,7 @@
      Girsanov: E integral g^2 |s - s_ref|^2 / 2 dt = E_t,x_t (sigma'/sigma - alpha'/alpha) |eps - eps_ref|^2,  t uniform
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +33,16 @@ class Noised(NamedTuple):
 
 def renoise(x0: Tensor, schedule: Schedule, times: Times, key: tuple[Key, ...]) -> Noised:
     """Noise samples x0 (B, *): a pure function of ``key``."""
-    draw, size = stream(*key), len(x0)
-    t = times(torch.from_numpy((draw.permutation(size) + draw.random(size)) / size), schedule)
-    eps = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(x0, non_blocking=True)
+    t, eps = draws(x0.shape, schedule, times, key)
+    eps = eps.to(x0, non_blocking=True)
     return Noised(noised(x0, eps, t, schedule), t, eps)
+
+
+def draws(shape: Sequence[int], schedule: Schedule, times: Times, key: tuple[Key, ...]) -> tuple[Tensor, Tensor]:
+    """The times (B,) and the noise (B, *), on the CPU, of samples of this shape (B, *): a pure function of ``key``."""
+    draw, size = stream(*key), shape[0]
+    t = times(torch.from_numpy((draw.permutation(size) + draw.random(size)) / size), schedule)
+    return t, torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
 
 
 @torch.no_grad()

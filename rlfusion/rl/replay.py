@@ -27,6 +27,7 @@ class Replay:
         new = replace(batch, terms=None)
         if not self.capacity:
             return new
+        new = new.whole()
         whole = new if self.held is None else concatenate([replace(self.held, version=new.version), new])
         kept = max(self.capacity, len(new))
         self.held = whole.take(torch.arange(max(0, len(whole) - kept), len(whole)))

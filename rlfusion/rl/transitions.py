@@ -18,6 +18,7 @@ from rlfusion.common.errors import NumericalError
 from rlfusion.common.tensors import moved
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
+from rlfusion.rollout.parted import moves_like
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import average
 from rlfusion.training.ranks import current
@@ -107,8 +108,20 @@ class Transitions:
 
     def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
         """Eq. (1) of the transitions, (N,)."""
-        parts = torch.arange(len(walk)).split(self.micro_batch)
-        return torch.cat([self._terms(batch, walk[rows], step[rows])[1].log_ratio for rows in parts])
+        return self._looked(
+            self.policy, batch, walk, lambda rows: self._terms(batch, walk[rows], step[rows])[1].log_ratio
+        )
+
+    def _looked(self, policy: Policy, batch: Trajectory, walk: Tensor, body: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``body``, which calls ``policy``, gives for the transitions of walks (N,): (N,), on every rank."""
+        ranks = current()
+        if not len(walk):
+            return torch.empty(0)
+        share = ranks.share(walk, len(batch))
+        found = ranks.look(policy, share, self.micro_batch, lambda rows: {"value": body(rows), "rows": rows})
+        records = ranks.gather(found)
+        values = torch.cat([record["value"] for record in records])
+        return values[torch.cat([record["rows"] for record in records]).to(values.device).argsort()]
 
     def _terms(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Terms]:
         obs, action = batch.transitions(walk, step)
@@ -122,14 +135,19 @@ class Transitions:
         """The reference, or another policy, on a batch; on some of its ``walks``, and 0 elsewhere."""
         acting, acted = self.reference if policy is None else policy, _acted(batch)
         assert acting is not None  # there is a reference, or another policy is given
-        means, ratio = torch.zeros_like(batch.x[:, 1:]), torch.zeros_like(acted)
+        means, ratio = moves_like(batch.x), torch.zeros_like(acted)
         walk, step = self.all(torch.arange(len(batch)) if walks is None else walks)
-        for rows in torch.arange(len(walk)).split(self.micro_batch):
+
+        def part(rows: Tensor) -> Tensor:
             at, k = moved(walk[rows], means.device), moved(step[rows], means.device)
             obs, action = batch.transitions(walk[rows], step[rows])
             distribution = acting(obs)
-            means[at, k] = distribution.mean
-            ratio[at, k] = (acted[at, k] - distribution.log_prob(action)).to(ratio)
+            if not current().idle:
+                means[at, k] = distribution.mean
+            return acted[at, k] - distribution.log_prob(action)
+
+        found = self._looked(acting, batch, walk, part)
+        ratio[walk.to(ratio.device), step.to(ratio.device)] = found.to(ratio)
         return Reference(means, ratio.sum(1).to(batch.reward))
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
-from rlfusion.objectives.renoise import renoise
+from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl.transitions import Terms, Transitions
@@ -56,12 +56,12 @@ ON_POLICY = 1.0
 
 class Places(NamedTuple):
     """Where N weights are asked for: ``walk`` (N,) of the batch, and the ``step`` (N,) of its chain, or the noised
-    state ``x`` (N, *) at time ``t`` (N,).
+    state ``x()`` (N, *) at time ``t`` (N,).
     """
 
     walk: Tensor
     step: Tensor | None = None
-    x: Tensor | None = None
+    x: Callable[[], Tensor] | None = None
     t: Tensor | None = None
 
 
@@ -97,12 +97,14 @@ class OnNoised:
 
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         rows = walks.repeat(self.config.noisings).to(batch.x.device)
-        noise = renoise(batch.x[rows, -1], self.policy.schedule, self.times, key)
-        weight = weigh(Places(rows, x=noise.x, t=noise.t))
+        t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
+        eps = drawn.to(batch.x.device, batch.x.dtype, non_blocking=True)
+        weight = weigh(Places(rows, x=lambda: noised(batch.x[rows, -1], eps, t, self.policy.schedule), t=t))
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             at = moved(some, rows.device)
-            record = self._record(batch, rows[at], noise.x[at], noise.t[some], noise.eps[at], weight[at])
+            x = noised(batch.x[rows[at], -1], eps[at], t[some], self.policy.schedule)
+            record = self._record(batch, rows[at], x, t[some], eps[at], weight[at])
             return record["loss"].sum() / len(rows), record
 
         ranks = current()

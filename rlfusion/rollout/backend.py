@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.weights import Weights, WeightsError
@@ -74,7 +74,9 @@ class Settings:
 
 
 Pending = Callable[[], list[Trajectory]]
-"""Waits for submitted items and returns their trajectories in order, or raises what stopped them."""
+"""Waits for submitted items and returns their trajectories in order (of ranks: one that joins them), or raises what
+stopped them.
+"""
 
 
 class Backend(ABC):
@@ -97,6 +99,13 @@ class Backend(ABC):
         """
         return
 
+    def moved(self) -> dict[str, int]:
+        """The bytes that moved between processes since this was last asked: ``weights_to_workers``, counted where a
+        worker has said that it acts under them; ``answers_from_workers``, to this process; ``walks_to_rank``, of its
+        shares. Nothing in one process.
+        """
+        return {}
+
     @abstractmethod
     def close(self) -> None:
         """Stop what runs and give everything back; a second call does nothing."""
@@ -112,6 +121,24 @@ class Backend(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Away(NamedTuple):
+    """An answer whose walks lie where they were drawn: all else of it (``head.x`` has no row), the SHA-256 of their
+    bytes, and where they are.
+    """
+
+    head: Trajectory
+    sha256: str
+    where: Any
+
+
+class Pool(Backend):
+    """A backend whose walks are drawn elsewhere, and may stay there."""
+
+    @abstractmethod
+    def submit_apart(self, items: Sequence[WorkItem], weights: Weights) -> Callable[[], list[Away]]:
+        """As ``submit``; only what is small comes here."""
 
 
 def check_versions(items: Sequence[WorkItem], weights: Weights) -> None:

@@ -1,7 +1,7 @@
 """What the scheduler of items tells its caller to do, and the errors that end its work."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlfusion.common.errors import RlfusionError, UnavailableError
 
@@ -15,10 +15,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Assign:
-    """Give ``item`` to the idle worker ``worker``."""
+    """Give ``item`` to the idle worker ``worker``: a twin, where others are ``slow`` with it."""
 
     worker: int
     item: int
+    slow: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

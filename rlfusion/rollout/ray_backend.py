@@ -14,84 +14,38 @@ import secrets
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import ray
-import torch
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from rlfusion.common.code_files import receive, texts_of
+from rlfusion.common.code_files import texts_of
+from rlfusion.common.errors import StorageError
 from rlfusion.common.numerics import differences, fingerprint
 from rlfusion.common.weights import Weights, WeightsError
-from rlfusion.rollout.backend import Backend, Pending, Settings, check_versions
+from rlfusion.rollout.backend import Away, Pending, Pool, Settings, check_versions
 from rlfusion.rollout.bundle import Keep
 from rlfusion.rollout.commands import Assign, Command, GiveUp, RolloutError, Start
 from rlfusion.rollout.item import WorkItem
 from rlfusion.rollout.object_store import InFlight
 from rlfusion.rollout.ray_cluster import first_line, shared_cluster, smallest_store
-from rlfusion.rollout.ray_placement import of_worker
+from rlfusion.rollout.ray_stacks import stacks_of
+from rlfusion.rollout.ray_worker import Asked, Worker, actor_of
 from rlfusion.rollout.scheduler import Scheduler
-from rlfusion.rollout.task import Recipe, run_item
-from rlfusion.rollout.trajectory import Trajectory
-from rlfusion.rollout.wire import Acted, Wire, digest, from_wire, to_wire
+from rlfusion.rollout.task import Recipe
+from rlfusion.rollout.wire import Acted, digest, from_wire
+from rlfusion.training.stacks import write_stacks
 
 POLL_S = 0.5
+MOST_STACKS = 20
+"""Times that it is kept where a slow worker stands."""
 NO_IMPORT = "failed to import on the worker"
 """What Ray says where a worker has not the modules of what it shall run."""
-Asked = tuple[str, int, str]
-"""What ``Acted`` is on the wire."""
 _log = logging.getLogger(__name__)
-
-
-class Worker:
-    """An actor: a task, and the weights that it last loaded."""
-
-    def build(
-        self,
-        run: str,
-        recipe: tuple[str, str],
-        blobs: Mapping[str, bytes],
-        paths: list[str],
-        threads: int,
-        texts: Mapping[str, str],
-    ) -> dict[str, str]:
-        """Make the task of ``recipe`` (builder, config), whose modules may lie in the driver's ``paths``, for ``run``;
-        ``texts`` are the files of the user's own code (``code_files.receive``).
-
-        The answer is this process's numerics fingerprint.
-        """
-        sys.path.extend(path for path in paths if path not in sys.path)
-        torch.set_num_threads(threads)
-        receive(texts)
-        self.task = Recipe.from_text(*recipe, blobs).build()
-        self.acting = Acted(run, -1, "")
-        return fingerprint()
-
-    def where(self) -> str:
-        """The node that this process has its place on."""
-        return ray.get_runtime_context().get_node_id()
-
-    def run(self, item: dict[str, Any], asked: Asked, blob: list[ray.ObjectRef]) -> tuple[Asked, str, bytes]:
-        """Run one item under the weights that are ``asked`` for, which ``blob`` holds: what acted, and its walks."""
-        work, (run, version, sha256) = WorkItem.from_json(item), asked
-        if work.version != version:
-            raise WeightsError(f"{work}: got weights of version {version}")
-        if run != self.acting.run:
-            raise WeightsError(f"{work} is of run {run!r}, expected items of run {self.acting.run!r}")
-        if sha256 != self.acting.sha256:
-            self.load(Weights(version, sha256, ray.get(blob[0])))
-        elif version != self.acting.version:  # the same weights after another update
-            self.acting = self.acting._replace(version=version)
-        return (self.acting[:], *to_wire(run_item(self.task, work)))
-
-    def load(self, weights: Weights) -> None:
-        """Act under these weights from here on."""
-        weights.load_into(self.task.policy)
-        self.acting = Acted(self.acting.run, weights.version, weights.sha256)
 
 
 class _Call(NamedTuple):
@@ -101,9 +55,10 @@ class _Call(NamedTuple):
     work: Literal["place", "build", "item"]
     item: int = -1
     asked: Acted | None = None
+    states: Any = None
 
 
-class RayBackend(Backend):
+class RayBackend(Pool):
     """A pool of ``settings.workers`` actors in the cluster at ``settings.address`` or, where that is "", the one that
     this process is connected to, or else a private one. The actors start with the first items and again after failures;
     submissions go to them in order, and the next one fills the workers that the one before leaves idle. ``keep`` says
@@ -120,17 +75,12 @@ class RayBackend(Backend):
         blobs, texts = ray.put(dict(recipe.blobs)), texts_of(recipe.config)
         self._name = f"{keep.run if keep else 'rollouts'}-{secrets.token_hex(4)}"
         self._recipe = (self._name, (recipe.builder, text), blobs, paths, settings.threads, texts)
-        self._actor: Any = ray.remote(
-            num_cpus=settings.cpus_per_worker,
-            num_gpus=settings.gpus_per_worker,
-            resources=dict(settings.resources),
-            max_restarts=0,
-            max_task_retries=0,
-            **of_worker(settings.placing),
-        )(Worker)
+        self._actor = actor_of(Worker, settings)
         self._thread = ThreadPoolExecutor(1, "rlfusion-rollout")
         self._closing = threading.Event()
         self._published: tuple[str, Any] = ("", None)
+        self._moved: Counter[str] = Counter()
+        self._looked = 0
         self._waiting: deque[_Job] = deque()
         self._begin()
 
@@ -138,6 +88,7 @@ class RayBackend(Backend):
         self._scheduler = Scheduler(max(1, self.settings.workers), self.settings.limits)
         self._actors: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
+        self._acted: dict[int, str] = {}
         self._calls: dict[ray.ObjectRef, _Call] = {}
         self._jobs: list[_Job] = []
         self._errors: dict[int, Exception] = {}
@@ -147,10 +98,17 @@ class RayBackend(Backend):
         InFlight(frozen, weights, versions, answer, self.settings.workers).require_room(smallest_store())
 
     def submit(self, items: Sequence[WorkItem], weights: Weights) -> Pending:
-        check_versions(items, weights)
+        done = self._submit(_Job(list(items), weights, apart=False))
+        return lambda: [from_wire(*wire) for wire, _ in done()]
+
+    def submit_apart(self, items: Sequence[WorkItem], weights: Weights) -> Callable[[], list[Away]]:
+        done = self._submit(_Job(list(items), weights, apart=True))
+        return lambda: [Away(from_wire(*wire[:2]), wire[2], states) for wire, states in done()]
+
+    def _submit(self, job: "_Job") -> Callable[[], list[tuple[tuple, Any]]]:
+        check_versions(job.items, job.weights)
         if self._closing.is_set():
             raise RolloutError("the rollout backend is closed")
-        job = _Job(list(items), weights)
         self._waiting.append(job)
         return self._thread.submit(self._run, job).result
 
@@ -160,7 +118,7 @@ class RayBackend(Backend):
         self._kill_all()
         self._stack.close()
 
-    def _run(self, job: "_Job") -> list[Trajectory]:
+    def _run(self, job: "_Job") -> list[tuple[tuple, Any]]:
         """Work until ``job`` is done, on it and on those behind it; if the pool fails, all workers are killed and the
         next one begins afresh.
         """
@@ -177,7 +135,7 @@ class RayBackend(Backend):
             raise
         if job.error is not None:
             raise job.error
-        return [from_wire(*job.results[number]) for number in job.numbers]
+        return [job.results[number] for number in job.numbers]
 
     def _take_in(self) -> None:
         """Give the submissions that have come to the scheduler, in order."""
@@ -208,6 +166,8 @@ class RayBackend(Backend):
             elif isinstance(command, GiveUp):
                 self._give_up(command)
             else:
+                if any(call.worker == command.worker for call in self._calls.values()):
+                    self._look_at(command.worker, "is past its time")
                 self._kill(command.worker)
 
     def _assign(self, command: Assign) -> None:
@@ -215,11 +175,27 @@ class RayBackend(Backend):
         if command.item not in self._scheduler.open:
             self._execute(self._scheduler.result(command.worker, command.item, time.monotonic())[1])
             return
+        for slow in command.slow:
+            self._look_at(slow, "takes long, and its item is given to another, too")
         job = self._job_of(command.item)
         item = job.items[command.item - job.numbers.start].to_json()
         asked = Acted(self._name, job.weights.version, job.weights.sha256)
-        answer = self._actors[command.worker].run.remote(item, tuple(asked), [job.blob])
-        self._calls[answer] = _Call(command.worker, "item", command.item, asked)
+        actor, given = self._actors[command.worker], (item, asked[:], [job.blob])
+        answer, states = (
+            actor.run_apart.options(num_returns=2).remote(*given) if job.apart else (actor.run.remote(*given), None)
+        )
+        self._calls[answer] = _Call(command.worker, "item", command.item, asked, states)
+
+    def _look_at(self, worker: int, why: str) -> None:
+        """Keep where a worker that takes long stands, in the run's folder."""
+        if self.keep is None or self._looked >= MOST_STACKS:
+            return
+        self._looked += 1
+        try:
+            file = write_stacks(self.keep.folder.parent, "worker", stacks_of({worker: self._actors[worker]}))
+        except StorageError:  # a disk that is full need not end what goes on elsewhere
+            return
+        _log.warning("worker %d %s; where it stands: %s", worker, why, file)
 
     def _job_of(self, item: int) -> "_Job":
         return next(job for job in self._jobs if item in job.numbers)
@@ -254,7 +230,20 @@ class RayBackend(Backend):
             _warn_of_other_numerics(call.worker, value)
             return self._scheduler.ready(call.worker, time.monotonic(), json.dumps(value, sort_keys=True))
         acted, *wire = value
-        return self._refused(call, acted) if Acted(*acted) != call.asked else self._result(call, (wire[0], wire[1]))
+        self._count(call, acted, wire)
+        return self._refused(call, acted) if Acted(*acted) != call.asked else self._result(call, tuple(wire))
+
+    def moved(self) -> dict[str, int]:
+        held, self._moved = self._moved, Counter()
+        return dict(held)
+
+    def _count(self, call: _Call, acted: Asked, wire: Sequence[str | bytes]) -> None:
+        """The bytes of an answer, and those of the weights where its worker did not act under them before."""
+        self._moved["answers_from_workers"] += sum(map(len, wire))
+        if self._acted.get(call.worker) != acted[2]:
+            self._acted[call.worker] = acted[2]
+            held = [job.weights for job in self._jobs if job.weights.sha256 == acted[2]]
+            self._moved["weights_to_workers"] += len(held[0].blob) if held else 0
 
     def _refused(self, call: _Call, acted: Asked) -> list[Command]:
         """An answer of another run or under other weights is not one; the worker that gave it is not asked again."""
@@ -264,13 +253,13 @@ class RayBackend(Backend):
         self._kill(call.worker)
         return self._scheduler.lost(call.worker, f"answered for {Acted(*acted)}", time.monotonic())
 
-    def _result(self, call: _Call, wire: Wire) -> list[Command]:
+    def _result(self, call: _Call, wire: tuple) -> list[Command]:
         """The worker gets its next item before the answer is unpacked, which waits until all are there."""
-        held = digest(from_wire(*wire)) if self._scheduler.twinned(call.item) else ""
+        held = digest(from_wire(*wire[:2]), *wire[2:]) if self._scheduler.twinned(call.item) else ""
         first, commands = self._scheduler.result(call.worker, call.item, time.monotonic(), held)
         if first:
             job = self._job_of(call.item)
-            job.results[call.item] = wire
+            job.results[call.item] = (wire, call.states)
             self._errors.pop(call.item, None)
             self._leave(job)
         return commands
@@ -326,13 +315,15 @@ class RayBackend(Backend):
 
 
 class _Job:
-    """One submission on its way: its results by item, or the error that ended it; ``again`` where the pool failed."""
+    """One submission on its way: its results by item, or the error that ended it; ``again`` where the pool failed. A
+    result is what came, and, of walks that stay ``apart``, where these are.
+    """
 
-    def __init__(self, items: list[WorkItem], weights: Weights) -> None:
-        self.items, self.weights = items, weights
+    def __init__(self, items: list[WorkItem], weights: Weights, apart: bool) -> None:
+        self.items, self.weights, self.apart = items, weights, apart
         self.blob: ray.ObjectRef | None = None
         self.numbers = range(0)
-        self.results: dict[int, Wire] = {}
+        self.results: dict[int, tuple[tuple, Any]] = {}
         self.error: Exception | None = None
         self.again = False
 

@@ -5,12 +5,10 @@ group lives and dies as one: when a rank dies, hangs or loses the others, all ar
 work, which goes on from what its run has saved.
 """
 
-import faulthandler
 import importlib
 import os
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -28,11 +27,12 @@ from rlfusion.common.errors import RlfusionError, StorageError, require_not_nega
 from rlfusion.common.user_code import blamed
 from rlfusion.rollout.ray_cluster import LOOPBACK, first_line
 from rlfusion.rollout.ray_placement import of_rank
+from rlfusion.rollout.ray_stacks import BESIDE, GRACE_S, here, stacks_of
 from rlfusion.rollout.together import Placing
 from rlfusion.training.ranks import Ranks, joined
 from rlfusion.training.stacks import write_stacks
 
-POLL_S, GRACE_S = 0.2, 2.0
+POLL_S = 0.2
 Event = tuple[str, Any]
 """What a rank says while it works: a kind, and plain data."""
 
@@ -97,8 +97,9 @@ class Rank:
         self.listener = socket.create_server((host, 0))
         return self.listener.getsockname()[:2]
 
-    def join(self, host: str, port: int) -> None:
-        """Meet the others."""
+    def join(self, host: str, port: int, first: Any) -> None:
+        """Meet the others, of whom ``first`` is the actor of the first rank."""
+        self.shelf = _RayShelf(self, first)
         if self.settings.loopback:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         patience = timedelta(seconds=self.settings.timeout_s)
@@ -115,6 +116,7 @@ class Rank:
         """What ``entry``, package.module:name, gives for ``payload`` and this actor."""
         module, _, name = entry.partition(":")
         ranks = Ranks(self.rank, self.settings.ranks, self.settings.shares, self.settings.exact)
+        ranks.shelf = self.shelf
         with joined(ranks):
             return getattr(importlib.import_module(module), name)(payload, self)
 
@@ -126,6 +128,10 @@ class Rank:
         """The events after the first ``seen``; that it answers says that it lives."""
         return self.events[seen:]
 
+    def places(self, number: int) -> list[tuple[str, Any]]:
+        """What the first rank's shelf has, for another rank."""
+        return self.shelf.held[number]
+
     def request_stop(self, number: int) -> None:
         """A signal came to the driver."""
         self.stop = number
@@ -136,10 +142,27 @@ class Rank:
 
     def stacks(self) -> str:
         """Where each thread of the process stands."""
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            return file.read().decode()
+        return here()
+
+
+class _RayShelf:
+    """References to what lies in Ray's object store; the first rank keeps those of the last rollout."""
+
+    def __init__(self, rank: Rank, first: Any) -> None:
+        self.rank, self.first = rank.rank, first
+        self.held: dict[int, list[tuple[str, Any]]] = {}
+
+    def put(self, number: int, places: list[tuple[str, Any]]) -> None:
+        self.held[number] = places
+
+    def get(self, number: int) -> list[tuple[str, Any]]:
+        if not self.rank:
+            self.held = {number: self.held[number]}  # all ranks have said that they are here
+            return self.held[number]
+        return ray.get(self.first.places.options(concurrency_group=BESIDE).remote(number))
+
+    def fetch(self, place: Any) -> np.ndarray:
+        return ray.get(place)
 
 
 class _Lost(Exception):
@@ -153,7 +176,7 @@ class Group:
         self.settings, self.seen = settings, 0
         paths = [os.path.abspath(path) for path in sys.path]
         placed: Any = {"num_cpus": settings.cpus, "num_gpus": settings.gpus, "resources": dict(settings.resources)}
-        placed["concurrency_groups"] = {"beside": 4}
+        placed["concurrency_groups"] = {BESIDE: 4}
         actor: Any = ray.remote(max_restarts=0, max_task_retries=0, **placed)(Rank)
         made = (asdict(settings), paths, texts)
         self.actors: list[Any] = [
@@ -165,13 +188,13 @@ class Group:
 
     def beside(self, rank: int, method: str, *arguments: Any) -> Any:
         """Call a method that runs beside the work."""
-        return getattr(self.actors[rank], method).options(concurrency_group="beside").remote(*arguments)
+        return getattr(self.actors[rank], method).options(concurrency_group=BESIDE).remote(*arguments)
 
     def meet(self) -> None:
         """Let the ranks find each other."""
         start_s, timeout_s = self.settings.start_s, self.settings.timeout_s
         host, port = self._wait([self.beside(0, "address")], start_s)[0]
-        self._wait([actor.join.remote(host, port) for actor in self.actors], start_s + timeout_s)
+        self._wait([actor.join.remote(host, port, self.actors[0]) for actor in self.actors], start_s + timeout_s)
 
     def _wait(self, calls: list[Any], seconds: float) -> list[Any]:
         try:
@@ -237,16 +260,8 @@ class Group:
                 hear(event)
 
     def stacks(self) -> dict[int, str]:
-        """Where each rank stands; of one that does not answer within ``GRACE_S``, that."""
-        calls = {rank: self.beside(rank, "stacks") for rank in range(len(self.actors))}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=GRACE_S)
-        found = {}
-        for rank, call in calls.items():
-            try:
-                found[rank] = ray.get(call, timeout=0)
-            except (RayError, GetTimeoutError) as error:
-                found[rank] = f"no answer within {GRACE_S:g} s: {first_line(error)}\n"
-        return found
+        """Where each rank stands; of one that does not answer, that."""
+        return stacks_of(dict(enumerate(self.actors)))
 
     def kill(self) -> None:
         """End all of it."""
@@ -317,6 +332,8 @@ def _meant(error: RayTaskError, rank: int = 0) -> Exception:
         cause.add_note(f"on rank {rank}")
         return cause
     text = str(cause)
+    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):  # walks on a node that is gone
+        return _Lost(f"rank {rank} lost what others had for it: {first_line(cause)[:200]}")
     if isinstance(cause, torch.distributed.DistError) or "gloo" in text or "NCCL" in text:
         return _Lost(f"rank {rank} lost the others: {text.splitlines()[0][:200]}")
     return cause

@@ -379,7 +379,8 @@ class Scheduler:
         worker.item = item
         self._lease(number, (held.samples, held.late), now)
         del self._idle[number]
+        slow = tuple(sorted(held.holders))
         held.holders.add(number)
         if not held.twinned:
             self._single.setdefault(held.samples, {})[number] = None
-        return Assign(number, item)
+        return Assign(number, item, slow)

@@ -1,5 +1,6 @@
 """The record of a batch of walks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlfusion.common.tensors import Cond, cat_cond, map_cond, moved
 from rlfusion.diffusion.policy import Observation
+from rlfusion.rollout.parted import Parted, taken
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Trajectory:
     """B walks of K steps, or the part of them that was asked for. B is the batch; ``*`` the shape of a latent.
 
     Attributes:
-        x: (B, K+1, *): x[:, 0] is the noise, x[:, -1] the sample; or (B, 1, *), the one state that was kept.
+        x: (B, K+1, *): x[:, 0] is the noise, x[:, -1] the sample; or (B, 1, *), the one state that was kept. On one of
+            several ranks it is ``parted``.
         times: (K+1,) float64 on the CPU, falling from noise to data.
         log_prob: (B, K) under the weights that acted, summed over features; NaN where a step has no density (S = 0);
             None where the path was not kept.
@@ -67,6 +70,15 @@ class Trajectory:
         """K."""
         return len(self.times) - 1
 
+    @property
+    def features(self) -> int:
+        """Numbers of a latent."""
+        return math.prod(self.x.shape[2:])
+
+    def whole(self) -> Self:
+        """The same record with all walks on every rank, for who keeps them."""
+        return replace(self, x=self.x.whole()) if isinstance(self.x, Parted) else self
+
     def transitions(self, walk: Tensor, step: Tensor) -> tuple[Observation, Tensor]:
         """The transitions (walk[i], step[i]), i = 1..N, as one batch: the observation and the action x_s (N, *)."""
         cond = map_cond(lambda c: c[moved(walk, c.device)], self.cond)
@@ -76,7 +88,7 @@ class Trajectory:
 
     def take(self, walks: Tensor) -> Self:
         """The walks of a mask (B,) or of indices alone."""
-        kept: dict[str, Any] = {name: value[walks.to(value.device)] for name, value in _kept(self).items()}
+        kept: dict[str, Any] = {name: taken(value, walks) for name, value in _kept(self).items()}
         return replace(self, **kept, cond=map_cond(lambda c: c[walks.to(c.device)], self.cond))
 
     def to(self, device: torch.device | str) -> Self:

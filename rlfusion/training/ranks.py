@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from rlfusion.common import shards
 from rlfusion.common.errors import NumericalError, RlfusionError
 from rlfusion.common.weights import pack, unpack
-from rlfusion.training.sums import Body, Record, Round, Sums, backward, buckets, calls_of
+from rlfusion.training.dealing import Shelf, deal
+from rlfusion.training.sums import IDLE, Body, Record, Round, Sums, backward, buckets, calls_of
 
 PATIENCE = timedelta(days=30)
 """For which ranks wait for the first to make what they then find: a base model, pairs of a teacher."""
@@ -49,6 +50,9 @@ class Ranks:
         count: N. Where it is above 1, the default group of torch.distributed has N members.
         shares: V, a multiple of N.
         exact: Eq. (2).
+        apart: whether it is computing for its own shares, and no other rank the same; ``idle`` there, for nothing.
+        received: bytes of walks that came from other processes.
+        shelf: of ranks that have a common store.
     """
 
     rank: int = 0
@@ -57,6 +61,9 @@ class Ranks:
     exact: bool = False
 
     def __post_init__(self) -> None:
+        self.apart = self.idle = False
+        self.received = 0
+        self.shelf: Shelf | None = None
         self._sums: dict[nn.Parameter, list[Tensor | None]] = {}
         self._patient: Any = None
         self._beside: Any = None
@@ -71,6 +78,27 @@ class Ranks:
         """The share (N,) of walks (N,) of a rollout of so many."""
         parts = torch.arange(walks).tensor_split(self.shares)
         return torch.repeat_interleave(torch.arange(self.shares), torch.tensor([len(p) for p in parts]))[walk.cpu()]
+
+    def dealt(self, walks: int, split: bool) -> list[Tensor]:
+        """The walks, of a rollout of so many, that each rank learns from; ``split`` says whether its network is."""
+        parts, each = torch.arange(walks).tensor_split(self.shares), self.shares // self.count
+        whose = [slice(r, None, self.count) if split else slice(r * each, (r + 1) * each) for r in range(self.count)]
+        return [torch.cat(parts[some]) for some in whose]
+
+    def deal(self, rows: Tensor, at: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
+        """Bring rows to the ranks that want them. All ranks do so together.
+
+        Args:
+            rows: those that are here, on the CPU: ``at[rank]`` has their numbers.
+            at: the numbers of the rows that each rank has; each row is on one rank.
+            to: the numbers of those that each rank wants.
+
+        Returns:
+            The rows ``to[rank]``.
+        """
+        found, received = deal(self.rank, rows, at, to)
+        self.received += received
+        return found
 
     def passes(self, draw: np.random.Generator, walks: int, steps: int, taken: int | None = None) -> list[Tensor]:
         """The walks of each of ``steps`` optimiser steps of a pass over ``taken`` of ``walks`` walks (all, by default),
@@ -95,7 +123,7 @@ class Ranks:
             return [backward(rows, body) for rows in calls_of(torch.ones(len(share)), micro_batch)]
         calls = [calls_of(share.cpu() == v, micro_batch) for v in range(self.shares)]
         records: dict[tuple[int, int], Record] = {}
-        with self._apart(module) as own, self.alike():
+        with self._apart(module) as own, self.alike(), self._by_itself():
             for v, found in self._in_step(module, calls, body) if split else self._by_share(calls, body):
                 records |= {(v, i): record for i, record in enumerate(found)}
                 own.end_of_share()
@@ -113,9 +141,42 @@ class Ranks:
         for first in range(0, self.shares, self.count):
             v, most = first + self.rank, max(map(len, calls[first : first + self.count]))
             mine = Round(module, body, self.count, self.exact, self.alike)
-            found = [mine(some, last=i == most - 1) for i, some in enumerate([*calls[v], *[None] * most][:most])]
+            found = []
+            for i, some in enumerate([*calls[v], *[None] * most][:most]):
+                self.idle = some is None
+                found.append(mine(some, last=i == most - 1))
+            self.idle = True
             mine.finish()
+            self.idle = False
             yield v, found[: len(calls[v])]
+
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Within the context this rank computes for its own shares."""
+        self.apart = self.count > 1
+        try:
+            yield
+        finally:
+            self.apart = self.idle = False
+
+    @torch.no_grad()
+    def look(
+        self, module: nn.Module, share: Tensor, micro_batch: int, body: Callable[[Tensor], Record]
+    ) -> dict[tuple[int, int], Record]:
+        """What ``body`` says of the rows of this rank, in the micro-batches of ``accumulate``, by share and number:
+        ``gather`` gives those of all ranks. Of a network that is split, all ranks call it equally often.
+        """
+        calls, split = [calls_of(share.cpu() == v, micro_batch) for v in range(self.shares)], bool(shards.roots(module))
+        found: dict[tuple[int, int], Record] = {}
+        with self._by_itself():
+            for n, v in enumerate(range(self.rank, self.shares, self.count) if split else self.mine):
+                found |= {(v, i): body(rows) for i, rows in enumerate(calls[v])}
+                most = max(map(len, calls[n * self.count : (n + 1) * self.count])) if split else 0
+                self.idle = True
+                for _ in range(len(calls[v]), most):
+                    body(IDLE)
+                self.idle = False
+        return found
 
     @contextmanager
     def alike(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Seconds of training, without evaluation: ``timing.jsonl``, beside the metrics, which say nothing of the machine.
 
 A line has the seconds and queries so far; and, of the updates since the line before, the seconds of each stage
-(``training.stages``), and what follows from them: ``utilisation``, the share that is not idle; samples a second; and
-where FLOPs are counted (``training.flops``) FLOP/s while learning, and MFU.
+(``training.stages``), and what follows from them: ``utilisation``, the share that is not idle; samples a second;
+where FLOPs are counted (``training.flops``) FLOP/s while learning, and MFU; and where workers or ranks are at work
+the bytes that moved between them (``rollout.backend.Backend.moved``).
 """
 
 import json
@@ -44,6 +45,7 @@ class Stopwatch:
         stages: Mapping[str, float] = NONE,
         samples: float = math.nan,
         flops: Flops | None = None,
+        moved: Mapping[str, float] = NONE,
     ) -> dict[str, float]:
         """Updates are done, with so many rewards asked for in all: the figures since the last lap, by name.
 
@@ -51,12 +53,14 @@ class Stopwatch:
             stages: the seconds of each stage since then.
             samples: that were learned from since then.
             flops: counts those of the learner. What it takes to count them is not counted as training.
+            moved: the bytes that moved since then, by what they are.
         """
         took = time.perf_counter() - self._wall
         self.seconds += took
         self.cpu_seconds += time.process_time() - self._cpu
         line = {"step": step, "queries": queries, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
         figures = derived(took, stages, samples, *((flops.taken(), flops.peak) if flops else (math.nan, math.nan)))
+        figures |= {f"bytes/{name}": float(count) for name, count in moved.items()}
         storage.append(self.file, json.dumps({**line, **figures}) + "\n")
         self.go()
         return figures

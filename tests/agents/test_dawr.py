@@ -148,7 +148,9 @@ def test_a_noised_sample_is_compared_with_the_value_of_its_state():
     walk, x, t = torch.tensor([7, 2]), torch.randn(2, 1, 3, 2), tensor(0.3, 0.8)
     v = learner.critic.value(x, t, batch.group[walk]).detach()
     assert v.std() > 0
-    found = learner._weigh(batch, learner._advantage(batch, learner.critic.along(batch)))(Places(walk, x=x, t=t))
+    found = learner._weigh(batch, learner._advantage(batch, learner.critic.along(batch)))(
+        Places(walk, x=lambda: x, t=t)
+    )
     torch.testing.assert_close(found, (0.7 * (batch.reward[walk] - v)).exp())
 
 

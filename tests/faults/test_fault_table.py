@@ -152,10 +152,12 @@ def test_a_reward_worker(nodes, whole, table, tmp_path, number):
 def test_weights_that_are_not_those_announced(nodes, whole, table, tmp_path, kind):
     import faulty_workers
 
+    from rlfusion.rollout.ray_worker import actor_of
+
     recipe = make_recipe("named", tmp_path / "weights")
     with make_backend(recipe, Settings(workers=2, limits=LIMITS)) as backend:
         ray.cloudpickle.register_pickle_by_value(faulty_workers)  # the workers do not find it
-        backend._actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(getattr(faulty_workers, kind))
+        backend._actor = actor_of(getattr(faulty_workers, kind), backend.settings)
         row = disturbed(backend, lambda: None, whole, f"{kind.lower()} weights on one worker")
     check(row, table)
     assert list(tmp_path.glob("weights.*"))  # it did go wrong

@@ -60,6 +60,11 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
     assert weights(alone, "lost") == weights(alone, "alone")
     assert seen
     assert seen <= LOOPBACK
+    last = json.loads((alone / "runs" / "lost" / "timing.jsonl").read_text().splitlines()[-1])
+    walk = 5 * 64 * 4  # of the items of 10, 10 and 4 walks the first rank learns from 12
+    assert last["bytes/walks_to_rank"] == 20 * walk
+    assert 0 < last["bytes/answers_from_workers"] < 12 * walk, "the walks do not come with the rewards"
+    assert last["bytes/weights_to_workers"] > 0
 
 
 @pytest.mark.skipif(not shards.can_split(), reason="needs an FSDP2 that takes sums of ours")

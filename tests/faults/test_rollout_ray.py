@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from rlfusion.rewards import RewardError
 from rlfusion.rollout import Keep, Limits, RolloutError, Settings, make_backend, plan, ray_address, ray_folders
 from rlfusion.rollout.bundle import Bundle, Raised
 from rlfusion.rollout.commands import TwinsDiffer
+from rlfusion.rollout.wire import states_of
 
 pytestmark = pytest.mark.alone
 
@@ -96,11 +98,13 @@ def test_submissions_overlap_with_the_caller_and_keep_their_own_weights(tmp_path
 
 def test_a_worker_that_hangs_is_killed_and_its_item_done_by_another(tmp_path):
     weights, marker = Weights.of(make_policy(), 1), tmp_path / "stopped"
-    with make_backend(
-        make_recipe("stop", marker), ray_settings(2, Limits(item_s=4, item_floor_s=4, twin_times=0, start_s=90))
-    ) as backend:
+    limits = Limits(item_s=4, item_floor_s=4, twin_times=0, start_s=90)
+    keep = Keep(tmp_path / "run" / "failed", "mine", ())
+    with make_backend(make_recipe("stop", marker), ray_settings(2, limits), keep) as backend:
         assert_equals_local(backend.collect(items(), weights), items(), weights)
         assert_gone(int(marker.read_text()))
+        stacks = "".join(file.read_text() for file in (tmp_path / "run" / "stacks").iterdir())
+        assert re.search(r"\nworker \d\nno answer within 2 s: ", stacks)
         assert_equals_local(backend.collect(items(iteration=1), weights), items(iteration=1), weights)
 
 
@@ -174,9 +178,13 @@ def test_an_item_that_fails_on_one_worker_alone_is_done_by_another(tmp_path):
 def test_a_slow_item_is_done_by_a_twin_and_its_bits_are_compared(tmp_path):
     """The first worker to come there waits in its first item, until both others of its kind are long done."""
     weights, limits = Weights.of(make_policy(), 1), Limits(item_s=60, item_floor_s=60, start_s=90, twin_times=5)
-    with make_backend(make_recipe("wait", tmp_path / "waits"), ray_settings(2, limits)) as backend:
+    keep = Keep(tmp_path / "run" / "failed", "mine", ())
+    with make_backend(make_recipe("wait", tmp_path / "waits"), ray_settings(2, limits), keep) as backend:
         assert_equals_local(backend.collect(items(size=1), weights), items(size=1), weights)
         assert backend._scheduler.twins >= 1
+        stacks = "".join(file.read_text() for file in (tmp_path / "run" / "stacks").iterdir())
+        assert re.search(r"\nworker \d\n", stacks)
+        assert "in misbehave" in stacks, "it is the thread of the item that is seen"
         (tmp_path / "waits").unlink()  # now it answers, too
         assert_equals_local(backend.collect(items(iteration=1), weights), items(iteration=1), weights)
 
@@ -193,6 +201,34 @@ def test_twins_that_differ_end_the_run_and_are_named(tmp_path):
 
         with pytest.raises(TwinsDiffer, match=r"item \d+ of iteration 0 .*: workers \d and \d gave different answers"):
             until_it_answers()
+
+
+def test_walks_may_stay_where_they_were_drawn_and_only_what_is_small_comes(pair):
+    weights = Weights.of(make_policy(), 1)
+    whole = pair.collect(items(), weights)
+    pair.moved()
+    away = pair.submit_apart(items(), weights)()
+    assert pair.moved()["answers_from_workers"] > 0
+    for (head, sha256, where), expected in zip(away, whole, strict=True):
+        assert len(head.x) == 0
+        states = ray.get(where)
+        rows = torch.arange(len(head))
+        assert_identical(replace(head, x=states_of(states, sha256, head, rows)), expected)
+        assert torch.equal(states_of(states, sha256, head, rows[1:]), expected.x[1:])
+        damaged = states.copy()
+        damaged[0, 3] ^= 4
+        with pytest.raises(RolloutError, match=r"walks of weights 1: SHA-256 \w+, expected " + sha256):
+            states_of(damaged, sha256, head, rows)
+
+
+def test_the_bytes_of_weights_are_counted_once_a_worker_and_version(pair):
+    pair.moved()
+    weights = Weights.of(make_policy(seed=9), 7)
+    for _ in range(2):
+        pair.collect(items(version=7), weights)
+    moved = pair.moved()
+    assert moved["weights_to_workers"] in (len(weights.blob), 2 * len(weights.blob))
+    assert pair.moved() == {}
 
 
 def test_a_task_that_cannot_be_built_ends_the_run_with_its_own_error():
@@ -236,7 +272,7 @@ def test_an_answer_of_other_weights_or_another_run_is_refused_and_done_again(kin
     backend = make_backend(make_recipe("named", tmp_path / "marks"), ray_settings(1), Keep(tmp_path, "mine", ()))
     with backend:
         ray.cloudpickle.register_pickle_by_value(faulty_workers)  # the workers do not find it
-        backend._actor = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(getattr(faulty_workers, kind))
+        backend._actor = ray_backend.actor_of(getattr(faulty_workers, kind), backend.settings)
         for version in (1, 2):
             weights = Weights.of(make_policy(seed=version), version)
             assert_equals_local(backend.collect(items(version), weights), items(version), weights)

@@ -53,7 +53,7 @@ def test_two_ranks_ask_a_reward_as_often_as_one_process_and_find_the_same(tmp_pa
     jobs_on_ranks(2, tmp_path, (*RUN, "--name", "two"))
     of_ranks = asked(tmp_path)
     assert of_ranks["0"] + of_ranks["1"] == alone + TRIED
-    assert of_ranks["1"] == 4 * 10 + TRIED  # an item of 10 walks in each of 4 rollouts: it evaluates, monitors nothing
+    assert of_ranks["1"] == 4 * 14 + TRIED  # items of 10 and 4 walks in each of 4 rollouts: it evaluates nothing
     one, two = (load_file(f"runs/{name}/model/weights.safetensors") for name in ("one", "two"))
     assert all(bool((one[name] == two[name]).all()) for name in one)
     told = [Path(f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("one", "two")]

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from rlfusion.common.weights import Weights
-from rlfusion.rollout.ray_backend import Asked, Worker
+from rlfusion.rollout.ray_worker import Asked, Worker
 
 
 def first(marker: str) -> bool:

@@ -23,6 +23,7 @@ from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rollout import Task, plan, run_item
+from rlfusion.rollout.parted import Parted
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.ranks import Ranks, RanksDiffer, current, joined
@@ -39,10 +40,26 @@ def reward(samples: Tensor, cond: object) -> Tensor:
 
 
 def walks(task: Task, policy: nn.Module, iteration: int) -> Trajectory:
-    """A rollout under the weights that ``policy`` has."""
-    acting = replace(task, policy=frozen_copy(policy))
+    """A rollout under the weights that ``policy`` has; of several ranks each has the walks of its own shares."""
+    acting, ranks = replace(task, policy=frozen_copy(policy)), current()
     items = plan(3, iteration, CLASSES, PER_PROMPT, 10, CLASSES, iteration)
-    return concatenate([run_item(acting, item) for item in items])
+    batch = concatenate([run_item(acting, item) for item in items])
+    if ranks.count == 1:
+        return batch
+    split = bool(shards.roots(policy))
+    LAST[:] = [Parted(batch.x[ranks.dealt(len(batch), split)[ranks.rank]], len(batch), ranks, split)]
+    return replace(batch, x=LAST[0])
+
+
+LAST: list[Parted] = []
+"""The walks of the last rollout."""
+
+
+def held_walks() -> tuple[int, int]:
+    """Bytes that this rank has of the last rollout, and of all of it."""
+    x = LAST[0]
+    each = x.held[:1].nbytes
+    return (len(x) if x._all is not None else len(x.held)) * each, len(x) * each
 
 
 def trained(
@@ -135,15 +152,19 @@ def members(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         return [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(count)]
 
 
-def _agents(rank: int, count: int, work: list[Work]) -> tuple[list[list[tuple]], str, list[dict[str, int]]]:
-    told = []
+def _agents(
+    rank: int, count: int, work: list[Work]
+) -> tuple[list[list[tuple]], str, list[dict[str, int]], list[list[tuple[int, int]]]]:
+    told, walked = [], []
     for agents, form in work:
         with joined(Ranks(rank, count, *form[:2])):
-            told.append([_told(agent, *form[2:]) for agent in agents])
+            both = [(_told(agent, *form[2:]), held_walks()) for agent in agents]
+        told.append([one for one, _ in both])
+        walked.append([one for _, one in both])
     with joined(Ranks(rank, count, count)):
         drift = drifted()
     with joined(Ranks(rank, count, count, exact=True)):
-        return told, drift, [held(split) for split in ((False, True) if shards.can_split() else (False,))]
+        return told, drift, [held(split) for split in ((False, True) if shards.can_split() else (False,))], walked
 
 
 def _told(agent: str, split: bool = False) -> tuple[str, list[list[float]], list[dict[str, float]]]:
@@ -152,13 +173,15 @@ def _told(agent: str, split: bool = False) -> tuple[str, list[list[float]], list
 
 
 class OfRanks(NamedTuple):
-    """``told[rank][work][agent]``: the digest, the weights and the metrics; what each rank says of a drift; and
-    ``held`` of each, of a network that is not split and of one that is.
+    """``told[rank][work][agent]``: the digest, the weights and the metrics; what each rank says of a drift;
+    ``held`` of each, of a network that is not split and of one that is; and ``walked[rank][work][agent]``:
+    ``held_walks``.
     """
 
     told: list[list[list[tuple]]]
     drift: list[str]
     held: list[list[dict[str, int]]]
+    walked: list[list[list[tuple[int, int]]]]
 
 
 @cache

@@ -93,6 +93,18 @@ def test_each_of_two_ranks_holds_half_of_what_is_split(two, what):
         assert split[what] <= 0.55 * whole[what]
 
 
+WHOLE = {"dpo": "pairs lie in two shares", "qsm": "its critic and its divergence look at all", "dawr": "its critic"}
+"""The agents that need all walks on every rank."""
+
+
+@pytest.mark.parametrize("form", [0, pytest.param(2, marks=OF_SPLIT)], ids=["whole", "split"])
+def test_a_rank_has_the_walks_of_its_own_shares_alone(two, form):
+    for walked in two.walked:
+        for text, (own, whole) in zip(AGENT_SETTINGS, walked[form]):
+            needed = text.partition("(")[0] in WHOLE
+            assert own == (whole if needed else whole / 2), text
+
+
 def test_a_rank_that_drifts_is_named_with_the_tensor(two):
     assert all("ranks 0 and 1 differ in 'denoiser.net.leave.weight' after 1 optimiser steps" in t for t in two.drift)
 

@@ -8,7 +8,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from rlfusion.common import storage
 from rlfusion.common.errors import StorageError
-from rlfusion.rollout import ray_ranks
+from rlfusion.rollout import ray_stacks
 from rlfusion.rollout.ray_ranks import Group, Rank, _Lost, _stood
 from rlfusion.training.stacks import write_stacks
 
@@ -24,6 +24,21 @@ def test_a_rank_says_where_its_threads_stand():
     assert "test_a_rank_says_where_its_threads_stand" in Rank.stacks(None)
 
 
+class Actor:
+    """Whose call is its number."""
+
+    def __init__(self, rank: int) -> None:
+        self.stacks = self
+        self.rank = rank
+
+    def options(self, concurrency_group: str) -> "Actor":
+        assert concurrency_group == ray_stacks.BESIDE
+        return self
+
+    def remote(self) -> int:
+        return self.rank
+
+
 def test_a_rank_that_does_not_answer_and_one_that_died_are_said_to(monkeypatch):
     answers = {0: "Thread 1\n", 1: GetTimeoutError("late"), 2: RayActorError()}
 
@@ -34,9 +49,8 @@ def test_a_rank_that_does_not_answer_and_one_that_died_are_said_to(monkeypatch):
         return answers[call]
 
     fake = SimpleNamespace(wait=lambda calls, num_returns, timeout: (calls, []), get=get)
-    monkeypatch.setattr(ray_ranks, "ray", fake)
-    group = SimpleNamespace(actors=[None] * 3, beside=lambda rank, method: rank)
-    found = Group.stacks(group)
+    monkeypatch.setattr(ray_stacks, "ray", fake)
+    found = Group.stacks(SimpleNamespace(actors=[Actor(rank) for rank in range(3)]))
     assert found[0] == "Thread 1\n"
     assert found[1] == "no answer within 2 s: late\n"
     assert found[2].startswith("no answer within 2 s: ")

@@ -127,7 +127,8 @@ def test_what_it_takes_to_count_is_not_training(tmp_path):
 
 def test_a_lap_is_written_with_its_figures_and_none_of_them_is_a_metric(tmp_path):
     watch, tracker = Stopwatch(tmp_path, 0), Tracker(tmp_path)
-    tracker.timing(3, watch.lap(3, 120, {"learn": 0.5}, 40.0))
+    moved = {"weights_to_workers": 3_000_000, "walks_to_rank": 500}
+    tracker.timing(3, watch.lap(3, 120, {"learn": 0.5}, 40.0, moved=moved))
     (line,) = map(json.loads, (tmp_path / "timing.jsonl").read_text().splitlines())
     assert line["seconds/learn"] == 0.5
     assert line.keys() >= {"step", "queries", "seconds", "cpu_seconds", "utilisation", "samples_per_second"}
@@ -136,6 +137,9 @@ def test_a_lap_is_written_with_its_figures_and_none_of_them_is_a_metric(tmp_path
     assert [event.step for event in events.Scalars("timing/seconds/learn")] == [3]
     assert told(tmp_path)[0][1].startswith("3 updates, 120 queries")
     assert ("stages", "learn 0.5 s") in told(tmp_path)
+    assert line["bytes/weights_to_workers"] == 3e6
+    assert [event.value for event in events.Scalars("timing/bytes/walks_to_rank")] == [500]
+    assert ("moved", "weights to workers 3 MB, walks to rank 0.0005 MB") in told(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"step": 2}\n{"st', '{"step": 2, "queries": 1, "seconds": "x"}'])

@@ -107,7 +107,8 @@ def _backend(job: Job, actors: dict[str, list[str]], ranks: Ranks) -> Backend:
     policy = shards.gathered(job.policy, here=ranks.rank == 0) if job.config.lora else job.policy
     if ranks.count == 1:
         return _own_backend(job, policy, actors)
-    return AmongRanks(None if workers and ranks.rank else _own_backend(job, policy, actors), ranks, workers)
+    inner = None if workers and ranks.rank else _own_backend(job, policy, actors)
+    return AmongRanks(inner, ranks, workers, bool(shards.roots(job.policy)))
 
 
 def _own_backend(job: Job, policy: Policy, actors: dict[str, list[str]]) -> Backend:
@@ -225,7 +226,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
                 config.checkpoints.require(metrics)
             done, queries, metrics = step + 1, job.learner.queries, metrics | collector.metrics
             cost, before = queries - before, queries
-            job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops))
+            moved = collector.backend.moved()
+            job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops, moved))
             spent = 0 < config.budget_queries < queries + cost
             if line := collector.heed(done, metrics, config.guard):
                 progress.say(line)
