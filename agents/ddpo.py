@@ -20,9 +20,10 @@ gradient of the reward through that one step; the reward must be differentiable.
 chain: FlowSDE and Langevin keep noise in other steps, and a schedule with sigma(0) > 0 in the last.)
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_s
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
+from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
-from rlfusion.rl.transitions import Objective, Terms, Transitions, largest_log_ratio, require_finite
+from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
@@ -58,6 +60,10 @@ class Config:
         dual_clip: limit of the ratio where the advantage is negative and the clip does not hold it (Ye et al. 2020); a
             single outlier cannot then fill the gradient. None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
+        step_weight: weights of the steps in the loss: "none", or "noise", the standard deviation of a step's noise over
+            the mean of all stochastic steps. The gradient of log p is the larger the smaller the noise, and the less
+            the reward owes to it: where steps differ much (SD's last ones have a twentieth of the first ones' noise)
+            the last ones drown the others.
         ratio: of each step, or of the whole trajectory, Eq. (3), which takes step_fraction = 1.
         decoupled: Eq. (4); None where walks are of older weights than the update begins with (rollout.lag >= 1).
         behaviour_limit: of the weight of Eq. (4).
@@ -76,10 +82,14 @@ class Config:
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
+        pace: how far the updates of a rollout are to move the mean of a transition: root mean square over the latent's
+            dimensions, in standard deviations of the transition's noise. Where they move it further the learning rate
+            is halved, where less doubled, up to lr; a fresh optimiser begins with a sixteenth (``rl.pace``). None keeps
+            to lr.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
-    KEPT: ClassVar[dict[str, str]] = {"running": "advantages"}
+    KEPT: ClassVar[dict[str, str]] = {"running": "advantages", "pace": "pace"}
     name: Literal["ddpo"] = "ddpo"
     form: Literal["is", "sf"] = "is"
     lr: float = 1e-3
@@ -88,6 +98,7 @@ class Config:
     clip: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
+    step_weight: Weighing = "none"
     ratio: Literal["step", "trajectory"] = "step"
     decoupled: bool | None = None
     behaviour_limit: float = 5.0
@@ -103,6 +114,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    pace: float | None = None
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
@@ -118,15 +130,32 @@ class Config:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip = {1 + self.clip}, or null")
         if not 0 < self.step_fraction <= 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: expected 0 < step_fraction <= 1")
+        if self.ratio == "trajectory" and self.step_weight != "none":
+            raise ConfigError(
+                f"step_weight = {self.step_weight}: ratio 'trajectory' has one of all steps, expected none"
+            )
         if self.ratio == "trajectory" and self.step_fraction < 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: ratio 'trajectory' is of all steps, expected 1")
+        if self.form == "sf" and self.pace is not None:
+            raise ConfigError(f"pace = {self.pace}: form 'sf' takes one step a rollout, expected null (or form 'is')")
         if self.form == "sf" and (self.ratio == "trajectory" or self.decoupled):
             raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
         if self.last_step == "pathwise" and self.advantage == "prompt":
             raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
         require_positive(self, "behaviour_limit")
+        require_pace(self.pace)
         require_not_negative(self, "kl_reward", "kl_loss", "weight_decay", "warmup")
         optimizers.settle(self)
+
+    @staticmethod
+    def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults where the model is a pretrained pipeline, beside the settings that are ``told`` (docs/models.md)."""
+        own: dict[str, Any] = {"kl_loss": 0.0}
+        if told.get("ratio") != "trajectory":
+            own |= {"step_weight": "noise"}
+        if told.get("form") != "sf":
+            own |= {"epochs": 1, "clip": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
+        return own
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for too few walks, or stale ones where the algorithm is on-policy."""
@@ -164,7 +193,7 @@ class Config:
         first = (
             "the first is on-policy (ratio 1), the others are clipped at" if updates > 1 else "on-policy, clip unused:"
         )
-        return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}"
+        return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}{said(self.pace, self.lr)}"
 
 
 class Learner:
@@ -180,9 +209,12 @@ class Learner:
             ConfigError: no step of the chain is stochastic.
         """
         self.policy, self.config, self.seed, self.last = policy, config, seed, last
-        self.transitions = Transitions(policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss))
+        self.transitions = Transitions(
+            policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss), config.step_weight
+        )
         self.optimization = Optimization.of(policy, config)
         self.running = RunningAdvantage(window=config.advantage_window)
+        self.pace = Pace(config.pace)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:
@@ -215,7 +247,8 @@ class Learner:
             if self.last:
                 scale = self._scale(batch.reward, batch.group)
                 self.last.accumulate(batch, walks, scale, self.config.micro_batch)
-            norms.append(self.optimization.step())
+            share = self.pace.heed(part, len(norms), math.prod(self.config.schedule), batch.x.shape[2:].numel())
+            norms.append(self.optimization.step(share))
         self.iteration += 1
         self.queries += batch.asked
         return {
@@ -225,6 +258,7 @@ class Learner:
             "log_ratio_first": first,
             **self.transitions.summary(records, self.config.clip, self._features(batch)),
             "grad_norm": sum(norms) / len(norms),
+            **self.pace.told(),
             **self._behaviour(proximal),
         }
 
@@ -324,10 +358,10 @@ class Learner:
         return self.transitions.require_on_policy(batch, self.config.clip, self._features(batch))
 
     def state_dict(self) -> dict:
-        return state_of(self, {"reference": self.transitions.reference}, running=self.running)
+        return state_of(self, {"reference": self.transitions.reference}, running=self.running, **self.pace.kept())
 
     def load_state_dict(self, state: dict) -> None:
-        put_back(state, self, {"reference": self.transitions.reference}, running=self.running)
+        put_back(state, self, {"reference": self.transitions.reference}, running=self.running, **self.pace.kept())
 
 
 def _batch_relative(reward: Tensor, group: Tensor) -> Tensor:

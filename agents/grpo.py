@@ -13,8 +13,9 @@ No value function: a prompt's walks are each other's baseline. On a flow model t
 take the mean, with clip 1e-4: ``clip_per_dim``).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_s
 from rlfusion.rl.advantage import group_moments, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
-from rlfusion.rl.transitions import Terms, Transitions, largest_log_ratio, require_finite
+from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
+from rlfusion.rl.transitions import Terms, Transitions, Weighing, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
@@ -47,6 +49,7 @@ class Config:
         clip_high: c_high of Eq. (2).
         dual_clip: limit of the ratio where the advantage is negative; None is none.
         clip_per_dim: divide the log-ratio by the number of features before the clip.
+        step_weight: weights of the steps in the loss, "none" or "noise", as of DDPO.
         decoupled: as of Eq. (2); None where walks are of older weights than the update begins with (rollout.lag >= 1).
         behaviour_limit: of the weight of older walks.
         std: by what Eq. (1) divides: "group", "batch", or "none".
@@ -61,9 +64,11 @@ class Config:
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
+        pace: shift of a transition's mean that the updates of a rollout are to bring, as of DDPO; None keeps to lr.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
 
+    KEPT: ClassVar[dict[str, str]] = {"pace": "pace"}
     name: Literal["grpo"] = "grpo"
     lr: float = 1e-3
     epochs: int = 2
@@ -72,6 +77,7 @@ class Config:
     clip_high: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
+    step_weight: Weighing = "none"
     decoupled: bool | None = None
     behaviour_limit: float = 5.0
     std: Literal["group", "batch", "none"] = "group"
@@ -85,15 +91,23 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    pace: float | None = None
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
         require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm", "behaviour_limit")
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
+        require_pace(self.pace)
         optimizers.settle(self)
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
+
+    @staticmethod
+    def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults where the model is a pretrained pipeline (docs/models.md)."""
+        clip = {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True}
+        return {"kl_loss": 0.0, "epochs": 1, **clip, "step_weight": "noise", "pace": 0.1, **pipeline_lr(told)}
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, or fewer walks than updates."""
@@ -114,6 +128,7 @@ class Config:
         trained = f"a moving window of {self.window} steps" if self.window else "all stochastic steps"
         return (
             f"each rollout gives {updates} update(s) on {trained}, clipped at -{self.clip_low:g}, +{self.clip_high:g}"
+            f"{said(self.pace, self.lr)}"
         )
 
 
@@ -127,12 +142,13 @@ class Learner:
             ConfigError: no step of the chain is stochastic, or fewer than the window.
         """
         self.policy, self.config, self.seed = policy, config, seed
-        self.transitions = Transitions(policy, times, config.micro_batch, config.kl_loss > 0)
+        self.transitions = Transitions(policy, times, config.micro_batch, config.kl_loss > 0, config.step_weight)
         if config.window > len(self.transitions.steps):
             raise ConfigError(
                 f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
             )
         self.optimization = Optimization.of(policy, config)
+        self.pace = Pace(config.pace)
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:
@@ -167,7 +183,8 @@ class Learner:
                 part = self.transitions.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
                 first = first if norms else largest_log_ratio(part)
                 records += part
-                norms.append(self.optimization.step())
+                share = self.pace.heed(part, len(norms), c.epochs * c.updates_per_epoch, batch.x.shape[2:].numel())
+                norms.append(self.optimization.step(share))
         self.iteration += 1
         self.queries += batch.asked
         return {
@@ -178,6 +195,7 @@ class Learner:
             "log_ratio_first": first,
             **self.transitions.summary(records, max(c.clip_low, c.clip_high), features),
             "grad_norm": sum(norms) / len(norms),
+            **self.pace.told(),
             **({} if proximal is None else {"behaviour_ess": effective_share(proximal[:, steps].flatten()).item()}),
         }
 
@@ -210,7 +228,7 @@ class Learner:
         return self.transitions.require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
 
     def state_dict(self) -> dict:
-        return state_of(self, {"reference": self.transitions.reference})
+        return state_of(self, {"reference": self.transitions.reference}, **self.pace.kept())
 
     def load_state_dict(self, state: dict) -> None:
-        put_back(state, self, {"reference": self.transitions.reference})
+        put_back(state, self, {"reference": self.transitions.reference}, **self.pace.kept())

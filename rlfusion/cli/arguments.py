@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.cli import words
-from rlfusion.cli.defaults import mapping_of, model_defaults, preset_defaults, told_last
+from rlfusion.cli.defaults import for_pipelines, is_pipeline, mapping_of, model_defaults, preset_defaults, told_last
 from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree, tree
 from rlfusion.cli.unknown_settings import unknown_setting
@@ -54,7 +54,10 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         return parse(typed, kind, arguments, make=config.Distill)
     arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
     if kind == "compare":
-        return parse(Compare, kind, arguments, model="base")
+        made = parse(Compare, kind, arguments, model="base")
+        if not is_pipeline(made.base):
+            return made
+        return replace(made, agents=[for_pipelines(text, made.lora) for text in made.agents])
     arguments = _long(arguments, "agent", AGENTS)
     agent = told_last(arguments, "agent", "name")
     typed = config.with_agent("ddpo" if agent is None else str(agent))

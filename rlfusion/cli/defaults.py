@@ -1,10 +1,12 @@
 """Defaults that are not those of the settings' class: what the arguments name, a model or a recipe, brings its own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlfusion.cli import words
 from rlfusion.cli.settings_text import load, load_file
+from rlfusion.common import spec
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, shorten, unknown
 
@@ -17,6 +19,9 @@ PIPELINE_DEFAULTS = {
     "check-reward": {},
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
+CHOICES = ("form", "ratio")
+"""Settings of agents on which their own defaults depend."""
+
 ROLLING = ("finetune", "compare")
 """The commands that have rollout.prompts."""
 
@@ -70,7 +75,52 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
         few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
+    if few and command == "finetune":
+        few = few | _of_agent(arguments)
     return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _of_agent(arguments: list[str]) -> dict[str, Any]:
+    """The defaults that an agent has of its own where the model is a pretrained pipeline."""
+    from rlfusion.agents import AGENTS
+
+    name, told = told_last(arguments, "agent", "name"), {}
+    agent = spec.lookup(AGENTS, "ddpo" if name is None else str(name), "agent")
+    for choice in CHOICES:
+        told[choice] = told_last(arguments, "agent", choice)
+    told["lora"] = told_last(arguments, "lora")
+    return {f"agent.{key}": value for key, value in own_of_pipelines(agent, told).items()}
+
+
+def own_of_pipelines(agent: Any, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What an agent, its settings' class, says of pretrained pipelines beside the settings that are told, and the
+    adapters as "lora"; most say nothing.
+    """
+    own: dict[str, Any] = getattr(agent, "for_pipelines", lambda _: {})(told)
+    return own
+
+
+def for_pipelines(text: str, lora: str = "") -> str:
+    """An agent as a comparison has it, ``ddpo`` or ``high = ddpo(lr=0.01)``, with its own defaults of pretrained
+    pipelines written down where it says nothing else, under the name that it had.
+    """
+    from rlfusion.agents import AGENTS
+    from rlfusion.config.compare import shown, written
+
+    name, told = spec.split(written(text))
+    own = own_of_pipelines(spec.lookup(AGENTS, name, "agent"), {**told, "lora": lora})
+    if not set(own) - set(told):
+        return text
+    whole = f"{name}({', '.join(f'{key}={value!r}' for key, value in {**own, **told}.items())})"
+    return whole if "(" in shown(text) else f"{shown(text)} = {whole}"
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a model is a pretrained pipeline, or was made of one."""
+    from rlfusion import models
+    from rlfusion.models import pipelines
+
+    return bool(name) and (pipelines.is_pipeline(name) or bool(models.load_card(Path(name)).pipeline))
 
 
 def _fitting(there: int) -> dict[str, Any]:

@@ -4,7 +4,8 @@ An update is bad when
 
     (1)  a gradient or a reward is not finite (nothing has been changed then)
     (2)  the gradient norm is above ``grad_norm`` times the median of the last ``WINDOW`` good updates
-    (3)  the largest |log ratio| is above ``log_ratio``
+    (3)  the largest |log ratio| is above ``log_ratio``, or for latents of d > ``FEATURES`` dimensions above
+         d / ``FEATURES`` times that
     (4)  the reward has fallen below the best good rollout by ``reward_fall`` standard deviations of the first rollout
 
     (5)  the effective share of the walks under the weights of older ones is below ``ess_stop``: this ends the run
@@ -30,14 +31,14 @@ from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.agent import AgentLearner, wrong_metrics
 from rlfusion.rollout.trajectory import Trajectory
 
-WINDOW, FEWEST, DEPTH = 20, 4, 3
+WINDOW, FEWEST, DEPTH, FEATURES = 20, 4, 3, 1000
 FILE = "diagnosis.md"
 _log = logging.getLogger(__name__)
 
 ADVICE = {
     "finite": "look at the reward and at the precision; a smaller learning rate; a kernel without tiny noise",
     "grad_norm": "a smaller learning rate or max_grad_norm; more walks; a KL to the base (agent.kl_loss)",
-    "log_ratio": "fewer updates a rollout (epochs, updates_per_epoch); a smaller learning rate; agent.dual_clip",
+    "log_ratio": "a smaller agent.pace or learning rate; fewer updates a rollout (epochs, updates_per_epoch)",
     "staleness": "a smaller rollout.lag or learning rate; fewer updates a rollout; guard.ess_stop is the limit",
     "reward": "the policy is collapsing: a smaller learning rate, a KL to the base, fewer updates a rollout",
 }
@@ -50,7 +51,7 @@ class Config:
     Attributes:
         action: what a bad update leads to: "skip", "rollback", "halt" or "warn".
         grad_norm: limit of the gradient norm, in medians of the last good updates.
-        log_ratio: limit of |log p_theta - log p_old|, in nats.
+        log_ratio: limit of |log p_theta - log p_old|, in nats; times d / 1000 for latents of d > 1000 dimensions.
         reward_fall: limit of the fall of a rollout's mean reward, in standard deviations of the first one's rewards.
         patience: bad updates in a row after which the run ends.
         ess_warn: effective share of walks of older weights (behaviour_ess, where rollout.lag >= 1) below which a line
@@ -86,13 +87,18 @@ class Alarm:
 
 
 class Guarded:
-    """A learner behind the guards; its ``update`` metrics have ``skipped``, the bad updates so far, in addition."""
+    """A learner behind the guards; its ``update`` metrics have ``skipped``, the bad updates so far, in addition.
+
+    Attributes:
+        told: the line about the last update, why it was bad, what was done and what to change; "" if it was good.
+    """
 
     def __init__(self, learner: AgentLearner, config: Config, folder: Path | None) -> None:
         self.learner, self.config, self.folder = learner, config, folder
         self.norms: list[float] = []
         self.first_std = self.best = math.nan
         self.bad = self.bad_in_a_row = 0
+        self.told = ""
         self.good: list[dict[str, Any]] = []
         self._kept: dict[str, Any] | None = None  # memory of the copy that undoes an update
 
@@ -103,12 +109,12 @@ class Guarded:
             NumericalError: the run ends here; the weights are the last good ones.
             ConfigError: what the learner returns is no metrics.
         """
-        before = self._before()
+        before, self.told = self._before(), ""
         iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
                 metrics = _metrics(self.learner.update(batch), batch)
-            alarm = self._judge(metrics)
+            alarm = self._judge(metrics, batch)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
         except BaseException:  # a stop, or the user's own code: as if the update had not begun
@@ -136,13 +142,14 @@ class Guarded:
             self._kept = None
             self.learner.load_state_dict(state)
 
-    def _judge(self, metrics: dict[str, float]) -> Alarm | None:
+    def _judge(self, metrics: dict[str, float], batch: Trajectory) -> Alarm | None:
         """Eq. (2) to (4)."""
         c, norm = self.config, metrics["grad_norm"]
         if len(self.norms) >= FEWEST and 0 < c.grad_norm * median(self.norms) < norm:
             return Alarm("grad_norm", f"gradient norm {norm:.3g}, {norm / median(self.norms):.0f} times the median")
-        if metrics.get("log_ratio_max", 0.0) > c.log_ratio:
-            return Alarm("log_ratio", f"max |log ratio| = {metrics['log_ratio_max']:.3g} nats")
+        ratio = metrics.get("log_ratio_max", 0.0)
+        if ratio > c.log_ratio and ratio > c.log_ratio * batch.x.shape[2:].numel() / FEATURES:
+            return Alarm("log_ratio", f"max |log ratio| = {ratio:.3g} nats")
         if (share := metrics.get("behaviour_ess", 1.0)) < c.ess_stop:
             return Alarm("staleness", f"{share:.3g} of the walks of older weights count, below {c.ess_stop:g}")
         fall = self.best - metrics["reward"]
@@ -176,8 +183,9 @@ class Guarded:
 
     def _write(self, alarm: Alarm, iteration: int, what: str) -> None:
         norms = ", ".join(f"{n:.3g}" for n in self.norms[-8:])
+        self.told = f"rollout {iteration + 1}: {alarm.message}; {what}; what helps: {ADVICE[alarm.guard]}"
         if self.folder is None:
-            _log.warning("rollout %d: %s; %s; what helps: %s", iteration + 1, alarm.message, what, ADVICE[alarm.guard])
+            _log.warning("%s", self.told)
             return
         lines = [
             f"## Rollout {iteration + 1}: {alarm.guard}",

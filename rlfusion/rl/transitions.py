@@ -3,12 +3,15 @@
     (1)  log r_t = log p_theta(x_s | x_t, c) - log p_old(x_s | x_t, c), the log-probabilities summed over features
     (2)  KL(p_theta(. | x_t) || p_ref(. | x_t)) of a step, analytic: both are Gaussians of one std
     (3)  sum_t [ log p_old - log p_ref ](x_s | x_t): the KL of the walks, sampled
+    (4)  S_t / (mean of S over the stochastic steps): the weight of a step in the loss, where steps are weighed by their
+         noise. d log p / d mean is z / S with z ~ N(0, 1), and the sample owes S z to the step: with equal weights the
+         steps of the least noise have the largest gradients, and tell the least (He et al. 2025, TempFlow-GRPO)
 
 States and actions are constants. A step without noise (to clean data) has no density: it is left out of all three.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +37,8 @@ class Terms(NamedTuple):
     distribution: Gaussian
 
 
+Weighing = Literal["none", "noise"]
+
 Objective = Callable[[Terms], Tensor]
 """The loss of each transition, (N,)."""
 
@@ -54,14 +59,17 @@ def _acted(batch: Trajectory) -> Tensor:
 class Transitions:
     """The transitions of walks of one policy and time grid, network calls of ``micro_batch`` rows."""
 
-    def __init__(self, policy: Policy, times: Tensor, micro_batch: int, reference: bool) -> None:
-        """``reference`` keeps a frozen copy of the policy as it is now.
+    def __init__(
+        self, policy: Policy, times: Tensor, micro_batch: int, reference: bool, weighing: Weighing = "none"
+    ) -> None:
+        """``reference`` keeps a frozen copy of the policy as it is now; ``weighing`` is that of ``step_weights``.
 
         Raises:
             ConfigError: no step of the chain is stochastic.
         """
         self.policy, self.micro_batch = policy, micro_batch
         self.steps = require_stochastic(policy, times).nonzero().flatten()
+        self.weight = step_weights(policy, times, weighing)
         self.reference = frozen_copy(policy) if reference else None
 
     def all(self, walks: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +109,8 @@ class Transitions:
                 mean = reference.mean[moved(walk[rows], device), moved(step[rows], device)]
                 record["kl"] = distribution.kl(Gaussian(mean, distribution.std))
                 record["loss"] = record["loss"] + kl * record["kl"]
+            if self.weight is not None:
+                record["loss"] = record["loss"] * moved(self.weight[step[rows]], terms.log_ratio.device)
             return record["loss"].sum() * scale, record
 
         ranks = current()
@@ -191,6 +201,14 @@ class Transitions:
         means = {name: value.mean() for name, value in joined.items()}
         means["ess"] = weight.mean().square() / weight.square().mean()
         return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
+
+
+def step_weights(policy: Policy, times: Tensor, weighing: Weighing) -> Tensor | None:
+    """Eq. (4), float32 (K,), or None for 1 everywhere."""
+    if weighing == "none":
+        return None
+    stds = policy.stds(times)
+    return (stds / stds[stds > 0].mean()).float()
 
 
 def largest_log_ratio(records: list[dict[str, Tensor]]) -> float:

@@ -227,8 +227,9 @@ class Optimization:
         """Let the learning rate of step n be ``factor(n)`` times that of the settings, from n = ``done`` on."""
         self.scheduler = LambdaLR(self.optimizer.inner, factor, done - 1)
 
-    def step(self) -> float:
-        """Step on the accumulated gradients, those of all ranks, clear them, and return their norm before clipping.
+    def step(self, share: float = 1.0) -> float:
+        """Step on the accumulated gradients, those of all ranks, with that ``share`` of the learning rate, clear them,
+        and return their norm before clipping.
 
         Raises:
             NumericalError: a gradient is not finite; nothing has been changed.
@@ -240,7 +241,10 @@ class Optimization:
             bad = [name for name, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
             self.clear()
             raise NumericalError(f"the gradient is not finite (norm {norm}) in {', '.join(bad[:5]) or 'its norm only'}")
+        lr = self.optimizer.lr
+        self.optimizer.lr = lr * share
         self.optimizer.step()
+        self.optimizer.lr = lr
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()

@@ -61,6 +61,7 @@ def test_settings_of_the_same_loss_are_those_of_agents():
         ("agent.value_net", ["critic", "norms"]),
         ("agent.clip", ["norms"]),
         ("agent.lr", []),
+        ("agent.pace", ["pace"]),
         ("agent.critic_lr", []),
         ("agent.memory", []),
         ("monitor.best", ["best"]),
@@ -83,7 +84,8 @@ def test_a_file_of_ones_own_stands_for_what_names_it():
 
 def test_what_agents_keep_is_of_known_kinds_and_in_their_state():
     assert {name: list(anew.kept(AGENTS[name]())) for name in AGENTS if anew.kept(AGENTS[name]())} == {
-        "ddpo": ["running"],
+        "ddpo": ["running", "pace"],
+        "grpo": ["pace"],
         "drwr": ["memory"],
         "dawr": ["critic"],
         "qsm": ["critic", "first"],
@@ -114,6 +116,13 @@ def test_what_begins_anew_and_what_goes_on():
     expected["learner"]["learner"]["w"] = 1
     expected["learner"]["guard"]["bad"] = 4
     assert held == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [({"pace": {"share": 0.5}}, {}), ({}, {"pace": {"share": 0.0625}})])
+def test_a_state_that_settings_bring_or_take_away(before, after):
+    held = state(**before)
+    anew.begin_anew(held, fresh(**after), {"pace": "pace"}, ["pace"])
+    assert held["learner"]["learner"] == {"w": 1, **after}
 
 
 def test_what_is_not_stale_stays():

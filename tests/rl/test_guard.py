@@ -50,6 +50,7 @@ class Walks:
     """A batch as far as the guards look at it."""
 
     reward = torch.tensor([1.0, math.nan, 3.0])
+    x = torch.zeros(4, 2, 1, 8, 8)
 
     def __len__(self) -> int:
         return 4
@@ -69,6 +70,27 @@ def test_what_a_strangers_update_returns_is_named_where_it_is_no_metrics(told, s
     learner.update = lambda batch: told
     with pytest.raises(ConfigError, match=said):
         Guarded(learner, Config(), tmp_path).update(Walks())
+
+
+@pytest.mark.parametrize(("side", "skipped"), [(8, 1.0), (40, 0.0)])
+def test_a_large_latent_may_have_a_nat_a_dimension(side, skipped, tmp_path):
+    batch = Walks()
+    batch.x = torch.zeros(4, 2, 1, side, side)
+    guarded = Guarded(Scripted({"log_ratio_max": 1500.0}), Config(), tmp_path)
+    assert guarded.update(batch)["skipped"] == skipped
+
+
+def test_an_undone_update_says_what_to_change(tmp_path, caplog):
+    for folder in (tmp_path, None):
+        guarded = Guarded(Scripted({"log_ratio_max": 5000.0}, {}), Config(), folder)
+        guarded.update(Walks())
+        assert guarded.told == (
+            "rollout 1: max |log ratio| = 5e+03 nats; its update was undone; what helps: a smaller agent.pace or "
+            "learning rate; fewer updates a rollout (epochs, updates_per_epoch)"
+        )
+        assert (guarded.told in caplog.text) == (folder is None)
+        guarded.update(Walks())
+        assert guarded.told == ""
 
 
 def test_the_fall_of_the_reward_is_seen_though_the_learner_tells_no_spread(tmp_path):

@@ -78,7 +78,7 @@ class Capture:
         self.module, self.gradients = module, []
         self.optimizer = module
 
-    def step(self) -> float:
+    def step(self, share: float = 1.0) -> float:
         self.gradients.append(flat_gradient(self.module))
         self.clear()
         return math.nan

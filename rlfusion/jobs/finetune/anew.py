@@ -13,7 +13,7 @@ from typing import Any
 from rlfusion.common.errors import unknown
 from rlfusion.rl.agent import Agent
 
-ADVANTAGES, WALKS, CRITIC, UNIT = LEARNED = ("advantages", "walks", "critic", "unit")
+ADVANTAGES, WALKS, CRITIC, UNIT, PACE = LEARNED = ("advantages", "walks", "critic", "unit", "pace")
 """Those that an agent's learner may have."""
 REWARDS, NORMS, BEST = "rewards", "norms", "best"
 SAID = {
@@ -21,6 +21,7 @@ SAID = {
     WALKS: "the walks that are kept",
     CRITIC: "the critic",
     UNIT: "the unit of rewards",
+    PACE: "the share of the learning rate",
     REWARDS: "the guard's best reward",
     NORMS: "the guard's gradient norms",
     BEST: "the best model so far",
@@ -32,7 +33,7 @@ OF_GUARD = {REWARDS: ("best", "first_std", "bad_in_a_row"), NORMS: ("norms",)}
 GOOD = "good"
 """The states that the guard could go back to: they hold what an agent keeps, too."""
 
-SAME_LOSS = "lr|warmup|optimizer|weight_decay|max_grad_norm|ema_decay|micro_batch|epochs|updates_per_epoch|memory"
+SAME_LOSS = "lr|warmup|pace|optimizer|weight_decay|max_grad_norm|ema_decay|micro_batch|epochs|updates_per_epoch|memory"
 SAME_LOSS += "|advantage_window|critic_.*|value_(lr|epochs|batch)"
 """Settings of agents that change no loss, but how it is followed."""
 
@@ -46,6 +47,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"agent\.advantage", (ADVANTAGES, CRITIC)),
     (r"agent\.(q|critic|value|value_net|form|alpha|scale|gamma|lam)", (CRITIC,)),
     (r"agent\.on", (WALKS,)),
+    (r"agent\.pace", (PACE,)),
     (rf"agent\.(?!({SAME_LOSS})$).*", (NORMS,)),
     (r"seed|monitor\.(best|samples|held_out)", (BEST,)),
 )

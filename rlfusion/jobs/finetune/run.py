@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlfusion import models
 from rlfusion.common import shards
+from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
@@ -81,6 +82,8 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         job = prepare(config, parts, run, tracker, progress, made)
         run.require_inputs(job.inputs())
         progress.say(f"plan: {config.agent.plan()}")
+        if job.card.pipeline and (line := unusual(config.agent)):
+            progress.say(line)
         with _backend(job, actors, ranks) as backend:
             _require_room(job, backend)
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
@@ -90,6 +93,13 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
             if ranks.of_first(bool(signals.requested)):
                 signals.check()
         return _finish(job, done)
+
+
+def unusual(agent: Any) -> str:
+    """The line that names the settings of an agent that are not those of its class; "" for none."""
+    settings = [(field, getattr(agent, field.name)) for field in fields(agent) if field.default_factory is MISSING]
+    told = [f"{field.name} {value}" for field, value in settings if value != field.default]
+    return f"agent {label(agent.name)} with other than its usual settings: {', '.join(told)}" if told else ""
 
 
 @contextmanager
@@ -229,7 +239,7 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             moved = collector.backend.moved()
             job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops, moved))
             spent = 0 < config.budget_queries < queries + cost
-            if line := collector.heed(done, metrics, config.guard):
+            for line in filter(None, (job.guarded.told, collector.heed(done, metrics, config.guard))):
                 progress.say(line)
             collector.publish(collector.acting(job.learner.policy, done))
             if config.rollout.lag:
