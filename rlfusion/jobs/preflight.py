@@ -7,6 +7,8 @@
 
 from dataclasses import replace
 
+import torch
+
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import Weights
 from rlfusion.diffusion.chain import narrow
@@ -33,8 +35,8 @@ def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights
     item, each = collector.items(PREFLIGHT, weights.version)[0], collector.spec.rollout.samples_per_prompt
     small = replace(item, groups=item.groups[: max(1, SAMPLES // each) * each])  # whole prompts
     others = [replace(item, groups=item.groups[:each]) for _ in range(current().count - 1)]
-    first, *_ = collector.backend.collect([small, *others], weights)
-    batch, _ = scored(concatenate([first]).to(collector.device), spec.rewards)
+    walks = concatenate(collector.backend.collect([small, *others], weights)).take(torch.arange(len(small)))
+    batch, _ = scored(walks.to(collector.device), spec.rewards)
     found, told = preflight(learner, batch), []
     if found.get("reward_std") == 0:
         told.append("warning: all rewards of the first walks are equal; while they are, there is nothing to learn from")
