@@ -189,7 +189,7 @@ def finetune(
 
 def _run(config: Finetune, origin: Origin, objects: Mapping[str, Any], device: torch.device) -> Run:
     """The run of these settings from this beginning."""
-    denoiser, card, judged, data = origin
+    denoiser, card, judged, data, *_ = origin
     parts = opened(config)
     policy = config.chain.policy(denoiser, card.names)
     require_solvable(denoiser, config.chain)

@@ -1,6 +1,8 @@
 """Lines of JSON as a run writes them, read again after whatever became of the file."""
 
+import errno
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,16 @@ def read_lines(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     Raises:
         ConfigError: something else than a file is in its place.
     """
-    if not file.is_file():
-        if file.exists() or file.is_symlink():
-            raise ConfigError(f"{str(file)!r} is no file: expected lines of JSON, or nothing")
-        return [], 0
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)  # looked at once: another rank may be making it
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        if not file.is_symlink():
+            return [], 0
+        regular = False
+    if not regular:
+        raise ConfigError(f"{str(file)!r} is no file: expected lines of JSON, or nothing")
     found: list[tuple[str, dict[str, Any]]] = []
     lines = file.read_bytes().split(b"\n")
     for line in lines:

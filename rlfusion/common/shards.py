@@ -17,8 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.hollow import Filling
 
 Whole = TypeVar("Whole", bound=nn.Module)
 
@@ -89,13 +91,19 @@ def put(value: Tensor, ours: Tensor) -> None:
     own(ours).copy_(own(like(value, ours)))
 
 
+def outline(net: Whole) -> Whole:
+    """A network as it was before it was split, without memory for its parameters; one that is not split, itself."""
+    return _outlines.get(net, net)  # type: ignore[return-value]
+
+
 def roots(module: nn.Module) -> list[nn.Module]:
     """The networks in a module that are split."""
     return [part for part in module.modules() if part in _outlines] if _outlines else []
 
 
-def split(net: nn.Module, device: torch.device, exact: bool) -> None:
-    """Give each rank of the default group its rows of the parameters of ``net``, on ``device``, in place.
+def split(net: nn.Module, device: torch.device, exact: bool, filling: Filling | None = None) -> None:
+    """Give each rank of the default group its rows of the parameters of ``net``, on ``device``, in place. Of parameters
+    without memory they are read from where ``filling`` says.
 
     Raises:
         ConfigError: a parameter is a single number; or this torch is too old.
@@ -110,8 +118,30 @@ def split(net: nn.Module, device: torch.device, exact: bool) -> None:
             )
     _split = (DTensor,)
     outline = copy.deepcopy(net, {id(p): _hollow(p) for p in net.parameters()})
+    empty = [place for place in _places(net) if place[2].is_meta]
     _shard(net, device, exact)
     _outlines[net] = outline
+    if empty:
+        _fill(empty, filling or {}, device)
+
+
+_Place = tuple[nn.Module, str, nn.Parameter]
+"""A module, and the name and value of a parameter of its own."""
+
+
+def _places(net: nn.Module) -> Iterator[_Place]:
+    for module in net.modules():
+        yield from ((module, name, p) for name, p in module._parameters.items() if p is not None)
+
+
+def _fill(places: list[_Place], filling: Filling, device: torch.device) -> None:
+    """Read this rank's rows of the parameters that had no memory; what was one parameter in two places still is."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module, name, p in places:
+        if p not in made:
+            own = filling[p](held(len(p))).to(device)
+            made[p] = nn.Parameter(placed(own, p.shape), p.requires_grad)
+        module._parameters[name] = made[p]
 
 
 def _hollow(p: nn.Parameter) -> nn.Parameter:
@@ -142,6 +172,37 @@ def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
             part.set_force_sum_reduction_for_comms(True)
 
 
+class _Together(torch.autograd.Function):
+    """Its inputs, whose gradients then pass together."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def bounded(net: nn.Module) -> None:
+    """Let the gradients of a network that is not split be added up as those of one that is: FSDP2 has what a part does
+    with an input summed before it meets what others do with it. Where an input has three uses and more (as of a U-Net),
+    another order has other last bits.
+    """
+    for part in [*_parts(net), net]:
+        part.register_forward_pre_hook(_bound, with_kwargs=True)
+
+
+def _bound(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    found, form = tree_flatten((args, kwargs))
+    at = [i for i, value in enumerate(found) if isinstance(value, Tensor) and value.requires_grad]
+    if not at or not torch.is_grad_enabled():
+        return None
+    for i, value in zip(at, _Together.apply(*(found[i] for i in at))):
+        found[i] = value
+    return tree_unflatten(found, form)
+
+
 def can_split() -> bool:
     """Whether this torch has an FSDP2 whose sums may be ours."""
     from torch.distributed.fsdp import FSDPModule
@@ -158,6 +219,17 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(child)
 
 
+def largest(net: nn.Module) -> int:
+    """The bytes of the largest part of a network that is gathered at once: of one layer, or of all that is in none."""
+    inside = {p for part in _parts(net) for p in part.parameters()}
+    rest = [p for p in net.parameters() if p not in inside]
+    return max(map(_bytes, [rest, *(list(part.parameters()) for part in _parts(net))]))
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
 def _listed(modules: nn.Module) -> Iterator[nn.Module]:
     for child in modules.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -171,8 +243,8 @@ def copied(net: nn.Module) -> nn.Module:
     twin = copy.deepcopy(_outlines[net])
     held = dict(net.named_parameters())
     _shard(twin, own(next(iter(held.values()))).device, exact=False)
-    state = {name: value.detach().clone() for name, value in net.state_dict().items()}
-    state |= {name: p.detach() for name, p in held.items() if not p.requires_grad}
+    shared = {name: p.detach() for name, p in held.items() if not p.requires_grad}
+    state = {name: shared[name] if name in shared else value.clone() for name, value in net.state_dict().items()}
     twin.load_state_dict(state, assign=True)
     _outlines[twin] = copy.deepcopy(_outlines[net])
     return twin
@@ -187,16 +259,38 @@ def gathered(module: Whole, here: bool) -> Whole:
     """A copy of the module that is not split, on the CPU; itself where nothing in it is. All ranks ask for it together;
     those that do not want it ``here`` get one without memory for its parameters.
     """
-    found: dict[int, Any] = {}
-    for net in roots(module):
-        plain = found[id(net)] = copy.deepcopy(_outlines[net])
-        state: dict[str, Tensor] = {}
-        for name, value in net.state_dict().items():
-            full = whole(value).detach()
-            if here:
-                state[name] = full.to("cpu", copy=True)
-        plain.load_state_dict(state, strict=here, assign=True)
+    found = {id(net): _plain(_outlines[net], net, here) for net in roots(module)}
     return copy.deepcopy(module, found) if found else module
+
+
+def _plain(outline: nn.Module, module: nn.Module, here: bool) -> nn.Module:
+    """What is split in ``module``, of which ``outline`` is the outline, gathered tensor by tensor."""
+    plain = copy.deepcopy(outline)
+    state: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        full = whole(value).detach()
+        if here:
+            state[name] = full.to("cpu", copy=not is_split(value))
+    plain.load_state_dict(state, strict=here, assign=True)
+    return plain
+
+
+def layer(module: nn.Module, name: str, here: bool) -> nn.Module:
+    """A copy of the part of ``module`` of this name, as of ``gathered``: for what has one layer at a time."""
+    part = module.get_submodule(name)
+    for at, net in module.named_modules():
+        if net in _outlines and f"{name}.".startswith(f"{at}." if at else ""):
+            return _plain(_outlines[net].get_submodule(name[len(at) :].lstrip(".")), part, here)
+    return copy.deepcopy(part)
+
+
+def agreed(well: bool) -> bool:
+    """Whether all ranks of the default group say so; where nothing is split, whether this process does."""
+    if not _outlines:
+        return well
+    told = torch.tensor(int(well))
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MIN)
+    return bool(told)
 
 
 class _Tree:

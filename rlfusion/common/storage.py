@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ CAUSES = {
 }
 """Said in place of the system's own words, of what is written."""
 Result = TypeVar("Result")
+Bytes = bytes | memoryview
 
 
 def failure(path: Path, error: OSError, note: str = "") -> StorageError:
@@ -141,6 +142,39 @@ def _write(path: Path, blob: bytes) -> None:
         raise
 
 
+def stream(path: Path, parts: Iterable[Bytes], anyway: bool = False) -> None:
+    """As ``write``, of a content that is made part by part: it is never there as a whole. Within ``silent`` the parts
+    are made nonetheless, and written where that is to be done ``anyway``: no other process writes the same.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if _silent and not anyway:
+        for _ in parts:
+            pass
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        patiently(lambda: part.write_bytes(b""), path)
+        for some in parts:
+            _added(part, some, path)
+        patiently(lambda: _give(part, path), path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def _added(part: Path, content: Bytes, path: Path) -> None:
+    patiently(lambda: _append(part, content), path)
+
+
+def _give(part: Path, path: Path) -> None:
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
 def append(path: Path, content: bytes | str) -> None:
     """Add to the end of a file: all of the content, or nothing.
 
@@ -153,7 +187,7 @@ def append(path: Path, content: bytes | str) -> None:
     patiently(lambda: _append(path, blob), path)
 
 
-def _append(path: Path, blob: bytes) -> None:
+def _append(path: Path, blob: Bytes) -> None:
     held = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         before, rest = os.fstat(held).st_size, memoryview(blob)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import shards
+from rlfusion.common import row_files, shards
 from rlfusion.common.errors import StateError
 
 NONE: Mapping[str, type] = {}
@@ -128,7 +128,7 @@ def _is(value: Any, kind: type) -> bool:
 @dataclass(frozen=True)
 class Weights:
     """The learned tensors of a module after ``version`` updates: a safetensors blob and its SHA-256. Of a network that
-    is split over the ranks, this rank's rows of them, or (``whole``) all.
+    is split over the ranks, this rank's rows of them, or (``whole``) all, or the manifest of ``row_files``.
     """
 
     version: int
@@ -156,6 +156,11 @@ class Weights:
         blob = pack(tensors)
         return cls(version, sha256(blob), blob)
 
+    @classmethod
+    def manifest(cls, version: int, blob: bytes) -> Self:
+        """Those of which ``blob`` is the manifest."""
+        return cls(version, sha256(blob), blob)
+
     @cached_property
     def mark(self) -> object:
         """By which weights that are loaded already are known again."""
@@ -165,12 +170,19 @@ class Weights:
         """Copy the weights into ``module``, as ``restore``.
 
         Raises:
-            WeightsError: the blob's SHA-256 is not the announced one, or a tensor does not fit; nothing is changed.
+            WeightsError: the blob's SHA-256 is not the announced one, or a tensor does not fit; nothing is changed, but
+                where the blob is a manifest and one of its files is the cause.
         """
         found = sha256(self.blob)
         if found != self.sha256:
             raise WeightsError(f"weights of version {self.version}: SHA-256 {found}, expected {self.sha256}")
         ours = {name: shards.own(tensor) for name, tensor in learned(module).items()}
+        if row_files.is_manifest(self.blob):
+            try:
+                row_files.fill(self.blob, self.version, ours)
+            except row_files.Unreadable as error:
+                raise WeightsError(f"weights of version {self.version}: {error}") from error
+            return
         _fill(ours, unpack(self.blob), f"the blob of weights of version {self.version}")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.hollow import Filling
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.data import Dataset, load
@@ -21,14 +22,20 @@ from rlfusion.jobs.pretrain import base_model, seen_data
 from rlfusion.models import pipelines
 from rlfusion.models.autoencoder import encoded
 
+NONE: Filling = {}
+
 
 class Origin(NamedTuple):
-    """The beginning of a fine-tuning; ``data`` is None where none are known."""
+    """The beginning of a fine-tuning; ``data`` is None where none are known. Parameters that the denoiser has no memory
+    for are read by ``filling``. ``folder`` is that of a model that is no pipeline.
+    """
 
     denoiser: Denoiser
     card: models.Card
     judged: Judged | Unjudged
     data: Dataset | None
+    filling: Filling = NONE
+    folder: Path | None = None
 
 
 def pretrained(spec: BaseSpec) -> models.Card | None:
@@ -46,25 +53,30 @@ def pretrained(spec: BaseSpec) -> models.Card | None:
     return None
 
 
-def begin(
-    spec: BaseSpec, device: torch.device, signals: Signals, progress: Progress, place: torch.device | None = None
-) -> Origin:
-    """The base model with its adapters, on ``device`` or, if it is given, at another ``place``; and what belongs to it.
+def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Progress, split: bool = False) -> Origin:
+    """The base model with its adapters on ``device``, and what belongs to it. One that is to be ``split`` over ranks is
+    on the CPU, without memory for what they will read.
 
     Raises:
         ConfigError: settings that cannot work together.
     """
-    card = pretrained(spec)
+    card, filling, base = pretrained(spec), NONE, None
     if card is not None:
-        denoiser = models.build(card, device=device)
+        if split:
+            denoiser, _, filling = models.build_hollow(card, device)
+        else:
+            denoiser = models.build(card, device=device)
         judged: Judged | Unjudged = Unjudged(card.shape, card.names, card.metadata)
         data = None
     else:
         base = Path(spec.name) if spec.name else base_model(spec.pretrain, spec.root, device, signals, progress)
-        denoiser, card = models.load(base)
+        if split:
+            denoiser, card, filling = models.load_hollow(base)
+        else:
+            denoiser, card = models.load(base)
         held = load(spec.pretrain.data, spec.pretrain.size, progress.say)
         judged = Judged.of(held, spec.pretrain.held_out, spec.root, device)
         data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
     denoiser.precision = spec.precision
     models.adapt(denoiser, card, spec.lora, spec.seed)
-    return Origin(denoiser.to(place or device), card, judged, data)
+    return Origin(denoiser if split else denoiser.to(device), card, judged, data, filling, base)

@@ -1,12 +1,13 @@
 """Trajectories for the learner, step by step, from a backend that may run ahead of it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from rlfusion.common import shards, storage
-from rlfusion.common.weights import Live, Weights
+from rlfusion.common.weights import Weights
+from rlfusion.jobs import publishing
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rl.guard import Config as Guards
@@ -15,6 +16,7 @@ from rlfusion.rollout.item import lag_at
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.stages import IDLE, PUBLISH, ROLLOUT, stage
 
+NOWHERE = Path()
 LAGS = 100
 """Rollouts whose lags the histogram shows."""
 
@@ -28,9 +30,17 @@ class Collector:
     """
 
     def __init__(
-        self, backend: Backend, spec: Collecting, rewards: RewardSpec, prompts: int, start: int, device: torch.device
+        self,
+        backend: Backend,
+        spec: Collecting,
+        rewards: RewardSpec,
+        prompts: int,
+        start: int,
+        device: torch.device,
+        folder: Path = NOWHERE,
     ) -> None:
-        self.backend, self.spec, self.rewards = backend, spec, rewards
+        """``folder`` is the run's, for weights that go to workers in files."""
+        self.folder, self.backend, self.spec, self.rewards = folder, backend, spec, rewards
         self.prompts, self.start, self.device = prompts, start, device
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
@@ -38,14 +48,9 @@ class Collector:
         self.slowed: list[int] = []
 
     def acting(self, policy: nn.Module, version: int) -> Weights:
-        """The learner's weights, for walks to come. In this process, and not ahead of the learner, all that act under
-        them are collected before they change again: they need not be packed. Of a network that is split,
-        workers elsewhere get all, which the ranks gather together.
-        """
-        workers = self.spec.rollout.workers
-        if workers and shards.roots(policy):
-            return Weights.whole(policy, version, here=storage.writes())
-        return Live(policy, version) if not workers and not self.spec.rollout.lag else Weights.of(policy, version)
+        """The learner's weights, for walks to come."""
+        rollout = self.spec.rollout
+        return publishing.acting(policy, version, bool(rollout.workers), rollout.lag, self.folder)
 
     def publish(self, weights: Weights) -> None:
         """Send out the steps whose version these weights are."""
@@ -60,7 +65,7 @@ class Collector:
             if self.version(step) == weights.version:
                 self.pending[step] = self.backend.submit(self.items(step, weights.version), weights)
         for old in [v for v in self.published if v < weights.version - self.spec.rollout.lag]:
-            del self.published[old]
+            publishing.discard(self.published.pop(old))
 
     def version(self, step: int) -> int:
         """The version that acts in a step."""

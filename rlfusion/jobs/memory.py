@@ -9,6 +9,8 @@ backward pass, each storage once, measured at b = 1 and 2 and a straight line fr
     (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
          part that is made again at once
     (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
+    (5)  of a network that is split over N ranks, (1) and (2) / N; and its largest layer whole, twice: that which
+         computes, and the next, which is gathered meanwhile. (3) and (4) are not measured
 
 Scratch space of single operations is not counted, and nothing that the reward itself takes.
 """
@@ -32,7 +34,7 @@ Estimate = dict[str, int]
 
 
 class Holds(NamedTuple):
-    """What a fine-tuning holds beside its model: see Eq. (1) to (4).
+    """What a fine-tuning holds beside its model: see Eq. (1) to (5).
 
     Attributes:
         here: rollouts are collected in this process, with a copy of what is trained.
@@ -121,7 +123,7 @@ def decoding(policy: Policy, shape: tuple[int, ...], count: int) -> int:
 
 
 def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, shape: tuple[int, ...]) -> Estimate:
-    """Eq. (1) to (4) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
+    """Eq. (1) to (5) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
     sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in denoiser.parameters()]
     trained = sum(size for wanted, size in sizes if wanted)
     frozen = sum(size for wanted, size in sizes if not wanted)
@@ -131,7 +133,8 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     vae = getattr(policy.space, "vae", None)
     found = of_weights(holds._replace(watched=holds.watched and noisy), frozen, trained, moments)
     found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
-    if shards.roots(denoiser):
+    for net in shards.roots(denoiser):
+        found["layers that are gathered"] = 2 * shards.largest(net)
         return found
     found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
     if holds.decodes:

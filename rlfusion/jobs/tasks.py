@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from rlfusion import models
+from rlfusion.common import shards
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import pack, unpack
 from rlfusion.config import Finetune
 from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.measure import reward_parts
 from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
@@ -25,7 +29,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
     set_numerics(config["threads"], config["device"], config["deterministic"], config["tf32"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
-    denoiser = models.build(card)
+    denoiser = _based(config["base"]) if "base" in config else models.build(card)
     denoiser.precision = config["precision"]
     models.adapt(denoiser, card, config["lora"])
     models.load_space(denoiser, blobs.get("space"))
@@ -39,6 +43,18 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     if "policy" in blobs:
         policy.load_state_dict(unpack(blobs["policy"]))
     return _task(_Walks(chain, spec, config["reward_name"], config["masked"]), card, policy, reward, config["device"])
+
+
+def _based(base: dict[str, str]) -> Denoiser:
+    """The base model of a network that is split over ranks, which has no process that could send it.
+
+    Raises:
+        ConfigError: it is not there, or another one.
+    """
+    path = Path(base["path"])
+    if models.digest(path) != base["sha256"]:
+        raise ConfigError(f"base {str(path)!r} is another model here than where the ranks learn")
+    return models.load(path)[0]
 
 
 def make_task(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward) -> Task:
@@ -101,8 +117,8 @@ def recipe(
         "rollout_spec": asdict(spec.rollout),
     }
     blobs = {"reward": pack(reward_parts(reward)), **models.space_blob(policy.space)}
-    if spec.lora and not card.pipeline:
-        # a pipeline has them in its files; else each version of the weights is all of them
+    if spec.lora and not card.pipeline and not shards.roots(policy):
+        # else a pipeline has them in its files, as the base of a split network; or each version is all of them
         blobs["policy"] = pack(policy.state_dict())
     return Recipe("rlfusion.jobs.tasks:build_task", described, blobs)
 

@@ -7,7 +7,18 @@ and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that
 from rlfusion.models import autoencoder, lora, pipelines
 from rlfusion.models.build import NETS, SCHEDULES, adapt, build, initial, make_net, require_trainable
 from rlfusion.models.card import Card, Config
-from rlfusion.models.load import describe, digest, find, load, load_card, load_into, load_space
+from rlfusion.models.load import (
+    Hollow,
+    build_hollow,
+    describe,
+    digest,
+    find,
+    load,
+    load_card,
+    load_hollow,
+    load_into,
+    load_space,
+)
 from rlfusion.models.save import FORMAT, UNSEALED, save, space_blob
 from rlfusion.models.seal import require_seal, sealed
 
@@ -18,15 +29,18 @@ __all__ = [
     "UNSEALED",
     "Card",
     "Config",
+    "Hollow",
     "adapt",
     "autoencoder",
     "build",
+    "build_hollow",
     "describe",
     "digest",
     "find",
     "initial",
     "load",
     "load_card",
+    "load_hollow",
     "load_into",
     "load_space",
     "lora",

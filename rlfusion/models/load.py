@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from rlfusion.common import hollow
 from rlfusion.common.code_files import found_again
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import read_file, sha256, unpack
@@ -15,7 +17,8 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.models import pipelines
 from rlfusion.models.build import build
 from rlfusion.models.card import Card, Config
-from rlfusion.models.save import FORMAT, UNSEALED
+from rlfusion.models.save import FORMAT, UNSEALED, WEIGHTS
+from rlfusion.models.seal import digest as digest_of
 from rlfusion.models.seal import require_files, require_seal
 
 
@@ -145,16 +148,77 @@ def load(path: Path) -> tuple[Denoiser, Card]:
     card, folder, about = load_card(path), find(path), _read_about(path)[0]
     if card.pipeline:
         return build(card), card
+    denoiser = _built(card, folder)
+    load_into(denoiser, folder / WEIGHTS, about.get("sha256"))
+    _load_space(denoiser, card, folder, about)
+    return denoiser, card
+
+
+class Hollow(NamedTuple):
+    """A model whose network has no memory for its parameters, and where the rows of each are."""
+
+    denoiser: Denoiser
+    card: Card
+    filling: hollow.Filling
+
+
+def load_hollow(path: Path) -> Hollow:
+    """The model that ``path`` names, which is no pipeline, for ranks over which its network is split.
+
+    Raises:
+        ConfigError: as ``load``; or a network that makes buffers of its parameters.
+    """
+    card, folder, about = load_card(path), find(path), _read_about(path)[0]
+    with hollow.parameters():
+        denoiser = _built(card, folder)
+    hollow.require_buffers(denoiser, f"net = {card.config.net!r}")
+    filling = _filling(denoiser, folder / WEIGHTS, about.get("sha256"))
+    _load_space(denoiser, card, folder, about)
+    return Hollow(denoiser, card, filling)
+
+
+def build_hollow(card: Card, device: torch.device | str = "cpu") -> Hollow:
+    """The same of a pretrained pipeline, whose prompts are encoded on ``device``.
+
+    Raises:
+        ConfigError: as ``build``; or files of weights that are not the network's.
+    """
+    denoiser, filling = pipelines.build_hollow(card.pipeline, card.names, device)
+    return Hollow(denoiser, card, filling)
+
+
+def _built(card: Card, folder: Path) -> Denoiser:
     try:
-        denoiser = build(card)
+        return build(card)
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{str(folder / 'model.json')!r} describes no model: {error}") from error
-    modules = {"weights": (denoiser, about.get("sha256"))}
+
+
+def _load_space(denoiser: Denoiser, card: Card, folder: Path, about: dict) -> None:
     if card.autoencoder:
-        modules["space"] = (denoiser.space.module, about.get("space_sha256"))
-    for name, (module, stated) in modules.items():
-        load_into(module, folder / f"{name}.safetensors", stated)
-    return denoiser, card
+        load_into(denoiser.space.module, folder / "space.safetensors", about.get("space_sha256"))
+
+
+def _filling(denoiser: Denoiser, file: Path, stated: Any) -> hollow.Filling:
+    """As ``load_into``, of which rows are read when they are wanted."""
+    _require_stated(file, stated)
+    try:
+        if digest_of(file) != stated:
+            raise ConfigError(_damaged(file))
+        return hollow.filling(denoiser, hollow.Files.of(file), {name: name for name in denoiser.state_dict()})
+    except (OSError, SafetensorError, hollow.Misfit) as error:
+        raise ConfigError(f"weights {str(file)!r} cannot be loaded: {error}") from error
+
+
+def _require_stated(file: Path, stated: Any) -> None:
+    if not isinstance(stated, str):
+        raise ConfigError(
+            f"weights {str(file)!r}: their description states no SHA-256, expected a model as it was saved"
+        )
+
+
+def _damaged(file: Path) -> str:
+    return f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {file.parent.name}"
 
 
 def load_into(module: nn.Module, file: Path, stated: Any) -> None:
@@ -163,14 +227,11 @@ def load_into(module: nn.Module, file: Path, stated: Any) -> None:
     Raises:
         ConfigError: no file, weights of another architecture, or not of the stated SHA-256; or none is stated.
     """
-    if not isinstance(stated, str):
-        raise ConfigError(
-            f"weights {str(file)!r}: their description states no SHA-256, expected a model as it was saved"
-        )
+    _require_stated(file, stated)
     try:
         blob = read_file(file)
         if sha256(blob) != stated:
-            raise ConfigError(f"weights {str(file)!r} are damaged: they do not match the SHA-256 in {file.parent.name}")
+            raise ConfigError(_damaged(file))
         module.load_state_dict(unpack(blob))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"weights {str(file)!r} cannot be loaded: {error}") from error

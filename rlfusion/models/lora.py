@@ -10,20 +10,24 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save as serialized
-from torch import nn
+from torch import Tensor, nn
 
-from rlfusion.common import shards, spec, storage
+from rlfusion.common import shards, spec, storage, streamed
 from rlfusion.common.errors import ConfigError, require_positive, shorten, unknown
+from rlfusion.common.hollow import standing_in
 from rlfusion.common.seeding import integer
+from rlfusion.common.streamed import Part, part
 from rlfusion.common.weights import ADAPTER
 from rlfusion.models.lora_dropout import Acting, Dropout
 
 Whole = TypeVar("Whole", bound=nn.Module)
+BASE = "base_layer."
+"""What the names of a layer's own tensors begin with once it has adapters."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
         target_modules="|".join(map(re.escape, layers)),  # a list would mean ends of names
     )
-    with torch.random.fork_rng(devices=[]):
+    with standing_in(net), torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(seed, "adapters"))
         inject_adapter_in_model(config, net)
     if settings.dropout:
@@ -103,7 +107,7 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
 def _drop(net: nn.Module, p: float) -> None:
     """Give the adapters of ``net`` our dropout; in the settings that peft saves there is none."""
     acting = Acting()
-    for name, layer in _adapted(net):
+    for name, layer in layers_of(net):
         spatial = 2 if isinstance(layer.get_base_layer(), nn.Conv2d) else 0
         layer.lora_dropout["default"] = Dropout(p, layer.in_features, name, spatial, acting)
 
@@ -124,16 +128,16 @@ def _layers(net: nn.Module, targets: str) -> list[str]:
 
 def merged(denoiser: Whole) -> Whole:
     """A copy with the adapters merged into the weights; the denoiser itself where it has none."""
-    if not _adapted(denoiser):
+    if not layers_of(denoiser):
         return denoiser
     whole = copy.deepcopy(denoiser)
-    for name, layer in _adapted(whole):
+    for name, layer in layers_of(whole):
         layer.merge()
         whole.set_submodule(name, layer.get_base_layer())
     return whole
 
 
-def _adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers with adapters, and their names."""
     if not any(ADAPTER in name for name in module.state_dict()):
         return []
@@ -142,16 +146,47 @@ def _adapted(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
+def parts(denoiser: nn.Module, here: bool) -> dict[str, Part]:
+    """The tensors of what ``merged`` gives, which are made one at a time. All ranks make those of what is split
+    together, and in one order; those that do not want them ``here`` get nothing in them.
+    """
+    layers = dict(layers_of(denoiser))
+    found: dict[str, Part] = {}
+    for name, tensor in denoiser.state_dict().items():
+        at = next((at for at in layers if name.startswith(f"{at}.")), "")
+        if not at:
+            found[name] = part(tensor, partial(_whole, tensor, here))
+        elif (inner := name.removeprefix(f"{at}.")).startswith(BASE):
+            make = partial(_merged, denoiser, at, here) if inner == f"{BASE}weight" else partial(_whole, tensor, here)
+            found[f"{at}.{inner.removeprefix(BASE)}"] = part(tensor, make)
+    return found
+
+
+def _whole(tensor: Tensor, here: bool) -> Tensor:
+    full = shards.whole(tensor).detach()
+    return full if here else torch.empty(0)
+
+
+def _merged(denoiser: nn.Module, name: str, here: bool) -> Tensor:
+    """The weight of the layer ``name`` with its adapters merged into it."""
+    layer: Any = shards.layer(denoiser, name, here)
+    if not here:
+        return torch.empty(0)
+    layer.merge()
+    return layer.get_base_layer().weight
+
+
 def save(folder: Path, net: nn.Module) -> None:
-    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``. One that
-    is split is gathered, for which all ranks call this.
+    """Write the adapters of ``net`` as peft does: ``adapter_config.json`` and ``adapter_model.safetensors``. Those that
+    are split are gathered, for which all ranks call this.
     """
     from peft import get_peft_model_state_dict
 
-    net = shards.gathered(net, here=storage.writes())
-    if not storage.writes():
-        return
     storage.make_folder(folder)
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(net).items()}
-    storage.write(folder / "adapter_model.safetensors", serialized(held))
-    storage.patiently(lambda: net.peft_config["default"].save_pretrained(str(folder)), folder)
+    held = {
+        name: part(tensor, partial(_whole, tensor, storage.writes()))
+        for name, tensor in get_peft_model_state_dict(net).items()
+    }
+    streamed.write(folder / "adapter_model.safetensors", held)
+    if storage.writes():
+        storage.patiently(lambda: net.peft_config["default"].save_pretrained(str(folder)), folder)

@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion.common import shards, storage
+from rlfusion.common import storage, streamed
 from rlfusion.common.weights import pack, sha256
 from rlfusion.diffusion.space import Space
 from rlfusion.models import lora, pipelines
@@ -15,6 +13,7 @@ from rlfusion.models.autoencoder import Latents
 from rlfusion.models.card import Card
 from rlfusion.models.seal import digest, sealed
 
+WEIGHTS = "weights.safetensors"
 FORMAT, UNSEALED = "rlfusion-model-2", "rlfusion-model-1"
 """``model.json`` as it is written, with a digest of itself, and as earlier versions wrote it, without."""
 
@@ -26,32 +25,22 @@ def space_blob(space: Space) -> dict[str, bytes]:
 
 def save(folder: Path, denoiser: nn.Module, card: Card) -> None:
     """Write a model folder, with its autoencoder if it has one; each file appears whole or not at all. Adapters are
-    merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written. What is
-    split over ranks is gathered, for which all of them call this.
+    merged into the weights, and kept beside them; of a pretrained pipeline diffusers' own files are written. Tensors
+    are written one at a time; of what is split over ranks all of them make each together, and so call this.
     """
-    denoiser = shards.gathered(denoiser, here=storage.writes())
-    if not storage.writes():
-        return
     storage.make_folder(folder)
     if card.pipeline:
-
-        def write() -> dict[str, Any]:
-            try:
-                return pipelines.save(folder, denoiser.net, denoiser.space, card.pipeline)
-            except SafetensorError as error:
-                raise OSError(*storage.told(str(error))) from error
-
-        made = replace(card, pipeline=storage.patiently(write, folder))
-        files = {name: digest(folder / name) for name in _files(folder)}  # of diffusers
-        storage.write(folder / "model.json", sealed({"format": FORMAT, **made.to_json(), "files": files}))
+        made = replace(card, pipeline=pipelines.save(folder, denoiser.net, denoiser.space, card.pipeline))
+        if storage.writes():
+            files = {name: digest(folder / name) for name in _files(folder)}  # of diffusers
+            storage.write(folder / "model.json", sealed({"format": FORMAT, **made.to_json(), "files": files}))
         return
-    denoiser = lora.merged(denoiser)
-    blob, space = pack(denoiser.state_dict()), space_blob(denoiser.space)
-    about = {"format": FORMAT, **card.to_json(), "sha256": sha256(blob)}
-    about |= {f"{name}_sha256": sha256(content) for name, content in space.items()}
-    contents = {f"{name}.safetensors": content for name, content in {"weights": blob, **space}.items()}
-    for name, content in (contents | {"model.json": sealed(about)}).items():
-        storage.write(folder / name, content)
+    weights = streamed.write(folder / WEIGHTS, lora.parts(denoiser, storage.writes()))
+    about = {"format": FORMAT, **card.to_json(), "sha256": weights}
+    for name, content in space_blob(denoiser.space).items():
+        about[f"{name}_sha256"] = sha256(content)
+        storage.write(folder / f"{name}.safetensors", content)
+    storage.write(folder / "model.json", sealed(about))
 
 
 def _files(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ class Captions(nn.Module):
         rows = [words(caption) for caption in captions]
         longest = max(map(len, rows))
         padded = [row + [EMPTY] * (longest - len(row)) for row in rows]
-        self.table = torch.tensor(padded, dtype=torch.int64, device=self.none.device)
+        self.table = torch.tensor(padded, dtype=torch.int64, device=self.table.device)
 
     def forward(self, index: Tensor) -> Tensor:
         """Each caption of the batch is encoded once."""

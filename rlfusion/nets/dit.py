@@ -117,7 +117,7 @@ class DiT(nn.Module):
         self.label = nn.Embedding(classes + 1, width)
         self.enter = nn.Linear(size, width)
         at = positions(shape[1] // patch, shape[2] // patch, width)
-        self.register_buffer("positions", at.to(self.enter.weight), persistent=False)
+        self.register_buffer("positions", at.to(self.enter.weight.dtype), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulate, self.norm = nn.Linear(width, 2 * width), Norm(width)
         self.leave = nn.Linear(width, size)

@@ -2,7 +2,7 @@
 
 bundle.json             run, item, prompts, version and SHA-256 of the weights, the recipe of the task with the files
                         of the user's own code, how the item failed on each worker, the numerics of the driver
-weights.safetensors     the weights that acted
+weights.safetensors     the weights that acted, or the manifest of the files of them that lie beside it
 part-NAME.safetensors   each blob of the recipe
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 
-from rlfusion.common import storage
+from rlfusion.common import row_files, storage
 from rlfusion.common.code_files import receive, texts_of
 from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.common.numerics import fingerprint
@@ -77,6 +77,8 @@ class Keep(NamedTuple):
         }
         for name, blob in parts.items():
             storage.write(folder / name, blob)
+        if row_files.is_manifest(weights.blob):
+            row_files.keep(weights.blob, folder)
         storage.write(folder / FILE, json.dumps(record, indent=1))
         return folder
 
@@ -105,6 +107,8 @@ class Bundle:
         try:
             blobs = {name: _part(folder, name, digest) for name, digest in record["sha256"].items()}
             weights = Weights(record["weights"]["version"], record["weights"]["sha256"], blobs.pop(WEIGHTS))
+            if row_files.is_manifest(weights.blob):
+                weights = Weights.manifest(weights.version, row_files.moved(weights.blob, folder))
             parts = {name.removeprefix("part-").removesuffix(".safetensors"): blob for name, blob in blobs.items()}
             return cls(
                 run=record["run"],

@@ -80,6 +80,7 @@ class Worker:
 
     def load(self, weights: Weights) -> None:
         """Act under these weights from here on."""
+        self.acting = Acted(self.acting.run, -1, "")  # what is read file by file may on the way be of two versions
         weights.load_into(self.task.policy)
         self.acting = Acted(self.acting.run, weights.version, weights.sha256)
 

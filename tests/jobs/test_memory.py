@@ -26,7 +26,7 @@ def peak(call) -> int:
 
 
 def begun(config: Finetune, root):
-    denoiser, card, _, _ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
+    denoiser, card, *_ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     policy = config.chain.policy(denoiser, card.names)
     shape = policy.space.latent(card.shape)
     return memory.estimate(opened(config).holds, denoiser, policy, config.chain.times(denoiser), shape), card, policy

@@ -210,7 +210,7 @@ def test_a_worker_rebuilds_the_same_walks(policy):
 def test_low_precision_is_the_networks_alone(dtype, root, tiny_pipelines):
     config = settings(tiny_pipelines["sd"], "ddpo", root, lora=LORA)
     config = replace(config, pipeline=replace(config.pipeline, dtype=dtype))
-    denoiser, card, _, _ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
+    denoiser, card, *_ = base_model.begin(opened(config).base, torch.device("cpu"), Signals(), Progress())
     kinds = {p.dtype for p in denoiser.parameters() if not p.requires_grad}
     assert kinds == {getattr(torch, dtype)}
     assert {p.dtype for p in denoiser.parameters() if p.requires_grad} == {torch.float32}

@@ -10,6 +10,7 @@ from ranked_jobs import job, jobs_on_ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY
 
+from rlfusion.common import shards
 from rlfusion.training.ranks import Ranks, joined
 
 REWARD = """
@@ -54,6 +55,9 @@ def test_two_ranks_ask_a_reward_as_often_as_one_process_and_find_the_same(tmp_pa
     of_ranks = asked(tmp_path)
     assert of_ranks["0"] + of_ranks["1"] == alone + TRIED
     assert of_ranks["1"] == 4 * 14 + TRIED  # items of 10 and 4 walks in each of 4 rollouts: it evaluates nothing
+    if shards.can_split():
+        jobs_on_ranks(2, tmp_path, (*RUN, "--learner.shard", "fsdp", "--name", "split"))
+        assert sum(asked(tmp_path).values()) == alone + TRIED
     one, two = (load_file(f"runs/{name}/model/weights.safetensors") for name in ("one", "two"))
     assert all(bool((one[name] == two[name]).all()) for name in one)
     told = [Path(f"runs/{name}/metrics.jsonl").read_text().splitlines() for name in ("one", "two")]

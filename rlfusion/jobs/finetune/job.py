@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common import shards
+from rlfusion.common import row_files, shards
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries, sha256, unpack
@@ -19,7 +19,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import require_independent
-from rlfusion.jobs import base_model, memory
+from rlfusion.jobs import base_model, memory, publishing
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure
 from rlfusion.jobs.monitored import Monitored
@@ -55,6 +55,8 @@ class Job:
     guarded: Guarded
     monitor: RunMonitor
     before: dict[str, float]
+    base: Path | None = None
+    """The folder of the base model, unless it is a pipeline."""
 
     @property
     def folder(self) -> Path:
@@ -146,7 +148,10 @@ class Job:
 
     def _tensors(self, weights: Weights) -> dict[str, Tensor]:
         """The tensors of some weights, split as the policy is where these are one rank's."""
-        ours, held = learned(self.learner.policy), unpack(weights.blob)
+        ours = learned(self.learner.policy)
+        if row_files.is_manifest(weights.blob):
+            return row_files.own(row_files.Manifest.unpacked(weights.blob), current().rank, ours)
+        held = unpack(weights.blob)
         if self.config.rollout.workers:
             return held
         return {name: shards.of_own(value, ours[name]) for name, value in held.items()}
@@ -159,7 +164,11 @@ class Job:
         """
         ours = learned(self.learner.policy)
         require_entries(tensors, ours, f"the weights of version {version}")
-        if self.config.rollout.workers:
+        workers = bool(self.config.rollout.workers)
+        if publishing.in_files(self.learner.policy, workers):
+            split = {name: shards.like(value, ours[name]) for name, value in tensors.items()}
+            return publishing.filed(split, version, self.folder)
+        if workers:
             return Weights.packed(version, {name: shards.whole(value) for name, value in tensors.items()})
         own = {name: shards.own(shards.like(value, ours[name])) for name, value in tensors.items()}
         return Weights.packed(version, own)
@@ -191,9 +200,8 @@ def find(
     """
     device = pick_device(config.device)
     config.chain.make_kernel()
-    place = torch.device("cpu") if config.learner.split else device
-    origin = base_model.begin(parts.base, device, signals, progress, place)
-    denoiser, card, judged, _ = origin
+    origin = base_model.begin(parts.base, device, signals, progress, config.learner.split)
+    denoiser, card, judged, *_ = origin
     require_solvable(denoiser, config.chain)
     made = from_actors(actors or {}, task_info(card.names, card.shape, card.metadata), config.ray.limits.item_s)
     reward = judged.reward(config.reward, parts.rewards.options, parts.base.root, config.call_options, made)
@@ -210,11 +218,13 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     Raises:
         ConfigError: settings that cannot work together.
     """
-    (denoiser, card, judged, data), reward = found
+    (denoiser, card, judged, data, filling, base), reward = found
     folder = run.folder
     if config.learner.split:
-        shards.split(denoiser.net, pick_device(config.device), current().exact)
+        shards.split(denoiser.net, pick_device(config.device), current().exact, filling)
         denoiser.to(pick_device(config.device))  # what is beside the parameters
+    elif current().exact:
+        shards.bounded(denoiser.net)
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     if card.pipeline:
         held = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
@@ -230,7 +240,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
-    return Job(config, parts, *about, {})
+    return Job(config, parts, *about, {}, base)
 
 
 def make_learner(

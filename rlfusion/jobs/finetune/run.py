@@ -23,7 +23,8 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
-from rlfusion.diffusion.policy import Policy, frozen_copy
+from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.jobs import publishing
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import anew
 from rlfusion.jobs.finetune.job import Job, find, prepare
@@ -87,11 +88,13 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         with _backend(job, actors, ranks) as backend:
             _require_room(job, backend)
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
-            collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device)
+            collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device, folder)
+            publishing.clear(job.policy, bool(parts.workers.count), folder)
             _begin(job, collector, found, progress)
             done = _improve(job, collector, signals, progress)
             if ranks.of_first(bool(signals.requested)):
                 signals.check()
+        publishing.clear(job.policy, bool(parts.workers.count), folder)
         return _finish(job, done)
 
 
@@ -114,19 +117,20 @@ def _backend(job: Job, actors: dict[str, list[str]], ranks: Ranks) -> Backend:
     workers = bool(job.config.rollout.workers)
     if shards.roots(job.policy) and not workers:
         return InStep(_acting(job), ranks)
-    policy = shards.gathered(job.policy, here=ranks.rank == 0) if job.config.lora else job.policy
     if ranks.count == 1:
-        return _own_backend(job, policy, actors)
-    inner = None if workers and ranks.rank else _own_backend(job, policy, actors)
+        return _own_backend(job, actors)
+    inner = None if workers and ranks.rank else _own_backend(job, actors)
     return AmongRanks(inner, ranks, workers, bool(shards.roots(job.policy)))
 
 
-def _own_backend(job: Job, policy: Policy, actors: dict[str, list[str]]) -> Backend:
+def _own_backend(job: Job, actors: dict[str, list[str]]) -> Backend:
     """In this process a pretrained model shares what is not trained with its copy."""
     parts, device = job.parts, pick_device(job.config.device)
     if job.card.pipeline and not job.config.rollout.workers:
         return _acting(job)
-    described = recipe(parts.task, parts.workers, job.card, policy, job.reward, device, actors)
+    described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
+    if shards.roots(job.policy) and job.base is not None:
+        described.config["base"] = {"path": str(job.base.resolve()), "sha256": models.digest(job.base)}
     keep = Keep(job.folder / FAILED, job.folder.name, job.card.names)
     return make_backend(described, parts.workers.backend, keep)
 
@@ -138,7 +142,8 @@ def _acting(job: Job) -> Local:
 
 def _require_room(job: Job, backend: Backend) -> None:
     """Refuse rollouts that do not fit where they run, before any."""
-    weights = sum(t.numel() * t.element_size() for t in learned(job.policy).values())
+    tensors = {} if publishing.in_files(job.policy, bool(job.parts.workers.count)) else learned(job.policy)
+    weights = sum(t.numel() * t.element_size() for t in tensors.values())
     rollout, latent = job.config.rollout, math.prod(job.policy.space.latent(job.card.shape))
     walks = min(rollout.item, rollout.prompts * rollout.samples_per_prompt)
     answer = answer_bytes(walks, len(job.times) - 1, latent, job.parts.task.rollout)

@@ -5,7 +5,7 @@ from rlfusion.models.pipelines.export import save
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, parameters, shape
 from rlfusion.models.pipelines.hub import family as family_of
-from rlfusion.models.pipelines.model import LORA, build, outline, placed
+from rlfusion.models.pipelines.model import LORA, build, build_hollow, outline, placed
 from rlfusion.models.pipelines.parity import Whole, published
 from rlfusion.models.pipelines.prompts import Prompts
 from rlfusion.models.pipelines.prompts import read as read_prompts
@@ -24,6 +24,7 @@ __all__ = [
     "Settings",
     "Whole",
     "build",
+    "build_hollow",
     "defaults",
     "family_of",
     "folder",

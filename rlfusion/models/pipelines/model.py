@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +30,14 @@ from torch import Tensor, nn
 
 from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
+from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import hub, lengths
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
 from rlfusion.models.pipelines.family import SEQUENCE, Family, Net, plain_grid
+from rlfusion.models.pipelines.hollow import merged, network
 from rlfusion.models.pipelines.scheduler import Sampling, read
 from rlfusion.models.pipelines.space import Decoded
 
@@ -45,6 +47,7 @@ KEPT_AS = 2
 PARTS, PART = 64, 2**16
 """How many parts of a file of weights its fingerprint reads, and their bytes."""
 
+NONE: Mapping[str, nn.Module] = {}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,8 +72,11 @@ class Published:
         return self.sampling.around(denoiser)
 
 
-def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | str = "cpu") -> Denoiser:
-    """The denoiser of ``about`` for ``prompts``, with its weights, on the CPU; prompts are encoded on ``device``.
+def build(
+    about: dict[str, Any], prompts: Sequence[str], device: torch.device | str = "cpu", given: nn.Module | None = None
+) -> Denoiser:
+    """The denoiser of ``about`` for ``prompts``, with its weights, on the CPU; prompts are encoded on ``device``. Where
+    a network is ``given`` its weights are not read.
 
     Raises:
         ConfigError: no such pipeline, one of another family, or a setting that it cannot follow.
@@ -79,8 +85,9 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     family = hub.family(path, about.get("family", ""))
     read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
     _require_no_negatives(path, family, about)
-    pipe, conditions = _conditions(path, family, about, prompts, device)
-    model = getattr(adapted(pipe, about["adapters"]), family.network)
+    read_by = functools.partial(load, path, about, given={} if given is None else {family.network: given})
+    pipe, conditions = _conditions(read_by, path, family, about, prompts, device)
+    model = getattr(adapted(pipe, about["adapters"]) if given is None else pipe, family.network)
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
     how = (about["decode"], family.normalises, DTYPES[about.get("vae_dtype", "float32")])
@@ -91,6 +98,36 @@ def build(about: dict[str, Any], prompts: Sequence[str], device: torch.device | 
     if family.embeds(model.config):
         denoiser.weights = (-math.inf, math.inf)
     return denoiser
+
+
+def build_hollow(
+    about: dict[str, Any], prompts: Sequence[str], device: torch.device | str = "cpu"
+) -> tuple[Denoiser, Filling]:
+    """The same without memory for the parameters of the network; and where the rows of each are.
+
+    Raises:
+        ConfigError: as ``build``; or files of weights that are not the network's.
+    """
+    path = hub.folder(about["name"], about["variant"])
+    family = hub.family(path, about.get("family", ""))
+    model, filling = network(path, family.network, DTYPES[about["dtype"]], about["variant"])
+    denoiser = build(about, prompts, device, model)
+    if about["adapters"]:
+        pipe = load(path, about, without=family.texts, given={family.network: model})
+        filling = merged_all(pipe, model, filling, about["adapters"])
+    return denoiser, filling
+
+
+def merged_all(pipe: Any, model: nn.Module, filling: Filling, adapters: Sequence[str]) -> Filling:
+    """Where the rows of the network of a pipeline are with the adapters of these folders merged into its weights.
+
+    Raises:
+        ConfigError: as ``adapted``.
+    """
+    for place in adapters:
+        filling = merged(model, filling, functools.partial(put_on, pipe, place))
+        pipe.unload_lora_weights()
+    return filling
 
 
 def outline(about: dict[str, Any]) -> Denoiser:
@@ -133,17 +170,26 @@ def adapted(pipe: Any, adapters: Sequence[str]) -> Any:
         ConfigError: there are none, or none that fit.
     """
     for place in adapters:
-        try:
-            pipe.load_lora_weights(place, weight_name=LORA)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"adapters {str(Path(place) / LORA)!r} cannot be loaded: {error}") from error
+        put_on(pipe, place)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     return pipe
 
 
-def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
-    """The pipeline, all of it or without some components, on the CPU.
+def put_on(pipe: Any, place: str) -> None:
+    """Give the pipeline the adapters of a folder.
+
+    Raises:
+        ConfigError: there are none, or none that fit.
+    """
+    try:
+        pipe.load_lora_weights(place, weight_name=LORA)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"adapters {str(Path(place) / LORA)!r} cannot be loaded: {error}") from error
+
+
+def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: Mapping[str, nn.Module] = NONE) -> Any:
+    """The pipeline, all of it or without some components, on the CPU. Those that are ``given`` are not read.
 
     Raises:
         ConfigError: its files cannot be read.
@@ -157,6 +203,7 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
             dtype=DTYPES[about["dtype"]],
             local_files_only=True,
             **absent,
+            **given,
         )
     except hub.DAMAGED as error:
         if isinstance(foreseen(error), OutOfMemory):
@@ -165,15 +212,22 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = ()) -> Any:
 
 
 def _conditions(
-    path: Path, family: Family, about: dict[str, Any], prompts: Sequence[str], device: torch.device | str
+    read_by: Callable[..., Any],
+    path: Path,
+    family: Family,
+    about: dict[str, Any],
+    prompts: Sequence[str],
+    device: torch.device | str,
 ) -> tuple[Any, Conditions]:
-    """The pipeline without what reads prompts, and their embeddings, from the cache or computed and kept there."""
+    """The pipeline, as ``load`` reads it, without what reads prompts; and their embeddings, from the cache or computed
+    and kept there.
+    """
     texts, folder = Texts.of(prompts, about["negatives"]), _cached(path, family, about, prompts)
     distinct, told = list(dict.fromkeys((*texts.prompt, *filter(None, texts.negative)))), _sequence(about)
     lengths.report(path, family, distinct, **told)
     if folder is not None and (held := kept(folder, texts)) is not None:
-        return load(path, about, without=family.texts), held
-    pipe = load(path, about)
+        return read_by(without=family.texts), held
+    pipe = read_by()
     how = functools.partial(family.encode, **told) if told else family.encode
     try:
         side = hub.shape(path, about["side"], family)[1]
