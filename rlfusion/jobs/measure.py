@@ -23,7 +23,7 @@ from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
 from rlfusion.rewards import CallOptions, Reward, build, names_of, require_named, score, task_info, valid
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
-from rlfusion.training.ranks import current
+from rlfusion.training.asking import asked
 
 NO_CALL_OPTIONS = CallOptions()
 GRID_ROWS, GRID_COLUMNS = 8, 20
@@ -296,7 +296,7 @@ def measure(
         return result
     reward, reward_name, max_failed = scored
     masked = max_failed is not None
-    value = current().asked(lambda: score(reward, samples, label, reward_name, masked=masked))
+    value = asked(lambda: score(reward, samples, label, reward_name, masked=masked))
     if max_failed is not None:
         fine, result["reward_failed"] = valid(value, reward_name, max_failed)
         value = value[fine]

@@ -25,7 +25,7 @@ from rlfusion.common.errors import ConfigError, require_not_negative, require_po
 from rlfusion.evaluation import agreement, class_spread, features, frechet_distance, image_statistics, thumbnails
 from rlfusion.evaluation.report import Judge
 from rlfusion.rewards import Reward, score, valid
-from rlfusion.training.ranks import current
+from rlfusion.training.asking import asked
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Monitor:
     def _scored(self, name: str, samples: Tensor) -> Tensor:
         """The values of one reward, without those that failed."""
         masked = self.max_failed is not None
-        value = current().asked(lambda: score(self.rewards[name], samples, self.label, name, masked=masked))
+        value = asked(lambda: score(self.rewards[name], samples, self.label, name, masked=masked))
         return value if self.max_failed is None else value[valid(value, name, self.max_failed)[0]]
 
     def alarms(self, metrics: dict[str, float]) -> list[str]:

@@ -331,15 +331,6 @@ class Ranks:
                 told = json.dumps(make()).encode()
         return json.loads(self.exchange(told)[0])
 
-    def asked(self, ask: Callable[[], Tensor]) -> Tensor:
-        """The values that ``ask`` gives the first rank, on every rank, where all have drawn the same samples, as they
-        do while their network is split. Elsewhere what it gives this process.
-        """
-        if self.count == 1 or not shards.active():
-            return ask()
-        kind, values = self.by_first(lambda: _listed(ask()))
-        return torch.tensor(values, dtype=getattr(torch, kind))
-
     def of_first(self, value: int) -> int:
         """The first rank's number, on every rank: for what depends on a clock or a signal."""
         if self.count == 1:
@@ -367,10 +358,6 @@ class Ranks:
                     f"ranks 0 and {rank} differ in {name!r} after {step} optimiser steps: expected the same bits; "
                     "a learner that draws unseeded noise, or machines of different kinds, lead to this"
                 )
-
-
-def _listed(value: Tensor) -> tuple[str, list[float]]:
-    return str(value.dtype).removeprefix("torch."), value.tolist()
 
 
 def _dealt(orders: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
