@@ -26,8 +26,13 @@ NOTES = (
     "A second step makes `sct` worse: its tangent is noisy, and the function is wrong at middle noise "
     "([notes](notes/sct-second-step.md)). Distilled from a teacher, as `scd` in [distillation](distillation.md), the "
     "same network comes to 5.6 to 7.3 with one step.",
+    "",
+    "`--learner.ranks 8 --learner.shares 8 --learner.shard fsdp` pretrains in eight processes, with an eighth of the "
+    "network, its moments and its averages on each, by every objective ([design](design.md#learners)). `ism` and "
+    "`ssm` have derivatives of the network in their loss: for these the network is gathered on each rank while it "
+    "computes.",
 )
-"""What was found beside the table."""
+"""What was found, and what is to be known, beside the table."""
 
 SHOWN = ("agreement", "frechet", "precision", "recall", "diversity_relative")
 

@@ -15,7 +15,7 @@ from rlfusion import config
 from rlfusion.cli.arguments import settings_of
 from rlfusion.common import storage
 from rlfusion.common.code_files import pinned
-from rlfusion.common.errors import ConfigError, StorageError
+from rlfusion.common.errors import StorageError
 from rlfusion.common.progress import Bar, Progress
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.jobs import pretrain_autoencoder
@@ -37,17 +37,11 @@ JOBS: dict[str, Callable[..., Any]] = {
 Ranked = config.Finetune | config.Pretrain | config.Autoencode | config.Distill
 
 
-SPLIT = ("finetune",)
-"""Those that can split the network over its ranks."""
-
-
 def ranked(command: str) -> Callable[..., Any]:
     """The job of ``command``, in this process or, by ``learner.ranks``, in a group of others."""
     here = JOBS[command]
 
     def job(settings: Ranked, folder: Path, signals: Signals, progress: Progress) -> Any:
-        if settings.learner.split and command not in SPLIT:
-            raise ConfigError(f"learner.shard = fsdp: of the commands {', '.join(SPLIT)} can do so, expected none here")
         if not settings.learner.ranks:
             with joined(Ranks(shares=settings.learner.shares, exact=settings.learner.exact)):
                 return here(settings, folder, signals, progress)

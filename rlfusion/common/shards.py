@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ Whole = TypeVar("Whole", bound=nn.Module)
 
 _outlines: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 """The networks that are split, and each as it was before, without memory for its parameters."""
+_exact: "WeakSet[nn.Module]" = WeakSet()
+"""Those whose gradients are summed by ``_Tree``."""
+_called: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+"""How often each has been called."""
+NOTED = 256
+"""Calls after which those of a network that is not trained are forgotten."""
+_kept: "WeakSet[nn.Module]" = WeakSet()
+"""Those that stay gathered, within ``kept``."""
 _mesh: Any = None
 """The ranks over which they are split."""
 _split: tuple[type, ...] = ()
@@ -119,8 +127,7 @@ def split(net: nn.Module, device: torch.device, exact: bool, filling: Filling | 
     _split = (DTensor,)
     outline = copy.deepcopy(net, {id(p): _hollow(p) for p in net.parameters()})
     empty = [place for place in _places(net) if place[2].is_meta]
-    _shard(net, device, exact)
-    _outlines[net] = outline
+    _shard(net, outline, device, exact)
     if empty:
         _fill(empty, filling or {}, device)
 
@@ -148,9 +155,9 @@ def _hollow(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
 
 
-def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
+def _shard(net: nn.Module, outline: nn.Module, device: torch.device, exact: bool) -> None:
     """Let FSDP2 have each part of ``net``, and the rest of it. Every part is given up after its forward pass, the root
-    too: what would stay would be old once the optimiser has stepped.
+    too: what would stay would be old once the optimiser has stepped. ``outline`` is the network before.
     """
     global _mesh
     if not can_split():
@@ -170,6 +177,20 @@ def _shard(net: nn.Module, device: torch.device, exact: bool) -> None:
             part.set_custom_reduce_scatter(TREE)
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+    if exact:
+        _exact.add(net)
+    if "reset_iter_state" in vars(FSDPModule):
+        net.register_forward_hook(_forget)
+    _outlines[net] = outline
+    type(net).__deepcopy__ = _deepcopy  # FSDP2 has none
+
+
+def _forget(net: Any, _: Any, output: Any) -> None:
+    """FSDP2 notes each call for the backward pass, which those of a network that is not trained never have."""
+    _called[net] = _called.get(net, 0) + 1
+    trained = isinstance(output, Tensor) and output.requires_grad
+    if _called[net] % NOTED == 0 and not trained and not any(p.requires_grad for p in net.parameters()):
+        net.reset_iter_state()
 
 
 class _Together(torch.autograd.Function):
@@ -238,21 +259,33 @@ def _listed(modules: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def copied(net: nn.Module) -> nn.Module:
-    """A copy of a network that is split, split likewise; it shares the parameters that are not trained."""
+def copied(net: nn.Module, sharing: bool) -> nn.Module:
+    """A copy of a network that is split, split likewise; where it is ``sharing``, with the very parameters that are not
+    trained.
+    """
     twin = copy.deepcopy(_outlines[net])
     held = dict(net.named_parameters())
-    _shard(twin, own(next(iter(held.values()))).device, exact=False)
-    shared = {name: p.detach() for name, p in held.items() if not p.requires_grad}
-    state = {name: shared[name] if name in shared else value.clone() for name, value in net.state_dict().items()}
+    _shard(twin, copy.deepcopy(_outlines[net]), own(next(iter(held.values()))).device, net in _exact)
+    shared = {name: p.detach() for name, p in held.items() if sharing and not p.requires_grad}
+    state = {
+        name: shared[name] if name in shared else value.detach().clone() for name, value in net.state_dict().items()
+    }
     twin.load_state_dict(state, assign=True)
-    _outlines[twin] = copy.deepcopy(_outlines[net])
+    for name, p in twin.named_parameters():
+        p.requires_grad_(held[name].requires_grad)
     return twin
 
 
+def _deepcopy(net: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy`` of a network that is split: all of it, parameters of its own."""
+    if net not in _outlines:
+        raise TypeError(f"{type(net).__name__} is a part of a network in shards: the whole network can be copied")
+    return copied(net, sharing=False)
+
+
 def memo(module: nn.Module) -> dict[int, Any]:
-    """For ``copy.deepcopy`` of a module: copies of the networks in it that are split."""
-    return {id(net): copied(net) for net in roots(module)}
+    """For ``copy.deepcopy`` of a module: copies of the networks in it that are split, sharing what is not trained."""
+    return {id(net): copied(net, sharing=True) for net in roots(module)}
 
 
 def gathered(module: Whole, here: bool) -> Whole:
@@ -352,6 +385,35 @@ def calls(module: nn.Module) -> Iterator[Counter[nn.Module]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Within the context what is split of ``module`` stays gathered once it has been called: for derivatives of its
+    derivatives, which look at the parameters again after the backward pass.
+    """
+    nets: list[Any] = roots(module)
+    _keep(nets, True)
+    _kept.update(nets)
+    try:
+        yield
+    finally:
+        _keep(nets, False)
+        for net in nets:
+            _kept.discard(net)
+            for part in [*_parts(net), net]:
+                part.reshard()
+
+
+def _keep(nets: list[Any], keep: bool) -> None:
+    for net in nets:
+        net.set_reshard_after_forward(not keep)
+        net.set_reshard_after_backward(not keep)
+
+
+def are_kept(module: nn.Module) -> bool:
+    """Whether what is split of ``module`` is ``kept``."""
+    return any(net in _kept for net in roots(module))
 
 
 @contextmanager

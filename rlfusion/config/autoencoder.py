@@ -63,7 +63,7 @@ class Autoencode:
         require_share(self, "held_out")
         require_decay(self.ema_decay)
         self.learner.require_device(self.device)
-        self.learner.require_whole()
+        self.learner.require_splittable(self.device, self.optimizer)
         self.learner.require_batch("batch", self.batch)
         _ = self.settings  # refuses what no cluster can have
 

@@ -64,7 +64,7 @@ class Distill:
     def __post_init__(self) -> None:
         require_positive(self, "threads", "checkpoint_every")
         self.learner.require_device(self.device)
-        self.learner.require_whole()
+        self.learner.require_splittable(self.device, getattr(self.method, "optimizer", "adamw"))
         if isinstance(self.method, distill.Settings):
             self.learner.require_batch("method.batch", self.method.batch)
         _ = self.settings  # refuses what no backend can use

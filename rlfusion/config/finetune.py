@@ -21,10 +21,6 @@ from rlfusion.rollout import Settings
 from rlfusion.rollout.together import colocated, require_both
 from rlfusion.training.checkpoint import Keep
 from rlfusion.training.devices import Deterministic
-from rlfusion.training.optimizers import require_elementwise
-
-SPLIT_ON = ("auto", "cpu", "cuda")
-"""The devices of ranks whose network is split."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +125,7 @@ class Finetune:
         r = self.rollout
         self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves, self.learner.shares))
         self.learner.require_device(self.device)
-        if self.learner.split:
-            require_elementwise(getattr(self.agent, "optimizer", "adamw"))
-            if self.device not in SPLIT_ON:
-                raise ConfigError(
-                    f"device = {self.device} with learner.shard = fsdp: expected one of {', '.join(SPLIT_ON)}; each "
-                    "rank has the GPUs that learner.gpus_per_rank gives it"
-                )
+        self.learner.require_splittable(self.device, getattr(self.agent, "optimizer", "adamw"))
         require_both(self.ray.placement, self.learner.ranks, r.workers)
         workers, _ = self.settings.roles  # refuses what no backend can use
         if self.ray.placement == "colocated":

@@ -11,6 +11,10 @@ from rlfusion.evaluation.metrics import require_metrics
 from rlfusion.rollout import Limits, Settings
 from rlfusion.rollout.placement import Role, require_gpus, require_resources
 from rlfusion.rollout.together import Placing
+from rlfusion.training.optimizers import require_elementwise
+
+SPLIT_ON = ("auto", "cpu", "cuda")
+"""The devices of ranks whose networks are split."""
 
 
 def require_output(name: str, path: str, suffixes: tuple[str, ...]) -> None:
@@ -236,11 +240,15 @@ class Learners:
         if self.ranks and device.startswith("cuda") and not self.gpus_per_rank:
             raise ConfigError(f"learner.gpus_per_rank = 0 with device = {device}: expected 1, or a share of a GPU")
 
-    def require_whole(self) -> None:
-        """Raise ConfigError where ranks are to split a network, and what they do is of whole ones."""
-        if self.split:
+    def require_splittable(self, device: str, optimizer: str) -> None:
+        """Raise ConfigError where ranks are to split a network, and cannot on this device or by this optimiser."""
+        if not self.split:
+            return
+        require_elementwise(optimizer)
+        if device not in SPLIT_ON:
             raise ConfigError(
-                f"learner.shard = {self.shard}: finetune alone splits a network over ranks, expected none"
+                f"device = {device} with learner.shard = fsdp: expected one of {', '.join(SPLIT_ON)}; each rank has "
+                "the GPUs that learner.gpus_per_rank gives it"
             )
 
     def require_batch(self, name: str, batch: int) -> None:

@@ -97,7 +97,7 @@ class Pretrain(Base):
         super().__post_init__()
         require_positive(self, "threads")
         self.learner.require_device(self.device)
-        self.learner.require_whole()
+        self.learner.require_splittable(self.device, self.train.optimizer)
         self.learner.require_batch("train.batch", self.train.batch)
         _ = self.settings  # refuses what no cluster can have
 

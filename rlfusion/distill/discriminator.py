@@ -5,12 +5,15 @@
 (2)  loss = d(D(real), D(fake)) + r1 / 2 |grad_x D(real_t)|^2
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from rlfusion.common import shards
 from rlfusion.common.tensors import sum_features
+from rlfusion.distill.per_step import unasked
 from rlfusion.nets.critic import Critic
 from rlfusion.nets.parts import plain_attention
 from rlfusion.objectives import Adversarial, gradient_penalty
@@ -19,7 +22,7 @@ from rlfusion.objectives.times import Times
 from rlfusion.pretrain import Draw
 from rlfusion.pretrain.shares import accumulate
 from rlfusion.training.optimization import Optimization
-from rlfusion.training.ranks import Record
+from rlfusion.training.ranks import Record, current
 
 
 class Discriminator:
@@ -44,11 +47,18 @@ class Discriminator:
             discriminator_loss and discriminator_accuracy, 0-dim.
         """
         held = fake.detach()
-        with plain_attention() if self.r1 else nullcontext():
+        with self._penalised() if self.r1 else nullcontext():
             found = accumulate(self.critic, draw, lambda part: self._loss(part, part.of(held)))
+        current().leave_out(unasked(self.critic, draw.cond))
         self.optimization.step()
         right = (found["right_on_real"].mean() + found["right_on_fake"].mean()) / 2
         return {"discriminator_loss": found["loss"].mean(), "discriminator_accuracy": right}
+
+    @contextmanager
+    def _penalised(self) -> Iterator[None]:
+        """For the gradient of the penalty, which is one of a gradient."""
+        with plain_attention(), shards.kept(self.critic):
+            yield
 
     def _loss(self, draw: Draw, fake: Tensor) -> tuple[Tensor, Record]:
         """What the samples of a draw add to Eq. (2), and of each of them the loss and how it is judged."""

@@ -39,6 +39,11 @@ class Weighted(Loss):
     low: float
     high: float
 
+    @property
+    def second_order(self) -> bool:
+        """As of ``loss``."""
+        return self.loss.second_order
+
     def teacher_decay(self, step: int, total: int) -> float | None:
         return self.loss.teacher_decay(step, total)
 

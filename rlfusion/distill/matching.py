@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import spec
+from rlfusion.common import shards, spec
 from rlfusion.common.errors import require_positive
 from rlfusion.common.tensors import mean_features
 from rlfusion.common.weights import require_entries
@@ -34,7 +34,7 @@ from rlfusion.distill.base import Settings, Teaching
 from rlfusion.distill.discriminator import Discriminator
 from rlfusion.distill.generator import Generator, Inputs
 from rlfusion.distill.on_schedule import on_its_own
-from rlfusion.distill.per_step import PerStep
+from rlfusion.distill.per_step import PerStep, unasked
 from rlfusion.nets.critic import Critic
 from rlfusion.objectives import MATCHING, Adversarial, MatchingWeight, pull
 from rlfusion.objectives.renoise import noised
@@ -44,7 +44,7 @@ from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.shares import accumulate, mapped
 from rlfusion.training.learning_rate import cosine
 from rlfusion.training.optimization import Optimization, average
-from rlfusion.training.ranks import Record
+from rlfusion.training.ranks import Record, current
 
 Drawing = Callable[[int], Draw]
 
@@ -59,6 +59,7 @@ class Fake:
     def update(self, draw: Draw, samples: Tensor) -> dict[str, Tensor]:
         """A step on generated samples (B, *). Returns fake_loss, 0-dim."""
         record = accumulate(self.denoiser, replace(draw, x0=samples.detach()), self._loss)
+        current().leave_out(unasked(self.denoiser, draw.cond))
         self.optimization.step()
         return {"fake_loss": record["loss"].mean()}
 
@@ -153,7 +154,7 @@ class Learner:
 
     def _follow(self, draw: Draw) -> dict[str, Tensor]:
         """Eq. (1), once."""
-        samples = mapped(draw, self.parts.generator)
+        samples = mapped(self.optimization.module, draw, self.parts.generator)
         told = self.parts.told(draw)
         record = self.parts.fake.update(told, samples) if self.parts.fake else {}
         return record | (self.parts.discriminator.update(told, samples) if self.parts.discriminator else {})
@@ -259,6 +260,8 @@ class Matching(Settings):
         critic = Critic(self.begins(teaching), teaching.data.shape)
         nn.init.zeros_(critic.head.weight)
         nn.init.zeros_(critic.head.bias)
+        if shards.roots(critic):
+            shards.split(critic.head, teaching.device, current().exact)
         return Discriminator(critic.to(teaching.device), losses, times, r1, lr, self.optimizer)
 
     def drawing(self, teaching: Teaching, each: int) -> Drawing:

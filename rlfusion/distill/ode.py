@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.tensors import Cond, cast, map_cond
 from rlfusion.diffusion.schedule import diffused, level
 
@@ -34,10 +35,13 @@ def heun(teacher: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Ten
     x0, eps = teacher(x, t, cond)
     guess = diffused(x0, eps, to)
     rows = (to.sigma.flatten() > 0).nonzero().flatten()
+    if not len(rows) and not shards.roots(teacher):
+        return guess
+    asked = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks ask a teacher in shards equally often
+    here = asked.to(x.device)
+    second = teacher(guess[here], s[asked], map_cond(lambda c: c[here], cond))
     if not len(rows):
         return guess
-    here = rows.to(x.device)
-    second = teacher(guess[here], s[rows], map_cond(lambda c: c[here], cond))
     x0, eps = ((a + a.index_copy(0, here, b)) / 2 for a, b in zip((x0, eps), second))
     by_noise = _trapezoid(x, eps, at.alpha, at.sigma, to.alpha, to.sigma)
     by_data = _trapezoid(x, x0, at.sigma, at.alpha, to.sigma, to.alpha)

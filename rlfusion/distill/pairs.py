@@ -23,18 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
-from rlfusion.common import storage
+from rlfusion.common import shards, storage
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key
 from rlfusion.common.stops import in_force
 from rlfusion.common.tensors import Cond
-from rlfusion.common.weights import Weights, pack, read_file, sha256, unpack
+from rlfusion.common.weights import Live, Weights, pack, read_file, sha256, unpack
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
 from rlfusion.diffusion.policy import Policy
 from rlfusion.pretrain import Draw, Draws
 from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan, prefix, rollout_noise
+from rlfusion.rollout.among_ranks import InStep
+from rlfusion.rollout.local import Local
 from rlfusion.rollout.trajectory import concatenate
 from rlfusion.training.checkpoint import MALFORMED, set_aside, write_json_atomic
 from rlfusion.training.devices import set_numerics, told
@@ -101,8 +103,7 @@ class PairDraws:
 
     @cached_property
     def _held(self) -> tuple[Draws, Tensor]:
-        with current().in_turn():  # the first rank makes them, all others find them
-            pairs = self.pairs()
+        pairs = self.pairs()
         data = Dataset(pairs.x0, pairs.label, tuple(str(i) for i in range(self.classes)))
         return Draws(data, self.batch, self.dropout, self.total, self.device, *self.key), pairs.eps.to(self.device)
 
@@ -134,24 +135,33 @@ def make_pairs(
     """The pairs of ``source`` in a round, from ``folder`` as far as they are there.
 
     A shard that is damaged, or of another teacher, is renamed ``*.corrupt``, told, and made again. ``stop`` is called
-    between the walks of a shard too, and may raise: that shard alone is then made again.
+    between the walks of a shard too, and may raise: that shard alone is then made again. Of several ranks the first
+    makes them, and all others find them; or, where the source is split over them and there are no workers, all do.
     """
-    card, chain = source.card, making.chain(source.guidance)
+    card, chain, ranks = source.card, making.chain(source.guidance), current()
     policy = chain.policy(source.model, card.names)
-    weights = Weights.of(policy, 0)
-    held = _Shards(folder, _identity(card, chain, making, seed, weights, round))
+    split = bool(shards.roots(policy))
+    weights = Weights.whole(policy, 0, here=not (split and ranks.rank))
+    told = ranks.exchange(weights.sha256.encode())[0].decode() if split else weights.sha256
     sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]
-    missing = [n for n in range(len(sizes)) if not held.sound(n, say)]
-    if missing:
-        device = str(next(policy.parameters()).device)
-        with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
-            for n in missing:
-                shard = _Shard(seed, round * len(sizes) + n, card.classes, sizes[n])
-                with in_force().prompt():  # no update is under way
-                    walked = shard.walk(backend, weights, max(1, settings.workers), stop)
-                held.write(n, walked)
-                stop()
-    parts = [held.read(n) for n in range(len(sizes))]
+    walks = [_Shard(seed, round * len(sizes) + n, card.classes, size) for n, size in enumerate(sizes)]
+    identity = _identity(card, chain, making, seed, told, round)
+    if split and not settings.workers:
+        with InStep(Local(_task(policy, card, chain)), ranks) as backend:
+            with ranks.in_turn():
+                held = _Shards(folder, identity)
+                missing = [] if ranks.rank else held.missing(len(walks), say)
+            missing = json.loads(ranks.exchange(json.dumps(missing).encode())[0])
+            held.make(missing, walks, backend, Live(policy, 0), ranks.count, stop)
+    else:
+        with ranks.in_turn():
+            held = _Shards(folder, identity)
+            if missing := held.missing(len(walks), say):
+                device = str(next(policy.parameters()).device)
+                with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
+                    held.make(missing, walks, backend, weights, max(1, settings.workers), stop)
+    with ranks.in_turn():
+        parts = [held.read(n) for n in range(len(sizes))]
     return Pairs(*(torch.cat([part[name] for part in parts]) for name in Pairs._fields))
 
 
@@ -183,7 +193,11 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
     denoiser = models.build(card)
     models.load_space(denoiser, blobs.get("space"))
-    policy = chain.policy(denoiser.to(config["device"]), card.names)
+    return _task(chain.policy(denoiser.to(config["device"]), card.names), card, chain)
+
+
+def _task(policy: Policy, card: models.Card, chain: Chain) -> Task:
+    """The teacher's task, where it is."""
     return Task(
         policy=policy,
         grid=chain.grid(policy.denoiser),
@@ -192,7 +206,7 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
         decode=_as_it_is,
         reward=_nothing,
         reward_name="none",
-        device=config["device"],
+        device=str(next(policy.parameters()).device),
         rollout_spec=prefix(chain.moves, chain.moves),
     )
 
@@ -218,8 +232,8 @@ def _recipe(card: models.Card, chain: Chain, policy: Policy, device: str, settin
     return Recipe("rlfusion.distill.pairs:build_task", described, models.space_blob(policy.space))
 
 
-def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weights: Weights, round: int) -> str:
-    """16 hex digits over all that the shards depend on."""
+def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weights: str, round: int) -> str:
+    """16 hex digits over all that the shards depend on; ``weights`` is the SHA-256 of the teacher's."""
     about = {
         **asdict(chain),
         **asdict(making),
@@ -228,7 +242,7 @@ def _identity(card: models.Card, chain: Chain, making: Making, seed: int, weight
         "model": asdict(card.config),
         "names": card.names,
     }
-    return hashlib.sha256((json.dumps(about, sort_keys=True) + weights.sha256).encode()).hexdigest()[:16]
+    return hashlib.sha256((json.dumps(about, sort_keys=True) + weights).encode()).hexdigest()[:16]
 
 
 class _Shards:
@@ -268,6 +282,27 @@ class _Shards:
         aside = set_aside(path, "corrupt")
         say(f"pairs {path} are damaged or another teacher's: set aside as {aside.name}, and made again")
         return False
+
+    def missing(self, count: int, say: Callable[[str], None]) -> list[int]:
+        """Which of so many shards are not ``sound``."""
+        return [n for n in range(count) if not self.sound(n, say)]
+
+    def make(
+        self,
+        missing: list[int],
+        walks: list[_Shard],
+        backend: Backend,
+        weights: Weights,
+        at_once: int,
+        stop: Callable[[], None],
+    ) -> None:
+        """Walk and write the shards that are missing."""
+        for n in missing:
+            with in_force().prompt():  # no update is under way
+                walked = walks[n].walk(backend, weights, at_once, stop)
+            if storage.writes():
+                self.write(n, walked)
+            stop()
 
     def write(self, n: int, tensors: dict[str, Tensor]) -> None:
         """The shard, then the manifest that knows it; each is whole or as it was."""

@@ -17,10 +17,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.diffusion.kinds import Kind
 from rlfusion.diffusion.parameterization import Prediction, predict, solve
 from rlfusion.diffusion.schedule import Schedule, level
+
+NOBODY = torch.zeros(1, dtype=torch.int64)
+"""The sample of a call that is made for none."""
 
 
 class PerStep(nn.Module):
@@ -50,8 +54,17 @@ class PerStep(nn.Module):
 
 
 def _rows(denoiser: nn.Module, rows: Tensor, x: Tensor, t: Tensor, given: Cond) -> Tensor:
-    """The answer to some of the samples; to none of them where there are none, without a call."""
-    here = rows.to(x.device)
+    """The answer to some of the samples; to none of them where there are none, without a call unless the denoiser is
+    split over ranks, which call it equally often.
+    """
     if not len(rows):
-        return x[here]
+        return _rows(denoiser, NOBODY, x, t, given)[:0] if shards.roots(denoiser) else x[:0]
+    here = rows.to(x.device)
     return denoiser.answer(x[here], t[rows], map_cond(lambda c: c[here], given))
+
+
+def unasked(module: nn.Module, cond: Cond) -> list[nn.Parameter]:
+    """The parameters of the networks of the ``PerStep`` in ``module`` that none of the samples asks."""
+    held = [part for part in module.modules() if isinstance(part, PerStep)]
+    idle = [d for part in held for k, d in enumerate(part.denoisers) if not bool((cond["step"] == k).any())]
+    return [p for denoiser in idle for p in denoiser.parameters()]

@@ -31,7 +31,8 @@ from rlfusion.models.autoencoder import encoded
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import fit as fitting
 from rlfusion.training import identity
-from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.devices import pick_device, place, set_numerics
+from rlfusion.training.loop import stop_if_asked
 from rlfusion.training.ranks import current
 
 
@@ -105,9 +106,16 @@ def require_no_class(config: Distill, student: models.Card) -> None:
 
 
 def teach(
-    config: Distill, teacher: Denoiser, card: models.Card, data: Dataset, folder: Path, device: torch.device
+    config: Distill,
+    teacher: Denoiser,
+    card: models.Card,
+    data: Dataset,
+    folder: Path,
+    device: torch.device,
+    split: bool = False,
 ) -> Teaching:
-    """The student of ``teacher`` with its first weights, and what it learns from. ``data`` are pixels.
+    """The student of ``teacher`` with its first weights, and what it learns from. ``data`` are pixels. ``split``: both
+    networks over the ranks.
 
     Raises:
         ConfigError: a student that cannot take the teacher's weights, schedules too far apart, an unusable guidance.
@@ -119,8 +127,8 @@ def teach(
     if config.student.init == "teacher":
         require_agreement(own, card)
         adopt(student, teacher)
-    student.to(device)
-    teacher.to(device).requires_grad_(False)
+    place(student, student.net, device, split)
+    place(teacher.requires_grad_(False), teacher.net, device, split)
     guided = Chain(guidance=config.guidance).policy(teacher, card.names).denoiser
     unguided = _on(teacher, student)
     answers = unguided if guided is teacher else _on(guided, student)
@@ -198,8 +206,8 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
         path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
         teacher, card = models.load(path)
     train_data = seen_data(config.teacher, config.pretrain, data.split(config.held_out)[0])
-    teaching = teach(config, teacher, card, train_data, folder, device)
-    teaching = replace(teaching, say=progress.say, stop=signals.check)
+    teaching = teach(config, teacher, card, train_data, folder, device, config.learner.split)
+    teaching = replace(teaching, say=progress.say, stop=partial(stop_if_asked, signals))
     stages = plan(config, teaching)
     progress.say(f"plan: {config.method.name}, {stages.total} updates; a student of {config.chain.moves} steps")
     fit(config, teaching, folder, signals, progress)

@@ -15,6 +15,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
+from rlfusion.config.parts import Learners
 from rlfusion.data import Dataset, load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
@@ -26,7 +27,7 @@ from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import checkpoint, identity
 from rlfusion.training import fit as fitting
-from rlfusion.training.devices import pick_device, set_numerics
+from rlfusion.training.devices import pick_device, place, set_numerics
 from rlfusion.training.folders import locked
 from rlfusion.training.ranks import Ranks, current, joined
 from rlfusion.training.tracking import Tracker, grid, save_png
@@ -43,8 +44,10 @@ def fit(
     device: torch.device,
     signals: Signals,
     progress: Progress,
+    split: bool = False,
 ) -> None:
     """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
+    ``split``: over the ranks.
 
     Raises:
         NumericalError: a gradient is not finite; the last checkpoint stands.
@@ -53,7 +56,8 @@ def fit(
     with current().in_turn():
         run = identity.enter(folder, "pretrain", config, config.keep)
     run.require_inputs({"data": data.sha256})
-    denoiser = models.build(card, config.seed).to(device)
+    denoiser = models.build(card, config.seed)
+    place(denoiser, denoiser.net, device, split)
     if config.autoencoder:
         denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
@@ -177,7 +181,7 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     config.chain.make_kernel()
     device = pick_device(config.device)
     card = replace(card_of(config, data), chain=asdict(config.chain))
-    fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress)
+    fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress, config.learner.split)
     return show(config, folder, data, config.train.steps)
 
 
@@ -190,15 +194,18 @@ class Shown(Protocol):
     held_out: float
     chain: Chain
     evaluation: Evaluation
+    learner: Learners
 
 
 def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
     """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation. The first
-    of several ranks does so alone; {} is what the others give.
+    of several ranks does so alone; {} is what the others give. Where networks are split all ranks do so, alike.
 
     Where the data has fewer than two classes, or captions without a second sample, nothing can teach a judge: only the
     grid is drawn (and bits_per_dim, if asked).
     """
+    if config.learner.split:
+        return _shown(config, folder, data, step)
     if current().rank:
         return {}
     with joined(Ranks()):
@@ -207,8 +214,11 @@ def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, flo
 
 def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
     device = pick_device(config.device)
-    denoiser, card = models.load(folder)
-    policy = config.chain.policy(denoiser.to(device), card.names)
+    with current().in_turn():
+        denoiser, card = models.load(folder)
+        judged = Judged.of(data, config.held_out, Path(config.root), device) if data.grouped else None
+    place(denoiser, denoiser.net, device, config.learner.split)
+    policy = config.chain.policy(denoiser, card.names)
     times = config.chain.times(denoiser)
     columns = min(card.classes, GRID_COLUMNS)
     picture = grid(grid_samples(policy, times, columns, card.shape, config.seed), columns)
@@ -216,8 +226,7 @@ def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, f
     tracker = Tracker(folder, step)
     tracker.image(step, "samples", picture)
     result: dict[str, float] = {}
-    if data.grouped:
-        judged = Judged.of(data, config.held_out, Path(config.root), device)
+    if judged is not None:
         result = measure(policy, times, judged, None, config.evaluation, config.seed)
     elif config.evaluation.bits_per_dim:
         result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)

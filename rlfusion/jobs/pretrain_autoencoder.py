@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common import storage
+from rlfusion.common import shards, storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
@@ -101,16 +101,20 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     device = pick_device(config.device)
     set_numerics(config.threads, device)
     data, held_out = load_data(config.data, config.size, progress.say).split(config.held_out)
-    module = _build(config, data.shape).to(device)
+    module = _build(config, data.shape)
+    if config.learner.split:
+        split(module, device)
+    module.to(device)
     with current().in_turn():
         run = identity.enter(folder, "pretrain-autoencoder", config, checkpoint.NEWEST)
     run.require_inputs({"data": data.sha256})
     learner = Learner(module, data, config)
     shown = fit.Shown("autoencoder", "autoencoder", "error")
     tracker = fit.fit(learner, run, config.steps, config.checkpoint_every, signals, progress, shown)
-    if current().rank:
-        return {}  # the first rank looks at the result
     with learner.optimization.ema.averaged():
+        module = shards.gathered(module, here=not current().rank)
+        if current().rank:
+            return {}  # the first rank looks at the result
         about = {"kind": "kl", "shape": list(data.shape), "config": asdict(config.model)}
         space = fitted(module, about, data.x)
         save(folder / "autoencoder", space)
@@ -118,6 +122,12 @@ def run(config: Autoencode, folder: Path, signals: Signals, progress: Progress) 
     tracker.scalars(config.steps, "evaluation", result)
     checkpoint.write_json_atomic(folder / "evaluation.json", result)
     return result
+
+
+def split(module: KLVAE, device: torch.device) -> None:
+    """Give each rank its rows of the two networks, which are called one after the other."""
+    for net in (module.encoder, module.decoder):
+        shards.split(net, device, current().exact)
 
 
 def _build(config: Autoencode, shape: tuple[int, ...]) -> KLVAE:

@@ -123,6 +123,11 @@ class Loss(ABC):
     answers: ClassVar[Answers] = "mean"
     """The meaning of x0_hat of the models that it trains (``denoiser.Answers``)."""
 
+    second_order: ClassVar[bool] = False
+    """Whether it has derivatives of the network in it, whose gradient looks at the parameters again: a network that is
+    split over ranks then stays gathered in the meantime.
+    """
+
     @abstractmethod
     def __call__(self, denoiser: Denoiser, teacher: Denoiser, draw: Draw) -> Tensor:
         """The loss of each sample of ``draw``, (B,), which may be a part of a batch. ``teacher`` is a slowly following

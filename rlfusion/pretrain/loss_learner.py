@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.weights import require_entries, restore
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.pretrain.base import Draw, Loss
@@ -44,7 +46,9 @@ class LossLearner:
         Raises:
             NumericalError: the gradient is not finite; the weights are as before.
         """
-        record = accumulate(self.optimization.module, self.draw(batch), self._loss)
+        module = self.optimization.module
+        with shards.kept(module) if self.loss.second_order else nullcontext():
+            record = accumulate(module, self.draw(batch), self._loss)
         lr, norm = self.optimization.optimizer.lr, self.optimization.step()
         self.follow(batch)
         return {"loss": record["loss"].mean().item(), "grad_norm": norm, "lr": lr}

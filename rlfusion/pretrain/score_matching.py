@@ -89,6 +89,8 @@ class ISM(NoisedLoss):
         probes: Rademacher vectors of Eq. (4) a sample; 0 for the exact trace, with one backward pass a feature.
     """
 
+    second_order: ClassVar[bool] = True
+
     probes: int = 0
 
     def __post_init__(self) -> None:
@@ -110,6 +112,8 @@ class SSM(NoisedLoss):
         probes: slices of each sample.
         reduced: |psi|^2 in the place of (v . psi)^2: less variance, the same mean.
     """
+
+    second_order: ClassVar[bool] = True
 
     probes: int = 1
     reduced: bool = True

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import integer
 from rlfusion.pretrain.base import Draw
@@ -41,13 +42,15 @@ def accumulate(module: nn.Module, draw: Draw, body: Body) -> Record:
 
 
 @torch.no_grad()
-def mapped(draw: Draw, fn: Callable[[Draw], Tensor]) -> Tensor:
-    """``fn``, of a draw the values (B, *), of the shares of this rank, without gradient; NaN in the rows of others."""
+def mapped(module: nn.Module, draw: Draw, fn: Callable[[Draw], Tensor]) -> Tensor:
+    """``fn``, of a draw the values (B, *), of the shares that this rank accumulates in ``module``, without gradient;
+    NaN in the rows of others.
+    """
     ranks = current()
     if ranks.shares == 1:
         return fn(draw)
     share, found = _share(ranks, draw), draw.x0.new_empty(0)
-    for v in ranks.mine:
+    for v in range(ranks.rank, ranks.shares, ranks.count) if shards.roots(module) else ranks.mine:
         some = draw.part((share == v).nonzero().flatten())
         with _apart(ranks, some):
             values = fn(some)

@@ -4,8 +4,11 @@ import os
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, near, shorten
+from rlfusion.training.ranks import current
 
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 """Where cuBLAS reads how much memory it may use, and the values of it with which it repeats itself."""
@@ -68,6 +71,13 @@ def require_device(device: str) -> None:
         meant = numbered or DEVICES_MEANT.get(name.lower()) or next(iter(near(name, DEVICES)), "")
         hint = f"; did you mean {meant!r}?" if meant else ""
         raise ConfigError(f"device = {shorten(repr(device))}: expected auto, cpu, cuda or cuda:NUMBER{hint}")
+
+
+def place(module: nn.Module, net: nn.Module, device: torch.device, split: bool) -> None:
+    """Bring a module to a device, in place; of its part ``net``, where that is split, the rows of this rank alone."""
+    if split:
+        shards.split(net, device, current().exact)
+    module.to(device)
 
 
 def pick_device(device: str) -> torch.device:

@@ -15,6 +15,18 @@ from rlfusion.training.ranks import current
 from rlfusion.training.stages import CHECKPOINT, LEARN, stage
 
 
+def asked(signals: Signals) -> bool:
+    """Whether the first of the ranks has heard a signal to stop."""
+    return bool(current().of_first(bool(signals.requested)))
+
+
+def stop_if_asked(signals: Signals) -> None:
+    """Raise StopRequested on all ranks if the first of them has heard a signal."""
+    if asked(signals):
+        signals.check()
+        raise StopRequested(signal.SIGTERM, signals.saved)  # only the first has heard of it yet
+
+
 def train(
     learner: Learner[Any],
     batches: Iterator[Any],
@@ -40,15 +52,7 @@ def train(
         unsaved, signals.saved = False, True
         signals.hold(False)
 
-    def check() -> None:
-        if requested():
-            signals.check()
-            raise StopRequested(signal.SIGTERM, signals.saved)  # only the first of the ranks has heard of it yet
-
-    def requested() -> bool:
-        return bool(current().of_first(bool(signals.requested)))
-
-    check()
+    stop_if_asked(signals)
     try:
         for step, batch in zip(range(start, total), batches):
             try:
@@ -62,8 +66,8 @@ def train(
             signals.hold(True)
             yield step, metrics
             done = step + 1
-            if done % every == 0 or done == total or requested():
+            if done % every == 0 or done == total or asked(signals):
                 keep(done)
-                check()
+                stop_if_asked(signals)
     finally:
         signals.hold(False)

@@ -136,11 +136,11 @@ class Ranks:
 
     def _in_step(self, module: nn.Module, calls: list[list[Tensor]], body: Body) -> Iterator[tuple[int, list[Record]]]:
         """The same of a network that is split: neighbouring shares at the same time, one a rank, whose gradients FSDP2
-        adds up. A rank that has fewer micro-batches than another idles: one row, of no weight.
+        adds up. A rank that has fewer micro-batches than another idles: one row of its own, of no weight.
         """
         for first in range(0, self.shares, self.count):
             v, most = first + self.rank, max(map(len, calls[first : first + self.count]))
-            mine = Round(module, body, self.count, self.exact, self.alike)
+            mine = Round(module, body, self.count, self.exact, self.alike, calls[v][0][:1] if calls[v] else IDLE)
             found = []
             for i, some in enumerate([*calls[v], *[None] * most][:most]):
                 self.idle = some is None
@@ -206,6 +206,10 @@ class Ranks:
             sums.put_back()
         for p, total in zip(sums.parameters, sums.totals()):
             self._sums.setdefault(p, []).append(total)
+
+    def leave_out(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let these have no gradient of the step, which no sample asks: a network that is split has one of 0."""
+        self._sums |= {p: [None] * len(self._sums[p]) for p in parameters if p in self._sums}
 
     def forget(self) -> None:
         """What was accumulated for a step that is broken off."""

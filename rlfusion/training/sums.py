@@ -40,28 +40,37 @@ class Round:
 
     FSDP2 averages gradients over N ranks, which the losses, N times as large, make a sum. Within ``exact`` a share is
     summed on its rank before it meets the others: the gradient stays there, whole, until the last micro-batch takes it
-    along. That is so only where it calls each part of the network once; else one more call, of no weight, does.
+    along. That is so only where it calls each part of the network once; else one more call, of no weight, does. So it
+    is where parts are ``shards.kept``: derivatives of derivatives come to a parameter more than once.
     """
 
-    def __init__(self, module: nn.Module, body: Body, count: int, exact: bool, alike: Alike) -> None:
-        self.module, self.body, self.exact, self.alike = module, body, exact, alike
+    def __init__(
+        self, module: nn.Module, body: Body, count: int, exact: bool, alike: Alike, idle: Tensor = IDLE
+    ) -> None:
+        """``idle``: a row that this rank can compute."""
+        self.module, self.body, self.exact, self.alike, self.idle = module, body, exact, alike, idle
         self.weight = 1 if exact else count
-        self.waits = False
+        self.kept, self.waits = shards.are_kept(module), False
 
     def __call__(self, rows: Tensor | None, last: bool) -> Record:
         """A micro-batch, backwards; its detached record. One without rows is of no weight."""
-        with shards.calls(self.module) as calls, self.alike():
-            loss, record = self.body(IDLE if rows is None else rows)
-        self.waits = self.exact and not (last and max(calls.values(), default=1) == 1)
+        with shards.summed(), self._apart(self.kept), shards.calls(self.module) as calls, self.alike():
+            loss, record = self.body(self.idle if rows is None else rows)  # which may take derivatives, too
+        once = last and max(calls.values(), default=1) == 1
+        self.waits = self.kept or (self.exact and not once)
         weight = 0 if rows is None else self.weight
-        with shards.summed(), shards.unreduced(self.module) if self.waits else nullcontext():
+        with shards.summed(), self._apart(self.waits):
             (loss if weight == 1 else loss * weight).backward()
         return {name: value.detach() for name, value in record.items()}
+
+    def _apart(self, here: bool) -> AbstractContextManager[None]:
+        """Where gradients are to stay on their rank."""
+        return shards.unreduced(self.module) if here else nullcontext()
 
     def finish(self) -> None:
         """Let what waits be summed."""
         if self.waits:
-            self.exact = False
+            self.exact = self.kept = False
             self(None, last=True)
 
 

@@ -62,13 +62,17 @@ def settings_of(name: str, student: Student | None = None, **settings) -> config
     return config.Distill(method=small(name, **settings), chain=chain, student=student or STUDENTS.get(name, Student()))
 
 
-def teaching(settings: config.Distill, card: models.Card = CARD, folder: Path = Path()) -> Teaching:
-    return distill.teach(settings, scrambled(card), card, images(), folder, CPU)
+def teaching(
+    settings: config.Distill, card: models.Card = CARD, folder: Path = Path(), split: bool = False
+) -> Teaching:
+    return distill.teach(settings, scrambled(card), card, images(), folder, CPU, split)
 
 
-def run(settings: config.Distill, card: models.Card, folder: Path, stop: int | None = None) -> list[dict[str, float]]:
+def run(
+    settings: config.Distill, card: models.Card, folder: Path, stop: int | None = None, split: bool = False
+) -> list[dict[str, float]]:
     """Go on with what ``folder`` holds, to the end or to ``stop`` updates; the metrics of each update made."""
-    given = teaching(settings, card, folder)
+    given = teaching(settings, card, folder, split)
     learner, stages = distill.make_learner(settings, given), distill.plan(settings, given)
     found = checkpoint.latest(folder / "checkpoints")
     start = found.step if found else 0

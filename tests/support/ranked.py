@@ -21,6 +21,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import Precision
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.models import lora
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rollout import Task, plan, run_item
 from rlfusion.rollout.parted import Parted
@@ -63,12 +64,13 @@ def held_walks() -> tuple[int, int]:
 
 
 def trained(
-    agent: str, split: bool = False, device: str = "cpu", precision: Precision = "float32"
+    agent: str, split: bool = False, device: str = "cpu", precision: Precision = "float32", adapters: str = ""
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """The weights and metrics of a few updates of an agent, on whatever ranks this process is one of."""
     settings = spec.parse(agent, AGENTS, AGENTS.what)
     policy = make_policy(1)
     policy.denoiser.precision = precision
+    lora.attach(policy.denoiser.net, adapters)
     if split:
         shards.split(policy.denoiser.net, torch.device(device), current().exact)
     policy.to(device)

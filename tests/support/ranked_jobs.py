@@ -1,4 +1,4 @@
-"""A fine-tuning on ranks that are plain processes of a gloo group, without Ray: what each of them ends in."""
+"""Jobs on ranks that are plain processes of a gloo group, without Ray: what each of them ends in."""
 
 import os
 import tempfile
@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from processes import CONTEXT, PATIENCE
 
+from rlfusion.cli.ranked import JOBS
 from rlfusion.common import storage
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.training.ranks import Ranks, joined
 
 
-def job(cwd: Path, *arguments: Any) -> None:
-    """``rlfusion finetune ARGUMENTS`` in ``cwd``, on the ranks that this process is one of."""
+def job(cwd: Path, command: str, *arguments: Any) -> None:
+    """``rlfusion COMMAND ARGUMENTS`` in ``cwd``, on the ranks that this process is one of."""
     from rlfusion.cli.arguments import settings_of
-    from rlfusion.jobs.finetune import finetune
 
     os.chdir(cwd)
-    settings = settings_of("finetune", [str(argument) for argument in arguments])
+    settings = settings_of(command, [str(argument) for argument in arguments])
     folder = Path(settings.root) / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    finetune(settings, folder, Signals(), Progress(True))
+    JOBS[command](settings, folder, Signals(), Progress(True))
 
 
 def _rank(rank: int, count: int, group: str, cwd: Path, work: list[tuple[Any, ...]]) -> None:
@@ -34,16 +34,19 @@ def _rank(rank: int, count: int, group: str, cwd: Path, work: list[tuple[Any, ..
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = torch.distributed.FileStore(f"{group}/store", count)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
-    for arguments in work:
-        held = settings_of("finetune", [str(argument) for argument in arguments]).learner
+    for command, *arguments in work:
+        held = settings_of(command, [str(argument) for argument in arguments]).learner
         with joined(Ranks(rank, count, held.shares, held.exact)), storage.silent() if rank else nullcontext():
-            job(cwd, *arguments)
+            job(cwd, command, *arguments)
     torch.distributed.destroy_process_group()
 
 
 def jobs_on_ranks(count: int, cwd: Path, *work: tuple[Any, ...]) -> None:
-    """Some fine-tunings, one after another, each on ``learner.ranks`` = ``count``."""
-    given = [(*arguments, "--learner.ranks", count) for arguments in work]
+    """Some jobs, one after another, each on ``learner.ranks`` = ``count``: a command and its arguments, or those of a
+    fine-tuning.
+    """
+    commands = [arguments if arguments[0] in JOBS else ("finetune", *arguments) for arguments in work]
+    given = [(*arguments, "--learner.ranks", count) for arguments in commands]
     with tempfile.TemporaryDirectory() as group:
         members = [CONTEXT.Process(target=_rank, args=(rank, count, group, cwd, given)) for rank in range(count)]
         for member in members:
