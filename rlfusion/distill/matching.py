@@ -146,6 +146,8 @@ class Learner:
         first = batch * (1 + others)
         records = [self._follow(self.draw(first + i)) for i in range(others)]
         draw = self.draw(first + others)
+        if self.parts.regression is not None:
+            self.parts.regression.draw(batch)  # the pairs are made by all ranks together, before each is by itself
         found = accumulate(self.optimization.module, draw, lambda part: self._loss(part, batch))
         means = {name: values.mean() for name, values in found.items()}
         record = {name: mean for name, mean in means.items() if name != "pull"} | {"loss": self._sum(means)}
