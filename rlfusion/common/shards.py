@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.hollow import Filling
+from rlfusion.common.layers import layers_of
 
 Whole = TypeVar("Whole", bound=nn.Module)
 
@@ -170,7 +170,7 @@ def _shard(net: nn.Module, outline: nn.Module, device: torch.device, exact: bool
 
     if _mesh is None:
         _mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for part in [*_parts(net), net]:
+    for part in [*layers_of(net), net]:
         fully_shard(part, mesh=_mesh, reshard_after_forward=True)
     for part in net.modules() if exact else ():
         if isinstance(part, FSDPModule):
@@ -193,70 +193,11 @@ def _forget(net: Any, _: Any, output: Any) -> None:
         net.reset_iter_state()
 
 
-class _Together(torch.autograd.Function):
-    """Its inputs, whose gradients then pass together."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
-
-
-def bounded(net: nn.Module) -> None:
-    """Let the gradients of a network that is not split be added up as those of one that is: FSDP2 has what a part does
-    with an input summed before it meets what others do with it. Where an input has three uses and more (as of a U-Net),
-    another order has other last bits.
-    """
-    for part in [*_parts(net), net]:
-        part.register_forward_pre_hook(_bound, with_kwargs=True)
-
-
-def _bound(part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    found, form = tree_flatten((args, kwargs))
-    at = [i for i, value in enumerate(found) if isinstance(value, Tensor) and value.requires_grad]
-    if not at or not torch.is_grad_enabled():
-        return None
-    for i, value in zip(at, _Together.apply(*(found[i] for i in at))):
-        found[i] = value
-    return tree_unflatten(found, form)
-
-
 def can_split() -> bool:
     """Whether this torch has an FSDP2 whose sums may be ours."""
     from torch.distributed.fsdp import FSDPModule
 
     return {"set_custom_reduce_scatter", "set_force_sum_reduction_for_comms"} <= vars(FSDPModule).keys()
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the lists of ``module``, the outermost ones, that have parameters."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _listed(child)
-        else:
-            yield from _parts(child)
-
-
-def largest(net: nn.Module) -> int:
-    """The bytes of the largest part of a network that is gathered at once: of one layer, or of all that is in none."""
-    inside = {p for part in _parts(net) for p in part.parameters()}
-    rest = [p for p in net.parameters() if p not in inside]
-    return max(map(_bytes, [rest, *(list(part.parameters()) for part in _parts(net))]))
-
-
-def _bytes(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _listed(modules: nn.Module) -> Iterator[nn.Module]:
-    for child in modules.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _listed(child)
-        elif any(True for _ in child.parameters()):
-            yield child
 
 
 def copied(net: nn.Module, sharing: bool) -> nn.Module:
@@ -378,7 +319,7 @@ def calls(module: nn.Module) -> Iterator[Counter[nn.Module]]:
         if torch.is_grad_enabled():
             found[part] += 1
 
-    parts = [part for net in roots(module) for part in [*_parts(net), net]]
+    parts = [part for net in roots(module) for part in [*layers_of(net), net]]
     hooks = [part.register_forward_pre_hook(called) for part in parts]
     try:
         yield found
@@ -401,7 +342,7 @@ def kept(module: nn.Module) -> Iterator[None]:
         _keep(nets, False)
         for net in nets:
             _kept.discard(net)
-            for part in [*_parts(net), net]:
+            for part in [*layers_of(net), net]:
                 part.reshard()
 
 

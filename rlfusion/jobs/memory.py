@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import shards
+from rlfusion.common import layers, shards
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.training import optimizers
@@ -134,7 +134,7 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     found = of_weights(holds._replace(watched=holds.watched and noisy), frozen, trained, moments)
     found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
     for net in shards.roots(denoiser):
-        found["layers that are gathered"] = 2 * shards.largest(net)
+        found["layers that are gathered"] = 2 * layers.largest(net)
         return found
     found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
     if holds.decodes:

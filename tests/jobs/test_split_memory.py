@@ -8,7 +8,7 @@ from anonymous import STATUS, give_back, peak
 from ranked import members
 
 from rlfusion import models
-from rlfusion.common import shards, storage
+from rlfusion.common import layers, shards, storage
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.jobs import publishing
@@ -36,7 +36,7 @@ def _work(rank: int, count: int, folder: str, lora: str) -> dict[str, int]:
             models.adapt(denoiser, card, lora)
             shards.split(denoiser.net, torch.device("cpu"), True, filling)
         layer = 4 * (4 * WIDTH * WIDTH + 4 * WIDTH)
-        assert lora or shards.largest(denoiser.net) == layer
+        assert lora or layers.largest(denoiser.net) == layer
         policy = Chain(steps=2).policy(denoiser, card.names)
         assert publishing.in_files(policy, True) == (not lora)
         assert not publishing.in_files(policy, False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common import row_files, shards
+from rlfusion.common import layers, row_files, shards
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries, sha256, unpack
@@ -224,7 +224,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
         shards.split(denoiser.net, pick_device(config.device), current().exact, filling)
         denoiser.to(pick_device(config.device))  # what is beside the parameters
     elif current().exact:
-        shards.bounded(denoiser.net)
+        layers.bounded(denoiser.net)
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
     if card.pipeline:
         held = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
