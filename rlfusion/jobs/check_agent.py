@@ -61,12 +61,12 @@ class Trial:
 
     def _listen(self) -> None:
         theta, optimization = self.chain.task.policy.denoiser.net.theta, self.learner.optimization
-        step: Callable[[], float] = optimization.step
+        step: Callable[..., float] = optimization.step
 
-        def heard() -> float:
+        def heard(*of: float) -> float:
             if theta.grad is not None:
                 self.gradients.append(-theta.grad.double())  # the loss falls
-            return step()
+            return step(*of)
 
         optimization.step = heard  # type: ignore[method-assign]
 

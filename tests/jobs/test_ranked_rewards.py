@@ -49,7 +49,7 @@ def test_two_ranks_ask_a_reward_as_often_as_one_process_and_find_the_same(tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("counting.py").write_text(REWARD)
     with joined(Ranks(0, 1, 2, exact=True)):
-        job(tmp_path, *RUN, "--name", "one")
+        job(tmp_path, "finetune", *RUN, "--name", "one")
     alone = asked(tmp_path)["alone"]
     jobs_on_ranks(2, tmp_path, (*RUN, "--name", "two"))
     of_ranks = asked(tmp_path)

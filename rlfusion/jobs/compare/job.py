@@ -146,7 +146,8 @@ def _baselines(
     """What each reward says of the baselines, by reward and name."""
     device, root = pick_device(config.device), Path(config.root)
     one = _with(next(config.runs())[3], root=config.root, base=str(base))
-    denoiser, _, judged, _ = origin.begin(opened(one).base, device, signals, progress)
+    begun = origin.begin(opened(one).base, device, signals, progress)
+    denoiser, judged = begun.denoiser, begun.judged
     found, call_options = {}, CallOptions(config.reward_timeout_s, config.reward_cache)
     may_fail = config.max_failed if config.reward_failures == "mask" else None
     tries = Tries(config.evaluation.samples, config.best_of, config.guidance)
