@@ -112,7 +112,7 @@ def for_pipelines(text: str, lora: str = "") -> str:
     if not set(own) - set(told):
         return text
     whole = f"{name}({', '.join(f'{key}={value!r}' for key, value in {**own, **told}.items())})"
-    return whole if "(" in shown(text) else f"{shown(text)} = {whole}"
+    return f"{shown(text).replace(' = ', '=')} = {whole}"
 
 
 def is_pipeline(name: str) -> bool:

@@ -167,8 +167,14 @@ class Compare:
 
 def shown(text: str) -> str:
     """The name under which an agent is shown."""
-    name, given, _ = text.partition(" = ")
-    return name.strip() if given and "(" not in name else _short(text)
+    name, _ = _named(text)
+    return name or _short(text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name that an agent is given before " = ", "" for none, and the agent. ``ddpo(lr = 0.1)`` has none."""
+    name, given, rest = text.partition(" = ")
+    return (name.strip(), rest.strip()) if given and name.count("(") == name.count(")") else ("", text)
 
 
 def _short(text: str) -> str:
@@ -185,8 +191,7 @@ def _whole(text: str) -> str:
 
 def written(text: str) -> str:
     """The agent of a text, without the name that it may be given."""
-    name, given, rest = text.partition(" = ")
-    return rest.strip() if given and "(" not in name else text
+    return _named(text)[1]
 
 
 def make_agent(text: str) -> Agent:

@@ -40,10 +40,10 @@ def test_forms_that_do_not_go_with_them_have_their_own(words, without, tiny_pipe
 
 
 def test_a_comparison_writes_them_down(tiny_pipelines):
-    texts = "ddpo,draft,short = grpo(kl_loss=0.04),grpo(window=2)"
+    texts = "ddpo,draft,short = grpo(kl_loss=0.04),grpo(window=2),grpo(window = 3)"
     made = settings_of("compare", ["--model", str(tiny_pipelines["sd"]), "--agents", texts])
-    names = [name for name, *_ in made.runs()]
-    assert names[:3] == ["ddpo", "draft", "short"]
+    names = list(dict.fromkeys(name for name, *_ in made.runs()))
+    assert names == ["ddpo", "draft", "short", "grpo(window=2)", "grpo(window=3)"]
     agents = [settings.agent for *_, settings in made.runs()]
     assert held(agents[0], OWN["ddpo"]) == OWN["ddpo"]
     assert held(agents[2], OWN["grpo"]) == OWN["grpo"] | {"kl_loss": 0.04}
