@@ -29,8 +29,9 @@ def package(path: Path) -> str:
 
 def sources() -> set[str]:
     """Every file that a wheel must hold, by its path in the wheel."""
-    files = [f for top in FOLDERS for f in (ROOT / top).rglob("*") if f.suffix == ".py" or f.name == "py.typed"]
-    return {"/".join((*package(f.parent).split("."), f.name)) for f in files}
+    there = (f for top in FOLDERS for f in (ROOT / top).rglob("*"))
+    held = (f for f in there if f.suffix in (".py", ".txt") or f.name == "py.typed")
+    return {"/".join((*package(f.parent).split("."), f.name)) for f in held}
 
 
 def run(*command: object, cwd: Path | None = None) -> str:

@@ -15,6 +15,8 @@ from rlfusion.common.errors import ConfigError
 NAME = "rlfusion"
 APART = ("envs", "rewards", "agents")
 """Packages whose folders lie beside that of the package in a checkout."""
+HELD = (".py", ".txt")
+"""Suffixes of what it holds: the code, and the pages of --help."""
 WHEEL = f"Wheel-Version: 1.0\nGenerator: {NAME}\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
@@ -57,7 +59,7 @@ def _sources(package: str) -> Iterator[tuple[str, bytes]]:
         raise ConfigError(f"no package {package!r} here: expected {NAME} installed whole")
     folder = Path(spec.submodule_search_locations[0])
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and (file.suffix == ".py" or file.name == "py.typed"):
+        if file.is_file() and (file.suffix in HELD or file.name == "py.typed"):
             yield "/".join((*package.split("."), *file.relative_to(folder).parts)), file.read_bytes()
 
 
