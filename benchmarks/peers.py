@@ -198,6 +198,7 @@ def settings(text: str) -> dict[str, Any]:
 
 
 def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--rivals", default="trl,rlfusion")

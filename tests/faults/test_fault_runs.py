@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_rows import Row, shown
+from fault_rows import Row, check
 from interrupted_runs import Job, outcome, place
 from processes import Process
 from tiny_runs import TINY
@@ -22,13 +22,6 @@ from rlfusion.cli.main import main
 pytestmark = pytest.mark.alone
 UPDATES, WALKS = 12, 24
 SETTINGS = (*TINY, "--updates", UPDATES, "--checkpoint_every", 1, "--reward", "meddling:brightness")
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[Row]]:
-    rows: list[Row] = []
-    yield rows
-    print(shown(rows))
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +37,6 @@ def row(job: Job, name: str, seen_s: float, seconds: float, whole: tuple[dict[st
     ours = outcome(job.folder)
     queries = json.loads((job.folder / "summary.json").read_text())["queries"]
     return Row(name, seen_s, max(0.0, seconds - whole[1]), UPDATES * WALKS - queries, ours == whole[0])
-
-
-def check(found: Row, table: list[Row]) -> None:
-    table.append(found)
-    assert found.same
-    assert found.samples == 0
 
 
 def said(process: Process) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from clusters import Nodes, several
-from fault_rows import Row, shown
+from fault_rows import Row, check
 from processes import titled
 from rollout_tasks import make_policy, make_recipe
 from tiny_training import UPDATES, Trained, trained
@@ -39,13 +39,6 @@ def nodes() -> Iterator[Nodes]:
     """Two nodes for a worker each."""
     with several({}, {}) as held:
         yield held
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[Row]]:
-    rows: list[Row] = []
-    yield rows
-    print(shown(rows))
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +87,6 @@ def disturbed(
     happening.join()
     lost = sum(whole.walks) - sum(found.walks)
     return Row(name, seen[0], max(0.0, found.seconds - whole.seconds), lost, found.digest == whole.digest)
-
-
-def check(row: Row, table: list[Row]) -> None:
-    table.append(row)
-    assert row.same
-    assert row.samples == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -22,3 +22,10 @@ def shown(rows: Sequence[Row]) -> str:
         seen = "-" if math.isnan(row.seen_s) else f"{row.seen_s:.1f}"
         lines.append(f"| {row.fault} | {seen} | {row.lost_s:.1f} | {row.samples} | {'yes' if row.same else 'NO'} |")
     return "\n".join(lines)
+
+
+def check(row: Row, table: list[Row]) -> None:
+    """The run ended in the same bits, and no sample was lost."""
+    table.append(row)
+    assert row.same
+    assert row.samples == 0
