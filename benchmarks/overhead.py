@@ -143,14 +143,15 @@ def show_profile(title: str, function: Callable[[], object]) -> None:
     pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
 
 
-def show(records: list[dict]) -> None:
-    """Print the table."""
-    print(f"{'network':12}{'parameters':>12}{'batch':>7}{'steps':>7}   {'':10}{'floor ms':>10}{'ratio':>8}   quartiles")
-    for r in records:
-        for what in ("rollout", "update", "update+KL"):
-            m = r[what]
-            head = f"{r['case']:12}{r['parameters']:12,}{r['batch']:7}{r['steps']:7}"
-            print(f"{head}   {what:10}{m['floor_ms']:10.1f}{m['ratio']:8.3f}   {m['q1']:.3f} .. {m['q3']:.3f}")
+TITLES = f"{'network':12}{'parameters':>12}{'batch':>7}{'steps':>7}   {'':10}{'floor ms':>10}{'ratio':>8}   quartiles"
+
+
+def show(record: dict) -> None:
+    """Print a case's rows of the table."""
+    for what in ("rollout", "update", "update+KL"):
+        m = record[what]
+        head = f"{record['case']:12}{record['parameters']:12,}{record['batch']:7}{record['steps']:7}"
+        print(f"{head}   {what:10}{m['floor_ms']:10.1f}{m['ratio']:8.3f}   {m['q1']:.3f} .. {m['q3']:.3f}", flush=True)
 
 
 def main() -> None:
@@ -169,8 +170,11 @@ def main() -> None:
     names = args.case or (QUICK if args.quick else sorted(CASES))
     rounds = 5 if args.quick else args.rounds
     clock = time.process_time if args.cpu_time else time.perf_counter
-    records = [measure(name, Bench(CASES[name], args.device, clock), rounds, args.profile) for name in names]
-    show(records)
+    print(TITLES, flush=True)
+    records = []
+    for name in names:
+        records.append(measure(name, Bench(CASES[name], args.device, clock), rounds, args.profile))
+        show(records[-1])
     if args.json:
         held = {"machine": machine(args.device), "rounds": rounds, "cpu_time": args.cpu_time, "records": records}
         RESULTS.mkdir(exist_ok=True)

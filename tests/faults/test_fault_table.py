@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,23 @@ def disturbed(
     """Train while ``fault`` happens after the first update: the row of the table. It is seen when what was ``handled``
     changes.
     """
-    seen, progress = [math.nan], list[int]()
+    seen, progress, happening = [math.nan], list[int](), list[Future[None]]()
 
     def watch() -> None:
         while not progress:
             time.sleep(0.01)
         before, began = handled(backend), time.monotonic()
-        happening.start()
+        happening.append(threads.submit(fault))
         while math.isnan(seen[0]) and len(progress) < UPDATES:
             if handled(backend) != before:
                 seen[0] = time.monotonic() - began
             time.sleep(0.01)
 
-    happening, watching = threading.Thread(target=fault), threading.Thread(target=watch)
-    watching.start()
-    found = trained(backend, progress)
-    watching.join()
-    happening.join()
+    with ThreadPoolExecutor(2) as threads:
+        watching = threads.submit(watch)
+        found = trained(backend, progress)
+        watching.result()
+        happening[0].result()
     lost = sum(whole.walks) - sum(found.walks)
     return Row(name, seen[0], max(0.0, found.seconds - whole.seconds), lost, found.digest == whole.digest)
 
@@ -204,3 +205,5 @@ def test_at_last_a_node_leaves_and_another_joins(nodes, whole, table, tmp_path):
         row = disturbed(backend, fault, whole, "SIGKILL of a raylet; another node joins")
     check(row, table)
     assert not math.isnan(row.seen_s)
+    joined = [node for node in ray.nodes() if node["Resources"].get("CPU") or not node["Alive"]]
+    assert len(joined) == 3, "no node joined"

@@ -35,7 +35,13 @@ from pathlib import Path
 
 def score(samples, cond):
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        Path(ROOT, sys.modules["ray"].get_runtime_context().get_node_id()).touch()
+        here = sys.modules["ray"].get_runtime_context()
+        if here.get_actor_id():
+            node, waiting = Path(ROOT, here.get_node_id()), time.monotonic() + PATIENCE_S
+            first = not node.exists()
+            node.touch()
+            while not first and len(list(Path(ROOT).iterdir())) < WORKERS and time.monotonic() < waiting:
+                time.sleep(0.05)
         time.sleep(0.05)
     return samples.flatten(1).mean(1)
 """
@@ -157,13 +163,17 @@ def cluster(tmp_path_factory) -> Iterator[str]:
 
 
 def place(cwd: Path, cache: Path) -> Job:
-    """A working directory with the reward of the commands, and a root that has the cache of the tests."""
+    """A working directory with a root that has the cache of the tests, and the reward of the commands.
+
+    Each worker leaves its node's name, and at its second walks waits until all have: the first of a run are for one.
+    """
     (cwd / "runs").mkdir(parents=True)
     (cwd / "runs" / "cache").mkdir()
     for entry in cache.iterdir():
         (cwd / "runs" / "cache" / entry.name).symlink_to(entry)
     (cwd / "nodes").mkdir()
-    (cwd / "my_rewards.py").write_text(f"ROOT = {str(cwd / 'nodes')!r}{REWARD}")
+    known = f"ROOT, WORKERS, PATIENCE_S = {str(cwd / 'nodes')!r}, {WORKERS}, {PATIENCE_S}"
+    (cwd / "my_rewards.py").write_text(f"{known}{REWARD}")
     return Job(cwd, "finetune", SETTINGS)
 
 

@@ -33,6 +33,7 @@ def several(*nodes: dict[str, float]) -> Iterator[Nodes]:
 
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "write_ray_address", lambda *given: None)  # that is a file of the whole machine
+        patch.setattr(utils, "set_sigterm_handler", lambda handler: None)  # a node may join from another thread
         stack.enter_context(ray_cluster._undisturbed_signals())  # other tests of this process look at them
         folder = stack.enter_context(private_folder())
         stack.enter_context(ray_cluster._private_environment(folder, PATIENCE_S))
