@@ -11,6 +11,7 @@ The prompts are said to each replica once, in its greeting; questions name them 
 know it, because it was started anew, say, is greeted again, and asked again.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from rlfusion.rewards.remote.secret import read_token
 from rlfusion.rewards.remote.transport import Failed, RefusedError, request
 
 SCHEMES = ("http://", "https://")
+_log = logging.getLogger(__name__)
 MORE_BYTES, BYTES_PER_ITEM = 65536, 4096
 """An answer longer than that is not read."""
 PROBE_S = 5.0
@@ -185,7 +187,7 @@ class Remote(MayGroup):
         Raises:
             RewardUnavailable: patience is over.
         """
-        began, tried = time.monotonic(), set()
+        began, tried, told = time.monotonic(), set(), self.patience_s == 0
         while True:
             url, wait = self.replicas.next(first, time.monotonic())
             if len(tried) == len(self.replicas.urls) and time.monotonic() + wait - began > self.patience_s:
@@ -199,6 +201,10 @@ class Remote(MayGroup):
                 result = attempt(url)
             except Failed as error:
                 self.replicas.failed(url, str(error), time.monotonic())
+                if len(tried) == len(self.replicas.urls) and not told:
+                    told = True
+                    message = "reward %r: no server answers (%s); asked again for up to patience_s = %g s"
+                    _log.warning(message, shorten(self.name), self.replicas.reasons, self.patience_s)
             else:
                 self.replicas.answered(url)
                 return result

@@ -59,16 +59,17 @@ class Folder(Source):
     def _texts(self, files: Files, wanted: list[Path], root: Path | None) -> tuple[str, dict[Path, str], str]:
         """("captions", "classes" or "none"), the text of each image, and what the line is to say of it."""
         asked = self.conditions
-        if asked == "none":
-            return "none", {}, ""
         columns = any((self.image, self.caption, self.label))
         beside = [f for f in wanted if f in files.captions]
-        if columns and not files.metadata:
-            raise ConfigError(f"columns are named, and {self.path!r} has none of {', '.join(sorted(METADATA))}")
-        if files.metadata and (asked == "auto" or columns):
-            return self._of_tables(files, wanted, root)
-        if asked == "captions" and files.metadata and not beside:
-            return self._of_tables(files, wanted, root)
+        if asked != "none":
+            if columns and not files.metadata:
+                raise ConfigError(f"columns are named, and {self.path!r} has none of {', '.join(sorted(METADATA))}")
+            if files.metadata and (asked == "auto" or columns or (asked == "captions" and not beside)):
+                return self._of_tables(files, wanted, root)
+        for file in files.metadata if self.split != splits.NONE else ():
+            self._split_column(read_table(file), root)  # tables that are not read for texts may have one too
+        if asked == "none":
+            return "none", {}, ""
         if asked == "captions" or (asked == "auto" and beside):
             return "captions", self._beside(files, wanted, len(beside)), "captions from files beside the images"
         if files.captions:

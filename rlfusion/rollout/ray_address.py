@@ -15,7 +15,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 
 from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.rollout.commands import RolloutError
@@ -81,8 +83,17 @@ def _parts(address: str) -> tuple[str, int] | None:
 
 
 def _require_listening(address: str, host: str, port: int, timeout_s: float) -> None:
+    tried: Future[None] = Future()
+
+    def connect() -> None:
+        try:
+            tried.set_result(socket.create_connection((host, port), timeout=timeout_s).close())
+        except Exception as error:
+            tried.set_exception(error)
+
     try:
-        socket.create_connection((host, port), timeout=timeout_s).close()
+        threading.Thread(target=connect, daemon=True).start()  # a name is looked up for as long as its servers please
+        tried.result(timeout_s)
     except TimeoutError:
         raise _silent(address, timeout_s) from None
     except UnicodeError as error:  # of a part of the name that is empty, or has more than 63 letters

@@ -400,6 +400,19 @@ def test_a_column_of_splits_is_followed_or_refused_never_left_out(column, tmp_pa
     refused(str(tmp_path / "metadata.csv"), "several that may be the split_column", "split_column='NAME'")
 
 
+@pytest.mark.parametrize("conditions", ["none", "classes", "captions"])
+def test_a_column_of_splits_is_seen_where_texts_come_from_elsewhere(conditions, tmp_path):
+    make(tmp_path, ["a.png", "b.png"])
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    write(
+        tmp_path / "metadata.csv",
+        [{"file_name": f"{n}.png", "split": part} for n, part in (("a", "train"), ("b", "test"))],
+    )
+    refused(of("folder", tmp_path, conditions=conditions), "metadata.csv", "'split'", "split='none'")
+    assert len(data.load(of("folder", tmp_path, conditions=conditions, split="none"), 4)) == 2
+
+
 def test_a_column_of_splits_beside_folders_of_them_says_the_same(tmp_path):
     make(tmp_path, ["train/a.png", "test/b.png"])
     rows = [{"file_name": f"{part}/{n}.png", "text": n, "split": part} for n, part in (("a", "train"), ("b", "test"))]

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 import time
 import types
 from contextlib import contextmanager
@@ -81,6 +82,18 @@ def test_where_nothing_listens_is_said_in_seconds(address):
 def test_a_host_whose_name_cannot_be_one_is_refused(host):
     with pytest.raises(ConfigError, match="is no name of a host"):
         ray_address.require_cluster(f"{host}:6379", 1.0)
+
+
+def test_a_name_that_nobody_looks_up_is_given_up_at_the_deadline(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(socket, "create_connection", lambda *given, **named: asked.wait(60))
+    began = time.monotonic()
+    try:
+        with pytest.raises(RolloutError, match=r"within ray.connect_timeout_s = 0.2 s"):
+            require_cluster("head.example.org:6379", 0.2)
+    finally:
+        asked.set()
+    assert time.monotonic() - began < 10.0
 
 
 def test_what_listens_and_does_not_answer_is_given_up_at_the_deadline(monkeypatch):

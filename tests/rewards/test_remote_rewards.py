@@ -435,6 +435,18 @@ def test_a_fault_that_stays_is_named(fault, samples, label):
         assert score(remote, samples, label, "it", masked=True).isnan().all()
 
 
+def test_a_wait_for_servers_is_said_once_an_outage(samples, label, caplog):
+    with Faulty(Net(), FAULTS["HTTP 503"], always=True) as one:
+        remote = client(one.url, timeout_s=20.0, patience_s=1.0)
+        with pytest.raises(RewardFailure):
+            score(remote, samples, label, "it")
+    (said,) = [record.getMessage() for record in caplog.records if "no server answers" in record.getMessage()]
+    assert (
+        said
+        == f"reward '{one.url}': no server answers ({one.url}: HTTP 503 busy); asked again for up to patience_s = 1 s"
+    )
+
+
 def test_a_server_that_is_not_there_is_named(samples, label):
     with serving(Net()) as url:
         pass
