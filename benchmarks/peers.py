@@ -1,8 +1,14 @@
-"""DDPO by TRL and by rlfusion on one tiny Stable Diffusion pipeline: the gain for so many rewards, and what it costs.
+"""TRL and rlfusion on one Stable Diffusion pipeline of random weights: the gain for so many rewards, and what it costs.
 
-Both are given the same folder, reward (red above blue), steps and guidance, train all weights on one CPU thread, and
-otherwise have their own defaults, or the settings of ``--trl`` and ``--rlfusion``. Each run is a process; the two take
+    trl         DDPOTrainer              rlfusion                    agent ddpo
+    alignprop   AlignPropTrainer         draft1, draft5, draft, refl  agent draft with K = 1, K = 5 and full, agent refl
+
+All are given the same folder, reward (red above blue), steps and guidance, train all weights on one CPU thread, and
+otherwise have their own defaults, or the settings of ``--trl`` and ``--rlfusion``. Each run is a process; rivals take
 turns. TRL has a virtual environment of its own, which is made once, with the torch and the diffusers of this one.
+
+AlignPropTrainer's defaults are of 50 steps: the range from which it draws where the gradient begins, (0, 50), is here
+(0, the last step), so that the last step always has one; with 5 steps and (0, 50) most of its losses have no gradient.
 
 Every so many queries a run saves its weights, off the clock. A third process then samples from all of them with
 diffusers' own pipeline, from one noise:
@@ -11,7 +17,10 @@ diffusers' own pipeline, from one noise:
     distance   rms difference to the base's images from the same noise, in standard deviations of the base's images
     diversity  mean distance of two images of a prompt, over the base's
 
+``--rates 3e-4,1e-3,3e-3`` runs every rival at each of these learning rates.
+
     python benchmarks/peers.py [--seeds 0,1,2] [--queries 320] [--rlfusion "agent.lr=1e-3"] [--out FILE.json]
+    python benchmarks/peers.py --rivals alignprop,draft1,draft5,draft,refl
 """
 
 import argparse
@@ -25,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,33 +67,61 @@ class Clock:
         return {"ready_cpu_s": self.ready, "cpu_s": self.now() - self.ready, "peak_mb": peak, "points": self.points}
 
 
-def trl(job: dict[str, Any], clock: Clock) -> None:
-    """DDPOTrainer, one epoch of its own size after another."""
+def setting(job: dict[str, Any], config: Callable[..., Any], **more: Any) -> tuple[Any, Any]:
+    """A trainer's settings, and the pipeline that it trains."""
     import torch
     from accelerate import PartialState
-    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    from trl import DefaultDDPOStableDiffusionPipeline
 
     torch.set_num_threads(1)
     PartialState()  # what the trainer logs with before it has made its own
     how = {"sample_num_steps": job["steps"], "sample_guidance_scale": job["guidance"], "seed": job["seed"]}
-    config = DDPOConfig(
-        **how | {"mixed_precision": "no", "save_freq": 10**9, "train_use_8bit_adam": False} | job["own"]
-    )
+    how |= {"mixed_precision": "no", "save_freq": 10**9, "train_use_8bit_adam": False, **more, **job["own"]}
     random.seed(job["seed"])
+    return config(**how), DefaultDDPOStableDiffusionPipeline(job["model"], use_lora=False)
 
-    def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
-        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
 
-    pipe = DefaultDDPOStableDiffusionPipeline(job["model"], use_lora=False)
-    trainer = DDPOTrainer(config, reward, lambda: (random.choice(PROMPTS), {}), pipe)
+def prompt() -> tuple[str, dict[str, Any]]:
+    """One of the prompts by chance."""
+    return random.choice(PROMPTS), {}
+
+
+def epochs(trainer: Any, pipe: Any, each: int, job: dict[str, Any], clock: Clock) -> None:
+    """One epoch of so many queries after another."""
     pipe.sd_pipeline.set_progress_bar_config(disable=True)
-    each, step, done = config.sample_batch_size * config.sample_num_batches_per_epoch, 0, 0
+    step = done = 0
     clock.ready = clock.now()
     for epoch in range(job["queries"] // each):
         step = trainer.step(epoch, step)
         if (epoch + 1) * each >= done + job["every"]:
             done = (epoch + 1) * each
             clock.point(done, lambda to: trainer.accelerator.unwrap_model(pipe.unet).save_pretrained(to))
+
+
+def trl(job: dict[str, Any], clock: Clock) -> None:
+    """DDPOTrainer."""
+    from trl import DDPOConfig, DDPOTrainer
+
+    def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
+        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
+
+    config, pipe = setting(job, DDPOConfig)
+    trainer = DDPOTrainer(config, reward, prompt, pipe)
+    epochs(trainer, pipe, config.sample_batch_size * config.sample_num_batches_per_epoch, job, clock)
+
+
+def alignprop(job: dict[str, Any], clock: Clock) -> None:
+    """AlignPropTrainer."""
+    from trl import AlignPropConfig, AlignPropTrainer
+
+    def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
+        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
+
+    last = job["steps"] - 1
+    where = {"truncated_rand_backprop_minmax": (0, last), "truncated_backprop_timestep": last}
+    config, pipe = setting(job, AlignPropConfig, **where)
+    trainer = AlignPropTrainer(config, reward, prompt, pipe)
+    epochs(trainer, pipe, config.train_batch_size * config.train_gradient_accumulation_steps, job, clock)
 
 
 def rlfusion(job: dict[str, Any], clock: Clock) -> None:
@@ -96,7 +134,7 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
     sys.path.append(str(SUPPORT))
     chain = {"steps": job["steps"], "guidance_scale": job["guidance"]}
     given = {"pipeline": {"prompts": job["prompts"]}, "chain": chain, "root": job["root"], "device": "cpu"}
-    own = {"updates": 10**6} | job["own"]
+    own = {"updates": 10**6} | AGENTS[job["rival"]] | job["own"]
     run = rlf.finetune(job["model"], "tiny_pipelines:warm", seed=job["seed"], **given, **own)
     each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
     clock.ready = clock.now()
@@ -107,18 +145,33 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
             return
 
 
-RIVALS = {"trl": trl, "rlfusion": rlfusion}
+AGENTS: dict[str, dict[str, Any]] = {
+    "rlfusion": {},
+    "draft1": {"agent.name": "draft"},
+    "draft5": {"agent.name": "draft", "agent.steps": 5},
+    "draft": {"agent.name": "draft", "agent.form": "full"},
+    "refl": {"agent.name": "refl"},
+}
+"""The settings of rlfusion's rivals."""
+RIVALS = {"trl": trl, "alignprop": alignprop} | dict.fromkeys(AGENTS, rlfusion)
+RATES = {"trl": "train_learning_rate", "alignprop": "train_learning_rate"} | dict.fromkeys(AGENTS, "agent.lr")
+"""The setting of each rival that is its learning rate."""
+SMALL = {"sample_size": 32, "block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 8}
+"""Settings of the U-Net of a pipeline of size small: its activations are what the memory holds."""
 
 
-def base(folder: Path) -> None:
+def base(folder: Path, size: str) -> None:
     """The pipeline from which all begin."""
     import torch
 
     sys.path.append(str(SUPPORT))
-    from tiny_pipelines import MAKERS
+    from tiny_pipelines import stable_diffusion
 
     torch.manual_seed(0)
-    MAKERS["sd"]().save_pretrained(folder)
+    pipe = stable_diffusion()
+    if size == "small":
+        pipe.register_modules(unet=type(pipe.unet).from_config({**pipe.unet.config, **SMALL}))
+    pipe.save_pretrained(folder)
 
 
 def judge(model: Path, runs: list[dict[str, Any]], steps: int, guidance: float) -> None:
@@ -174,17 +227,18 @@ def ran(rival: str, python: Path | str, job: dict[str, Any], folder: Path) -> di
     if failed:
         sys.exit(f"{rival}, seed {job['seed']}: exit status {failed}\n{(folder / 'log.txt').read_text()[-3000:]}")
     told = json.loads((folder / "told.json").read_text())
-    return {"rival": rival, "seed": job["seed"], "wall_s": time.time() - begin, "folder": str(folder), **told}
+    about = {"rival": rival, "seed": job["seed"], "rate": job["rate"], "own": job["own"]}
+    return about | {"wall_s": time.time() - begin, "folder": str(folder), **told}
 
 
 def table(runs: list[dict[str, Any]], target: float) -> str:
     """A line for each run: where it ends, and where it first has the target's gain."""
-    head = ["rival", "seed", "queries", "gain", "distance", "diversity", "cpu_s", "ready_cpu_s", "peak_mb"]
-    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 10]
+    head = ["rival", "lr", "seed", "queries", "gain", "distance", "diversity", "cpu_s", "ready_cpu_s", "peak_mb"]
+    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 11]
     for run in runs:
         end, first = run["points"][-1], next((p for p in run["points"] if p["gain"] >= target), None)
         reached = f"{first['queries']}, {first['cpu_s']:.1f}, {first['distance']:.2f}" if first else "-"
-        cells = [run["rival"], run["seed"], end["queries"], *(f"{end[n]:.2f}" for n in head[3:6])]
+        cells = [run["rival"], run["rate"], run["seed"], end["queries"], *(f"{end[n]:.2f}" for n in head[4:7])]
         cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}", f"{run['peak_mb']:.0f}", reached]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -201,19 +255,41 @@ def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--rivals", default="trl,rlfusion")
+    parser.add_argument("--rivals", default="trl,rlfusion", help=", ".join(RIVALS))
+    parser.add_argument("--rates", default="default", help="learning rates, or default, each rival's own")
+    parser.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the pipeline")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--queries", type=int, default=320)
     parser.add_argument("--every", type=int, default=48, help="queries between two looks at TRL")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--target", type=float, default=1.0, help="the gain to reach")
-    parser.add_argument("--trl", default="", help="settings of DDPOConfig, name=value ...")
+    parser.add_argument("--trl", default="", help="settings of TRL's trainers, name=value ...")
     parser.add_argument("--rlfusion", default="", help="settings of rlfusion.finetune, name=value ...")
     parser.add_argument("--peer", default="trl==0.23.1")
     parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "rlfusion-peers-trl")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
+
+
+def all_runs(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    """Every rival with every seed and learning rate, in turn."""
+    rivals = args.rivals.split(",")
+    if unknown := set(rivals) - set(RIVALS):
+        sys.exit(f"--rivals {', '.join(sorted(unknown))}: expected some of {', '.join(RIVALS)}")
+    peer = environment(args.venv, args.peer) if set(rivals) - set(AGENTS) else Path()
+    base(root / "model", args.size)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    same = {"model": str(root / "model"), "prompts": str(root / "prompts.txt"), "root": str(root / "runs")}
+    same |= {name: getattr(args, name) for name in ("queries", "every", "steps", "guidance")}
+    runs = []
+    for seed, rate, rival in product(map(int, args.seeds.split(",")), args.rates.split(","), rivals):
+        own = settings(args.rlfusion if rival in AGENTS else args.trl)
+        own |= {} if rate == "default" else {RATES[rival]: float(rate)}
+        job = same | {"rival": rival, "seed": seed, "rate": rate, "own": own}
+        runs.append(ran(rival, sys.executable if rival in AGENTS else peer, job, root / f"{rival}-{rate}-{seed}"))
+        print(rival, rate, seed, f"{runs[-1]['cpu_s']:.1f} CPU s", file=sys.stderr, flush=True)
+    return runs
 
 
 def main() -> None:
@@ -225,20 +301,9 @@ def main() -> None:
         RIVALS[rival](json.loads((folder / "job.json").read_text()), clock)
         (folder / "told.json").write_text(json.dumps(clock.told()))
         return
-    rivals = args.rivals.split(",")
-    pythons = {"rlfusion": sys.executable, "trl": environment(args.venv, args.peer) if "trl" in rivals else ""}
-    own = {"rlfusion": settings(args.rlfusion), "trl": settings(args.trl)}
     with tempfile.TemporaryDirectory() as place:
-        root, runs = Path(place), []
-        base(root / "model")
-        (root / "prompts.txt").write_text("\n".join(PROMPTS))
-        same = {"model": str(root / "model"), "prompts": str(root / "prompts.txt"), "root": str(root / "runs")}
-        same |= {name: getattr(args, name) for name in ("queries", "every", "steps", "guidance")}
-        for seed in map(int, args.seeds.split(",")):
-            for rival in rivals:
-                job = same | {"seed": seed, "own": own[rival]}
-                runs.append(ran(rival, pythons[rival], job, root / f"{rival}-{seed}"))
-        judge(root / "model", runs, args.steps, args.guidance)
+        runs = all_runs(args, Path(place))
+        judge(Path(place) / "model", runs, args.steps, args.guidance)
     print(table(runs, args.target))
     if args.out:
         held = {"settings": {k: str(v) for k, v in vars(args).items() if k not in ("run", "out", "venv")}}

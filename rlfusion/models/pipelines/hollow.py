@@ -56,7 +56,7 @@ def network(path: Path, component: str, dtype: torch.dtype, variant: str = "") -
 
 def _class(path: Path, component: str) -> Any:
     named = hub.index(path).get(component)
-    made = getattr(hub.diffusers(), named[1], None) if isinstance(named, list) and len(named) == 2 else None
+    made = hub.class_named(named[1]) if isinstance(named, list) and len(named) == 2 else None
     if not isinstance(made, type):
         raise ConfigError(f"{str(path / hub.INDEX)!r} names the {component} {named!r}: diffusers has no such class")
     return made

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlfusion.common import hub
+from rlfusion.common.deferred import deferred
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
@@ -36,6 +37,8 @@ FAMILIES = Registry(
     also="each as --pipeline.family",
 )
 """The families by their pipeline's class."""
+RARE = ("bitsandbytes", "scipy.stats")
+"""What diffusers imports wherever it is installed, and seldom uses."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 """What a pipeline itself changes in the settings of its scheduler, where they are there: older files have others."""
 
@@ -72,14 +75,24 @@ def diffusers() -> Any:
         ConfigError: it is not installed.
     """
     try:
-        import diffusers as library
-        import transformers
+        with deferred(*RARE):
+            import diffusers as library
+            import transformers
+
+            library.DiffusionPipeline  # noqa: B018  the parts that all pipelines have are imported by this
     except ImportError as error:
         raise ConfigError(f"a pretrained pipeline needs diffusers, transformers and peft: {EXTRA}") from error
     for logging in (library.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     return library
+
+
+def class_named(name: str) -> Any:
+    """The library's class of that name; None where it has none."""
+    library = diffusers()
+    with deferred(*RARE):
+        return getattr(library, name, None)
 
 
 def first_line(error: Exception) -> str:
@@ -155,10 +168,10 @@ def scheduler(path: Path) -> Any:
     Raises:
         ConfigError: there is none, one of no class of the library's, or settings that its class refuses.
     """
-    named = index(path).get("scheduler")
-    if not isinstance(named, list) or len(named) != 2 or not isinstance(name := named[1], str):
-        raise ConfigError(f"{str(path / INDEX)!r} names the scheduler {named!r}: expected [library, class]")
-    made = getattr(diffusers(), name, None)
+    told = index(path).get("scheduler")
+    if not isinstance(told, list) or len(told) != 2 or not isinstance(name := told[1], str):
+        raise ConfigError(f"{str(path / INDEX)!r} names the scheduler {told!r}: expected [library, class]")
+    made = class_named(name)
     if made is None:
         raise ConfigError(f"scheduler {name!r}: the library has no such class")
     place = str(path / "scheduler" / "scheduler_config.json")
@@ -205,8 +218,8 @@ def parameters(path: Path, component: str) -> int:
     Raises:
         ConfigError: the pipeline's index cannot be read.
     """
-    named = index(path).get(component)
-    made = getattr(diffusers(), named[1], None) if isinstance(named, list) and len(named) == 2 else None
+    told = index(path).get(component)
+    made = class_named(told[1]) if isinstance(told, list) and len(told) == 2 else None
     if made is None:
         return 0
     try:
@@ -231,7 +244,7 @@ def pipeline_class(path: Path) -> type:
         ConfigError: diffusers has none of that name.
     """
     name = index(path).get("_class_name")
-    found = getattr(diffusers(), name, None) if isinstance(name, str) else None
+    found = class_named(name) if isinstance(name, str) else None
     if not isinstance(found, type):
         raise ConfigError(f"{str(path / INDEX)!r} names the pipeline {name!r}: diffusers has no such class")
     return found

@@ -1,0 +1,93 @@
+"""Packages that are imported at their first use."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rlfusion.common.deferred import Deferred, deferred
+
+CODE = "import sys\nloaded = True\nclass Thing: pass\n"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with a module, none of which is imported."""
+    folder = tmp_path / "heavy_thing"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(CODE)
+    (folder / "inner.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "heavy_thing"
+    for name in [n for n in sys.modules if n.split(".")[0] == "heavy_thing"]:
+        del sys.modules[name]
+
+
+def test_the_first_use_imports_it(package):
+    with deferred(package):
+        import heavy_thing as kept
+    assert isinstance(kept, Deferred)
+    assert package not in sys.modules
+    assert kept.Thing is sys.modules[package].Thing
+    assert not isinstance(sys.modules[package], Deferred)
+
+
+def test_a_module_of_a_package(package):
+    with deferred(f"{package}.inner"):
+        import heavy_thing.inner
+    import heavy_thing as whole
+
+    assert f"{package}.inner" not in sys.modules
+    from heavy_thing.inner import value
+
+    assert value == 3
+    assert whole.inner.value == 3
+
+
+def test_a_use_within_the_block_imports_it(package):
+    with deferred(package):
+        from heavy_thing import Thing
+    assert Thing is sys.modules[package].Thing
+
+
+def test_after_the_block_imports_are_as_ever(package):
+    with pytest.raises(KeyError), deferred(package):
+        raise KeyError
+    import heavy_thing.inner
+
+    assert heavy_thing.loaded
+    assert heavy_thing.inner.value == 3
+
+
+def test_what_is_imported_already_or_not_installed_is_left_alone(package):
+    import heavy_thing
+
+    with deferred(package, "no_such_thing_anywhere", "no_such_thing_anywhere.inner"):
+        import heavy_thing as again
+
+        with pytest.raises(ModuleNotFoundError):
+            import no_such_thing_anywhere  # noqa: F401
+    assert again is heavy_thing
+
+
+def test_a_package_that_is_installed_is_found_within(package):
+    import importlib.util
+
+    with deferred(package):
+        found = importlib.util.find_spec(package)
+    assert found is not None
+    assert found.origin.endswith("__init__.py")
+
+
+@pytest.mark.alone
+def test_a_pipelines_library_begins_without_what_it_seldom_uses():
+    """Of a process of its own: this one has imported them long ago."""
+    code = (
+        "import sys\nfrom rlfusion.models.pipelines import hub\n"
+        "hub.class_named('StableDiffusionPipeline'), hub.class_named('StableDiffusion3Pipeline')\n"
+        "assert not {'bitsandbytes', 'scipy.stats'} & set(sys.modules)\n"
+        "made = hub.class_named('DPMSolverMultistepScheduler')(use_beta_sigmas=True)\n"
+        "made.set_timesteps(3)\nassert 'scipy.stats' in sys.modules\nimport bitsandbytes.optim\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-2000:]
