@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,13 @@ def cluster(settings: Settings, cpus: int = 1, gpus: int = 0) -> Iterator[None]:
             yield
         return
     for tried in range(1, TRIES + 1):
-        with private_folder() as folder, _private_environment(folder, settings.start_timeout_s):
+        with (
+            private_folder() as folder,
+            ExitStack() as ports,
+            _private_environment(folder, settings.start_timeout_s),
+        ):
             try:
-                failed = _start(folder, cpus, gpus, settings.start_timeout_s)
+                failed = _start(folder, cpus, gpus, settings.start_timeout_s, ports)
                 if not failed:
                     yield
                     return
@@ -89,8 +93,10 @@ def _connection(settings: Settings) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start(folder: Path, cpus: int, gpus: int, patience_s: float) -> str:
-    """Start a private cluster; why it did not start, or "". Ray raises bare exceptions where it is too slow."""
+def _start(folder: Path, cpus: int, gpus: int, patience_s: float, ports: ExitStack) -> str:
+    """Start a private cluster; why it did not start, or "". Ray raises bare exceptions where it is too slow. ``ports``
+    holds those of its agents for as long as it runs.
+    """
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": gpus,
@@ -99,7 +105,7 @@ def _start(folder: Path, cpus: int, gpus: int, patience_s: float) -> str:
     }
     started: list[Any] = []
     try:
-        with _undisturbed_signals(), _patient(patience_s, started):
+        with _undisturbed_signals(), _patient(patience_s, started, ports):
             ray.init(address="local", **OPTIONS, **options)
     except Exception as error:
         for process in started:  # Ray forgets those of a node that it gives up
@@ -111,12 +117,12 @@ def _start(folder: Path, cpus: int, gpus: int, patience_s: float) -> str:
 
 
 @contextmanager
-def _patient(patience_s: float, started: list[Any]) -> Iterator[None]:
+def _patient(patience_s: float, started: list[Any], ports: ExitStack) -> Iterator[None]:
     """Put our patience in the place of two waits that are numbers in Ray's code, and note the ``started`` processes.
 
     A new node is looked up for 30 s, here as long as we say. And its raylet ends itself where its agents, which import
     much, have not written their ports within 15 s: here they are written before it starts, as Ray writes them for
-    agents that are not in use, and the one that workers ask is told its port.
+    agents that are not in use, and the one that workers ask is told its port, which ``ports`` holds for it.
     """
     look_up, start_raylet, start_process = services.get_node, services.start_raylet, services.start_ray_process
 
@@ -132,7 +138,7 @@ def _patient(patience_s: float, started: list[Any]) -> Iterator[None]:
 
     def with_ports(*args: Any, **named: Any) -> Any:
         given = inspect.signature(start_raylet).bind(*args, **named).arguments
-        for name, port in _unwritten_ports().items():
+        for name, port in _unwritten_ports(ports).items():
             _core.persist_port(given["session_dir"], given["node_id"], name, port)
             if port != UNUSED:
                 named |= {"runtime_env_agent_port": port, "dashboard_agent_listen_port": 0}
@@ -150,7 +156,7 @@ def _patient(patience_s: float, started: list[Any]) -> Iterator[None]:
         services.get_node, services.start_raylet, services.start_ray_process = look_up, start_raylet, start_process
 
 
-def _unwritten_ports() -> dict[str, int]:
+def _unwritten_ports(ports: ExitStack) -> dict[str, int]:
     """What each agent's port is written as. Only later versions of Ray wait for such files."""
     try:
         unused = (
@@ -158,15 +164,19 @@ def _unwritten_ports() -> dict[str, int]:
             _core.METRICS_EXPORT_PORT_NAME,
             _core.DASHBOARD_AGENT_LISTEN_PORT_NAME,
         )
-        return dict.fromkeys(unused, UNUSED) | {_core.RUNTIME_ENV_AGENT_PORT_NAME: _free_port()}
+        return dict.fromkeys(unused, UNUSED) | {_core.RUNTIME_ENV_AGENT_PORT_NAME: _held_port(ports)}
     except AttributeError:
         return {}
 
 
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind((LOOPBACK, 0))
-        return taken.getsockname()[1]
+def _held_port(ports: ExitStack) -> int:
+    """A port of the loopback for an agent that starts later. It is bound from now on until ``ports`` ends, so that the
+    kernel gives it to nobody else; the agent can bind it beside and listen, since both say SO_REUSEADDR.
+    """
+    held = ports.enter_context(socket.socket())
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((LOOPBACK, 0))
+    return held.getsockname()[1]
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import socket
 import threading
 import time
 import types
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,14 @@ def test_a_run_ends_before_any_work_in_one_line(address, code, said, tmp_path, c
 
 # --- a private cluster that is slow to start ---
 
+WRITTEN = (
+    "METRICS_AGENT_PORT_NAME",
+    "METRICS_EXPORT_PORT_NAME",
+    "DASHBOARD_AGENT_LISTEN_PORT_NAME",
+    "RUNTIME_ENV_AGENT_PORT_NAME",
+)
+"""The files of ports that later versions of Ray wait for."""
+
 
 def test_a_private_cluster_is_tried_twice_and_then_given_up_in_a_line(monkeypatch):
     cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
@@ -171,7 +180,7 @@ def test_a_private_cluster_is_tried_twice_and_then_given_up_in_a_line(monkeypatc
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
     succeeds = 2
     with cluster.cluster(Settings(start_timeout_s=77.0), 3, 1):
-        assert starts[1][1] == (3, 1, 77.0)
+        assert starts[1][1][:3] == (3, 1, 77.0)
         assert not starts[0][0].exists()
         assert (starts[1][0] / "token").exists()
     assert not starts[1][0].exists()
@@ -195,16 +204,37 @@ def test_a_node_that_is_listed_late_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(cluster, "POLL_S", 0.001)
     monkeypatch.setattr(cluster.services, "get_node", look_up)
-    with cluster._patient(60.0, []):
+    ports = ExitStack()  # none is asked for
+    with cluster._patient(60.0, [], ports):
         assert cluster.services.get_node("a", "b") == "it"
     assert asked == [("a", "b")] * 3
     asked.clear()
-    with cluster._patient(0.0, []), pytest.raises(RuntimeError):
+    with cluster._patient(0.0, [], ports), pytest.raises(RuntimeError):
         cluster.services.get_node("a", "b")
     assert cluster.services.get_node is look_up
     ended = types.SimpleNamespace(poll=lambda: 1)  # its raylet, say: there is nothing more to wait for
-    with cluster._patient(600.0, [ended]), pytest.raises(RuntimeError):
+    with cluster._patient(600.0, [ended], ports), pytest.raises(RuntimeError):
         cluster.services.get_node("a", "b")
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="how Linux gives out ports")
+def test_the_port_of_an_agent_is_given_to_nobody_before_the_agent_binds_it(monkeypatch):
+    """Others take ports in between, as a busy machine does, and one that knows the number tries that very one."""
+    cluster = pytest.importorskip("rlfusion.rollout.ray_cluster")
+    monkeypatch.setattr(cluster, "_core", types.SimpleNamespace(**{name: name for name in WRITTEN}))
+    with ExitStack() as ports, ExitStack() as others:
+        port = cluster._unwritten_ports(ports)["RUNTIME_ENV_AGENT_PORT_NAME"]
+        taken = {others.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(300)}
+        assert port not in taken
+        with socket.socket() as plain, pytest.raises(OSError, match="Address already in use"):
+            plain.bind(("127.0.0.1", port))
+        with socket.socket() as agent:  # as Ray's own binds it
+            agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            agent.bind(("127.0.0.1", port))
+            agent.listen()
+            socket.create_connection(("127.0.0.1", port)).close()
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))  # it is given back
 
 
 # --- the folders of killed processes ---

@@ -17,10 +17,11 @@ class Nodes(NamedTuple):
 
     cluster: Any
     started: list[Any]
+    ports: ExitStack
 
     def join(self, **resources: float) -> Any:
         """Another node, with these resources: by default one CPU."""
-        with ray_cluster._patient(PATIENCE_S, self.started):
+        with ray_cluster._patient(PATIENCE_S, self.started, self.ports):
             return self.cluster.add_node(**{"num_cpus": 1, **resources})
 
 
@@ -38,11 +39,11 @@ def several(*nodes: dict[str, float]) -> Iterator[Nodes]:
         folder = stack.enter_context(private_folder())
         stack.enter_context(ray_cluster._private_environment(folder, PATIENCE_S))
         started: list[Any] = []
-        with ray_cluster._patient(PATIENCE_S, started):
+        with ray_cluster._patient(PATIENCE_S, started, stack):
             head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder / "ray")}
             cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
-        held = Nodes(cluster, started)
+        held = Nodes(cluster, started, stack)
         for resources in nodes:
             held.join(**resources)
         ray.init(address=cluster.address, **ray_cluster.OPTIONS)
