@@ -79,11 +79,15 @@ class Entry:
         """End the process now, with one line. Nothing above it on the stack can keep it from doing so."""
         for other in CODES:
             signal.signal(other, signal.SIG_IGN)
+        self.end(f"stopped by {SHOWN[signal.Signals(number)]}", CODES[signal.Signals(number)])
+
+    def end(self, why: str, code: int) -> None:
+        """End the process now, whatever its threads do, with one line: why, and what is left."""
         saved = bool(Signals.current and Signals.current.saved)
         messages = [text for leave in reversed(self.leaving) if (text := leave(saved))] or [NOTHING]
         cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides it
-        os.write(2, f"{cursor}rlfusion: stopped by {SHOWN[signal.Signals(number)]}; {'; '.join(messages)}\n".encode())
-        os._exit(CODES[signal.Signals(number)])
+        os.write(2, f"{cursor}rlfusion: {why}; {'; '.join(messages)}\n".encode())
+        os._exit(code)
 
     def expect(self, stop: StopRequested) -> None:
         """A stop is raised: end the process where it does not arrive."""
@@ -101,6 +105,14 @@ class Entry:
     def _last_resort(self, number: int) -> None:
         os.write(2, f"rlfusion: stopped by {SHOWN[signal.Signals(number)]}, the hard way\n".encode())
         os._exit(CODES[signal.Signals(number)])
+
+
+def end_now(why: str, code: int) -> bool:
+    """End the process, as ``Entry.end``; False where its purpose is not one command."""
+    if Entry.current is None:
+        return False
+    Entry.current.end(why, code)
+    return True
 
 
 @contextmanager

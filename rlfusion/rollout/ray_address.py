@@ -52,7 +52,7 @@ _answered: set[str] = set()
 
 def require_address(address: str) -> None:
     """Raise ConfigError unless ``address`` is one of the forms above."""
-    if address not in ("", AUTO) and _parts(address) is None:
+    if address not in ("", AUTO) and host_and_port(address) is None:
         raise ConfigError(
             f"ray.address = {address!r}: expected host:port such as 10.0.0.1:6379, ray://host:port, auto, or nothing "
             "for a private cluster on this machine"
@@ -68,13 +68,13 @@ def require_cluster(address: str, timeout_s: float) -> None:
     if not address or address in _answered:
         return
     deadline = time.monotonic() + timeout_s
-    if parts := _parts(address):
+    if parts := host_and_port(address):
         _require_listening(address, *parts, timeout_s)
     _require_answer(address, deadline - time.monotonic(), timeout_s)
     _answered.add(address)
 
 
-def _parts(address: str) -> tuple[str, int] | None:
+def host_and_port(address: str) -> tuple[str, int] | None:
     """Host and port of an address, None where it has none."""
     host, colon, port = address.removeprefix(CLIENT).rpartition(":")
     if not colon or not _HOST.fullmatch(host) or not (port.isascii() and port.isdigit() and len(port) <= 5):

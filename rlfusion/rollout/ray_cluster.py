@@ -27,6 +27,7 @@ from rlfusion.rollout.backend import Settings
 from rlfusion.rollout.commands import RolloutError
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.rollout.ray_folders import private_folder
+from rlfusion.rollout.ray_head import needed, watched
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.2
@@ -58,7 +59,8 @@ def cluster(settings: Settings, cpus: int = 1, gpus: int = 0) -> Iterator[None]:
             try:
                 failed = _start(folder, cpus, gpus, settings.start_timeout_s, ports)
                 if not failed:
-                    yield
+                    with watched(needed()):
+                        yield
                     return
             finally:
                 ray.shutdown()
@@ -88,7 +90,8 @@ def _connection(settings: Settings) -> Iterator[None]:
     except (RayError, RuntimeError, OSError, ValueError) as error:  # of all kinds, for one cause
         raise RolloutError(f"no Ray cluster at ray.address = {settings.address!r}: {first_line(error)}") from error
     try:
-        yield
+        with watched(needed(settings.address)):
+            yield
     finally:
         ray.shutdown()
 

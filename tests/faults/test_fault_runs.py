@@ -1,23 +1,30 @@
-"""Real runs, and what goes wrong around them: a disk that is full, and a driver that is killed under supervise. Each
-ends in all the bits of the undisturbed one. The rows are printed at the end, as those of ``test_fault_table``.
+"""Real runs, and what goes wrong around them: a disk that is full, a driver that is killed under supervise, and a
+cluster whose head is. Each ends in all the bits of the undisturbed one. The rows are printed at the end, as those of
+``test_fault_table``.
 """
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
+from clusters import standing
 from fault_rows import Row, check
 from interrupted_runs import Job, outcome, place
-from processes import Process
+from processes import PATIENCE, Process
 from tiny_runs import TINY
 
 from rlfusion.cli.main import main
+from rlfusion.rollout import ray_cluster
 
 pytestmark = pytest.mark.alone
 UPDATES, WALKS = 12, 24
@@ -109,3 +116,53 @@ def test_a_driver_under_supervise(whole, table, tiny_root, tmp_path):
     result = process.wait()
     assert result.code == 0, result.err
     check(row(job, "SIGKILL of the driver, under supervise", seen, time.monotonic() - began, whole), table)
+
+
+def under_supervise(job: Job, *settings: object) -> subprocess.Popen:
+    """The job under supervise, in a process that knows the token of the clusters of this one."""
+    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_cluster._TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    run = (job.command, *job.settings, *settings, "--root", "runs", "--name", "it")
+    given = ("supervise", "--backoff_s", 1, "--restarts", 20, "--", *run)
+    with (job.cwd / "said").open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rlfusion", *map(str, given)],
+            **{"cwd": job.cwd, "env": os.environ | ours, "stdout": file, "stderr": file},
+        )
+
+
+def waited(process: subprocess.Popen, reached: Callable[[], bool]) -> float:
+    """The time at which that is so."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+def test_a_cluster_whose_head_is_killed_under_supervise_and_another_takes_its_place(whole, table, tiny_root, tmp_path):
+    """Its raylet dies with it, to which the driver is connected; and then its nodes."""
+    job = place(tmp_path, tiny_root / "cache", "finetune", *SETTINGS)
+    said = tmp_path / "said"
+    with ExitStack() as first:
+        nodes = first.enter_context(standing({}))
+        process = under_supervise(job, "--rollout.workers", 1, "--ray.address", nodes.cluster.address)
+        began = time.monotonic()
+        try:
+            waited(process, lambda: bool(job.checkpoints()))
+            for name in ("gcs_server", "raylet"):
+                os.kill(nodes.cluster.head_node.all_processes[name][0].process.pid, signal.SIGKILL)
+            at = time.monotonic()
+            seen = waited(process, lambda: "finetune ended with exit code" in said.read_text()) - at
+            port = int(nodes.cluster.address.rpartition(":")[2])
+            first.close()
+            with standing({}, port=port):
+                assert process.wait(PATIENCE) == 0, said.read_text()
+        finally:
+            process.kill()
+    if "ended with exit code 1 " not in said.read_text():  # Ray ends it where a call of its own sees it first
+        gone = "rlfusion: unavailable: the Ray node of this process is gone: its raylet has ended; go on with: rlfusion"
+        assert said.read_text().count(gone) == 1
+        assert "ended with exit code 69" in said.read_text()
+    name = "SIGKILL of the head of a cluster, under supervise; another takes its place"
+    check(row(job, name, seen, time.monotonic() - began, whole), table)

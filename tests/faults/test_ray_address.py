@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import types
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,6 +178,8 @@ def test_a_private_cluster_is_tried_twice_and_then_given_up_in_a_line(monkeypatc
 
     monkeypatch.setattr(cluster, "_start", start)
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "needed", lambda: None)
+    monkeypatch.setattr(cluster, "watched", lambda _: nullcontext())
     succeeds = 2
     with cluster.cluster(Settings(start_timeout_s=77.0), 3, 1):
         assert starts[1][1][:3] == (3, 1, 77.0)

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, which this process is connected to."""
+"""A Ray cluster of several nodes on this machine, which this process may be connected to."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,8 +27,20 @@ class Nodes(NamedTuple):
 
 @contextmanager
 def several(*nodes: dict[str, float]) -> Iterator[Nodes]:
-    """A head without CPUs, and a node of each of these resources."""
+    """``standing``, and this process is connected."""
     import ray
+
+    with standing(*nodes) as held:
+        ray.init(address=held.cluster.address, **ray_cluster.OPTIONS)
+        try:
+            yield held
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def standing(*nodes: dict[str, float], port: int = 0) -> Iterator[Nodes]:
+    """A head without CPUs, which listens there, and a node of each of these resources."""
     from ray._private import utils
     from ray.cluster_utils import Cluster
 
@@ -40,12 +52,10 @@ def several(*nodes: dict[str, float]) -> Iterator[Nodes]:
         stack.enter_context(ray_cluster._private_environment(folder, PATIENCE_S))
         started: list[Any] = []
         with ray_cluster._patient(PATIENCE_S, started, stack):
-            head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder / "ray")}
+            head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder / "ray"), "gcs_server_port": port}
             cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
         held = Nodes(cluster, started, stack)
         for resources in nodes:
             held.join(**resources)
-        ray.init(address=cluster.address, **ray_cluster.OPTIONS)
-        stack.callback(ray.shutdown)
         yield held
