@@ -206,8 +206,8 @@ def _run(config: Finetune, origin: Origin, objects: Mapping[str, Any], device: t
 def _given(model: Model, data: Dataset | None, config: Finetune, device: torch.device) -> Origin:
     """The beginning from a copy of a model that is given."""
     denoiser = copy.deepcopy(model.denoiser)
-    denoiser.precision = config.precision
     models.adapt(denoiser, model.card, config.lora, config.seed)
+    config.arithmetic.act(denoiser, model.card)
     held = None if data is None else encoded(data, denoiser.space)
     return Origin(denoiser.to(device), model.card, Unjudged(model.shape, model.names, model.card.metadata), held)
 

@@ -51,6 +51,8 @@ SYNONYMS = {
     "precision": "mixed_precision dtype fp16 bf16 amp",
     "dtype": "torch_dtype weight_dtype",
     "checkpointing": "gradient_checkpointing grad_checkpointing",
+    "compile": "torch_compile compile_model use_compile",
+    "attention": "attention_backend attn_implementation attn_backend",
     "optimizer": "optim opt",
     "kernel": "sampler scheduler",
     "schedule": "noise_schedule beta_schedule scheduler",

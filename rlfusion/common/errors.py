@@ -91,6 +91,12 @@ def foreseen(error: Exception) -> RlfusionError | None:
             f"deterministic = strict: {shorten(str(error)[:at])} has no kernel on this GPU that gives the same bits "
             "each time, expected deterministic = true, or a network or reward without it"
         )
+    if any(base.__module__.startswith(COMPILERS) for base in type(error).__mro__):
+        first = str(error).strip().partition("\n\n")[0]  # what follows is advice to who mends torch
+        return ConfigError(
+            f"compile = True: the network's calls cannot be compiled here ({shorten(first, 200)}): expected compile "
+            "false, or a network that torch.compile takes, and on a CPU a C++ compiler (CXX)"
+        )
     if not isinstance(error, OSError) or error.errno is None:
         return None
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) and not isinstance(error, BrokenPipeError):
@@ -100,6 +106,9 @@ def foreseen(error: Exception) -> RlfusionError | None:
     where = "standard output" if isinstance(error, BrokenPipeError) else str(error.filename or "")
     return StorageError(error.errno, error.strerror, where)
 
+
+COMPILERS = ("torch._dynamo", "torch._inductor")
+"""Where the errors of torch.compile come from."""
 
 LESS_MEMORY = (
     "expected a smaller agent.micro_batch, rollout.item, train.batch or pipeline.decode, or pipeline.checkpointing "

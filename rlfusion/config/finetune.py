@@ -12,7 +12,7 @@ from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Precision
-from rlfusion.models import lora, pipelines
+from rlfusion.models import Arithmetic, lora, pipelines
 from rlfusion.rewards import CallOptions, labels, names_of
 from rlfusion.rl.agent import Agent, Plan
 from rlfusion.rl.guard import Config as Guards
@@ -38,6 +38,11 @@ class Finetune:
         tf32: on a GPU, products of float32 matrices keep 10 bits of their factors' mantissas, for speed.
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
+        compile: torch.compile makes the code of the network's calls in rollouts and updates (docs/models.md), for each
+            size of a call when it first comes. Refused where the importance ratio is then not 1 at the acting weights,
+            with adapters that have dropout, and with learner.shard.
+        channels_last: give the network of a U-Net images with their channels last in memory, as a GPU's half-precision
+            convolutions want them.
         base: the model to start from: folder of a run or of its model, a diffusers folder or a name on the hub of a
             pretrained pipeline; empty pretrains one as ``pretrain`` says. --model is the same.
         pretrain: how the base model is made where ``base`` is empty, and the data to compare with. By default 60 % of
@@ -78,6 +83,8 @@ class Finetune:
     deterministic: Deterministic = True
     tf32: bool = False
     precision: Precision = "float32"
+    compile: bool = False
+    channels_last: bool = False
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
     pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
@@ -106,7 +113,7 @@ class Finetune:
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
         self._require_known_options()
-        lora.parse(self.lora)
+        self._require_computable()
         if not 0 <= self.max_failed < 1:
             raise ConfigError(f"max_failed = {self.max_failed}: expected a share in [0, 1)")
         if self.reward_normalize != "none" and isinstance(self.reward, str):
@@ -131,6 +138,20 @@ class Finetune:
         if self.ray.placement == "colocated":
             colocated(self.learner.role(self.threads), workers)
 
+    def _require_computable(self) -> None:
+        """Raise ConfigError for adapters that cannot be read, and where a network cannot be called as it shall be."""
+        adapters = lora.parse(self.lora)
+        for name in ("compile", "channels_last"):
+            if getattr(self, name) and self.learner.split:
+                raise ConfigError(
+                    f"{name} = True with learner.shard = {self.learner.shard}: expected false, or learner.shard none"
+                )
+        if self.compile and adapters is not None and adapters.dropout:
+            raise ConfigError(
+                f"compile = True with lora = {self.lora}: masks are drawn anew in each rollout, which is another "
+                "network to a compiler, expected dropout=0, or compile false"
+            )
+
     def _require_known_options(self) -> None:
         names = [*names_of(self.reward), *self.monitor.held_out]
         if not names_of(self.reward):
@@ -151,6 +172,11 @@ class Finetune:
                 f"reward_timeout_s = {self.reward_timeout_s:g}: a worker that is not done with its item within "
                 f"ray.limits.item_floor_s = {floor_s:g} may be killed before, expected less, or a larger item_floor_s"
             )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How the network computes."""
+        return Arithmetic(self.precision, self.compile, self.channels_last)
 
     @property
     def settings(self) -> Settings:

@@ -55,6 +55,15 @@ class LCM(nn.Module):
         self.denoiser.precision = precision
 
     @property
+    def channels_last(self) -> bool:
+        """Whether it is given images with their channels last in memory."""
+        return self.denoiser.channels_last
+
+    @channels_last.setter
+    def channels_last(self, last: bool) -> None:
+        self.denoiser.channels_last = last
+
+    @property
     def net(self) -> nn.Module:
         """The network."""
         return self.denoiser.net

@@ -67,15 +67,17 @@ class Denoiser(nn.Module):
     ``net(x, t, cond)`` gets c_in x (B, ...), c_noise (B,) in float32 or better, and the condition; it answers y shaped
     like x. c_in = 1 and c_noise = t in [0, 1] unless the kind says otherwise. ``kind`` is text, or a ``Kind``.
     ``precision`` is that of the network's own arithmetic (autocast); coefficients, latents, transitions and
-    log-probabilities keep the precision of x. ``space`` is what x is a latent of; ``own`` is the sampler that a
-    pretrained model brings along, if any; ``weights`` is the range of guidance weights w that the network reads, its
-    condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
+    log-probabilities keep the precision of x. ``channels_last`` gives the network images (B, C, H, W) with their
+    channels last in memory, for the convolutions of a GPU that are faster so. ``space`` is what x is a latent of;
+    ``own`` is the sampler that a pretrained model brings along, if any; ``weights`` is the range of guidance weights w
+    that the network reads, its condition then {"label": cond, "w": (B,)}, or None (see ``Embedded``).
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule, kind: str | Kind, precision: Precision = "float32") -> None:
         super().__init__()
         named(kind)
         self.net, self.schedule, self.kind, self.precision = net, schedule, kind, precision
+        self.channels_last = False
         self.space: Space = Pixels()
         self.own: Own | None = None
         self.weights: tuple[float, float] | None = None
@@ -93,8 +95,11 @@ class Denoiser(nn.Module):
         at = conditioning(self.kind, t, l).reshape(-1)
         at = cast(at, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
         scaled = cast(named(self.kind).scale(l), x) * x
+        if self.channels_last:
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.net(scaled, at.expand(len(x)), cond)
+            y = self.net(scaled, at.expand(len(x)), cond)
+        return y.contiguous() if self.channels_last else y
 
 
 def answer(model: Denoising, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import shards
+from rlfusion.common import compiled, shards
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoising
@@ -63,9 +63,14 @@ class Policy(nn.Module):
 
 
 def frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, without gradients; it shares the parameters that are not trained."""
+    """The policy as it is now, without gradients; it shares the parameters that are not trained, and is compiled where
+    the policy is.
+    """
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    return copy.deepcopy(policy, shared | shards.memo(policy)).requires_grad_(False)
+    copied = copy.deepcopy(policy, shared | shards.memo(policy)).requires_grad_(False)
+    if compiled.compiled(policy):
+        compiled.follow(copied, policy)
+    return copied
 
 
 @lru_cache(maxsize=4096)

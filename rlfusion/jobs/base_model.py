@@ -77,6 +77,6 @@ def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Prog
         held = load(spec.pretrain.data, spec.pretrain.size, progress.say)
         judged = Judged.of(held, spec.pretrain.held_out, spec.root, device)
         data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
-    denoiser.precision = spec.precision
     models.adapt(denoiser, card, spec.lora, spec.seed)
+    spec.arithmetic.act(denoiser, card)
     return Origin(denoiser if split else denoiser.to(device), card, judged, data, filling, base)

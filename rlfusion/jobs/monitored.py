@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common.compiled import plain
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.jobs.measure import Judged, Unjudged, draw, draw_beside
 from rlfusion.jobs.parts import RewardSpec
@@ -28,7 +29,8 @@ class Monitored:
 
     def __post_init__(self) -> None:
         noisy = bool((self.policy.stds(self.times) > 0).any())
-        self.base = frozen_copy(self.policy) if self.settings.every and noisy else None
+        with plain(self.policy):
+            self.base = frozen_copy(self.policy) if self.settings.every and noisy else None
 
     def monitor(self, samples: Tensor) -> Monitor:
         """The monitor that compares with the base model's ``samples``."""

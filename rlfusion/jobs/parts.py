@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 from rlfusion.config import Base, Finetune, Ray, Rollout
 from rlfusion.diffusion.chain import Chain
-from rlfusion.diffusion.denoiser import Precision
 from rlfusion.jobs.memory import Holds
-from rlfusion.models import pipelines
+from rlfusion.models import Arithmetic, pipelines
 from rlfusion.rewards import CallOptions, names_of
 from rlfusion.rl.guard import DEPTH
 from rlfusion.rollout import RolloutSpec, Settings
@@ -24,7 +23,7 @@ class BaseSpec:
     pipeline: pipelines.Settings
     negative: str
     root: Path
-    precision: Precision = "float32"
+    arithmetic: Arithmetic = Arithmetic()
     lora: str = ""
     seed: int = 0
 
@@ -65,6 +64,22 @@ class RewardSpec:
         return {name: held for name, held in self.given.items() if name in names}
 
 
+class Clip(NamedTuple):
+    """The clip range of an agent's importance ratio, and whether it holds the ratio to the power 1 / d, for d numbers
+    of a latent. What has no ratio has the usual range.
+    """
+
+    range: float = 0.2
+    per_dim: bool = False
+
+    @classmethod
+    def of(cls, agent: Any) -> "Clip":
+        """That of the settings of an agent."""
+        told = [getattr(agent, name, None) for name in ("clip", "clip_low", "clip_high")]
+        found = [limit for limit in told if isinstance(limit, float)]
+        return cls(min(found, default=cls().range), getattr(agent, "clip_per_dim", False))
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """What walks are: their chain, what is collected, the reward at their end, the arithmetic of the network."""
@@ -72,11 +87,12 @@ class TaskSpec:
     chain: Chain
     rollout: RolloutSpec
     rewards: RewardSpec
-    precision: Precision
+    arithmetic: Arithmetic
     lora: str
     threads: int
     deterministic: Deterministic
     tf32: bool
+    clip: Clip = Clip()
 
 
 @dataclass(frozen=True)
@@ -115,13 +131,13 @@ class Parts(NamedTuple):
 def opened(config: Finetune) -> Parts:
     """The settings of a fine-tuning, part by part."""
     c = config
-    base = BaseSpec(c.base, c.pretrain, c.pipeline, c.chain.negative, Path(c.root), c.precision, c.lora, c.seed)
+    base = BaseSpec(c.base, c.pretrain, c.pipeline, c.chain.negative, Path(c.root), c.arithmetic, c.lora, c.seed)
     masked = c.reward_failures == "mask"
     rewards = RewardSpec(
         c.reward, c.reward_name, c.reward_options, c.reward_normalize, masked, c.max_failed, c.call_options
     )
     spec = c.agent.rollout_spec(c.chain.moves)
-    task = TaskSpec(c.chain, spec, rewards, c.precision, c.lora, c.threads, c.deterministic, c.tf32)
+    task = TaskSpec(c.chain, spec, rewards, c.arithmetic, c.lora, c.threads, c.deterministic, c.tf32, Clip.of(c.agent))
     collecting = Collecting(c.seed, c.rollout, c.updates, c.checkpoint_every)
     workers = Workers(c.rollout.workers, c.ray, c.settings)
     return Parts(base, rewards, task, workers, collecting, _holds(c, decodes=not spec.end))

@@ -29,9 +29,9 @@ def build_task(config: dict[str, Any], blobs: Mapping[str, bytes]) -> Task:
     """The task of one worker from plain data (see ``recipe``): the builder that rollout backends call."""
     set_numerics(config["threads"], config["device"], config["deterministic"], config["tf32"])
     card, chain = models.Card.from_json(config["card"]), Chain(**config["chain"])
-    denoiser = _based(config["base"]) if "base" in config else models.build(card)
-    denoiser.precision = config["precision"]
+    denoiser = _based(config["base"]) if "base" in config else models.build(card, device=config["device"])
     models.adapt(denoiser, card, config["lora"])
+    models.Arithmetic(**config["arithmetic"]).act(denoiser, card)
     models.load_space(denoiser, blobs.get("space"))
     known = task_info(card.names, card.shape, card.metadata)
     made = from_actors(config["actors"], known, config["actor_s"])
@@ -111,7 +111,7 @@ def recipe(
         "threads": workers.backend.threads,
         "deterministic": spec.deterministic,
         "tf32": spec.tf32,
-        "precision": spec.precision,
+        "arithmetic": asdict(spec.arithmetic),
         "lora": spec.lora,
         "masked": spec.rewards.masked,
         "rollout_spec": asdict(spec.rollout),

@@ -5,6 +5,7 @@ and the SHA-256 of the weights. (A ``model.json`` written by hand may leave that
 """
 
 from rlfusion.models import autoencoder, lora, pipelines
+from rlfusion.models.arithmetic import Arithmetic
 from rlfusion.models.build import NETS, SCHEDULES, adapt, build, initial, make_net, require_trainable
 from rlfusion.models.card import Card, Config
 from rlfusion.models.load import (
@@ -27,6 +28,7 @@ __all__ = [
     "NETS",
     "SCHEDULES",
     "UNSEALED",
+    "Arithmetic",
     "Card",
     "Config",
     "Hollow",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common.compiled import plain
 from rlfusion.common.tensors import map_cond
 
 PEAKS: tuple[tuple[str, float, float], ...] = (
@@ -56,11 +57,12 @@ def peak_of(name: str, precision: str) -> float:
 
 class Flops:
     """Counts the rows that ``net`` answers, called as net(x (B, ...), t (B,), cond), within ``counting``; and nothing
-    where the ``peak`` of its device is not known (NaN), as on a CPU: torch's counter alone takes seconds to import.
+    where the ``peak`` of its device is not known (NaN), as on a CPU: torch's counter alone takes seconds to import; and
+    of a network whose own calls are compiled, which does not heed hooks.
     """
 
     def __init__(self, net: nn.Module, peak: float) -> None:
-        self.net, self.peak = net, peak
+        self.net, self.peak = net, math.nan if net._compiled_call_impl is not None else peak
         self.learned = self.asked = 0
         self._first: tuple[Any, ...] | None = None
         self._each: tuple[float, float] | None = None
@@ -111,7 +113,7 @@ def passes(net: nn.Module, *row: Any) -> tuple[float, float]:
     wanted = [p for p in net.parameters() if p.requires_grad]
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     devices = [row[0].device] if row[0].device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.random.fork_rng(devices), torch.enable_grad(), plain(net), FlopCounterMode(display=False) as counter:
         answer: Tensor = net(*row)
         forward = counter.get_total_flops()
         if wanted and answer.requires_grad:

@@ -1,6 +1,7 @@
 """What a fine-tuning consists of: its base model, learner, judge, reward and monitor, made and measured."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlfusion import models
 from rlfusion.common import layers, row_files, shards
+from rlfusion.common.compiled import plain
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries, sha256, unpack
@@ -90,6 +92,14 @@ class Job:
     def _split(self) -> bool:
         return bool(shards.roots(self.policy))
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the context the policy has its averaged weights, and is not compiled: its calls are of sizes of their
+        own.
+        """
+        with self.learner.optimization.ema.averaged(), plain(self.policy):
+            yield
+
     def _by_first(self, make: Callable[[], Any]) -> Any:
         """What the samples that ``looks`` draws are found to be, on every rank."""
         return make() if self._split else current().by_first(make)
@@ -99,7 +109,7 @@ class Job:
         return self._by_first(lambda: self._probed(done, progress)) if self.monitor.due(done) else ""
 
     def _probed(self, done: int, progress: Progress) -> str:
-        with self.learner.optimization.ema.averaged():
+        with self._averaged():
             metrics, alarms = self.monitor.probe(done)
         self.tracker.scalars(done, "monitor", metrics)
         for message in alarms:
@@ -111,7 +121,7 @@ class Job:
         return self._by_first(lambda: self._evaluated(step))
 
     def _evaluated(self, step: int) -> dict[str, float]:
-        with self.learner.optimization.ema.averaged():
+        with self._averaged():
             result = self._measure(self.policy, self.config.evaluation)
             self.tracker.scalars(step, "evaluation", result)
             if self.config.evaluation.deterministic:
@@ -134,7 +144,7 @@ class Job:
         """
         if not self.looks:
             return
-        with self.learner.optimization.ema.averaged():
+        with self._averaged():
             columns, rows, scale = look_of(self.card)
             samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed, rows)
         picture = grid(samples, columns, scale)

@@ -8,6 +8,7 @@ What a model card holds of one (``about``), all JSON:
     vae_dtype   in which they are decoded; float32 where it is absent
     negatives   one a prompt, "" for none              cache          folder of computed embeddings, "" for none
     metadata    one mapping a prompt, or none at all, which rewards may read
+    attention    its back end; absent for diffusers' own choice
     max_sequence_length  tokens of a prompt, of families that have that setting; absent for the pipeline's default
     family      of the user's own code, by name; absent where it is found by the pipeline's class
     adapters    folders of trained adapters that are merged into the weights, in this order
@@ -33,7 +34,7 @@ from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
-from rlfusion.models.pipelines import hub, lengths
+from rlfusion.models.pipelines import attention, hub, lengths
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
 from rlfusion.models.pipelines.family import SEQUENCE, Family, Net, plain_grid
@@ -90,6 +91,8 @@ def build(
     model = getattr(adapted(pipe, about["adapters"]) if given is None else pipe, family.network)
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
+    if told := about.get("attention"):
+        attention.choose(model, told, device, DTYPES[about["dtype"]])
     how = (about["decode"], family.normalises, DTYPES[about.get("vae_dtype", "float32")])
     space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), *how)
     sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"], family))))

@@ -40,6 +40,9 @@ class Settings:
         variant: of the weights' files, such as fp16.
         checkpointing: compute activations again in the backward pass, for less memory. Null for what a saved pipeline
             has, else false.
+        attention: the back end of diffusers that computes the network's attention ("native", "flash", "_native_flash",
+            ...), of networks whose attention diffusers dispatches (FLUX); null for what a saved pipeline has, else
+            diffusers' own choice.
         decode: samples that the autoencoder decodes at a time; null for what a saved pipeline has, else 8.
         family: how prompts are encoded and the network is called, as package.module:Name or path/to/file.py:Name, of a
             family of your own (docs/doors.md); empty finds it by the pipeline's class.
@@ -55,6 +58,7 @@ class Settings:
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     variant: str = ""
     checkpointing: bool | None = None
+    attention: str | None = None
     decode: int | None = None
     family: str = ""
 
@@ -123,8 +127,8 @@ class Settings:
         return self._told() | ({"side": self.size} if self.size else {})
 
     def _told(self) -> dict[str, Any]:
-        """Those of ``UNTOLD`` that are not null."""
-        return {key: told for key in UNTOLD if (told := getattr(self, key)) is not None}
+        """Those of ``UNTOLD``, and the attention, that are not null."""
+        return {key: told for key in (*UNTOLD, "attention") if (told := getattr(self, key)) is not None}
 
     def prompted(self, negative: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What a card keeps of the prompts beside their texts, and the texts."""
