@@ -6,7 +6,13 @@
          first term has the weight min(p_prox / p_old, ``behaviour_limit``) (Hilton et al. 2022; Fu et al. 2025)
     (3)  W, the trained steps: all stochastic ones, or a window of ``window`` of them which moves ``window_stride``
          steps from noise towards data every ``window_every`` rollouts, and begins anew at the end (Li et al. 2025,
-         MixGRPO, whose walks however are deterministic outside the window)
+         MixGRPO)
+    (4)  ``outside`` "ode", MixGRPO's walks: a step outside of W is one of the probability-flow ODE,
+
+         x_s = alpha_s x0_hat + sigma_s eps_hat
+
+         so the only noise of a walk is its beginning and that of W. The gradient is that of E[R] in what theta does in
+         W; what the steps of the ODE owe to theta is left out, as it is where they take noise
 
 No value function: a prompt's walks are each other's baseline. On a flow model the papers' chain is
 ``--chain.kernel FlowSDE(noise=0.7)``; any stochastic kernel will do. log p is the sum over features (the released codes
@@ -29,7 +35,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
 from rlfusion.rl.transitions import Terms, Transitions, Weighing, largest_log_ratio, require_finite
-from rlfusion.rollout import RolloutSpec, Task, transitions
+from rlfusion.rollout import RolloutSpec, Task, Window, transitions
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
@@ -58,6 +64,7 @@ class Config:
         window: trained steps, Eq. (3); 0 trains all.
         window_stride: steps by which the window moves.
         window_every: rollouts between its moves.
+        outside: what the steps outside of the window do, Eq. (4): "noise", as the chain has it, or "ode".
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
         weight_decay: of the optimizer.
@@ -86,6 +93,7 @@ class Config:
     window: int = 0
     window_stride: int = 1
     window_every: int = 1
+    outside: Literal["noise", "ode"] = "noise"
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -100,6 +108,8 @@ class Config:
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
         require_pace(self.pace)
         optimizers.settle(self)
+        if self.outside == "ode" and not self.window:
+            raise ConfigError("outside = ode with window = 0, which trains all steps: expected a window, 1 at least")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
 
@@ -115,8 +125,12 @@ class Config:
         plan.require_walks(self.updates_per_epoch)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """Every transition."""
-        return transitions()
+        """Every transition; where Eq. (4) holds, with noise in those of the window."""
+        return transitions(self._window if self.outside == "ode" else None)
+
+    @property
+    def _window(self) -> Window:
+        return Window(self.window, self.window_stride, self.window_every)
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain is stochastic, or fewer than the window."""
@@ -126,6 +140,7 @@ class Config:
         """One line that says what the learner does with each rollout."""
         updates = self.epochs * self.updates_per_epoch
         trained = f"a moving window of {self.window} steps" if self.window else "all stochastic steps"
+        trained += " (no noise outside)" if self.outside == "ode" else ""
         return (
             f"each rollout gives {updates} update(s) on {trained}, clipped at -{self.clip_low:g}, +{self.clip_high:g}"
             f"{said(self.pace, self.lr)}"
@@ -157,17 +172,18 @@ class Learner:
         Returns:
             reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_first (before the
             first step), log_ratio_max, clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
-            all stochastic steps); where older walks are weighed also behaviour_ess (effective share of the trained
+            all steps that took noise); where older walks are weighed also behaviour_ess (effective share of the trained
             transitions under p_prox / p_old).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
         """
         require_finite(batch.reward)
-        reference = self.transitions.refer(batch) if self.transitions.reference else None
-        advantage, steps = self.advantages(batch.reward, batch.group), self.trained(self.iteration)
+        walked = self._walked(batch)
+        reference = walked.refer(batch) if walked.reference else None
+        advantage, steps = self.advantages(batch.reward, batch.group), self._trained(walked)
         features = batch.features if self.config.clip_per_dim else 1
-        c, proximal = self.config, self._proximal(batch)
+        c, proximal = self.config, self._proximal(batch, walked)
 
         def objective(terms: Terms) -> Tensor:
             clip = (c.clip_low, c.clip_high)
@@ -180,7 +196,7 @@ class Learner:
             draw = stream(self.seed, "grpo", self.iteration, epoch)
             for walks in current().passes(draw, len(batch), c.updates_per_epoch):
                 walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
-                part = self.transitions.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
+                part = walked.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
                 first = first if norms else largest_log_ratio(part)
                 records += part
                 share = self.pace.heed(part, len(norms), c.epochs * c.updates_per_epoch, batch.x.shape[2:].numel())
@@ -193,16 +209,26 @@ class Learner:
             "advantage_std": advantage.std(correction=0).item(),
             "window_first": float(steps[0]),
             "log_ratio_first": first,
-            **self.transitions.summary(records, max(c.clip_low, c.clip_high), features),
+            **walked.summary(records, max(c.clip_low, c.clip_high), features),
             "grad_norm": sum(norms) / len(norms),
             **self.pace.told(),
             **({} if proximal is None else {"behaviour_ess": effective_share(proximal[:, steps].flatten()).item()}),
         }
 
-    def _proximal(self, batch: Trajectory) -> Tensor | None:
+    def _walked(self, batch: Trajectory) -> Transitions:
+        """The transitions of walks that took noise in all stochastic steps, or by Eq. (4) in those with a density."""
+        if self.config.outside == "noise":
+            return self.transitions
+        assert batch.log_prob is not None  # whole walks have it
+        return self.transitions.within((~batch.log_prob.isnan()).any(0).nonzero().flatten().cpu())
+
+    def _trained(self, walked: Transitions) -> Tensor:
+        return walked.steps if self.config.outside == "ode" else self.trained(self.iteration)
+
+    def _proximal(self, batch: Trajectory, walked: Transitions) -> Tensor | None:
         """log p_prox - log p_old of every transition, (B, K), where walks are weighed; None where they are not."""
         decoupled, stale = self.config.decoupled, batch.version < self.iteration
-        return self.transitions.staleness(batch) if (stale if decoupled is None else decoupled) else None
+        return walked.staleness(batch) if (stale if decoupled is None else decoupled) else None
 
     def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
         """Eq. (1), (B,), limited to +- advantage_clip."""
@@ -214,18 +240,13 @@ class Learner:
 
     def trained(self, iteration: int) -> Tensor:
         """The steps of Eq. (3) in a rollout, falling in noise."""
-        steps, size = self.transitions.steps, self.config.window
-        if not size:
-            return steps
-        places = -(-(len(steps) - size) // self.config.window_stride) + 1
-        first = iteration // self.config.window_every % places * self.config.window_stride
-        first = min(first, len(steps) - size)
-        return steps[first : first + size]
+        steps = self.transitions.steps
+        return self.config._window.of(steps, iteration) if self.config.window else steps
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:
         """log_ratio_max; raises NumericalError unless the ratio is 1 at the acting weights."""
         features = batch.features if self.config.clip_per_dim else 1
-        return self.transitions.require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
+        return self._walked(batch).require_on_policy(batch, min(self.config.clip_low, self.config.clip_high), features)
 
     def state_dict(self) -> dict:
         return state_of(self, {"reference": self.transitions.reference}, **self.pace.kept())

@@ -10,6 +10,7 @@
 States and actions are constants. A step without noise (to clean data) has no density: it is left out of all three.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -71,6 +72,12 @@ class Transitions:
         self.steps = require_stochastic(policy, times).nonzero().flatten()
         self.weight = step_weights(policy, times, weighing)
         self.reference = frozen_copy(policy) if reference else None
+
+    def within(self, steps: Tensor) -> "Transitions":
+        """The same, of walks that take noise in these steps alone."""
+        one = copy.copy(self)
+        one.steps = steps
+        return one
 
     def all(self, walks: Tensor) -> tuple[Tensor, Tensor]:
         """(walk, step) of every stochastic transition of ``walks``, walk by walk."""

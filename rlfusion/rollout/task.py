@@ -19,6 +19,7 @@ from torch import Tensor
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, map_cond
 from rlfusion.diffusion.grid import Grid
+from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.models.lora_dropout import dropped
@@ -66,6 +67,19 @@ class Task:
     def noisy(self) -> list[bool]:
         """Which of the K steps take noise."""
         return (self.policy.stds(self.times) > 0).tolist()
+
+    def noisy_in(self, item: WorkItem) -> list[bool]:
+        """Which of the K steps take noise in the walks of an item."""
+        if self.rollout_spec.window is None:
+            return self.noisy
+        steps = torch.tensor(self.noisy).nonzero().flatten()
+        within = self.rollout_spec.window.of(steps, item.iteration).tolist()
+        return [k in within for k in range(len(self.noisy))]
+
+    @cached_property
+    def ode(self) -> Policy:
+        """The policy whose steps take no noise, of the same denoiser."""
+        return Policy(self.policy.denoiser, DDIM(0.0))
 
     @property
     def prompts(self) -> int:
@@ -157,13 +171,14 @@ def run_item(task: Task, item: WorkItem) -> Trajectory:
 def _walk(task: Task, item: WorkItem) -> Trajectory:
     env, rollout_spec = task._environment_of(len(item)), task.rollout_spec
     group, begin, steps = torch.tensor(item.groups), rollout_spec.begin(item), moves(task, item)
-    noise = _noise(task, item, steps)
+    noisy, mixed = task.noisy_in(item), rollout_spec.window is not None
+    noise = _noise(task, item, noisy[:steps])
     options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = obs.x[:, None], [], obs.cond, None
     before = _remembered(task)
     for k, z in zip(range(steps), noise):
-        distribution = task.policy(obs)
+        distribution = (task.ode if mixed and not noisy[k] else task.policy)(obs)
         action = distribution.sample(z)
         if rollout_spec.path:
             log_prob.append(distribution.log_prob(action))
@@ -186,11 +201,11 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
     )
 
 
-def _noise(task: Task, item: WorkItem, steps: int) -> Iterator[Tensor]:
-    """z_0 and the noise of each of the first ``steps`` steps, on the task's device: 0 where a step takes none. It is
-    drawn as far as the last step that takes some.
+def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:
+    """z_0 and the noise of each of the first ``steps``, on the task's device: 0 where a step takes none. It is drawn as
+    far as the last step that takes some.
     """
-    noisy = [True, *task.noisy[:steps]]
+    noisy = [True, *steps]
     drawn = noises(item, 1 + max(k for k, takes in enumerate(noisy) if takes), task.shape)
     none = torch.zeros((), device=task.device)
     for takes in noisy:

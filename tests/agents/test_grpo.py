@@ -1,23 +1,27 @@
 """GRPO: its gradient over a window against the closed form, its advantages by hand, where it is DDPO, and resuming."""
 
 import copy
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from chains import Capture, affine, class_walks, collect, mlp
-from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, reward
+from quadratic import CHAINS, STEPS, THETA, assert_equal_in_expectation, ddim_levels, reward, task_of
 
 from rlfusion.agents import ddpo, grpo
 from rlfusion.agents.grpo import Config, Learner
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.kernel import DDIM
+from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.objectives import clipped_surrogate
 from rlfusion.rl.agent import Plan
+from rlfusion.rollout import RolloutSpec, Task, plan, run_item
 
 TIMES = TimeGrid(4).times(Cosine())
 ONE = {"epochs": 1, "updates_per_epoch": 1, "kl_loss": 0.0}
@@ -46,6 +50,56 @@ def test_the_expected_gradient_is_that_of_the_steps_in_the_window(chain, first):
     ascent = -torch.stack(learner.optimization.gradients).numpy() / (1 - 1 / n)
     truth = chain.gradient(np.array(THETA), (np.arange(STEPS) >= first) & (np.arange(STEPS) < first + 2))
     assert_equal_in_expectation((ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)), truth)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_where_walks_take_no_noise_outside_it_is_that_of_the_noise_in_the_window(chain, first):
+    """The chain of closed form has DDIM(0)'s steps outside, written by the oracle's own numbers."""
+    full, made = CHAINS[chain]()
+    levels = (
+        ddim_levels() if chain == "ddim" else (np.array([0, 0.25, 0.5, 0.75, 1]), np.array([1, 0.75, 0.5, 0.25, 0]))
+    )
+    mixed = copy.deepcopy(full)
+    for k, ((a, b), (a_s, b_s)) in enumerate(pairwise(zip(*levels))):
+        if (
+            not first <= k < first + 2
+        ):  # x0 = a x - b y, eps = b x + a y of v; x0 = x - t y, eps = x + (1 - t) y of flow
+            row = (a_s * a + b_s * b, b_s * a - a_s * b) if chain == "ddim" else (1.0, b_s - b)
+            mixed.p[k], mixed.q[k], mixed.std[k] = *row, 0.0
+    policy, times, n, batches = affine(THETA, **made), TimeGrid(STEPS).times(made["schedule"]), 3000, 25
+    config = Config(std="none", advantage_clip=1e9, window=2, outside="ode", micro_batch=10**6, **ONE)
+    learner, task = Learner(policy, times, config), replace(task_of(policy), rollout_spec=config.rollout_spec(STEPS))
+    learner.optimization = Capture(policy)
+    for seed in range(batches):
+        learner.iteration = first
+        walks = run_item(task, plan(seed, first, 1, n, n, 1, first)[0])
+        assert walks.log_prob.isnan().any(0).tolist() == [not first <= k < first + 2 for k in range(STEPS)]
+        learner.update(walks)
+    ascent = -torch.stack(learner.optimization.gradients).double().numpy() / (1 - 1 / n)
+    truth = mixed.gradient(np.array(THETA), (np.arange(STEPS) >= first) & (np.arange(STEPS) < first + 2))
+    assert_equal_in_expectation((ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)), truth)
+
+
+def test_walks_without_noise_outside_are_on_policy_in_every_window_and_learned_from_with_a_reference():
+    policy = mlp()
+    config = Config(window=1, outside="ode", kl_loss=0.1, epochs=1, updates_per_epoch=2, micro_batch=7)
+    spec = config.rollout_spec(4)
+    assert RolloutSpec(**json.loads(json.dumps(asdict(spec)))) == spec
+    task = Task(policy, TimeGrid(4), (1, 3, 2), torch.arange(4), lambda x: x, lambda x, _: x.mean((1, 2, 3)), "mean")
+    learner, firsts = Learner(policy, task.times, config), []
+    for iteration in range(4):
+        acting = replace(task, policy=frozen_copy(policy), rollout_spec=spec)
+        batch = run_item(acting, plan(0, iteration, 4, 6, 24, 4, iteration)[0])
+        assert learner.preflight(batch)["log_ratio_max"] < 1e-4
+        told = learner.update(batch)
+        firsts.append(told["window_first"])
+        assert told["log_ratio_first"] < 1e-4
+        assert all(math.isfinite(value) for value in told.values())
+        assert told["kl"] >= 0
+    assert firsts == [0, 1, 2, 0]
+    stale = replace(batch, version=learner.iteration - 1)
+    assert 0 < learner.update(stale)["behaviour_ess"] <= 1
 
 
 def test_over_all_steps_it_is_ddpo_with_group_advantages():
@@ -152,6 +206,7 @@ def test_bad_rewards_are_refused_before_anything_changes():
     ("settings", "said"),
     [
         ({"window": -1}, "window = -1"),
+        ({"outside": "ode"}, "outside = ode with window = 0"),
         ({"clip_high": 0}, "clip_high = 0"),
         ({"dual_clip": 1.1}, "dual_clip = 1.1"),
         ({"window_every": 0}, "window_every = 0"),
