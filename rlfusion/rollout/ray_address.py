@@ -87,7 +87,8 @@ def _require_listening(address: str, host: str, port: int, timeout_s: float) -> 
 
     def connect() -> None:
         try:
-            tried.set_result(socket.create_connection((host, port), timeout=timeout_s).close())
+            socket.create_connection((host, port), timeout=timeout_s).close()
+            tried.set_result(None)
         except Exception as error:
             tried.set_exception(error)
 
