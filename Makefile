@@ -29,9 +29,9 @@ help:  ## what the commands' --help prints, after a change of settings
 faults:  ## what goes wrong on a cluster, for real, and the table of it
 	$(PYTHON) -m pytest -q -s $(FAULTS)
 
-bench:  ## what rollout and update cost beyond the network's own passes
-	$(PYTHON) benchmarks/overhead.py --cpu-time --threads 1
-	$(PYTHON) benchmarks/learner_overhead.py
+bench:  ## what rollout and update cost beyond the network's own passes: some minutes
+	$(PYTHON) benchmarks/overhead.py --quick --cpu-time --threads 1
+	$(PYTHON) benchmarks/learner_overhead.py --rounds 5
 
 FAULTS = tests/faults/test_checkpoint_kills.py tests/faults/test_fault_runs.py tests/faults/test_fault_table.py \
 	tests/faults/test_lost_ranks.py

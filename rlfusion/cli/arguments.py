@@ -32,6 +32,11 @@ OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, tra
 
 RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
 
+EARLIER = (
+    " Runs that are there: rlfusion compare RUN... [--by SETTING,...] [--out FOLDER] makes report.html of them "
+    "(docs/comparing.md)."
+)
+
 
 def settings_of(kind: str, arguments: list[str]) -> Any:
     """The settings of a job; those of an agent or a method are of the algorithm that ``--agent`` or ``--method`` names.
@@ -147,7 +152,7 @@ def make_parser(settings: type, command: str, defaults: Mapping[str, Any]) -> An
         prog=f"rlfusion {command}",
         usage=f"rlfusion {command} [--SETTING VALUE]...",  # of the hundred settings that stand below
         description=settings.__doc__.splitlines()[0],
-        epilog=RESUMING if command in RESUMABLE else None,
+        epilog=f"{RESUMING}{EARLIER if command == 'compare' else ''}" if command in RESUMABLE else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

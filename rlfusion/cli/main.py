@@ -149,6 +149,23 @@ def _job(kind: str, arguments: list[str]) -> None:
             run(settings, folder)
 
 
+def _compare(arguments: list[str]) -> None:
+    """Runs that are there, where folders stand first; else a new comparison."""
+    from itertools import takewhile
+
+    folders = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    if not folders:
+        return _job("compare", arguments)
+    import json
+
+    from rlfusion.cli import tables
+    from rlfusion.cli.arguments import parse
+    from rlfusion.config import CompareRuns
+
+    given = ["--runs", json.dumps(folders), *arguments[len(folders) :]]
+    return tables.run_compare_runs(parse(CompareRuns, "compare", given))
+
+
 def _sample(arguments: list[str]) -> None:
     from rlfusion import config
     from rlfusion.cli import tables
@@ -248,7 +265,7 @@ def _first(arguments: list[str], option: str) -> list[str]:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "finetune": partial(_job, "finetune"),
-    "compare": partial(_job, "compare"),
+    "compare": _compare,
     "pretrain": partial(_job, "pretrain"),
     "distill": partial(_job, "distill"),
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),

@@ -22,6 +22,8 @@ from rlfusion.jobs.runs import timed
 from rlfusion.jobs.sample import sample
 from rlfusion.jobs.serve_reward import serve
 
+REPORTED = "report.html, comparison.md, .csv and .json, plots as PNG, PDF and SVG"
+
 
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
     """Fine-tune in ``folder``, and print the result."""
@@ -43,7 +45,15 @@ def run_compare(settings: config.Compare, folder: Path) -> None:
     page, _ = timed(compare.compare, settings, folder)
     console = Console()
     console.print(page, markup=False, highlight=False, soft_wrap=True)
-    _where(console, folder, "comparison.md, comparison.json, one plot a reward, one folder a run", folder)
+    _where(console, folder, f"{REPORTED}, one folder a run", folder)
+
+
+def run_compare_runs(settings: config.CompareRuns) -> None:
+    """Compare runs that are there, and print the table."""
+    page, folder = compare.compare_runs(settings)
+    console = Console()
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    _where(console, folder, REPORTED, folder.parent)
 
 
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:

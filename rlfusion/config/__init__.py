@@ -12,6 +12,7 @@ from rlfusion.config.autoencoder import Autoencode
 from rlfusion.config.checks import CheckAgent, CheckModel, CheckReward, Reproduce
 from rlfusion.config.clip import TrainClip
 from rlfusion.config.compare import Compare
+from rlfusion.config.compare_runs import CompareRuns
 from rlfusion.config.distill import Distill, with_method
 from rlfusion.config.finetune import Finetune, with_agent
 from rlfusion.config.models import Evaluate, Sample
@@ -28,6 +29,7 @@ __all__ = [
     "CheckModel",
     "CheckReward",
     "Compare",
+    "CompareRuns",
     "Distill",
     "Evaluate",
     "Evaluation",

@@ -54,6 +54,7 @@ class Compare:
         chain: the sampling chain of all runs.
         rollout: the rollouts of all runs.
         guard: what is done about updates that go wrong.
+        monitor: what watches for rewards that are gamed; at each evaluation, or never with ``every`` 0.
         evaluation: the evaluation; its ``every`` is set by ``evaluations``.
     """
 
@@ -85,6 +86,7 @@ class Compare:
     chain: Chain = field(default_factory=Chain)
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
+    monitor: Monitoring = field(default_factory=Monitoring)
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500, deterministic=False))
 
     def __post_init__(self) -> None:
@@ -159,7 +161,7 @@ class Compare:
             rollout=self.rollout,
             agent=self.agent(agent),
             guard=self.guard,
-            monitor=Monitoring(every=0),
+            monitor=replace(self.monitor, every=every if self.monitor.every else 0),
             evaluation=Evaluation(**asdict(self.evaluation) | {"every": every}),
             checkpoint_every=every,
         )

@@ -1,8 +1,10 @@
 """Comparisons: what they run, how a run's figures are read, baselines, and the command from end to end."""
 
+import csv
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.curves import Point, best_within, curve, first_at
-from rlfusion.jobs.compare.job import _overlay, check
+from rlfusion.jobs.compare.job import _overlay, check, terms
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
+from rlfusion.jobs.compare.tables import Table
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
 from rlfusion.nets.mlp import ResidualMLP
@@ -88,9 +91,9 @@ def test_who_cannot_leave_a_sample_out_is_named_and_stops_nobody_else():
     assert plan.unmasked() == ["by gradient", "qsm(q='noised')"]
     held = {name: settings.reward_failures for name, *_, settings in plan.runs()}
     assert held == {"ddpo": "mask", "by gradient": "error", "qsm": "mask", "qsm(q='noised')": "error"}
-    assert "an error for by gradient, qsm(q='noised')." in _head(plan, True)
+    assert "an error for by gradient, qsm(q='noised')." in _head(terms(plan, Path("it")), True)
     assert not Compare(agents=agents).unmasked()
-    assert "fails" not in _head(Compare(agents=agents), True)
+    assert "fails" not in _head(terms(Compare(agents=agents), Path("it")), True)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +156,19 @@ def test_figures_by_hand(tmp_path):
 
 def test_no_sentence_and_no_base_without_diversity_breaks_a_table():
     base = {"reward": 1.0, "reward_std": 0.0, "diversity": 0.0, "brightness": 0.5, "edge_density": 0.1, "entropy": 2.0}
-    config = Compare(agents=["ddpo"], rewards=["ink"])
-    columns = list(_columns(config, base))
+    told = terms(Compare(agents=["ddpo"], rewards=["ink"]), Path("it"))
+    columns = list(_columns(told, base))
     failed = Outcome("ddpo", "ink", 0, [], "failed: max |log ratio| = 30 nats\n  in step 3")
-    rows = [_row(config, columns, "ddpo", [failed]), _baseline(columns, "guidance 3", "refused: a | b", base)]
-    rows.append(_baseline(columns, "base", base, base))
+    cells = [_row(told, columns, "ddpo", [failed]), _baseline(columns, "guidance 3", "refused: a | b", base)]
+    cells.append(_baseline(columns, "base", base, base))
+    table = Table("ink", ["", *(column.head for column in columns)], cells)
+    rows = table.markdown().splitlines()[-3:]
     assert [row.replace(r"\|", "").count("|") for row in rows] == [len(columns) + 2] * 3
     assert r"max \|log ratio\| = 30 nats in step 3" in rows[0]
     assert " 0.00 | 0.500 " in rows[2]
+    read = list(csv.reader(table.csv().splitlines()))
+    assert {len(row) for row in read} == {len(columns) + 2}
+    assert read[2][:3] == ["ink", "guidance 3 (no training)", "refused: a | b"]
 
 
 def test_the_stopwatch_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -294,7 +302,7 @@ def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypat
     model = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "prompts.txt", "--pipeline.size", "16"]
     small = ["--chain.steps", "3", "--rollout.prompts", "2", "--rollout.samples_per_prompt", "4"]
     small += ["--budget_queries", "24", "--evaluations", "3", "--evaluation.samples", "50", "--best_of", "[2]"]
-    lora = ["--lora", "LoRA(rank=2, dropout=0.1)"]
+    lora = ["--lora", "LoRA(rank=2, dropout=0.1)", "--monitor.samples", "50"]
     assert main.main(["compare", *model, *words, *small, *lora, "--name", "it"]) == 0
     said, folder = capsys.readouterr(), tmp_path / "runs" / "it"
     page = (folder / "comparison.md").read_text()

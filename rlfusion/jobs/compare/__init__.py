@@ -1,5 +1,6 @@
-"""Algorithms side by side: the same base model, budgets and judge; one TensorBoard, one table, plots."""
+"""Algorithms side by side: the same base model, budgets and judge; one TensorBoard, tables, plots, one page."""
 
+from rlfusion.jobs.compare.earlier import compare_runs
 from rlfusion.jobs.compare.job import check, compare
 
-__all__ = ["check", "compare"]
+__all__ = ["check", "compare", "compare_runs"]

@@ -1,8 +1,9 @@
-"""The curve of a finished run: its evaluations, with the queries and seconds spent until each.
+"""The curve of a run: its evaluations, with the queries and seconds spent until each.
 
 gain = (mean reward - mean reward of the base) / (standard deviation of the base's rewards)
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from rlfusion.common.jsonl import read_lines
 from rlfusion.evaluation.images import ImageStatistics
 
 IMAGES = ImageStatistics._fields
+PUT_BACK = "put it back, or remove that folder, and a comparison that made it runs it again"
 
 
 @dataclass(frozen=True)
 class Point:
     """One evaluation of a run. ``diversity`` is a share of real data's, or of the base's where there are none; then
     there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
+    ``alarm``: the monitor has found the reward gamed, here or at an evaluation before.
     """
 
     updates: int
@@ -30,6 +33,7 @@ class Point:
     frechet: float | None
     diversity: float
     images: dict[str, float]
+    alarm: bool = False
 
 
 def curve(folder: Path) -> list[Point]:
@@ -38,12 +42,13 @@ def curve(folder: Path) -> list[Point]:
     Raises:
         ConfigError: lines of its metrics or times are lost.
     """
-    found = {step: line for step, line in _lines(folder / "metrics.jsonl").items() if "evaluation/reward" in line}
+    lines = _lines(folder / "metrics.jsonl")
+    found = {step: line for step, line in lines.items() if "evaluation/reward" in line}
+    alarmed = min((step for step, line in lines.items() if line.get("monitor/alarms")), default=math.inf)
     spent = _lines(folder / "timing.jsonl") | {0: {"queries": 0, "seconds": 0.0, "cpu_seconds": 0.0}}
     if lost := sorted({0} - found.keys()) or sorted(found.keys() - spent.keys()):
         raise ConfigError(
-            f"{folder}: metrics.jsonl or timing.jsonl has lost what it said of update {lost[0]}; put it back, or "
-            "remove that folder, and the comparison runs it again"
+            f"{folder}: metrics.jsonl or timing.jsonl has lost what it said of update {lost[0]}; {PUT_BACK}"
         )
     base = found[0]
     return [
@@ -55,9 +60,23 @@ def curve(folder: Path) -> list[Point]:
             gain=(e["evaluation/reward"] - base["evaluation/reward"]) / max(base["evaluation/reward_std"], 1e-12),
             reward=e["evaluation/reward"],
             **_quality(e, base),
+            alarm=step >= alarmed,
         )
         for step, e in sorted(found.items())
     ]
+
+
+def base_of(folder: Path) -> dict[str, float]:
+    """What the evaluation of the base of a run found, by name.
+
+    Raises:
+        ConfigError: its line is lost.
+    """
+    found = _lines(folder / "metrics.jsonl").get(0, {})
+    base = {name.removeprefix("evaluation/"): value for name, value in found.items() if name.startswith("evaluation/")}
+    if "reward" not in base:
+        raise ConfigError(f"{folder}: metrics.jsonl has lost what it said of the base model; {PUT_BACK}")
+    return base
 
 
 def _lines(file: Path) -> dict[int, dict[str, Any]]:
@@ -68,9 +87,7 @@ def _lines(file: Path) -> dict[int, dict[str, Any]]:
     """
     lines, bad = read_lines(file)
     if bad:
-        raise ConfigError(
-            f"{file} has {bad} damaged line(s); put it back, or remove its folder, and the comparison runs it again"
-        )
+        raise ConfigError(f"{file} has {bad} damaged line(s); {PUT_BACK}")
     found: dict[int, dict[str, Any]] = {}
     for _, line in lines:
         found[line["step"]] = found.get(line["step"], {}) | line
@@ -90,6 +107,11 @@ def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
 def first_at(points: list[Point], gain: float) -> Point | None:
     """The first evaluation with that gain."""
     return next((p for p in points if p.gain >= gain), None)
+
+
+def sound(points: list[Point]) -> list[Point]:
+    """The evaluations before the monitor's first alarm."""
+    return [p for p in points if not p.alarm]
 
 
 def best_within(points: list[Point], frechet: float) -> Point | None:

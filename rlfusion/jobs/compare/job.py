@@ -1,6 +1,8 @@
 """The job of ``rlfusion compare``: the runs one after another, each resumable, then the report."""
 
 import json
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import sha256
 from rlfusion.config import Finetune, to_yaml
-from rlfusion.config.compare import Compare
+from rlfusion.config.compare import Compare, shown
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
 from rlfusion.jobs.compare.baselines import Measured, Tries, baselines
 from rlfusion.jobs.compare.curves import Point, curve
-from rlfusion.jobs.compare.report import Outcome, report
+from rlfusion.jobs.compare.report import Outcome, Terms, report
 from rlfusion.jobs.measure import Scored
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import base_model
@@ -26,7 +28,7 @@ from rlfusion.rewards import CallOptions
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.folders import discard
-from rlfusion.training.tracking import overlay
+from rlfusion.training.tracking import flatten, overlay
 
 
 def check(config: Compare) -> list[str]:
@@ -67,16 +69,33 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
     for agent in config.unmasked():
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
-    outcomes = []
+    outcomes, places = [], {}
     for agent, reward, seed, settings in config.runs():
-        place = folder / slug(f"{agent}-{reward}-seed{seed}")
+        place = places[agent, reward, seed] = folder / slug(f"{agent}-{reward}-seed{seed}")
         progress.say(f"{agent} on {reward}, seed {seed}")
         outcomes.append(Outcome(agent, reward, seed, *_run(settings, base, place, config.root, signals, progress)))
     measured = _baselines(config, base, signals, progress)
     for outcome in outcomes:
-        _overlay(folder / slug(f"{outcome.agent}-{outcome.reward}-seed{outcome.seed}"), outcome)
+        _overlay(places[outcome.agent, outcome.reward, outcome.seed], outcome)
     checkpoint.write_json_atomic(folder / "baselines.json", measured)
-    return report(config, folder, outcomes, measured)
+    return report(terms(config, folder), folder, outcomes, measured, places)
+
+
+def terms(config: Compare, folder: Path) -> Terms:
+    """How the report tells of a comparison."""
+    unmasked = config.unmasked()
+    agents = list(map(shown, config.agents))
+    differing = {text: flatten(asdict(config.agent(whole))) for text, whole in zip(agents, config.agents)}
+    return Terms(
+        budget=f"{config.budget_queries} queries a run, {config.seeds} seed(s), one base model",
+        agents=agents,
+        rewards=config.rewards,
+        target=config.target,
+        quality=config.quality,
+        note=f" A reward that fails is left out, but an error for {', '.join(unmasked)}." if unmasked else "",
+        command=f"rlfusion compare --config {shlex.quote(str(folder / 'config.yaml'))}",
+        differing={text: {name: str(value) for name, value in held.items()} for text, held in differing.items()},
+    )
 
 
 def slug(text: str) -> str:

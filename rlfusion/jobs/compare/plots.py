@@ -1,25 +1,37 @@
 """The plots of a comparison: gain against queries, seconds, and what it costs in quality."""
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from rlfusion.common import storage
-from rlfusion.config.compare import Compare
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
-from rlfusion.jobs.compare.curves import Point
+from rlfusion.jobs.compare.curves import Point, sound
+from rlfusion.jobs.compare.seeds import band
 
 SHOWN = 2.5
 """Gains are drawn up to so many times the target."""
 
+FORMATS = ("png", "pdf", "svg")
+
 Run = tuple[str, int, list[Point]]
 """The agent, the seed and the evaluations of a run."""
 
+WITHOUT_DATE: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+"""What keeps a file that is drawn again the same."""
 
-def plot(config: Compare, folder: Path, reward: str, runs: list[Run], measured: dict[str, Measured | str]) -> None:
+
+def plot(
+    target: float, quality: float, folder: Path, reward: str, runs: list[Run], measured: dict[str, Measured | str]
+) -> bytes:
     """Every run of a reward: gain against queries and seconds; and with data gain against the Frechet distance, and
     agreement against it; without, gain against diversity, and diversity against queries.
+
+    An agent of several seeds has its mean and the interval of it (``seeds``) in the first two. Written as PNG, PDF and
+    SVG; the SVG is returned.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,28 +39,54 @@ def plot(config: Compare, folder: Path, reward: str, runs: list[Run], measured: 
     FigureCanvasAgg(figure)
     by_queries, by_seconds, price, fourth = figure.subplots(2, 2).flat
     looks = {agent: _look(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in runs))}
-    first = min(seed for _, seed, _ in runs)
-    for agent, seed, points in runs:
-        gains, label = [p.gain for p in points], agent if seed == first else None
-        by_queries.plot([p.queries for p in points], gains, label=label, **looks[agent])
-        by_seconds.plot([p.cpu_seconds for p in points], gains, **looks[agent])
+    for axes, along in ((by_queries, lambda p: p.queries), (by_seconds, lambda p: p.cpu_seconds)):
+        for agent, look in looks.items():
+            _gains(axes, [points for name, _, points in runs if name == agent], along, agent, look)
     highest = max(p.gain for _, _, points in runs for p in points)
     for axes in (by_queries, by_seconds, price):
-        axes.axhline(config.target, color="0.7", linestyle="--", zorder=0)
-        axes.set(
-            ylabel="gain (sd of the base's rewards)", ylim=(-0.2, max(0.2, min(1.05 * highest, SHOWN * config.target)))
-        )
+        axes.axhline(target, color="0.7", linestyle="--", zorder=0)
+        axes.set(ylabel="gain (sd of the base's rewards)", ylim=(-0.2, max(0.2, min(1.05 * highest, SHOWN * target))))
     by_queries.set(xlabel="queries", title=reward)
     ends = [points[-1].cpu_seconds for *_, points in runs]
     scale = (
         "symlog" if max(ends) > 10 * min(ends) else "linear"
     )  # on a symlog axis of one decade hardly a tick is named
     by_seconds.set(xlabel="CPU seconds of training", xscale=scale)
-    (_of_frechet if "frechet" in measured[BASE] else _of_diversity)(config, price, fourth, runs, looks, measured)
-    figure.legend(loc="outside right upper", fontsize=8)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=80)
-    storage.write(folder / f"{_file(reward)}.png", drawn.getvalue())
+    if "frechet" in measured[BASE]:
+        _of_frechet(quality, price, fourth, runs, looks, measured)
+    else:
+        _of_diversity(price, fourth, runs, looks, measured)
+    lines = dict(zip(*reversed(by_queries.get_legend_handles_labels())))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    for form in FORMATS:
+        drawn = BytesIO()
+        with rc_context({"svg.hashsalt": "rlfusion"}):
+            figure.savefig(drawn, format=form, dpi=80, metadata=WITHOUT_DATE.get(form))
+        storage.write(folder / f"{_file(reward)}.{form}", drawn.getvalue())
+    return drawn.getvalue()
+
+
+def _gains(axes: Any, runs: list[list[Point]], along: Callable[[Point], float], label: str, look: dict) -> None:
+    """An agent's runs, and where there are several their mean in front of them."""
+    for points in runs:
+        _line(axes, points, along, lambda p: p.gain, look | ({"alpha": 0.3} if len(runs) > 1 else {"label": label}))
+    if len(runs) > 1:
+        found = band([sound(points) or points[:1] for points in runs], along, lambda p: p.gain)
+        axes.plot(found.at, found.mean, color=look["color"], linewidth=2, label=label)
+        axes.fill_between(found.at, found.low, found.high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _line(
+    axes: Any, points: list[Point], x: Callable[[Point], Any], y: Callable[[Point], Any], look: dict[str, Any]
+) -> None:
+    """A run: as it looks up to the monitor's first alarm, which is a cross, and dotted behind it."""
+    before = sound(points)
+    axes.plot([x(p) for p in before], [y(p) for p in before], **look)
+    if behind := points[len(before) :]:
+        dotted = look | {"linestyle": ":", "marker": "", "label": None}
+        joined = [*before[-1:], *behind]
+        axes.plot([x(p) for p in joined], [y(p) for p in joined], **dotted)
+        axes.plot(x(behind[0]), y(behind[0]), "x", color=look["color"])
 
 
 def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) -> None:
@@ -59,28 +97,28 @@ def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) ->
             axes.annotate(name, (x(values), y(values)), xytext=(4, 4), textcoords="offset points", fontsize=8)
 
 
-def _of_frechet(config: Compare, price: Any, agreement: Any, runs: list[Run], looks: dict, measured: dict) -> None:
+def _of_frechet(quality: float, price: Any, agreement: Any, runs: list[Run], looks: dict, measured: dict) -> None:
     base = measured[BASE]
     for agent, _, points in runs:
-        price.plot([p.frechet for p in points], [p.gain for p in points], **looks[agent])
-        agreement.plot([p.frechet for p in points], [p.agreement for p in points], **looks[agent])
+        _line(price, points, lambda p: p.frechet, lambda p: p.gain, looks[agent])
+        _line(agreement, points, lambda p: p.frechet, lambda p: p.agreement, looks[agent])
     _stars(
         measured,
         (price, lambda v: v["frechet"], lambda v: gain(v, base)),
         (agreement, lambda v: v["frechet"], lambda v: v["agreement"]),
     )
     for axes in (price, agreement):
-        axes.axvline(config.quality * base["frechet"], color="0.7", linestyle=":", zorder=0)
+        axes.axvline(quality * base["frechet"], color="0.7", linestyle=":", zorder=0)
         axes.set(xlabel="Frechet distance to held-out data", xscale="log")
-    price.set(title=f"price of the reward; dotted: {config.quality:g} times the base's Frechet distance")
+    price.set(title=f"price of the reward; dotted: {quality:g} times the base's Frechet distance")
     agreement.set(ylabel="agreement with the prompt")
 
 
-def _of_diversity(config: Compare, price: Any, by_queries: Any, runs: list[Run], looks: dict, measured: dict) -> None:
+def _of_diversity(price: Any, by_queries: Any, runs: list[Run], looks: dict, measured: dict) -> None:
     base = measured[BASE]
     for agent, _, points in runs:
-        price.plot([p.diversity for p in points], [p.gain for p in points], **looks[agent])
-        by_queries.plot([p.queries for p in points], [p.diversity for p in points], **looks[agent])
+        _line(price, points, lambda p: p.diversity, lambda p: p.gain, looks[agent])
+        _line(by_queries, points, lambda p: p.queries, lambda p: p.diversity, looks[agent])
     _stars(measured, (price, lambda v: diversity(v, base), lambda v: gain(v, base)))
     price.set(xlabel="diversity within a prompt / the base's", title="price of the reward")
     by_queries.set(xlabel="queries", ylabel="diversity within a prompt / the base's")

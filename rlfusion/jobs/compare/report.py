@@ -1,4 +1,4 @@
-"""The end of a comparison: a table in Markdown, its figures as JSON, and a plot a reward.
+"""The end of a comparison: tables as Markdown and CSV, all figures as JSON, plots, and one page that holds them all.
 
 Where there are data, quality is the Frechet distance to them and the agreement of a judge; a pretrained pipeline has
 neither, and its samples are told by their diversity, beside the base's, and by their image statistics.
@@ -7,14 +7,20 @@ neither, and its samples are told by their diversity, beside the base's, and by 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from rlfusion.common import storage
-from rlfusion.config.compare import Compare, shown
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
-from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at
+from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at, sound
+from rlfusion.jobs.compare.page import Page, Run, Section
 from rlfusion.jobs.compare.plots import plot
+from rlfusion.jobs.compare.seeds import difference
+from rlfusion.jobs.compare.tables import Table
+
+Baselines = dict[str, Measured | str]
+"""What is said of each baseline, or why there is none, by its name."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +34,71 @@ class Outcome:
     problem: str
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What is compared, and how it is told.
+
+    Attributes:
+        budget: what each run was given, as a sentence begins.
+        agents: their names, in order.
+        rewards: of each a table.
+        target: gain whose price is told.
+        quality: the gain at fixed quality is the largest at a Frechet distance up to so many times the base's.
+        note: what is to be said besides.
+        command: the command line that makes the page.
+        differing: {run: {setting: value}} of the settings in which the runs differ.
+    """
+
+    budget: str
+    agents: list[str]
+    rewards: list[str]
+    target: float
+    quality: float
+    note: str
+    command: str
+    differing: dict[str, dict[str, str]]
+
+
 def report(
-    config: Compare, folder: Path, outcomes: list[Outcome], measured: dict[str, dict[str, Measured | str]]
+    terms: Terms,
+    folder: Path,
+    outcomes: list[Outcome],
+    measured: dict[str, Baselines],
+    places: dict[tuple[str, str, int], Path],
 ) -> str:
-    """Write ``comparison.md``, ``comparison.json`` and the plots; returns the Markdown."""
-    text = "\n\n".join(_section(config, reward, outcomes, measured[reward]) for reward in config.rewards)
+    """Write ``comparison.md``, ``.csv`` and ``.json``, the plots, and ``report.html`` with samples from the ``places``
+    of the runs; returns the Markdown.
+    """
     judged = all("frechet" in found[BASE] for found in measured.values())
-    page = f"# Comparison\n\n{_head(config, judged)}\n\n{text}\n"
-    storage.write(folder / "comparison.md", page)
+    head, sections, texts = _head(terms, judged), [], []
+    for reward in terms.rewards:
+        mine = [o for o in outcomes if o.reward == reward]
+        tables = [_table(terms, reward, mine, measured[reward]), *_differences(reward, terms.agents, mine)]
+        drawn = [(o.agent, o.seed, o.points) for o in mine if o.points]
+        picture = plot(terms.target, terms.quality, folder, reward, drawn, measured[reward]) if drawn else b""
+        runs = [Run.read(f"{o.agent}, seed {o.seed}", places[o.agent, reward, o.seed]) for o in mine if o.points]
+        sections.append(Section(reward, tables, picture.decode(), runs))
+        texts += tables
+    text = f"# Comparison\n\n{head}\n\n" + "\n\n".join(table.markdown() for table in texts) + "\n"
+    storage.write(folder / "comparison.md", text)
+    storage.write(folder / "comparison.csv", "\n".join(table.csv() for table in texts))
     storage.write(folder / "comparison.json", json.dumps([asdict(o) for o in outcomes], indent=1))
-    for reward in config.rewards:
-        mine = [(o.agent, o.seed, o.points) for o in outcomes if o.reward == reward and o.points]
-        if mine:
-            plot(config, folder, reward, mine, measured[reward])
-    return page
+    storage.write(folder / "report.html", Page(folder.name, head, terms.command, sections, terms.differing).html())
+    return text
 
 
-def _head(config: Compare, judged: bool) -> str:
+def _head(terms: Terms, judged: bool) -> str:
     price = "Frechet distance" if judged else "diversity within a prompt beside the base's"
     quality = (
-        f"`at quality` is the largest gain at a Frechet distance up to {config.quality:g} times the base's"
+        f"`at quality` is the largest gain at a Frechet distance up to {terms.quality:g} times the base's"
         if judged
         else "there are no data, so no judge: the statistics of the images say what became of them"
     )
-    unmasked = config.unmasked()
-    failures = f" A reward that fails is left out, but an error for {', '.join(unmasked)}." if unmasked else ""
     return (
-        f"{config.budget_queries} queries a run, {config.seeds} seed(s), one base model; gain in standard deviations "
-        f"of the base's rewards. `+{config.target:g}` is the first evaluation with that gain: queries, CPU seconds of "
-        f"training, {price}; {quality}. Figures of several seeds stand beside one another; - is never.{failures}"
+        f"{terms.budget}; gain in standard deviations of the base's rewards. `+{terms.target:g}` is the first "
+        f"evaluation with that gain: queries, CPU seconds of training, {price}; {quality}. Both are of evaluations "
+        "before the monitor's first alarm, from which on the reward is gamed; `end` is the last evaluation of all. "
+        f"Figures of several seeds stand beside one another; - is never.{terms.note}"
     )
 
 
@@ -69,10 +111,10 @@ class Column(NamedTuple):
     baseline: Callable[[Measured, Measured], str] | None = None
 
 
-def _columns(config: Compare, base: Measured) -> Iterator[Column]:
+def _columns(terms: Terms, base: Measured) -> Iterator[Column]:
     """The columns of the table of a reward whose base model has these values."""
     judged = "frechet" in base
-    yield Column(f"+{config.target:g}: queries", "reached", lambda p: f"{p.queries:,}")
+    yield Column(f"+{terms.target:g}: queries", "reached", lambda p: f"{p.queries:,}")
     yield Column("CPU s", "reached", lambda p: f"{p.cpu_seconds:.1f}")
     if judged:
         yield Column("Frechet", "reached", lambda p: f"{p.frechet:.1f}")
@@ -97,40 +139,51 @@ def _columns(config: Compare, base: Measured) -> Iterator[Column]:
         )
 
 
-def _section(config: Compare, reward: str, outcomes: list[Outcome], measured: dict[str, Measured | str]) -> str:
+def _table(terms: Terms, reward: str, outcomes: list[Outcome], measured: Baselines) -> Table:
     """The table of one reward."""
-    columns = list(_columns(config, measured[BASE]))
-    head = [f"## {reward}", "", f"| | {' | '.join(c.head for c in columns)} |", f"|---|{'---|' * len(columns)}"]
+    columns = list(_columns(terms, measured[BASE]))
     rows = [_baseline(columns, name, values, measured[BASE]) for name, values in measured.items()]
-    for agent in map(shown, config.agents):
-        mine = [o for o in outcomes if (o.agent, o.reward) == (agent, reward)]
-        rows.append(_row(config, columns, agent, mine))
-    return "\n".join([*head, *rows])
+    for agent in terms.agents:
+        if mine := [o for o in outcomes if o.agent == agent]:
+            rows.append(_row(terms, columns, agent, mine))
+    return Table(reward, ["", *(c.head for c in columns)], rows)
 
 
-def _baseline(columns: list[Column], name: str, values: Measured | str, base: Measured) -> str:
-    """One line, of a baseline or of why there is none."""
+def _baseline(columns: list[Column], name: str, values: Measured | str, base: Measured) -> list[str]:
+    """The cells of a baseline, or of why there is none."""
     if isinstance(values, str):
-        return f"| {name} (no training) | {_cell(values)} |{' |' * (len(columns) - 1)}"
-    cells = ["-" if c.baseline is None else c.baseline(values, base) for c in columns]
-    return f"| {name} (no training) | {' | '.join(cells)} |"
+        return [f"{name} (no training)", values]
+    return [f"{name} (no training)", *("-" if c.baseline is None else c.baseline(values, base) for c in columns)]
 
 
-def _row(config: Compare, columns: list[Column], agent: str, runs: list[Outcome]) -> str:
-    """One line: every seed's figure."""
+def _row(terms: Terms, columns: list[Column], agent: str, runs: list[Outcome]) -> list[str]:
+    """The cells of an agent: every seed's figure."""
     done = [o.points for o in runs if o.points]
     if not done:
-        return f"| {agent} | {_cell(runs[0].problem)} |{' |' * (len(columns) - 1)}"
+        return [agent, runs[0].problem]
     at = {
-        "reached": [first_at(points, config.target) for points in done],
-        "within": [best_within(points, config.quality * (points[0].frechet or 0.0)) for points in done],
+        "reached": [first_at(sound(points), terms.target) for points in done],
+        "within": [best_within(sound(points), terms.quality * (points[0].frechet or 0.0)) for points in done],
         "end": [points[-1] for points in done],
     }
     cells = [" / ".join("-" if p is None else c.say(p) for p in at[c.at]) for c in columns]
-    failed = [f"(seed {o.seed} {_cell(o.problem)})" for o in runs if o.problem]
-    return f"| {' '.join([agent, *failed])} | {' | '.join(cells)} |"
+    told = [f"(seed {o.seed} {text})" for o in runs for text in (o.problem, _alarm(o.points)) if text]
+    return [" ".join([agent, *told]), *cells]
 
 
-def _cell(text: str) -> str:
-    """A sentence as it may stand in a table: guards speak of |log ratio|, errors of others have several lines."""
-    return " ".join(text.split()).replace("|", r"\|")
+def _alarm(points: list[Point]) -> str:
+    after = next((p.updates for p in points if p.alarm), None)
+    return "" if after is None else f"alarm by update {after}"
+
+
+def _differences(reward: str, agents: list[str], outcomes: list[Outcome]) -> list[Table]:
+    """How the agents differ in their gains at the end, where they share seeds."""
+    ends = {a: {o.seed: o.points[-1].gain for o in outcomes if o.agent == a and o.points} for a in agents}
+    found = [(a, b, difference(ends[a], ends[b])) for a, b in combinations(agents, 2)]
+    rows = [
+        [f"{a} - {b}", f"{d.mean:+.2f}", f"{d.low:+.2f} .. {d.high:+.2f}", f"{d.p:.3g}", str(d.seeds)]
+        for a, b, d in found
+        if d is not None
+    ]
+    head = ["", "end: gain", "95 % (bootstrap of the seeds)", "p (changes of sign)", "seeds"]
+    return [Table(f"{reward}: differences, seed by seed", head, rows)] if rows else []
