@@ -151,60 +151,39 @@ def _job(kind: str, arguments: list[str]) -> None:
 
 def _compare(arguments: list[str]) -> None:
     """Runs that are there, where folders stand first; else a new comparison."""
-    from itertools import takewhile
-
-    folders = list(takewhile(lambda word: not word.startswith("-"), arguments))
-    if not folders:
+    given = _runs(arguments)
+    if given is arguments:
         return _job("compare", arguments)
-    import json
-
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import parse
     from rlfusion.config import CompareRuns
 
-    given = ["--runs", json.dumps(folders), *arguments[len(folders) :]]
     return tables.run_compare_runs(parse(CompareRuns, "compare", given))
 
 
-def _sample(arguments: list[str]) -> None:
+def _plain(command: str, settings: str, first: str, model: str, arguments: list[str]) -> None:
+    """A command that is its settings: of the class named ``settings`` in config, with the option ``first`` before a
+    word that stands first, and with the defaults of the model that the option ``model`` names.
+    """
     from rlfusion import config
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import parse
 
-    tables.run_sample(parse(config.Sample, "sample", arguments, model="checkpoint"))
+    run = getattr(tables, f"run_{command.replace('-', '_')}")
+    run(parse(getattr(config, settings), command, _first(arguments, first), model=model))
 
 
-def _evaluate(arguments: list[str]) -> None:
-    from rlfusion import config
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-
-    tables.run_evaluate(parse(config.Evaluate, "evaluate", arguments, model="checkpoint"))
+def _board(arguments: list[str]) -> None:
+    _plain("board", "Board", "", "", _runs(arguments))
 
 
-def _check_reward(arguments: list[str]) -> None:
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-    from rlfusion.config import CheckReward
+def _runs(arguments: list[str]) -> list[str]:
+    """``RUN RUN ...`` as ``--runs [RUN, RUN] ...``; the same where an option stands first."""
+    import json
+    from itertools import takewhile
 
-    arguments = _first(arguments, "--reward")
-    tables.run_check_reward(parse(CheckReward, "check-reward", arguments, model="model"))
-
-
-def _check_agent(arguments: list[str]) -> None:
-    from rlfusion import config
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-
-    tables.run_check_agent(parse(config.CheckAgent, "check-agent", _first(arguments, "--agent")))
-
-
-def _reproduce(arguments: list[str]) -> None:
-    from rlfusion import config
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-
-    tables.run_reproduce(parse(config.Reproduce, "reproduce", _first(arguments, "--bundle")))
+    runs = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    return ["--runs", json.dumps(runs), *arguments[len(runs) :]] if runs else arguments
 
 
 def _list(arguments: list[str]) -> None:
@@ -222,22 +201,6 @@ def _doctor(arguments: list[str]) -> None:
     if settings is not None:
         finetune.check(settings)
     tables.run_doctor(settings)
-
-
-def _check_model(arguments: list[str]) -> None:
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-    from rlfusion.config import CheckModel
-
-    tables.run_check_model(parse(CheckModel, "check-model", _first(arguments, "--model"), model="model"))
-
-
-def _serve_reward(arguments: list[str]) -> None:
-    from rlfusion.cli import tables
-    from rlfusion.cli.arguments import parse
-    from rlfusion.config import Serve
-
-    tables.run_serve_reward(parse(Serve, "serve-reward", _first(arguments, "--reward")))
 
 
 def _supervise(arguments: list[str]) -> int:
@@ -260,7 +223,7 @@ def _jobs(arguments: list[str]) -> int:
 
 def _first(arguments: list[str], option: str) -> list[str]:
     """``NAME ...`` as ``OPTION NAME ...``."""
-    return [option, *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    return [option, *arguments] if option and arguments and not arguments[0].startswith("-") else arguments
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
@@ -270,18 +233,19 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": partial(_job, "distill"),
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
     "train-clip": partial(_job, "train-clip"),
-    "sample": _sample,
-    "evaluate": _evaluate,
-    "check-model": _check_model,
+    "sample": partial(_plain, "sample", "Sample", "", "checkpoint"),
+    "evaluate": partial(_plain, "evaluate", "Evaluate", "", "checkpoint"),
+    "check-model": partial(_plain, "check-model", "CheckModel", "--model", "model"),
     "doctor": _doctor,
-    "check-reward": _check_reward,
-    "check-agent": _check_agent,
-    "reproduce": _reproduce,
+    "check-reward": partial(_plain, "check-reward", "CheckReward", "--reward", "model"),
+    "check-agent": partial(_plain, "check-agent", "CheckAgent", "--agent", ""),
+    "reproduce": partial(_plain, "reproduce", "Reproduce", "--bundle", ""),
     "list": _list,
-    "serve-reward": _serve_reward,
+    "serve-reward": partial(_plain, "serve-reward", "Serve", "--reward", ""),
     "supervise": _supervise,
     "launch": _launch,
     "jobs": _jobs,
+    "board": _board,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""
 

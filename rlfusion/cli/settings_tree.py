@@ -64,5 +64,6 @@ def command_trees() -> dict[str, Tree]:
         "check-model": CheckModel,
         "check-reward": CheckReward,
         "serve-reward": Serve,
+        "board": config.Board,
     }
     return {name: tree(settings) for name, settings in classes.items()}

@@ -12,6 +12,7 @@ from rlfusion.cli.ranked import ranked
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
 from rlfusion.jobs import compare, doctor, train_clip
+from rlfusion.jobs.board import board
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
@@ -176,6 +177,11 @@ def run_doctor(settings: config.Finetune | None) -> None:
 def run_serve_reward(settings: Serve) -> None:
     """Serve a reward until a signal."""
     serve(settings, lambda message: print(message, flush=True))
+
+
+def run_board(settings: config.Board) -> None:
+    """TensorBoard until a signal."""
+    board(settings, lambda message: print(message, flush=True))
 
 
 def _print(console: Console, result: dict[str, float], title: str) -> None:

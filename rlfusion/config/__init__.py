@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from rlfusion.config.autoencoder import Autoencode
+from rlfusion.config.board import Board
 from rlfusion.config.checks import CheckAgent, CheckModel, CheckReward, Reproduce
 from rlfusion.config.clip import TrainClip
 from rlfusion.config.compare import Compare
@@ -24,6 +25,7 @@ from rlfusion.diffusion.chain import Chain
 __all__ = [
     "Autoencode",
     "Base",
+    "Board",
     "Chain",
     "CheckAgent",
     "CheckModel",

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlfusion.common.weights import Weights
 from rlfusion.jobs import publishing
@@ -25,8 +25,8 @@ class Collector:
     """Trajectories in order of their step, collected up to ``lag`` steps ahead of the learner.
 
     ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
-    ``metrics`` are those of the last batch, to be logged. ``slowed`` has the versions from which on the lag is one
-    less; it is a part of what a run that resumes needs.
+    ``metrics`` are those of the last batch, to be logged, and ``scores`` its rewards, None where nobody has asked yet.
+    ``slowed`` has the versions from which on the lag is one less; it is a part of what a run that resumes needs.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Collector:
         self.pending: dict[int, Pending] = {}
         self.published: dict[int, Weights] = {}
         self.metrics: dict[str, float] = {}
+        self.scores: Tensor | None = None
         self.slowed: list[int] = []
 
     def acting(self, policy: nn.Module, version: int) -> Weights:
@@ -108,6 +109,7 @@ class Collector:
         with stage(IDLE if self.spec.rollout.workers else ROLLOUT):
             collected = concatenate(self.pending[step]())
         batch, self.metrics = scored(collected.to(self.device), self.rewards)
+        self.scores = batch.reward
         if self.spec.rollout.lag:
             self.metrics["lag"] = float(step - batch.version)
         del self.pending[step]

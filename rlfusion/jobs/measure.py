@@ -24,6 +24,7 @@ from rlfusion.jobs import train_clip
 from rlfusion.rewards import CallOptions, Reward, build, names_of, require_named, score, task_info, valid
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
 from rlfusion.training.asking import asked
+from rlfusion.training.tracking import grid
 
 NO_CALL_OPTIONS = CallOptions()
 GRID_ROWS, GRID_COLUMNS = 8, 20
@@ -313,6 +314,15 @@ def look_of(card: models.Card) -> tuple[int, int, int]:
     if card.pipeline:
         return min(card.classes, PIPELINE_COLUMNS), PIPELINE_ROWS, 1
     return min(card.classes, GRID_COLUMNS), GRID_ROWS, 4
+
+
+def seen(samples: Tensor, card: models.Card) -> Tensor:
+    """The picture of the first of some samples (N, C, H, W), of the conditions 0, 1, ... in turn: laid out as a model's
+    grid.
+    """
+    columns, rows, scale = look_of(card)
+    index = [row * card.classes + column for row in range(rows) for column in range(columns)]
+    return grid(samples[[i for i in index if i < len(samples)]], columns, scale)
 
 
 def grid_samples(

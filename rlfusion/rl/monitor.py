@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.evaluation import agreement, class_spread, features, frechet_distance, image_statistics, thumbnails
+from rlfusion.evaluation.gains import gain
 from rlfusion.evaluation.report import Judge
 from rlfusion.rewards import Reward, score, valid
 from rlfusion.training.asking import asked
@@ -113,6 +114,8 @@ class Monitor:
         """
         ours, images = self._features(samples), image_statistics(samples)._asdict()
         metrics = {name: self._scored(name, samples).mean().item() for name in self.rewards}
+        base = self.scores[TRAINED]
+        metrics["gain"] = gain(metrics[TRAINED], base.mean().item(), base.std(correction=0).item())
         metrics["diversity"] = _spread(ours, self.label) / self.spread
         if self.judge:
             metrics["agreement"] = agreement(self.judge, ours, self.label)

@@ -27,6 +27,7 @@ class RunMonitor:
         look: the same, and the KL of their walks to the base model in nats; None where there is none.
         make: the monitor, from the base model's samples.
         save_best: writes the model that the policy has now.
+        show: is given the updates done and the samples of each look, the base model's first.
     """
 
     settings: Config
@@ -36,6 +37,7 @@ class RunMonitor:
     look: Callable[[], tuple[Tensor, float | None]]
     make: Callable[[Tensor], Monitor]
     save_best: Callable[[], None]
+    show: Callable[[int, Tensor], None] = lambda step, samples: None
 
     def __post_init__(self) -> None:
         self.best = Best(self.settings.best)
@@ -49,7 +51,9 @@ class RunMonitor:
         file = self.folder / "monitor" / "base.safetensors"
         blob = file.read_bytes() if stated and file.is_file() else b""
         if not blob or sha256(blob) != stated:
-            blob = pack({"samples": self.draw().cpu()})
+            samples = self.draw()
+            self.show(0, samples)
+            blob = pack({"samples": samples.cpu()})
             storage.make_folder(file.parent)
             storage.write(file, blob)
         self.drawn = sha256(blob)
@@ -63,7 +67,9 @@ class RunMonitor:
     def probe(self, done: int) -> tuple[dict[str, float], list[str]]:
         """The monitor's metrics after ``done`` updates, and its alarms; saves the model if it is the best so far."""
         assert self.monitor is not None  # begin() comes first
-        metrics = self.monitor.probe(*self.look())
+        samples, kl = self.look()
+        self.show(done, samples)
+        metrics = self.monitor.probe(samples, kl)
         alarms = self.monitor.alarms(metrics)
         if self.best.take(done, metrics, bool(alarms)):
             self.save_best()

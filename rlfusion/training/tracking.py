@@ -9,11 +9,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlfusion.common import storage
 from rlfusion.common.jsonl import read_lines
+
+BINS = 30
 
 
 class Events:
@@ -119,6 +122,26 @@ class Tracker:
                 bucket_counts=numbers,
             ),
         )
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """How some numbers, NaN aside, lie: BINS equal parts from the least to the greatest."""
+        from torch.utils.tensorboard import summary
+
+        fine = values.detach().double().flatten().cpu()
+        fine = fine[fine.isfinite()]
+        if len(fine):
+            counts, limits = np.histogram(fine.numpy(), BINS)
+            about = {"min": fine.min().item(), "max": fine.max().item(), "num": len(fine)}
+            about |= {"sum": fine.sum().item(), "sum_squares": fine.square().sum().item()}
+            bars = {"bucket_limits": limits[1:].tolist(), "bucket_counts": counts.tolist()}
+            self._events.add(step, summary=summary.histogram_raw(name, **about, **bars))
+
+    def layout(self, charts: Mapping[str, Mapping[str, list[str]]]) -> None:
+        """The charts of TensorBoard's CUSTOM SCALARS: {group: {chart: tags as regular expressions}}."""
+        from torch.utils.tensorboard import summary
+
+        groups = {group: {n: ["Multiline", tags] for n, tags in of.items()} for group, of in charts.items()}
+        self._events.add(0, summary=summary.custom_scalars(groups))
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, as Markdown."""

@@ -90,10 +90,19 @@ def test_a_run_leaves_all_that_it_promises(tiny_root):
         with Image.open(run / "samples" / f"{when}.png") as picture:
             assert picture.size == ((10 * 9 - 1) * 4, (8 * 9 - 1) * 4)  # 10 columns, 8 rows, 4 pixels for one
     assert [line["step"] for line in metrics(run) if "train/reward" in line] == [1, 2, 3, 4, 5, 6]
-    events = EventAccumulator(str(run)).Reload()
+    events = EventAccumulator(str(run), {"histograms": 0}).Reload()
     assert [e.step for e in events.Scalars("train/reward")] == [1, 2, 3, 4, 5, 6]
     assert {"samples/before", "samples/after"} <= set(events.Tags()["images"])
-    assert "final/reward" in events.Tags()["scalars"]
+    assert [e.step for e in events.Images("samples/training")] == [0, 4, 6]
+    assert {"final/reward", "final/gain", "final/queries"} <= set(events.Tags()["scalars"])
+    before, after = summary["before"], summary["after"]
+    gain = (after["reward"] - before["reward"]) / before["reward_std"]
+    (line,) = (line for line in metrics(run) if line["step"] == 6 and "evaluation/gain" in line)
+    assert line["evaluation/gain"] == pytest.approx(gain)
+    assert [e.value for e in events.Scalars("evaluation/gain")] == [0.0, pytest.approx(gain)]
+    assert [e.step for e in events.Scalars("monitor/gain")] == [4, 6]
+    assert [e.step for e in events.Histograms("train/rewards")] == [1, 2, 3, 4, 5, 6]
+    assert {f"run/{name}/text_summary" for name in ("plan", "settings", "versions")} <= set(events.Tags()["tensors"])
 
 
 def test_a_config_file_repeats_its_run_in_a_new_folder(tiny_root):

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.evaluation import gains
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, draw
 from rlfusion.rewards import score, valid
 
@@ -24,7 +25,7 @@ Measured = dict[str, float]
 
 def gain(values: Measured, base: Measured) -> float:
     """How far the reward is above the base's, in its standard deviations."""
-    return (values["reward"] - base["reward"]) / max(base["reward_std"], 1e-12)
+    return gains.gain(values["reward"], base["reward"], base["reward_std"])
 
 
 def diversity(values: Measured, base: Measured) -> float:

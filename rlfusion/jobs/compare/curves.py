@@ -10,6 +10,7 @@ from typing import Any
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.jsonl import read_lines
+from rlfusion.evaluation.gains import gain
 from rlfusion.evaluation.images import ImageStatistics
 
 IMAGES = ImageStatistics._fields
@@ -57,7 +58,7 @@ def curve(folder: Path) -> list[Point]:
             queries=spent[step]["queries"],
             seconds=spent[step]["seconds"],
             cpu_seconds=spent[step]["cpu_seconds"],
-            gain=(e["evaluation/reward"] - base["evaluation/reward"]) / max(base["evaluation/reward_std"], 1e-12),
+            gain=gain(e["evaluation/reward"], base["evaluation/reward"], base["evaluation/reward_std"]),
             reward=e["evaluation/reward"],
             **_quality(e, base),
             alarm=step >= alarmed,

@@ -21,9 +21,10 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import require_independent
+from rlfusion.evaluation.gains import gain
 from rlfusion.jobs import base_model, memory, publishing
 from rlfusion.jobs.collector import Collector
-from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure
+from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
 from rlfusion.jobs.monitored import Monitored
 from rlfusion.jobs.parts import Parts
 from rlfusion.jobs.pretrain import require_solvable
@@ -123,7 +124,9 @@ class Job:
     def _evaluated(self, step: int) -> dict[str, float]:
         with self._averaged():
             result = self._measure(self.policy, self.config.evaluation)
-            self.tracker.scalars(step, "evaluation", result)
+            base = self.before or result
+            come = gain(result["reward"], base["reward"], base["reward_std"])
+            self.tracker.scalars(step, "evaluation", result | {"gain": come})
             if self.config.evaluation.deterministic:
                 self.tracker.scalars(step, "evaluation_ode", self._ode())
         return result
@@ -246,7 +249,11 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
         models.save(folder / "best", denoiser, card)
 
     monitored = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
-    parts_of_monitor = (monitored.draw, monitored.look, monitored.monitor, save_best)
+
+    def show(step: int, samples: Tensor) -> None:
+        tracker.image(step, "samples/training", seen(samples, card))
+
+    parts_of_monitor = (monitored.draw, monitored.look, monitored.monitor, save_best, show)
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
 from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.evaluation.gains import gain
 from rlfusion.jobs import publishing
 from rlfusion.jobs.collector import Collector
-from rlfusion.jobs.finetune import anew
+from rlfusion.jobs.finetune import about, anew
 from rlfusion.jobs.finetune.job import Job, find, prepare
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import Parts, opened
@@ -46,7 +47,7 @@ from rlfusion.training.loop import train
 from rlfusion.training.ranks import Ranks, current
 from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
-from rlfusion.training.tracking import Tracker, flatten
+from rlfusion.training.tracking import Tracker
 
 RESULT = "summary.json"
 FAILED = "failed-items"
@@ -81,6 +82,7 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
         with ranks.in_turn():
             made = find(config, parts, signals, progress, actors)
         job = prepare(config, parts, run, tracker, progress, made)
+        _tell(job, start)
         run.require_inputs(job.inputs())
         progress.say(f"plan: {config.agent.plan()}")
         if job.card.pipeline and (line := unusual(config.agent)):
@@ -96,6 +98,15 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
                 signals.check()
         publishing.clear(job.policy, bool(parts.workers.count), folder)
         return _finish(job, done)
+
+
+def _tell(job: Job, start: int) -> None:
+    """What TensorBoard says of the run beside its curves."""
+    job.tracker.layout(about.CHARTS)
+    for name, text in about.texts(job.config).items():
+        job.tracker.text(start, name, text)
+    if job.card.pipeline:
+        job.tracker.text(start, "run/prompts", "\n".join(f"- {name}" for name in job.card.names[: about.PROMPTS]))
 
 
 def unusual(agent: Any) -> str:
@@ -250,6 +261,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if config.rollout.lag:
                 job.tracker.counts(done, "train/lags", Counter(collector.lags(step)))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
+            if collector.scores is not None:
+                job.tracker.histogram(done, "train/rewards", collector.scores)
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
@@ -274,6 +287,8 @@ def _finish(job: Job, total: int) -> dict[str, Any]:
     result = {"before": job.before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.monitor.best.step > 0:
         result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
-    job.tracker.hparams(flatten(asdict(job.config)), {f"final/{name}": after[name] for name in headlines(after)})
+    final = {f"final/{name}": after[name] for name in headlines(after)}
+    final |= {"final/gain": gain(after["reward"], job.before["reward"], job.before["reward_std"])}
+    job.tracker.hparams(about.columns(job.config), final | {"final/queries": float(job.learner.queries)})
     job.run.seal(RESULT, result)
     return result

@@ -1,0 +1,94 @@
+"""What a run tells TensorBoard of itself: what it is, the layout of its scalars, and its row of HPARAMS."""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlfusion.common.code_files import label
+from rlfusion.config import Finetune, with_agent
+from rlfusion.training.tracking import flatten
+
+PACKAGES = ("rlfusion", "torch", "numpy", "ray", "diffusers", "transformers")
+PROMPTS = 100
+"""Of a pipeline's prompts so many are listed, in the order of the pictures' columns."""
+LEAVES_OUT = ("name", "root", "agent.name")
+"""Of the settings that are other than usual: where the run is, and what stands beside them."""
+
+BESIDE = ("reward", "seed", "base", "chain.steps", "agent.lr", "agent.kl_loss", "agent.kl", "lora")
+"""Settings that are columns of HPARAMS under a shorter name. The page sorts its columns, and shows the first few."""
+
+CHARTS = {
+    "how far it has come": {
+        "gain": ["evaluation/gain$", "monitor/gain$"],
+        "reward": ["train/reward$", "monitor/reward$", "evaluation/reward$"],
+    },
+    "what it cost in quality": {
+        "Frechet distance": ["evaluation/frechet$", "evaluation/frechet_floor$"],
+        "diversity": ["evaluation/diversity_relative$", "monitor/diversity$"],
+        "agreement": ["evaluation/agreement$", "monitor/agreement$"],
+    },
+    "how healthy the updates are": {
+        "KL to the base": ["train/kl.*", "monitor/kl$"],
+        "log-ratio": ["train/.*log_ratio.*"],
+        "gradient": ["train/grad_norm$"],
+        "clipped": ["train/clip.*"],
+    },
+    "alarms": {
+        "alarms": ["monitor/alarms$"],
+        "image statistics, in the base's sd": ["monitor/brightness$", "monitor/edge_density$", "monitor/entropy$"],
+        "failed rewards": [".*reward_failed$"],
+    },
+}
+"""Charts of TensorBoard's CUSTOM SCALARS by group: the tags that each shows, as regular expressions."""
+
+
+def texts(config: Finetune) -> dict[str, str]:
+    """What to read of a run before its curves, as Markdown by name."""
+    unusual = other_than_usual(config)
+    settings = "\n".join(f"| {name} | {value} |" for name, value in unusual.items())
+    return {
+        "run/plan": f"{label(config.agent.name)} on {reward_of(config)}, seed {config.seed}: {config.agent.plan()}",
+        "run/settings": f"| other than usual | |\n|---|---|\n{settings}" if unusual else "all are the usual ones",
+        "run/versions": ", ".join(f"{name} {number}" for name, number in _versions().items()),
+    }
+
+
+def other_than_usual(config: Finetune) -> dict[str, Any]:
+    """The settings by dotted name that are not the defaults of the command with this agent."""
+    usual = flatten(asdict(with_agent(config.agent.name)()))
+    ours = flatten(asdict(config))
+    return {k: v for k, v in ours.items() if usual.get(k) != v and k not in LEAVES_OUT}
+
+
+def reward_of(config: Finetune) -> str:
+    """The name of the reward, or of several with their weights."""
+    if isinstance(config.reward, str):
+        return label(config.reward)
+    return " + ".join(f"{weight:g} {label(name)}" for name, weight in config.reward.items())
+
+
+def columns(config: Finetune) -> dict[str, bool | str | float | int]:
+    """A run's row of HPARAMS: what one compares runs by, the same columns for all; then what is unusual of this one."""
+    agent = asdict(config.agent)
+    row: dict[str, Any] = {
+        "agent": label(config.agent.name),
+        "reward": reward_of(config),
+        "seed": config.seed,
+        "model": Path(config.base).name if config.base else f"pretrained on {config.pretrain.data}",
+        "steps": config.chain.steps,
+    }
+    row |= {"kl" if name == "kl_loss" else name: agent[name] for name in ("lr", "kl_loss", "kl") if name in agent}
+    row |= {"lora": config.lora} if config.lora else {}
+    return row | {f"with {name}": value for name, value in other_than_usual(config).items() if name not in BESIDE}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
