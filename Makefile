@@ -23,8 +23,9 @@ types:  ## mypy on the rooms that are typed in full
 docs:  ## the reference of the public names, from their docstrings, in site/
 	$(PYTHON) -m pdoc -o site rlfusion
 
-help:  ## what the commands' --help prints, after a change of settings
+help:  ## what the commands' --help prints, after a change of settings, and the page of the scalars
 	$(PYTHON) -m rlfusion.cli.help_writer
+	$(PYTHON) -m rlfusion.training.scalars > docs/metrics.md
 
 faults:  ## what goes wrong on a cluster, for real, and the table of it
 	$(PYTHON) -m pytest -q -s $(FAULTS)

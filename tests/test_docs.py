@@ -371,7 +371,7 @@ def options() -> set[str]:
     typed = [config.with_agent(name) for name in AGENTS.names()]
     typed += [config.with_method(name) for name in distill.METHODS.names()]
     plain = ("Pretrain", "Autoencode", "TrainClip", "Compare", "Sample", "Evaluate", "CheckModel", "CheckReward")
-    typed += [getattr(config, name) for name in (*plain, "CheckAgent", "Reproduce", "Serve")]
+    typed += [getattr(config, name) for name in (*plain, "CompareRuns", "CheckAgent", "Reproduce", "Serve", "Board")]
     typed += [Launch, Supervise]
     of_lines = {"help", "config", "print_config", "resume", "change", "objective", "model"}
     return of_lines.union(*(tree(settings).names() for settings in typed))

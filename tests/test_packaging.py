@@ -30,7 +30,7 @@ def package(path: Path) -> str:
 def sources() -> set[str]:
     """Every file that a wheel must hold, by its path in the wheel."""
     there = (f for top in FOLDERS for f in (ROOT / top).rglob("*"))
-    held = (f for f in there if f.suffix in (".py", ".txt") or f.name == "py.typed")
+    held = (f for f in there if f.suffix in (".py", ".txt", ".html") or f.name == "py.typed")
     return {"/".join((*package(f.parent).split("."), f.name)) for f in held}
 
 

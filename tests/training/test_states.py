@@ -3,58 +3,30 @@
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distilled import settings_of, teaching
+from learned_agents import SHAPE, images, learned
 
 from rlfusion import models, pretrain
 from rlfusion.agents import AGENTS
 from rlfusion.common.errors import StateError
-from rlfusion.data import Dataset, to_pixels
-from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.diffusion.grid import TimeGrid
-from rlfusion.diffusion.kernel import DDIM
-from rlfusion.diffusion.policy import Policy
-from rlfusion.diffusion.schedule import Cosine
 from rlfusion.distill import METHODS
 from rlfusion.jobs import distill
 from rlfusion.models import Config
-from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.pretrain.losses import LOSSES
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rl.run_monitor import RunMonitor
-from rlfusion.rollout import Task, plan, run_item
-from rlfusion.rollout.trajectory import concatenate
-
-SHAPE, CLASSES, WALKS = (1, 2, 2), 2, 8
-SETTINGS: dict[str, dict] = {
-    "ddpo": {"advantage": "prompt", "kl_loss": 0.1},
-    "grpo": {"kl_loss": 0.1},
-    "drwr": {"memory": 16, "on": "chain"},
-    "draft": {"kl_loss": 0.1},
-}
 
 
 def agent(name: str) -> Any:
     """A learner of an algorithm after its first update."""
-    torch.manual_seed(0)
-    net = ResidualMLP(SHAPE, CLASSES, width=4, depth=1)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    policy = Policy(Denoiser(net, Cosine(), "v"), DDIM(1.0))
-    config = AGENTS[name](**SETTINGS.get(name, {}))
-    task = Task(policy, TimeGrid(3), SHAPE, torch.arange(CLASSES), to_pixels, lambda x, c: x.mean((1, 2, 3)), "bright")
-    task = replace(task, rollout_spec=config.rollout_spec(3))
-    learner = config.learner(task, images(), 3)
-    items = plan(3, 0, CLASSES, WALKS // CLASSES, 8, CLASSES, 0)
-    learner.update(concatenate([run_item(replace(task, policy=learner.policy), item) for item in items]))
-    return learner
+    return learned(name)[0]
 
 
 def method(name: str, folder: Path) -> Any:
@@ -73,11 +45,6 @@ KINDS = {
     "SCT": ("TrigFlow()", "Trig()"),
 }
 """What a network predicts, and on which schedule, by the objective that it is trained with."""
-
-
-def images() -> Dataset:
-    x = 2 * torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(1)) - 1
-    return Dataset(x, torch.arange(20) % CLASSES, ("a", "b"))
 
 
 def pretraining(loss: str) -> Any:

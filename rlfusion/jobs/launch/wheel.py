@@ -15,8 +15,8 @@ from rlfusion.common.errors import ConfigError
 NAME = "rlfusion"
 APART = ("envs", "rewards", "agents")
 """Packages whose folders lie beside that of the package in a checkout."""
-HELD = (".py", ".txt")
-"""Suffixes of what it holds: the code, and the pages of --help."""
+HELD = (".py", ".txt", ".html")
+"""Suffixes of what it holds: the code, the pages of --help, and the template of a report."""
 WHEEL = f"Wheel-Version: 1.0\nGenerator: {NAME}\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
