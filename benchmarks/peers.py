@@ -134,7 +134,7 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
     sys.path.append(str(SUPPORT))
     chain = {"steps": job["steps"], "guidance_scale": job["guidance"]}
     given = {"pipeline": {"prompts": job["prompts"]}, "chain": chain, "root": job["root"], "device": "cpu"}
-    own = {"updates": 10**6} | AGENTS[job["rival"]] | job["own"]
+    own = {"updates": 10**6, "agent": "ddpo"} | AGENTS[job["rival"]] | job["own"]
     run = rlf.finetune(job["model"], "tiny_pipelines:warm", seed=job["seed"], **given, **own)
     each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
     clock.ready = clock.now()
@@ -147,10 +147,10 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
 
 AGENTS: dict[str, dict[str, Any]] = {
     "rlfusion": {},
-    "draft1": {"agent.name": "draft"},
-    "draft5": {"agent.name": "draft", "agent.steps": 5},
-    "draft": {"agent.name": "draft", "agent.form": "full"},
-    "refl": {"agent.name": "refl"},
+    "draft1": {"agent": "draft"},
+    "draft5": {"agent": "draft", "agent.steps": 5},
+    "draft": {"agent": "draft", "agent.form": "full"},
+    "refl": {"agent": "refl"},
 }
 """The settings of rlfusion's rivals."""
 RIVALS = {"trl": trl, "alignprop": alignprop} | dict.fromkeys(AGENTS, rlfusion)

@@ -254,6 +254,8 @@ def _require_meant(name: str, given: bool) -> None:
         raise ConfigError(
             f"{name} is a word of the command line: expected settings, and the model as the first argument"
         )
+    if name == "agent.name":
+        raise ConfigError("agent.name names an algorithm beside agent: expected agent='grpo', or agent={'name': ...}")
     if top in OF_FOLDERS or name in OF_FOLDERS:
         raise ConfigError(
             f"{name} belongs to a run in a folder: expected none here, or the command, rlfusion finetune --{name} ..."

@@ -286,6 +286,7 @@ def test_no_handler_is_installed_and_no_file_is_written(tmp_path, monkeypatch):
         ({"agent": "grop"}, "did you mean 'grpo'"),
         ({"agent": {"name": "grpo", "lr": "x"}}, "agent.lr = x"),
         ({"agent": {"name": "grpo", "lrr": 1}}, "agent.lrr"),
+        ({"agent.name": "grpo"}, "expected agent='grpo'"),
         ({"chain": {"stepz": 1}}, "did you mean 'chain.steps'"),
         ({"rollout": {"workers": 2}}, "rollout.workers belongs to a run in a folder"),
         ({"rollout": 5}, "rollout"),

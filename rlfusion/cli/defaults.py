@@ -10,9 +10,9 @@ from rlfusion.common import spec
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, shorten, unknown
 
-PIPELINE_DEFAULTS = {
-    "finetune": {"evaluation.samples": 64, "monitor.samples": 64, "rollout.item": 8, "agent.micro_batch": 8},
-    "compare": {"evaluation.samples": 64, "rollout.item": 8, "micro_batch": 8},
+PIPELINE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "finetune": {"evaluation.samples": 64, "monitor.samples": 64},
+    "compare": {"evaluation.samples": 64},
     "sample": {"count": 8, "scale": 1},
     "evaluate": {"evaluation.samples": 64},
     "check-model": {},
@@ -70,14 +70,36 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
         variant, family = (str(told_last(arguments, "pipeline", key) or "") for key in ("variant", "family"))
         training = command in ("finetune", "compare", "check-model")
         chain, few = pipelines.defaults(name, training, variant, family), PIPELINE_DEFAULTS[command]
+        few = few | _sizes(command, arguments, {"name": name, "variant": variant, "family": family})
         few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
     else:
         card = models.load_card(Path(name))
         chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+        few = few | (_sizes(command, arguments, card.pipeline) if card.pipeline else {})
         few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
     if few and command == "finetune":
         few = few | _of_agent(arguments)
     return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _sizes(command: str, arguments: list[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The samples of a call that suit a pipeline, of which a card keeps ``about``, and the device's memory
+    (``models.pipelines.sizes``); a saved one has its own ``pipeline.decode``.
+    """
+    from rlfusion.models.pipelines import sizes
+    from rlfusion.training.devices import memory_of
+
+    if command not in ROLLING:
+        return {}
+    fit, device = sizes.CPU, str(told_last(arguments, "device") or "auto")
+    memory = memory_of("cuda") if device == "auto" or device.startswith("cuda") else 0
+    if memory:
+        told = {key: told_last(arguments, "pipeline", key) for key in ("size", "dtype", "checkpointing")}
+        network = sizes.network(about, told, bool(told_last(arguments, "lora")))
+        fit = sizes.fitting(network, memory) if network.parameters else fit  # of one that is not known nothing follows
+    update = "agent.micro_batch" if command == "finetune" else "micro_batch"
+    own = {} if "decode" in about or not memory else {"pipeline.decode": fit.decode}
+    return {"rollout.item": fit.item, update: fit.micro_batch, **own}
 
 
 def _of_agent(arguments: list[str]) -> dict[str, Any]:

@@ -433,7 +433,7 @@ def test_no_negative_prompt_is_what_the_pipeline_makes_of_none(negatives, tiny_p
 
 @pytest.mark.parametrize("agent", ["ddpo", "draft"])
 def test_a_pipeline_has_small_defaults(agent, tiny_pipelines):
-    model = ("--model", str(tiny_pipelines["sd"]))
+    model = ("--model", str(tiny_pipelines["sd"]), "--device", "cpu")
     one = settings_of("finetune", [*model, "--agent", agent])
     assert (one.agent.micro_batch, one.rollout.item, one.evaluation.samples) == (8, 8, 64)
     assert settings_of("finetune", [*model, "--agent", agent, "--agent.micro_batch", "2"]).agent.micro_batch == 2
