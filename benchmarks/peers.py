@@ -98,12 +98,17 @@ def epochs(trainer: Any, pipe: Any, each: int, job: dict[str, Any], clock: Clock
             clock.point(done, lambda to: trainer.accelerator.unwrap_model(pipe.unet).save_pretrained(to))
 
 
+def warm(samples: Any, cond: Any) -> Any:
+    """The reward: red above blue, of images (B, 3, H, W)."""
+    return 100 * (samples[:, 0] - samples[:, 2]).mean((1, 2))
+
+
 def trl(job: dict[str, Any], clock: Clock) -> None:
     """DDPOTrainer."""
     from trl import DDPOConfig, DDPOTrainer
 
     def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
-        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
+        return warm(images, prompts), {}
 
     config, pipe = setting(job, DDPOConfig)
     trainer = DDPOTrainer(config, reward, prompt, pipe)
@@ -115,7 +120,7 @@ def alignprop(job: dict[str, Any], clock: Clock) -> None:
     from trl import AlignPropConfig, AlignPropTrainer
 
     def reward(images: Any, prompts: Any, about: Any) -> tuple[Any, dict[str, Any]]:
-        return 100 * (images[:, 0] - images[:, 2]).mean((1, 2)), {}
+        return warm(images, prompts), {}
 
     last = job["steps"] - 1
     where = {"truncated_rand_backprop_minmax": (0, last), "truncated_backprop_timestep": last}
@@ -131,11 +136,10 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
     import rlfusion as rlf
 
     torch.set_num_threads(1)
-    sys.path.append(str(SUPPORT))
     chain = {"steps": job["steps"], "guidance_scale": job["guidance"]}
     given = {"pipeline": {"prompts": job["prompts"]}, "chain": chain, "root": job["root"], "device": "cpu"}
     own = {"updates": 10**6, "agent": "ddpo"} | AGENTS[job["rival"]] | job["own"]
-    run = rlf.finetune(job["model"], "tiny_pipelines:warm", seed=job["seed"], **given, **own)
+    run = rlf.finetune(job["model"], f"{HERE}:warm", seed=job["seed"], **given, **own)
     each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
     clock.ready = clock.now()
     for metrics in run:
