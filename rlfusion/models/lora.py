@@ -137,6 +137,25 @@ def merged(denoiser: Whole) -> Whole:
     return whole
 
 
+def split_copy(net: nn.Module, exact: bool) -> nn.Module:
+    """A copy of a network that is split, split likewise, with the adapters merged into the weights; all trainable."""
+    own = shards.own(next(net.parameters()))
+    whole = copy.deepcopy(shards.outline(net))
+    for name, layer in layers_of(whole):
+        whole.set_submodule(name, layer.get_base_layer())
+    made = parts(net, here=True)
+    for name, buffer in whole.named_buffers():
+        if name in made:
+            buffer.copy_(made[name].make())
+    filling = {p: partial(_rows, made[name]) for name, p in whole.requires_grad_().named_parameters()}
+    shards.split(whole, own.device, exact, filling)
+    return whole
+
+
+def _rows(made: Part, rows: slice) -> Tensor:
+    return made.make()[rows].to("cpu", copy=True)
+
+
 def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers with adapters, and their names."""
     if not any(ADAPTER in name for name in module.state_dict()):

@@ -25,6 +25,7 @@ from rlfusion.diffusion.schedule import Schedule, level
 from rlfusion.rl.advantage import chain_advantages
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.devices import place_beside
 from rlfusion.training.optimization import Optimization
 
 
@@ -81,7 +82,8 @@ class ChainValue:
     """Eq. (1) to (3) on the chain of a task."""
 
     def __init__(self, task: Task, config: Settings, seed: int) -> None:
-        """``seed`` keys the initial weights and the order of the states.
+        """``seed`` keys the initial weights and the order of the states. Where the policy's network is split
+        over ranks, so is V.
 
         Raises:
             ConfigError: no such network.
@@ -89,7 +91,8 @@ class ChainValue:
         self.config, self.seed, self.times = config, seed, task.times
         with models.initial(seed):
             net = models.make_net(config.value_net, task.shape, task.prompts)
-            self.value = Value(net, task.policy.schedule, math.prod(task.shape)).to(task.device)
+            self.value = Value(net, task.policy.schedule, math.prod(task.shape))
+        place_beside(self.value, [net, self.value.head], task.policy, torch.device(task.device))
         self.optimization = Optimization(self.value, config.value_lr, optimizer=config.optimizer)
 
     @torch.no_grad()

@@ -31,7 +31,9 @@ from rlfusion.objectives.times import Times
 from rlfusion.rl.replay import Replay
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
+from rlfusion.training.devices import place_beside
 from rlfusion.training.optimization import Optimization
+from rlfusion.training.ranks import current
 
 COPY = "Copy()"
 
@@ -126,18 +128,26 @@ class Regression:
 
 def make_critic(text: str, task: Task, seed: int) -> Critic:
     """A critic of the noised samples of ``task``: COPY copies the denoiser's network, weights included; any other text
-    is a network as of ``models.Config.net``, with initial weights keyed by ``seed``.
+    is a network as of ``models.Config.net``, with initial weights keyed by ``seed``. Where the denoiser's network is
+    split over ranks, so is the critic.
 
     Raises:
         ConfigError: an unknown network or setting, or a new network where conditions are no classes.
     """
     like, weight = bare(task.policy.denoiser)
+    first = next(like.parameters())
     with models.initial(integer(seed, "critic")):
-        net = copy.deepcopy(lora.merged(shards.gathered(like, here=True)).net) if text == COPY else _new(text, task)
+        net = _copy(like) if text == COPY else _new(text, task)
         own = Denoiser(net, like.schedule, like.kind, like.precision)
         critic = Critic(own if text != COPY or weight is None else Embedded(own, weight), task.shape)
-    first = next(like.parameters())
-    return critic.to(first.device, first.dtype).requires_grad_()
+    critic.to(dtype=first.dtype).requires_grad_()
+    place_beside(critic, [critic.head] if text == COPY else [net, critic.head], like, first.device)
+    return critic
+
+
+def _copy(like: Denoiser) -> nn.Module:
+    """A copy of the denoiser's network, its adapters merged into its weights; split, where it is."""
+    return lora.split_copy(like.net, current().exact) if shards.roots(like) else copy.deepcopy(lora.merged(like).net)
 
 
 def _new(text: str, task: Task) -> nn.Module:

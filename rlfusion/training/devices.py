@@ -1,12 +1,13 @@
 """The device that a setting names, and the numerics under which a run repeats itself."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from rlfusion.common import shards
+from rlfusion.common import layers, shards
 from rlfusion.common.errors import ConfigError, near, shorten
 from rlfusion.training.ranks import current
 
@@ -77,6 +78,18 @@ def place(module: nn.Module, net: nn.Module, device: torch.device, split: bool) 
     """Bring a module to a device, in place; of its part ``net``, where that is split, the rows of this rank alone."""
     if split:
         shards.split(net, device, current().exact)
+    module.to(device)
+
+
+def place_beside(module: nn.Module, parts: Sequence[nn.Module], like: nn.Module, device: torch.device) -> None:
+    """Bring a critic to a device, in place; its ``parts`` are split as the network of ``like``, beside which it learns.
+    Within ``exact`` the gradients of parts that are whole are added up as those of parts that are split.
+    """
+    for part in parts:
+        if shards.roots(like):
+            shards.split(part, device, current().exact)
+        elif current().exact:
+            layers.bounded(part)
     module.to(device)
 
 

@@ -44,7 +44,8 @@ LAGGING = (
     1,
 )
 SPLIT = ("--learner.shard", "fsdp")
-KINDS = {"full": FULL, "lora": (*FULL, *LAGGING)}
+CRITIC = ("--agent", "dawr", "--agent.value_epochs", 1)
+KINDS = {"full": (*FULL, *CRITIC), "lora": (*FULL, *LAGGING)}
 
 
 def weights(cwd: Path, name: str) -> bytes:
@@ -90,7 +91,7 @@ def test_checkpoints_go_on_with_other_ranks_and_without_any(runs):
     cut(runs, "full", "full-split")
     jobs_on_ranks(1, runs, *((*held, "--name", f"{kind}-1") for kind, held in KINDS.items()))
     jobs_on_ranks(4, runs, *((*held, *SPLIT, "--name", f"{kind}-4") for kind, held in KINDS.items()))
-    jobs_on_ranks(2, runs, (*FULL, *SPLIT, "--name", "full-split"))
+    jobs_on_ranks(2, runs, (*KINDS["full"], *SPLIT, "--name", "full-split"))
     for name in ("full-1", "lora-1", "full-4", "lora-4", "full-split"):
         assert weights(runs, name) == weights(runs, name.partition("-")[0]), name
 
@@ -107,6 +108,6 @@ def test_a_rank_whose_file_is_damaged_or_lost_is_noticed(runs):
             file.unlink()
         with pytest.raises(checkpoint.CheckpointError, match="rows-1-of-2"):
             checkpoint.verify(newest)
-    jobs_on_ranks(2, runs, (*FULL, *SPLIT, "--name", "flipped"))
+    jobs_on_ranks(2, runs, (*KINDS["full"], *SPLIT, "--name", "flipped"))
     assert weights(runs, "flipped") == weights(runs, "full")
     assert (runs / "runs" / "flipped" / "checkpoints" / "step-00000004.corrupt").is_dir()

@@ -29,8 +29,8 @@ from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.optimization import Optimization
 from rlfusion.training.ranks import Ranks, RanksDiffer, current, joined
 
-Form = tuple[int, bool] | tuple[int, bool, bool]
-"""Shares, whether the sum is exact, and whether the network is split."""
+Form = tuple[int, bool] | tuple[int, bool, bool] | tuple[int, bool, bool, str]
+"""Shares, whether the sum is exact, whether the network is split, and its adapters."""
 Work = tuple[list[str], Form]
 STEPS, UPDATES, PER_PROMPT = 3, 2, 8
 
@@ -54,6 +54,19 @@ def walks(task: Task, policy: nn.Module, iteration: int) -> Trajectory:
 
 LAST: list[Parted] = []
 """The walks of the last rollout."""
+
+
+CRITICS = ("dawr", "qsm(c")
+"""What the agents that learn a critic begin with."""
+CRITIC: list[dict[str, Any]] = []
+"""Of the last one: the digest of its weights, and the bytes that this rank has of them and of their moments."""
+
+
+def _of_critic(optimization: Optimization) -> dict[str, Any]:
+    weights = list(optimization.named.values())
+    moments = [m for p in weights for m in optimization.optimizer.inner.state[p].values() if m.ndim]
+    whole = digest([shards.whole(p).detach() for p in weights])
+    return {"digest": whole, "parameters": _bytes(weights), "moments": _bytes(moments)}
 
 
 def held_walks() -> tuple[int, int]:
@@ -80,6 +93,8 @@ def trained(
     data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
     learner = settings.learner(task, data, 0)
     metrics = [learner.update(walks(task, learner.policy, i)) for i in range(UPDATES)]
+    if agent.startswith(CRITICS):
+        CRITIC[:] = [_of_critic(learner.critic.optimization)]
     return [shards.whole(p).detach().cpu() for p in policy.parameters()], metrics
 
 
@@ -156,41 +171,43 @@ def members(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
 
 def _agents(
     rank: int, count: int, work: list[Work]
-) -> tuple[list[list[tuple]], str, list[dict[str, int]], list[list[tuple[int, int]]]]:
-    told, walked = [], []
+) -> tuple[list[list[tuple]], str, list[dict[str, int]], list[list[tuple[int, int]]], list[list[Any]]]:
+    told, walked, critics = [], [], []
     for agents, form in work:
         with joined(Ranks(rank, count, *form[:2])):
-            both = [(_told(agent, *form[2:]), held_walks()) for agent in agents]
-        told.append([one for one, _ in both])
-        walked.append([one for _, one in both])
+            found = [(_told(agent, *form[2:]), held_walks(), CRITIC[:1]) for agent in agents]
+        for kept, some in zip((told, walked, critics), zip(*found)):
+            kept.append(list(some))
     with joined(Ranks(rank, count, count)):
         drift = drifted()
     with joined(Ranks(rank, count, count, exact=True)):
-        return told, drift, [held(split) for split in ((False, True) if shards.can_split() else (False,))], walked
+        about = [held(split) for split in ((False, True) if shards.can_split() else (False,))]
+        return told, drift, about, walked, critics
 
 
-def _told(agent: str, split: bool = False) -> tuple[str, list[list[float]], list[dict[str, float]]]:
-    weights, metrics = trained(agent, split)
+def _told(agent: str, split: bool = False, adapters: str = "") -> tuple[str, list[list[float]], list[dict[str, float]]]:
+    weights, metrics = trained(agent, split, adapters=adapters)
     return digest(weights), [w.flatten().tolist() for w in weights], metrics
 
 
 class OfRanks(NamedTuple):
     """``told[rank][work][agent]``: the digest, the weights and the metrics; what each rank says of a drift;
-    ``held`` of each, of a network that is not split and of one that is; and ``walked[rank][work][agent]``:
-    ``held_walks``.
+    ``held`` of each, of a network that is not split and of one that is; ``walked[rank][work][agent]``:
+    ``held_walks``; and ``critics[rank][work][agent]``: ``CRITIC`` after it.
     """
 
     told: list[list[list[tuple]]]
     drift: list[str]
     held: list[list[dict[str, int]]]
     walked: list[list[list[tuple[int, int]]]]
+    critics: list[list[list[list[dict[str, Any]]]]]
 
 
 @cache
 def alone(agent: str, form: Form) -> tuple[str, list[list[float]], list[dict[str, float]]]:
-    """The same of one process."""
+    """The same of one process, which splits nothing."""
     with joined(Ranks(0, 1, *form[:2])):
-        return _told(agent)
+        return _told(agent, False, *form[3:])
 
 
 def on_ranks(count: int, work: list[Work]) -> OfRanks:

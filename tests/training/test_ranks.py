@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import ranked
 import torch
 from ranked import alone, on_ranks
 from torch import nn
@@ -27,13 +28,17 @@ AGENT_SETTINGS = [
     "refl()",
     "drwr(pretrain_weight=0.5)",
     "drwr(on='noised', kl=0.1)",
-    "qsm()",
+    "qsm(critic_updates=5)",
     "qsm(q='denoised')",
     "dawr()",
 ]
+UNET = "UNet(width=8, multipliers=(1, 2), depth=1, attention=(1,))"
 SPLIT_SETTINGS = [*AGENT_SETTINGS, "ddpo(micro_batch=4, kl_loss=0.1)", "dpo(micro_batch=2)", "draft(steps=2)"]
+SPLIT_SETTINGS += [f"qsm(critic_updates=3, critic='{UNET}')"]
 EXACT, SUMMED = (4, True), (4, False)
 SPLIT, SPLIT_SUMMED = (4, True, True), (4, False, True)
+ADAPTED = (4, True, True, "LoRA(rank=3)")
+COPIED = "qsm(critic_updates=3)"
 FEW = ["ddpo(kl_loss=0.1)", "draft()"]
 SPLITS = shards.can_split()
 OF_SPLIT = pytest.mark.skipif(not SPLITS, reason="needs an FSDP2 that takes sums of ours")
@@ -41,7 +46,7 @@ OF_SPLIT = pytest.mark.skipif(not SPLITS, reason="needs an FSDP2 that takes sums
 
 @pytest.fixture(scope="module")
 def two():
-    split = [(SPLIT_SETTINGS, SPLIT), (FEW, SPLIT_SUMMED)] if SPLITS else []
+    split = [(SPLIT_SETTINGS, SPLIT), (FEW, SPLIT_SUMMED), ([COPIED], ADAPTED)] if SPLITS else []
     return on_ranks(2, [(AGENT_SETTINGS, EXACT), (FEW, SUMMED), *split])
 
 
@@ -91,6 +96,27 @@ def test_a_network_that_is_split_gives_the_bits_of_one_that_is_whole(two, at):
 def test_each_of_two_ranks_holds_half_of_what_is_split(two, what):
     for whole, split in two.held:
         assert split[what] <= 0.55 * whole[what]
+
+
+CRITICS = [at for at, text in enumerate(AGENT_SETTINGS) if text.startswith(ranked.CRITICS)]
+
+
+@OF_SPLIT
+@pytest.mark.parametrize("at", CRITICS, ids=[AGENT_SETTINGS[at] for at in CRITICS])
+def test_a_critic_is_split_with_the_policy_and_has_the_bits_of_a_whole_one(two, at):
+    for told in two.critics:
+        (whole,), (split,) = told[0][at], told[2][at]
+        assert split["digest"] == whole["digest"]
+        assert split["parameters"] <= 0.55 * whole["parameters"]
+        assert split["moments"] <= 0.55 * whole["moments"]
+
+
+@OF_SPLIT
+def test_a_critic_that_begins_as_a_split_network_has_its_adapters_merged(two):
+    digest, _, metrics = alone(COPIED, ADAPTED)
+    for told in two.told:
+        assert told[4][0][0] == digest
+        assert told[4][0][2] == metrics
 
 
 WHOLE = {"dpo": "pairs lie in two shares", "qsm": "its critic and its divergence look at all", "dawr": "its critic"}
