@@ -35,7 +35,7 @@ bench:  ## what rollout and update cost beyond the network's own passes: some mi
 	$(PYTHON) benchmarks/learner_overhead.py --rounds 5
 
 FAULTS = tests/faults/test_checkpoint_kills.py tests/faults/test_fault_runs.py tests/faults/test_fault_table.py \
-	tests/faults/test_lost_ranks.py
+	tests/faults/test_lost_ranks.py tests/faults/test_lost_trainings.py
 
 QUICK = tests/common tests/objectives tests/test_layers.py tests/test_house.py \
 	tests/diffusion/test_gaussian.py tests/diffusion/test_kinds.py tests/diffusion/test_kernel.py \

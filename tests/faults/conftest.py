@@ -6,9 +6,9 @@ import pytest
 from fault_rows import Row, shown
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def table() -> Iterator[list[Row]]:
-    """The rows of a file's faults, printed at its end."""
+    """The rows of all faults, printed at the end."""
     rows: list[Row] = []
     yield rows
     print(shown(rows))

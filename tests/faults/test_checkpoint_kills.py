@@ -4,6 +4,7 @@ A fork of this process writes; at the chosen point it loses what it wrote and di
 clean-up, as by SIGKILL and a power cut at once.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fault_rows import Row, check
 
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import disk, saving
@@ -103,13 +105,17 @@ def tried(tmp_path: Path, step: int) -> list[tuple[int, list[float], int]]:
 
 
 @pytest.mark.parametrize("step", [2, 1])
-def test_a_power_cut_at_any_point_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, step):
+def test_a_power_cut_at_any_point_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, table, step):
     found = tried(tmp_path, step)
     assert len(found) > 15
     assert all((at, values) in ((1, [1.0]), (step, [7.0])) for at, values, _ in found)
     assert [found[0][:2], found[-1]] == [(1, [1.0]), (step, [7.0], 0)]
     news = [values == [7.0] for _, values, _ in found]
     assert news == sorted(news)  # once it is there it stays
+    which = "the next one" if step == 2 else "one that is written over"
+    check(
+        Row(f"power cut at each of {len(found) - 1} points of a checkpoint, {which}", *[math.nan] * 2, 0, True), table
+    )
 
 
 def test_a_writer_that_does_not_sync_its_files_is_found_out(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+from fault_rows import Row, check
 from processes import LOOPBACK, Process, listening, rlfusion, titled
 from tiny_runs import TINY
 
@@ -28,6 +30,21 @@ def updates(cwd: Path, name: str) -> int:
     return int(found[-1].name[5:]) if found else 0
 
 
+def missing(cwd: Path, name: str) -> int:
+    """The walks that were not learned from."""
+    summary = [json.loads((cwd / "runs" / run / "summary.json").read_text()) for run in ("alone", name)]
+    return summary[0]["queries"] - summary[1]["queries"]
+
+
+def back(process: Process, cwd: Path, name: str, times: int) -> tuple[float, float]:
+    """The seconds until the group is told to be lost for so many ``times``, and until the run is further than now."""
+    began, done = time.monotonic(), updates(cwd, name)
+    process.once(lambda: process.err.read_text().count("is lost") >= times, 0)
+    seen = time.monotonic() - began
+    process.once(lambda: updates(cwd, name) > done, 0)
+    return seen, time.monotonic() - began
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("ranks")
@@ -36,7 +53,7 @@ def alone(tmp_path_factory):
     return cwd
 
 
-def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
+def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone, table):
     process = Process(alone, *RUN, *RANKS, "--name", "lost")
     seen: set[str] = set()
 
@@ -53,11 +70,13 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
         os.kill(titled("ray::Rank")[-1], signal.SIGSTOP)
         return True
 
-    process.once(killed, 0).once(stopped, 0)
+    times = [back(process.once(fault, 0), alone, "lost", number + 1) for number, fault in enumerate((killed, stopped))]
     result = process.wait()
     assert result.code == 0, result.err
-    assert "ranks is lost" in result.err
-    assert weights(alone, "lost") == weights(alone, "alone")
+    assert result.err.count("ranks is lost") >= 2, result.err
+    same = weights(alone, "lost") == weights(alone, "alone")
+    for fault, (told, over) in zip(("SIGKILL", "SIGSTOP"), times, strict=True):
+        check(Row(f"{fault} of one of 2 ranks of finetune", told, over, missing(alone, "lost"), same), table)
     assert seen
     assert seen <= LOOPBACK
     last = json.loads((alone / "runs" / "lost" / "timing.jsonl").read_text().splitlines()[-1])
@@ -68,7 +87,7 @@ def test_a_killed_rank_and_one_that_hangs_leave_the_bits_as_they_are(alone):
 
 
 @pytest.mark.skipif(not shards.can_split(), reason="needs an FSDP2 that takes sums of ours")
-def test_ranks_whose_network_is_split_are_lost_and_end_in_the_same_bits(alone):
+def test_ranks_whose_network_is_split_are_lost_and_end_in_the_same_bits(alone, table):
     process = Process(alone, *RUN, *RANKS, "--learner.shard", "fsdp", "--name", "split")
 
     def killed() -> bool:
@@ -77,10 +96,12 @@ def test_ranks_whose_network_is_split_are_lost_and_end_in_the_same_bits(alone):
         os.kill(titled("ray::Rank")[-1], signal.SIGKILL)
         return True
 
-    result = process.once(killed, 0).wait()
+    told, over = back(process.once(killed, 0), alone, "split", 1)
+    result = process.wait()
     assert result.code == 0, result.err
-    assert "ranks is lost" in result.err
-    assert weights(alone, "split") == weights(alone, "alone")
+    assert result.err.count("ranks is lost") >= 1, result.err
+    same = weights(alone, "split") == weights(alone, "alone")
+    check(Row("SIGKILL of one of 2 ranks of finetune, fsdp", told, over, missing(alone, "split"), same), table)
     assert list((alone / "runs" / "split" / "checkpoints").glob("step-*/learner.rows-1-of-2.safetensors"))
 
 

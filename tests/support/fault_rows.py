@@ -1,4 +1,4 @@
-"""The rows of the tables of faults: what went wrong, when it was seen, and what it cost."""
+"""The rows of the table of faults: what went wrong, when it was seen, and what it cost."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A line of a table; NaN seconds where there is nothing to see, as for what waits."""
+    """A line of the table; NaN seconds where there is nothing to see, as for what waits, or none were lost."""
 
     fault: str
     seen_s: float
@@ -19,8 +19,8 @@ def shown(rows: Sequence[Row]) -> str:
     """The table."""
     lines = ["", "| fault | seen after (s) | time lost (s) | lost samples | same digest |", "|---|---|---|---|---|"]
     for row in rows:
-        seen = "-" if math.isnan(row.seen_s) else f"{row.seen_s:.1f}"
-        lines.append(f"| {row.fault} | {seen} | {row.lost_s:.1f} | {row.samples} | {'yes' if row.same else 'NO'} |")
+        seen, lost = ("-" if math.isnan(time) else f"{time:.1f}" for time in (row.seen_s, row.lost_s))
+        lines.append(f"| {row.fault} | {seen} | {lost} | {row.samples} | {'yes' if row.same else 'NO'} |")
     return "\n".join(lines)
 
 
