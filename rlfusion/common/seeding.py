@@ -36,8 +36,20 @@ class _Words(ISeedSequence):
 
 def stream(*key: Key) -> np.random.Generator:
     """The generator of one key. Keys that differ in any part give independent streams."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
-    return np.random.Generator(np.random.Philox(_Words(hashlib.blake2b(text.encode(), digest_size=16).digest())))
+    return next(_streams(key[:-1], key[-1:]))
+
+
+def _streams(key: tuple[Key, ...], items: Iterable[Key]) -> Iterator[np.random.Generator]:
+    """``stream(*key, item)`` for each item; what their keys have in common is hashed once."""
+    common = hashlib.blake2b("".join(f"{_text(part)}\x1f" for part in key).encode(), digest_size=16)
+    for item in items:
+        hashed = common.copy()
+        hashed.update(_text(item).encode())
+        yield np.random.Generator(np.random.Philox(_Words(hashed.digest())))
+
+
+def _text(part: Key) -> str:
+    return f"{type(part).__name__}:{part}"
 
 
 def integer(*key: Key) -> int:
@@ -47,14 +59,14 @@ def integer(*key: Key) -> int:
 
 def normal(key: tuple[Key, ...], items: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 noise (len(items), *shape); row i depends on ``key`` and ``items[i]`` alone."""
-    return _drawn([stream(*key, int(item)) for item in items], shape)
+    return _drawn(list(_streams(key, map(int, items))), shape)
 
 
 def normals(key: tuple[Key, ...], items: Iterable[int], columns: int, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """The ``columns`` (len(items), *shape) of ``normal(key, items, (columns, *shape))``, one after another and drawn as
     they are taken, ``BLOCK`` numbers at a time.
     """
-    streams = [stream(*key, int(item)) for item in items]
+    streams = list(_streams(key, map(int, items)))
     at_once = max(1, BLOCK // max(1, len(streams) * math.prod(shape)))
     for first in range(0, columns, at_once):
         yield from _drawn(streams, (min(at_once, columns - first), *shape)).unbind(1)

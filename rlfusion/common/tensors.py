@@ -46,7 +46,11 @@ def mean_features(x: Tensor) -> Tensor:
 
 
 def cast(coefficient: Tensor, like: Tensor) -> Tensor:
-    """A float64 coefficient, made on the CPU, in the dtype and on the device of ``like``, without a device sync."""
+    """A float64 coefficient, made on the CPU, in the dtype and on the device of ``like``, without a device sync; itself
+    where it is there already.
+    """
+    if coefficient.dtype == like.dtype and coefficient.device == like.device:
+        return coefficient
     if coefficient.ndim == 0 and like.device.type != "cpu":
         return torch.full((), coefficient.item(), dtype=like.dtype, device=like.device)
     return coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)

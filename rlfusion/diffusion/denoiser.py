@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 from typing import cast as cast_to
 
 import torch
@@ -12,7 +12,7 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast, cat_cond, map_cond
 from rlfusion.diffusion.kinds import Kind
 from rlfusion.diffusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
-from rlfusion.diffusion.schedule import Schedule, level
+from rlfusion.diffusion.schedule import Level, Schedule, level
 from rlfusion.diffusion.space import Pixels, Space
 
 Precision = Literal["float32", "bfloat16"]
@@ -84,17 +84,24 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
-        y = self.answer(x, t, cond).to(x)
         if t.ndim == 0:
-            return predict(_solution(self.kind, self.schedule, t.item()), y, x)
-        return predict(solve(self.kind, level(self.schedule, t, x)), y, x)
+            return predict(self._shared(t, x).solution, self.answer(x, t, cond).to(x), x)
+        l = level(self.schedule, t, x)
+        return predict(solve(self.kind, l), self._called(x, *_read(self.kind, t, l, x), cond).to(x), x)
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
-        l = level(self.schedule, t, x)
-        at = conditioning(self.kind, t, l).reshape(-1)
-        at = cast(at, x if x.itemsize >= 4 else x.float())  # in bfloat16 t = 0.999 would be 1
-        scaled = cast(named(self.kind).scale(l), x) * x
+        if t.ndim == 0:
+            shared = self._shared(t, x)
+            return self._called(x, shared.at, shared.scale, cond)
+        return self._called(x, *_read(self.kind, t, level(self.schedule, t, x), x), cond)
+
+    def _shared(self, t: Tensor, x: Tensor) -> "Shared":
+        return _shared(self.kind, self.schedule, t.item(), x.dtype, x.device)
+
+    def _called(self, x: Tensor, at: Tensor, scale: Tensor, cond: Cond) -> Tensor:
+        """The network's answer to c_noise ``at`` (B,) or (1,) and c_in ``scale``."""
+        scaled = scale * x
         if self.channels_last:
             scaled = scaled.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -126,11 +133,30 @@ def require_readable(model: Denoising, times: Tensor) -> None:
             raise ConfigError(f"kind = {model.kind}, schedule = {model.schedule}: {error}") from error
 
 
+def _read(kind: str | Kind, t: Tensor, l: Level, x: Tensor) -> tuple[Tensor, Tensor]:
+    """c_noise (B,) or (1,) and c_in of a network of this kind, as ``x`` (B, ...) is."""
+    at = cast(conditioning(kind, t, l).reshape(-1), x if x.itemsize >= 4 else x.float())  # in bfloat16 .999 would be 1
+    return at, cast(named(kind).scale(l), x)
+
+
+class Shared(NamedTuple):
+    """What a network reads beside x, and how its answer is solved, at a time that a whole batch shares."""
+
+    at: Tensor
+    scale: Tensor
+    solution: Solution
+
+
 @lru_cache(maxsize=4096)
-def _solution(kind: str | Kind, schedule: Schedule, t: float) -> Solution:
-    """The solution at a time that a whole batch shares: the same few in every rollout."""
-    at = torch.tensor(t, dtype=torch.float64)
-    return solve(kind, level(schedule, at, at))
+@torch.inference_mode(False)
+def _shared(kind: str | Kind, schedule: Schedule, t: float, dtype: torch.dtype, device: torch.device) -> Shared:
+    """Those of a time, cast: the same few in every rollout. What the first caller records no gradients of, another may
+    (hence no inference mode).
+    """
+    time, like = torch.tensor(t, dtype=torch.float64), torch.empty(0, dtype=dtype, device=device)
+    l = level(schedule, time, time)
+    solution = Solution(*(cast(c, like) for c in solve(kind, l)))
+    return Shared(*_read(kind, time, l, like), solution)
 
 
 class Wrapper(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlfusion.common import compiled, shards
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.tensors import Cond
+from rlfusion.common.tensors import Cond, cast
 from rlfusion.diffusion.denoiser import Denoising
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.kernel import Coefficients, Kernel, apply, transition
@@ -48,7 +48,8 @@ class Policy(nn.Module):
         x, t, s, cond = obs
         prediction = self.denoiser(x, t, cond)
         if t.ndim == 0:
-            return apply(_step_coefficients(self.kernel, self.schedule, t.item(), s.item()), prediction)
+            like = prediction.x0
+            return apply(_step(self.kernel, self.schedule, t.item(), s.item(), like.dtype, like.device), prediction)
         dt = (s - t).reshape(-1, *[1] * (x.ndim - 1))
         return transition(self.kernel, prediction, level(self.schedule, t, x), level(self.schedule, s, x), dt)
 
@@ -74,10 +75,14 @@ def frozen_copy(policy: Policy) -> Policy:
 
 
 @lru_cache(maxsize=4096)
-def _step_coefficients(kernel: Kernel, schedule: Schedule, t: float, s: float) -> Coefficients:
-    """The coefficients of a step that a whole batch takes: the same few in every rollout."""
+@torch.inference_mode(False)
+def _step(
+    kernel: Kernel, schedule: Schedule, t: float, s: float, dtype: torch.dtype, device: torch.device
+) -> Coefficients:
+    """The coefficients of a step that a whole batch takes, cast: the same few in every rollout."""
     at, to = torch.tensor([t, s], dtype=torch.float64)
-    return kernel.coefficients(schedule(at), schedule(to), to - at)
+    like = torch.empty(0, dtype=dtype, device=device)
+    return Coefficients(*(cast(c, like) for c in kernel.coefficients(schedule(at), schedule(to), to - at)))
 
 
 def require_stochastic(policy: Policy, times: Tensor) -> Tensor:

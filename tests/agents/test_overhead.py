@@ -68,15 +68,15 @@ def counts(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 ABOVE = 0.15
 RATIOS = {
-    "ddpo": (2.08, 2.87),
-    "grpo": (2.08, 2.87),
-    "nft": (1.87, 2.36),
-    "dpo": (1.87, 2.64),
-    "draft": (1.82, 1.85),
-    "refl": (1.82, 2.16),
-    "drwr": (2.08, 2.65),
-    "qsm": (1.87, 1.86),
-    "dawr": (2.08, 2.55),
+    "ddpo": (1.73, 2.71),
+    "grpo": (1.73, 2.71),
+    "nft": (1.53, 2.23),
+    "dpo": (1.53, 2.43),
+    "draft": (1.47, 1.77),
+    "refl": (1.47, 2.02),
+    "drwr": (1.73, 2.48),
+    "qsm": (1.53, 1.74),
+    "dawr": (1.73, 2.41),
 }
 """Operations of a rollout and of an update over those of the passes of the network in them."""
 
