@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import shards, spec
+from rlfusion.common.weights import ADAPTER
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import Precision
 from rlfusion.diffusion.grid import TimeGrid
@@ -84,6 +85,7 @@ def trained(
     policy = make_policy(1)
     policy.denoiser.precision = precision
     lora.attach(policy.denoiser.net, adapters)
+    scattered(policy)
     if split:
         shards.split(policy.denoiser.net, torch.device(device), current().exact)
     policy.to(device)
@@ -96,6 +98,14 @@ def trained(
     if agent.startswith(CRITICS):
         CRITIC[:] = [_of_critic(learner.critic.optimization)]
     return [shards.whole(p).detach().cpu() for p in policy.parameters()], metrics
+
+
+def scattered(policy: nn.Module) -> None:
+    """Give adapters, which begin as nothing, weights that matter."""
+    draw = torch.Generator().manual_seed(2)
+    for name, p in policy.named_parameters():
+        if ADAPTER in name:
+            p.data.normal_(std=0.2, generator=draw)
 
 
 def digest(tensors: list[Tensor]) -> str:
