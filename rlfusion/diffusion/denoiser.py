@@ -90,7 +90,9 @@ class Denoiser(nn.Module):
         return predict(solve(self.kind, l), self._called(x, *_read(self.kind, t, l, x), cond).to(x), x)
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
+        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of. ``forward`` looks the
+        level up by itself: a subclass that answers otherwise overrides both.
+        """
         if t.ndim == 0:
             shared = self._shared(t, x)
             return self._called(x, shared.at, shared.scale, cond)

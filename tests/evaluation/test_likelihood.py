@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from by_answer import ByAnswer
 from processes import rlfusion
 from scipy.stats import norm
 
@@ -24,7 +25,7 @@ from rlfusion.diffusion.schedule import VP, Cosine, Geometric, Karras, Rectified
 from rlfusion.evaluation.likelihood import _decoder, bits_per_dim, bound, require_bound
 
 
-class Exact(Denoiser):
+class Exact(ByAnswer):
     """E[x0 | x] of a rule (x, a, b) -> x0_hat, as a network that predicts ``kind``."""
 
     def __init__(self, rule, schedule, kind="eps"):

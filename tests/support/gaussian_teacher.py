@@ -1,9 +1,9 @@
 """A Gaussian in one dimension, float64: its exact denoiser, its flow, draws of it, and a student of affine rows."""
 
 import torch
+from by_answer import ByAnswer
 from torch import nn
 
-from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import level
 from rlfusion.pretrain import Draw
 
@@ -11,7 +11,7 @@ M, LAM = 0.7, 0.25
 DOUBLE = torch.float64
 
 
-class Gaussian(Denoiser):
+class Gaussian(ByAnswer):
     """E[x0 | x_t] of N(M, LAM), x (B, 1, 1, 1), as a network that predicts x0 or v."""
 
     def __init__(self, schedule, kind="v") -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import oracles
 import torch
+from by_answer import ByAnswer
 from torch import Tensor, nn
 
-from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.schedule import level
 
@@ -16,7 +16,7 @@ def law(weight=WEIGHT, mean=MEAN, var=VAR) -> oracles.Mixture:
     return oracles.Mixture(np.array(weight), np.array(mean), np.array(var)[:, None, None] * np.eye(2))
 
 
-class Exact(Denoiser):
+class Exact(ByAnswer):
     """E[x0 | x_t] of the mixture as a network that predicts ``kind``; x (B, 2, 1, 1)."""
 
     def __init__(self, schedule, kind, weight=WEIGHT, mean=MEAN, var=VAR) -> None:
