@@ -19,8 +19,8 @@ def compile_calls(net: nn.Module) -> None:
     """Let calls of ``net`` be compiled from here on; each shape is at its first call."""
     from torch._dynamo import config
 
-    config.recompile_limit = config.accumulated_recompile_limit = SHAPES
-    config.fail_on_recompile_limit_hit = True
+    config.cache_size_limit = config.accumulated_cache_size_limit = SHAPES  # the names of torch 2.6, which last
+    config.fail_on_cache_limit_hit = True
     net.compile(backend=BACKEND, dynamic=False)
 
 
