@@ -233,7 +233,7 @@ def test_no_command_and_help_teach(tmp_path):
         result = rlfusion(tmp_path, *arguments)
         assert result.code == 0
         assert all(f"rlfusion {name}" in result.out for name in COMMANDS)
-        assert "tensorboard --logdir" in result.out
+        assert "rlfusion board runs" in result.out
         assert "--resume" in result.out
     assert rlfusion(tmp_path, "--version").out.strip() == __import__("rlfusion").__version__
 
