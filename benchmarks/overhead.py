@@ -19,7 +19,7 @@ import json
 import pstats
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ class Bench:
             self.net(*rows)
 
     def update(self) -> None:
-        self.learner.update(self.batch)
+        self._update(self.learner)
 
     def update_floor(self) -> None:
         for rows in self.parts:
@@ -107,7 +107,11 @@ class Bench:
         self.net.zero_grad()
 
     def update_kl(self) -> None:
-        self.kl_learner.update(self.batch)
+        self._update(self.kl_learner)
+
+    def _update(self, learner: Learner) -> None:
+        """With walks of the present weights: older ones would take a pass more, for their importance weights."""
+        learner.update(replace(self.batch, version=learner.iteration))
 
     def update_kl_floor(self) -> None:
         with torch.no_grad():
