@@ -115,7 +115,6 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._shape, self._bound = tuple(shape), float(bound)
         self._episode, self._k = -1, 0
-        self._constants: dict[tuple[type, float], Tensor] = {}
         self._x: Tensor | None = None
         self._cond: Tensor | None = None
 
@@ -218,19 +217,12 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def _result(self, reward: Tensor | None, info: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """What ``step`` returns; a reward marks the end of the chain."""
         end = reward is not None
-        reward = self._constant(0.0) if reward is None else reward
+        reward = torch.zeros(self.num_envs, device=self._io.device) if reward is None else reward
         obs = self._io.observation(self._observation())
         return obs, self._io.reward(reward), self._mask(end), self._mask(False), info
 
     def _mask(self, value: bool) -> Any:
-        return self._io.array(self._constant(value))
-
-    def _constant(self, value: float) -> Tensor:
-        """So many times one number (B,), which is made once: torch refuses to write into it."""
-        key = type(value), value
-        if key not in self._constants:
-            self._constants[key] = torch.tensor(value, device=self._io.device).expand(self.num_envs)
-        return self._constants[key]
+        return self._io.array(torch.full((self.num_envs,), value, device=self._io.device))
 
 
 def _schedule(schedule: Schedule | None, action: str, policy: Policy | None) -> Schedule:

@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from rounding import ROUNDING
 
+import rlfusion as rlf
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.diffusion import kernel, schedule
 from rlfusion.diffusion.denoiser import Denoiser
@@ -430,3 +431,18 @@ def test_stable_baselines_ppo_trains_on_it_unmodified(action):
     rewards = [episode["r"] for episode in learner.ep_info_buffer]
     assert len(rewards) == 256 // K
     assert all(0 < r < 1 for r in rewards)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_step_returns_is_the_callers_own(count):
+    """Wrappers write into rewards and masks; no later step may feel it."""
+    env = rlf.make_env(None, "ink", count, backend="torch")
+    env.reset(seed=0)
+    action = torch.as_tensor(env.action_space.sample())
+    _, reward, terminated, truncated, _ = env.step(action)
+    reward += 5
+    terminated |= True
+    truncated |= True
+    _, reward, terminated, truncated, _ = env.step(action)
+    assert not reward.any()
+    assert not (terminated | truncated).any()
