@@ -104,8 +104,9 @@ class Rank:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         patience = timedelta(seconds=self.settings.timeout_s)
         listening: Any = {"master_listen_fd": self.listener.detach()} if self.rank == 0 else {}
+        # torch 2.6 takes a socket that listens already in this backend alone
         store = torch.distributed.TCPStore(
-            host, port, self.settings.ranks, self.rank == 0, patience, use_libuv=True, **listening
+            host, port, self.settings.ranks, self.rank == 0, patience, use_libuv=False, **listening
         )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(
