@@ -59,6 +59,11 @@ class Config(weighted_settings.Settings, chain_value.Settings):
         """Whether advantages come from a value function that is learned."""
         return self.advantage in ("gae", "critic")
 
+    @property
+    def critic_net(self) -> str:
+        """The network of the value function that is learned; "" for none."""
+        return self.value_net if self.learns_value else ""
+
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates, or nothing to compare in a prompt."""
         super().check(plan)

@@ -139,6 +139,11 @@ class Config:
         """alpha."""
         return ALPHA[self.form] if self.alpha is None else self.alpha
 
+    @property
+    def critic_net(self) -> str:
+        """The network of the critic that is learned; "" for none."""
+        return self.critic if self.q == "learned" else ""
+
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, where groups are compared, or fewer samples than updates."""
         if self.scale == "group":

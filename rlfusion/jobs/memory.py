@@ -9,7 +9,8 @@ backward pass, each storage once, measured at b = 1 and 2 and a straight line fr
     (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
          part that is made again at once
     (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
-    (5)  of a network that is split over N ranks, (1) and (2) / N; and its largest layer whole, twice: that which
+    (5)  a critic of c bytes: its weights and gradients, 2 c, its optimiser's moments, and what undoes an update of it
+    (6)  of a network that is split over N ranks, (1), (2) and (5) / N; and its largest layer whole, twice: that which
          computes, and the next, which is gathered meanwhile. (3) and (4) are not measured
 
 Scratch space of single operations is not counted, and nothing that the reward itself takes.
@@ -21,9 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlfusion.common import layers, shards
+from rlfusion import models
+from rlfusion.common import hollow, layers, shards
+from rlfusion.common.weights import ADAPTER
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
+from rlfusion.rl.critic import COPY
 from rlfusion.training import optimizers
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -34,7 +38,7 @@ Estimate = dict[str, int]
 
 
 class Holds(NamedTuple):
-    """What a fine-tuning holds beside its model: see Eq. (1) to (5).
+    """What a fine-tuning holds beside its model: see Eq. (1) to (6).
 
     Attributes:
         here: rollouts are collected in this process, with a copy of what is trained.
@@ -45,6 +49,7 @@ class Holds(NamedTuple):
         rows: samples that have activations at once.
         decodes: samples are decoded with a gradient, which is the reward's own.
         ranks: over which all but activations is split (these are then not measured); 1 for none.
+        critic: the network of a critic that is learned, by its text; "" for none.
     """
 
     here: bool
@@ -55,6 +60,7 @@ class Holds(NamedTuple):
     rows: int
     decodes: bool
     ranks: int = 1
+    critic: str = ""
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -123,7 +129,7 @@ def decoding(policy: Policy, shape: tuple[int, ...], count: int) -> int:
 
 
 def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, shape: tuple[int, ...]) -> Estimate:
-    """Eq. (1) to (5) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
+    """Eq. (1) to (6) of a fine-tuning whose latents are of ``shape``; the denoiser has its adapters, on its device."""
     sizes = [(p.requires_grad, p.numel() * p.element_size()) for p in denoiser.parameters()]
     trained = sum(size for wanted, size in sizes if wanted)
     frozen = sum(size for wanted, size in sizes if not wanted)
@@ -131,7 +137,8 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     wanted = [p for p in denoiser.parameters() if p.requires_grad]
     moments, rows = optimizers.state_bytes(optimizers.parse(holds.optimizer), wanted), holds.rows
     vae = getattr(policy.space, "vae", None)
-    found = of_weights(holds._replace(watched=holds.watched and noisy), frozen, trained, moments)
+    critic = of_critic(holds, denoiser, shape)
+    found = of_weights(holds._replace(watched=holds.watched and noisy), frozen, trained, moments, critic)
     found["autoencoder"] = sum(p.numel() * p.element_size() for p in vae.parameters()) if vae is not None else 0
     for net in shards.roots(denoiser):
         found["layers that are gathered"] = 2 * layers.largest(net)
@@ -142,16 +149,43 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     return found
 
 
-def of_weights(holds: Holds, frozen: int, trained: int, moments: int) -> Estimate:
-    """Eq. (1) and (2), of bytes of frozen and trained weights, and of the optimiser's moments."""
+class CriticBytes(NamedTuple):
+    """Those of a critic's weights, and of its optimiser's moments."""
+
+    weights: int = 0
+    moments: int = 0
+
+
+NO_CRITIC = CriticBytes()
+
+
+def of_critic(holds: Holds, denoiser: Denoiser, shape: tuple[int, ...]) -> CriticBytes:
+    """A copy of the network has its size without adapters, any other network that of itself for one class."""
+    if not holds.critic:
+        return NO_CRITIC
+    if holds.critic == COPY:
+        weights = [p for name, p in denoiser.named_parameters() if ADAPTER not in name]
+    else:
+        with hollow.parameters():
+            weights = [*models.make_net(holds.critic, shape, 1).parameters()]
+    return CriticBytes(
+        sum(p.numel() * p.element_size() for p in weights),
+        optimizers.state_bytes(optimizers.parse(holds.optimizer), weights),
+    )
+
+
+def of_weights(holds: Holds, frozen: int, trained: int, moments: int, critic: CriticBytes = NO_CRITIC) -> Estimate:
+    """Eq. (1), (2) and (5), of bytes of frozen and trained weights, of the optimiser's moments, and of a critic."""
     copies = holds.here + holds.reference + holds.watched
+    undone = (2 + holds.reference) * trained + moments + sum(critic)
     split = {
         "network, frozen": frozen,
         "network, trained": trained,
         "gradients and optimiser": trained + moments,
         "average": trained,
         "copies of what is trained": copies * trained,
-        "to undo an update": holds.undo * ((2 + holds.reference) * trained + moments),
+        "critic, its gradients and optimiser": 2 * critic.weights + critic.moments,
+        "to undo an update": holds.undo * undone,
     }
     return {name: -(-size // holds.ranks) for name, size in split.items()}
 

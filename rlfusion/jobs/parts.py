@@ -154,4 +154,5 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         rows=getattr(agent, "micro_batch", config.rollout.item),
         decodes=decodes,
         ranks=config.learner.ranks if config.learner.split else 1,
+        critic=getattr(agent, "critic_net", ""),
     )

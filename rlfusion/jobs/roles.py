@@ -1,7 +1,7 @@
 """The processes of a run, and the memory that each takes at least: from the descriptions and files of its model alone,
 before anything is loaded.
 
-    learner    Eq. (1) and (2) of ``jobs.memory``, of adapters nothing; and the autoencoder
+    learner    Eq. (1), (2) and (5) of ``jobs.memory``, of adapters and of a new critic nothing; and the autoencoder
     worker     the network and the autoencoder
     reward     what it is made of is not known before it is made
 
@@ -25,6 +25,7 @@ from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.pretrain import card_of
 from rlfusion.models import pipelines
+from rlfusion.rl.critic import COPY
 from rlfusion.rollout.placement import PROCESS, Role
 from rlfusion.rollout.placement_table import Driver
 from rlfusion.training import optimizers
@@ -80,8 +81,10 @@ def of_finetuning(parts: Parts) -> Least:
         return Least()
     one = torch.nn.Parameter(torch.zeros(TRIED))
     moments = optimizers.state_bytes(optimizers.parse(holds.optimizer), [one]) / (TRIED * 4)
+    copied = found.frozen + found.trained if holds.critic == COPY else 0
+    critic = memory.CriticBytes(copied, math.floor(moments * copied))
     held = memory.of_weights(
-        holds._replace(watched=False), found.frozen, found.trained, math.floor(moments * found.trained)
+        holds._replace(watched=False), found.frozen, found.trained, math.floor(moments * found.trained), critic
     )
     return Least(sum(held.values()) + found.space, found.frozen + found.trained + found.space)
 

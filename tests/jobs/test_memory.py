@@ -1,5 +1,6 @@
 """The memory estimate against what a learner's update is seen to take, and ``rlfusion doctor``."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -7,14 +8,22 @@ import torch
 from pipeline_runs import LORA, STEPS, settings
 from torch.profiler import ProfilerActivity, profile
 
+from rlfusion import models
+from rlfusion.agents import AGENTS
 from rlfusion.cli.main import main
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.parts import opened
+from rlfusion.jobs.roles import of_finetuning
 from rlfusion.jobs.tasks import make_task
+from rlfusion.rl.critic import make_critic
 from rlfusion.rollout import plan, run_item
+
+
+def mean(samples, cond):
+    return samples.mean((1, 2, 3))
 
 
 def peak(call) -> int:
@@ -62,6 +71,33 @@ def test_copies_are_counted(tiny_pipelines, tmp_path):
     assert found["copies of what is trained"] == trained  # the rollouts'; no reference, no monitor here
     assert found["autoencoder"] == sum(p.numel() * 4 for p in policy.space.vae.parameters())
     assert f"{sum(found.values()) / 1e9:.3g} GB" in memory.described(found)
+
+
+@pytest.mark.parametrize("lora", [LORA, ""])
+def test_a_critic_is_counted_with_what_its_learning_and_its_undoing_take(lora, tiny_pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    config = settings(tiny_pipelines["sd"], "ddpo", tmp_path, lora=lora)
+    config = Finetune(**vars(config) | {"agent": AGENTS["qsm"]()})
+    found, card, policy = begun(config, tmp_path)
+    critic = make_critic(config.agent.critic, make_task(opened(config).task, card, policy, mean), 0)
+    size = sum(p.numel() * 4 for p in critic.parameters() if p is not critic.head.weight and p is not critic.head.bias)
+    assert found["critic, its gradients and optimiser"] == 4 * size
+    trained = found["network, trained"]
+    assert found["to undo an update"] == 4 * trained + 3 * size
+    least = of_finetuning(opened(config)).learner
+    with_none = replace(config.agent, q="denoised")
+    assert least - of_finetuning(opened(Finetune(**vars(config) | {"agent": with_none}))).learner == 7 * size
+
+
+@pytest.mark.parametrize(("advantage", "counted"), [("gae", True), ("prompt", False)])
+def test_so_is_a_value_function(advantage, counted, tiny_pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    config = settings(tiny_pipelines["sd"], "ddpo", tmp_path)
+    config = Finetune(**vars(config) | {"agent": AGENTS["dawr"](advantage=advantage)})
+    found, _, _ = begun(config, tmp_path)
+    net = models.make_net(config.agent.value_net, (4, 8, 8), 1)
+    size = sum(p.numel() * 4 for p in net.parameters())
+    assert found["critic, its gradients and optimiser"] == (4 * size if counted else 0)
 
 
 def test_the_command(tiny_pipelines, tmp_path, capsys, monkeypatch):
