@@ -24,6 +24,7 @@ from rlfusion.jobs.finetune import finetune
 from rlfusion.jobs.pretrain import pretrain
 from rlfusion.jobs.roles import roles
 from rlfusion.rollout.placement import private
+from rlfusion.training.folders import own_mark, require_held, works_for
 from rlfusion.training.ranks import Ranks, current, joined
 
 JOBS: dict[str, Callable[..., Any]] = {
@@ -56,6 +57,7 @@ def _in_group(command: str, settings: Ranked, folder: Path, signals: Signals, pr
     from rlfusion.rollout.ray_ranks import GroupSettings, run_in_group
 
     payload = {"command": command, "config": config.to_yaml(settings), "folder": str(folder.resolve())}
+    payload["mark"] = own_mark(folder)
     replay, held, backend = _Replay(progress), settings.learner, settings.settings
     wanted, driver = roles(settings)
     group = GroupSettings(
@@ -113,16 +115,19 @@ def work(payload: dict[str, Any], actor: Any) -> Any:
 
     Raises:
         StorageError: the run's folder is not there on this machine.
+        ConfigError: another driver has taken the run.
     """
     folder = Path(payload["folder"])
     if not folder.is_dir():
         raise StorageError(2, "a rank finds no such folder: the root must be storage that all nodes share", str(folder))
+    works_for(folder, payload["mark"])
+    require_held(folder)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(payload["config"])
         file.flush()
         settings = settings_of(payload["command"], ["--config", file.name])
     first = current().rank == 0
-    signals = _Told(actor)
+    signals = _Told(actor, folder)
     with pinned(payload), nullcontext() if first else storage.silent():
         try:
             return JOBS[payload["command"]](settings, folder, signals, _Telling(actor) if first else Progress(True))
@@ -131,14 +136,17 @@ def work(payload: dict[str, Any], actor: Any) -> Any:
 
 
 class _Told(Signals):
-    """The signals of a rank: those of the driver, which its actor is told of."""
+    """The signals of a rank: those of the driver, which its actor is told of. Whoever asks for them learns too whether
+    another driver has taken the run: a rank may outlive its own one.
+    """
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, folder: Path) -> None:
         super().__init__()
-        self.actor = actor
+        self.actor, self.folder = actor, folder
 
     @property
     def requested(self) -> str:
+        require_held(self.folder)
         return signal.Signals(self.actor.stop).name if self.actor.stop else ""
 
     @requested.setter
@@ -146,6 +154,7 @@ class _Told(Signals):
         """It is the actor's to say."""
 
     def check(self) -> None:
+        require_held(self.folder)
         if self.actor.stop:
             raise StopRequested(self.actor.stop, self.saved)
 

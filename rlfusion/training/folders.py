@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,8 @@ RUN_FILE = "RLFUSION_RUN_FILE"
 """The environment variable by which a supervisor asks where a run works: a file that is to hold its folder's path."""
 _made: set[Path] = set()
 """The roots that this process made."""
+_held: dict[Path, str] = {}
+"""What the lock says of the folders that this process works in."""
 
 
 def make_root(root: Path) -> None:
@@ -84,7 +88,8 @@ def tell_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold ``folder`` against other processes; the lock goes with the process, however it ends.
+    """Hold ``folder`` against other processes; the lock goes with the process, however it ends. What it says is another
+    text each time, by which others that work for this process see whether it still is this process that holds it.
 
     With ``signals``, which may end the wait, it waits while another process holds it; without, it does not.
 
@@ -93,7 +98,7 @@ def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], No
         StopRequested: a signal came while it waited.
     """
     with storage.stored(folder / ".lock"):
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("ab")  # what another process wrote there stays while it holds it
     with file:
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
         while not _try_lock(file):
@@ -104,7 +109,46 @@ def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], No
             told = True
             signals.check()
             time.sleep(0.5)
-        yield
+        storage.patiently(lambda: _sign(file), folder / ".lock")
+        works_for(folder, mark_of(folder))
+        try:
+            yield
+        finally:
+            _held.pop(folder.resolve(), None)
+
+
+def mark_of(folder: Path) -> str:
+    """What the lock of a folder says: who holds it, or held it last."""
+    with storage.stored(folder / ".lock"):
+        return (folder / ".lock").read_text()
+
+
+def own_mark(folder: Path) -> str:
+    """What the lock says for as long as this process may work in a folder; "" where it may anyway."""
+    return _held.get(folder.resolve(), "")
+
+
+def works_for(folder: Path, mark: str) -> None:
+    """From here on this process works in ``folder`` for as long as its lock says this."""
+    _held[folder.resolve()] = mark
+
+
+def require_held(folder: Path) -> None:
+    """Refuse to go on in a folder that another process has taken since: a rank may outlive its driver by a minute.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: the lock cannot be read.
+    """
+    mark = own_mark(folder)
+    if mark and (now := mark_of(folder)) != mark:
+        theirs, ours = (" ".join(text.split()[:2]) or "nobody" for text in (now, mark))
+        raise ConfigError(f"{str(folder)!r} is in use by another process since ({theirs}, after {ours}): this one ends")
+
+
+def _sign(file: Any) -> None:
+    os.ftruncate(file.fileno(), 0)
+    os.write(file.fileno(), f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}".encode())
 
 
 def _try_lock(file: Any) -> bool:

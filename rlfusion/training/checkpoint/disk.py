@@ -11,6 +11,7 @@ from typing import Any
 
 from rlfusion.common import storage
 from rlfusion.training.checkpoint.manifest import NAME
+from rlfusion.training.folders import require_held
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -53,8 +54,9 @@ def add(part: Path, files: dict[str, bytes]) -> None:
 
 
 def give(part: Path, path: Path) -> None:
-    """Give it its name, once all that is in it is on the disk."""
+    """Give it its name, once all that is in it is on the disk, unless another process has taken the run meanwhile."""
     _sync_folder(part)
+    require_held(path.parent.parent)
     if os.path.lexists(path):
         path.rename(path.with_name(f".replaced-{path.name}"))
     part.rename(path)

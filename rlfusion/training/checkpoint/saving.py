@@ -35,6 +35,7 @@ from rlfusion.training.checkpoint.manifest import (
     split_of,
     verify,
 )
+from rlfusion.training.folders import require_held
 from rlfusion.training.ranks import Ranks, current
 
 KEEP = Keep()
@@ -96,8 +97,10 @@ def commit(folder: Path, about: Commit, held: Snapshot) -> Path:
 
     Raises:
         CheckpointError, StorageError: as ``save``.
+        ConfigError: another process has taken the run.
     """
     path, keep = folder / name_of(about.step), about.keep
+    require_held(folder.parent)
     if split := split_of(held, about.ranks.rank, about.ranks.count):
         _write_together(path, about, held, split)
     else:
