@@ -20,6 +20,7 @@ from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree, tree
 from rlfusion.cli.unknown_settings import unknown_setting
 from rlfusion.cli.values import checked, read
+from rlfusion.cli.varied import varied
 from rlfusion.cli.words import RESUMABLE
 from rlfusion.common.code_files import absolute, pinned
 from rlfusion.common.errors import ConfigError, shorten
@@ -50,6 +51,8 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     if kind in plain:
         return parse(plain[kind], kind, arguments)
     typical = {"distill": lambda: config.with_method("cd"), "compare": lambda: Compare}
+    if kind == "compare":
+        arguments = varied(arguments)
     known = tree(typical.get(kind, lambda: config.with_agent("ddpo"))())
     words.read(kind, arguments, known.names(), known.leaves)  # what is no option is said before anything is read
     if kind == "distill":
@@ -62,7 +65,8 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         made = parse(Compare, kind, arguments, model="base")
         if not is_pipeline(made.base):
             return made
-        return replace(made, agents=[for_pipelines(text, made.lora) for text in made.agents])
+        lora = made.lora or next(filter(None, made.vary.get("lora", [])), "")
+        return replace(made, agents=[for_pipelines(text, lora) for text in made.agents])
     arguments = _long(arguments, "agent", AGENTS)
     agent = told_last(arguments, "agent", "name")
     typed = config.with_agent("ddpo" if agent is None else str(agent))

@@ -29,17 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     entry, places = Entry(), list(sys.path)
     handlers = entry.install()
     try:
-        return _guarded(sys.argv[1:] if argv is None else argv, entry)
+        return guarded(_run, sys.argv[1:] if argv is None else argv, entry)
     finally:
         if argv is not None:
             entry.restore(handlers)
             sys.path[:] = places
 
 
-def _guarded(arguments: list[str], entry: Entry) -> int:
+def guarded(run: Callable[[list[str]], int], arguments: list[str], entry: Entry) -> int:
+    """What ``run`` makes of the arguments, an exit code; what goes wrong is said in one line, and is one, too."""
     sys.path.append(os.getcwd())  # a user's package.module:name may lie there; last, so that it hides no library
     try:
-        code = _run(arguments)
+        code = run(arguments)
         sys.stdout.flush()
         return code
     except StopRequested as stop:

@@ -1,8 +1,8 @@
 """The settings of ``rlfusion compare``."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
@@ -11,12 +11,25 @@ from rlfusion.common.errors import ConfigError, require_distinct, require_positi
 from rlfusion.config.finetune import Finetune
 from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base
+from rlfusion.config.vary import changed, combinations, placed, title
 from rlfusion.diffusion.chain import Chain
 from rlfusion.models import pipelines
 from rlfusion.rl.agent import Agent
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.training.devices import Deterministic
+
+SHARED = ("device", "threads", "deterministic", "tf32", "base", "pretrain", "pipeline", "lora", "max_failed")
+SHARED += ("reward_timeout_s", "reward_cache", "budget_queries", "chain", "rollout", "guard", "monitor", "evaluation")
+"""The settings of a fine-tuning that a comparison has under the same names, for all of its runs."""
+
+
+class Row(NamedTuple):
+    """A row of the tables: its name, its agent as it is written, and the values of the settings that are varied."""
+
+    name: str
+    agent: str
+    varied: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,14 +39,19 @@ class Compare:
     Attributes:
         agents: the algorithms, each with settings of its own if need be: ddpo, grpo(window=5), ddpo(form='sf'). One may
             be given another name for tables, plots and folders: "DDPO_SF = ddpo(form='sf')".
+        vary: values of any other setting of a fine-tuning, of which every agent meets every combination:
+            --vary agent.lr=1e-4,3e-4 --vary chain.steps=10,20, or {agent.lr: [1e-4, 3e-4]} in a file.
         rewards: names of rewards, as of finetune.
         reward_options: settings of each named reward.
         reward_failures, max_failed, reward_timeout_s, reward_cache: as of finetune, for the baselines too; "mask" is of
             the agents that can leave a sample out, for the others (``unmasked``) a failure is an error.
         seeds: runs of each agent on each reward, with seeds 0, 1, ...
-        budget_queries: rewards that each run may ask for; none asks for more, and one whose first update would is
-            refused.
+        budget_queries: rewards that each run may ask for; none asks for more: the last rollout is cut where it would. A
+            run whose first update would is refused.
         evaluations: evaluations of each run on its way, about.
+        side_by_side: runs at once, each in a process of its own; "auto" takes as many as there is room for: processors
+            for ``threads`` and for the workers of each, and memory for each, or a GPU each. 1 is one after another, in
+            this process. The bits are the same.
         best_of: baselines without training: the best of so many samples of the base model by the reward.
         guidance: baselines without training: guidance weights w of the base model.
         target: gain, in standard deviations of the base's rewards, whose price in queries and seconds is told.
@@ -59,6 +77,7 @@ class Compare:
     """
 
     agents: list[str] = field(default_factory=lambda: ["ddpo", "grpo"])
+    vary: dict[str, list[Any]] = field(default_factory=dict)
     rewards: list[str] = field(default_factory=lambda: ["class_logprob"])
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     reward_failures: Literal["error", "mask"] = "error"
@@ -68,6 +87,7 @@ class Compare:
     seeds: int = 1
     budget_queries: int = 2400
     evaluations: int = 10
+    side_by_side: int | Literal["auto"] = 1
     best_of: list[int] = field(default_factory=lambda: [4])
     guidance: list[float] = field(default_factory=lambda: [3.0])
     target: float = 2.0
@@ -91,6 +111,8 @@ class Compare:
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
+        if self.side_by_side != "auto":
+            require_positive(self, "side_by_side")
         if not self.agents or not self.rewards:
             raise ConfigError(f"agents = {self.agents}, rewards = {self.rewards}: expected one of each at least")
         for name in ("rewards", "best_of", "guidance"):
@@ -101,24 +123,37 @@ class Compare:
         if any(n < 2 for n in self.best_of):
             raise ConfigError(f"best_of = {self.best_of}: expected numbers >= 2")
         object.__setattr__(self, "agents", [_whole(text) for text in self.agents])
+        object.__setattr__(self, "vary", placed(self.vary))
         for text in self.agents:
             self.agent(text)
-        names = [shown(text) for text in self.agents]
+        rows = self.rows()
+        names = [row.name for row in rows]
         if len(set(names)) < len(names):
             raise ConfigError(f"agents = {names}: expected each once, or under different names")
+        for row in rows:
+            self._parts(row)
 
     @property
     def default_name(self) -> str:
         """The name of the run's folder where none is given."""
         names = [label(written(text)) for text in self.agents]
-        return f"compare-{'-'.join(dict.fromkeys(names))}"
+        varied = [f"by-{name.rpartition('.')[2]}" for name in self.vary]
+        return "-".join(["compare", *dict.fromkeys(names), *varied])
+
+    def rows(self) -> list[Row]:
+        """Every agent with every combination of the varied values."""
+        return [
+            Row(" ".join(filter(None, [shown(_without(text, varied)), title(varied)])), text, varied)
+            for text in self.agents
+            for varied in combinations(self.vary)
+        ]
 
     def runs(self) -> Iterator[tuple[str, str, int, Finetune]]:
-        """(name of the agent, reward, seed, settings) of every run."""
+        """(name of the row, reward, seed, settings) of every run."""
         for reward in self.rewards:
-            for agent in self.agents:
+            for row in self.rows():
                 for seed in range(self.seeds):
-                    yield shown(agent), reward, seed, self.settings(agent, reward, seed)
+                    yield row.name, reward, seed, self.settings(row, reward, seed)
 
     def agent(self, text: str) -> Agent:
         """The settings of one of ``agents``."""
@@ -128,43 +163,61 @@ class Compare:
         return agent if own else replace(agent, micro_batch=self.micro_batch)
 
     def unmasked(self) -> list[str]:
-        """The names of the agents whose rewards that fail are errors although ``reward_failures`` is "mask": those that
+        """The names of the rows whose rewards that fail are errors although ``reward_failures`` is "mask": those that
         score as they learn, by the reward's gradient.
         """
-        scored = [text for text in self.agents if make_agent(text).rollout_spec(self.chain.moves).end]
-        return [shown(text) for text in self.agents if self.reward_failures == "mask" and text not in scored]
+        if self.reward_failures != "mask":
+            return []
+        return [row.name for row in self.rows() if not _scored(self._parts(row))]
 
-    def settings(self, agent: str, reward: str, seed: int) -> Finetune:
+    def settings(self, row: Row, reward: str, seed: int) -> Finetune:
         """The fine-tuning of one run."""
-        updates = max(1, self.budget_queries // (self.rollout.prompts * self.rollout.samples_per_prompt))
+        parts = self._parts(row)
+        rollout: Rollout = parts["rollout"]
+        updates = max(1, self.budget_queries // (rollout.prompts * rollout.samples_per_prompt))
         every = max(1, updates // self.evaluations)
         options = {reward: self.reward_options[reward]} if reward in self.reward_options else {}
-        return Finetune(
-            seed=seed,
-            device=self.device,
-            threads=self.threads,
-            deterministic=self.deterministic,
-            tf32=self.tf32,
-            base=self.base,
-            pretrain=self.pretrain,
-            pipeline=self.pipeline,
-            lora=self.lora,
-            reward=reward,
-            reward_options=options,
-            reward_failures="error" if shown(agent) in self.unmasked() else self.reward_failures,
-            max_failed=self.max_failed,
-            reward_timeout_s=self.reward_timeout_s,
-            reward_cache=self.reward_cache,
-            updates=updates,
-            budget_queries=self.budget_queries,
-            chain=self.chain,
-            rollout=self.rollout,
-            agent=self.agent(agent),
-            guard=self.guard,
-            monitor=replace(self.monitor, every=every if self.monitor.every else 0),
-            evaluation=Evaluation(**asdict(self.evaluation) | {"every": every}),
-            checkpoint_every=every,
-        )
+        masked = self.reward_failures == "mask" and _scored(parts)
+        told = {"evaluation": replace(self.evaluation, every=every), "checkpoint_every": every}
+        watched: Monitoring = parts["monitor"]
+        told["monitor"] = replace(watched, every=every if watched.every else 0)
+        told |= {"seed": seed, "reward": reward, "reward_options": options, "updates": updates}
+        told["reward_failures"] = "mask" if masked else "error"
+        try:
+            run = Finetune(**parts | told)
+            walks = rollout.prompts * rollout.samples_per_prompt
+            more = (run.left(0) or 0) > updates * walks  # a last rollout, which is cut
+            return replace(run, updates=updates + 1) if more else run
+        except ConfigError as error:
+            raise (ConfigError(f"vary: {row.name}: {error}") if row.varied else error) from error
+
+    def _parts(self, row: Row) -> dict[str, Any]:
+        """What the fine-tunings of a row are made of, but for what follows from it, the reward and the seed.
+
+        Raises:
+            ConfigError: a varied setting that the agent does not have, or a value that does not fit.
+        """
+        usual = Finetune()
+        parts = {field.name: getattr(usual, field.name) for field in fields(usual)}
+        parts |= {name: getattr(self, name) for name in SHARED} | {"agent": self.agent(row.agent)}
+        return changed(Finetune, parts, row.varied, f"agent {spec.split(written(row.agent))[0]!r}")
+
+
+def _scored(parts: Mapping[str, Any]) -> bool:
+    """Whether the samples of a rollout are scored before anything learns from them."""
+    chain: Chain = parts["chain"]
+    return bool(parts["agent"].rollout_spec(chain.moves).end)
+
+
+def _without(text: str, varied: Mapping[str, Any]) -> str:
+    """An agent's text without the settings that are varied, whose values stand beside it."""
+    if shown(text) != _short(text):
+        return text
+    name, told = spec.split(text)
+    if not any(f"agent.{key}" in varied for key in told):
+        return text
+    left = {key: value for key, value in told.items() if f"agent.{key}" not in varied}
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in left.items())})" if left else name
 
 
 def shown(text: str) -> str:

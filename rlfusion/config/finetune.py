@@ -60,8 +60,9 @@ class Finetune:
         max_failed: share of a rollout whose rewards may fail before that is an error after all.
         reward_timeout_s: a reward that takes longer for one batch has failed for it; 0 sets no limit.
         reward_cache: samples whose rewards each process remembers, should a batch be scored again; 0 for none.
-        budget_queries: rewards that the training may ask for, however many updates are left: it ends where another
-            update, that asks for as many as the last, would ask for more; 0 sets no limit.
+        budget_queries: rewards that the training may ask for, however many updates are left; 0 sets no limit. The last
+            rollout is cut to the whole prompts that it may still ask for. Where the agent asks as it learns, or cannot
+            learn from so few walks, the training ends before an update that would ask for more.
         updates: rollouts, each followed by the learner's updates.
         chain: the sampling chain that is trained.
         rollout: how many walks are collected, and by how many workers.
@@ -130,7 +131,7 @@ class Finetune:
                 "(rollout.prompts x rollout.samples_per_prompt; smaller ones ask for less), or 0 for no limit"
             )
         r = self.rollout
-        self.agent.check(Plan(r.prompts, r.samples_per_prompt, r.lag, self.chain.moves, self.learner.shares))
+        self.agent.check(self._plan(r.prompts))
         self.learner.require_device(self.device)
         self.learner.require_splittable(self.device, getattr(self.agent, "optimizer", "adamw"))
         require_both(self.ray.placement, self.learner.ranks, r.workers)
@@ -189,6 +190,28 @@ class Finetune:
         walks = self.rollout.prompts * self.rollout.samples_per_prompt
         scored = self.agent.rollout_spec(self.chain.moves).end
         return walks if scored else walks * getattr(self.agent, "epochs", 1)
+
+    def _plan(self, prompts: int) -> Plan:
+        return Plan(prompts, self.rollout.samples_per_prompt, self.rollout.lag, self.chain.moves, self.learner.shares)
+
+    def left(self, asked: int) -> int | None:
+        """The rewards that rollouts may still ask for after ``asked``, at most the budget's, None for any number: the
+        last of them is cut, unless the agent cannot learn from so few walks. None as well where it is not rollouts that
+        ask.
+        """
+        r = self.rollout
+        if not self.budget_queries or not self.agent.rollout_spec(self.chain.moves).end:
+            return None
+        whole, few = divmod((self.budget_queries - asked) // r.samples_per_prompt, r.prompts)
+        return (whole * r.prompts + (few if few and self._learns_from(few) else 0)) * r.samples_per_prompt
+
+    def _learns_from(self, prompts: int) -> bool:
+        """Whether the agent takes a rollout of so few prompts."""
+        try:
+            self.agent.check(self._plan(prompts))
+        except ConfigError:
+            return False
+        return True
 
     @property
     def reward_name(self) -> str:

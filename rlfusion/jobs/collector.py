@@ -27,6 +27,8 @@ class Collector:
     ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
     ``metrics`` are those of the last batch, to be logged, and ``scores`` its rewards, None where nobody has asked yet.
     ``slowed`` has the versions from which on the lag is one less; it is a part of what a run that resumes needs.
+    ``left`` are the rewards that rollouts from ``start`` on may ask for, None for any number: the last rollout is cut
+    to the whole prompts that are left.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Collector:
         self.metrics: dict[str, float] = {}
         self.scores: Tensor | None = None
         self.slowed: list[int] = []
+        self.left: int | None = None
 
     def acting(self, policy: nn.Module, version: int) -> Weights:
         """The learner's weights, for walks to come."""
@@ -63,7 +66,7 @@ class Collector:
         ahead = lag_at(weights.version, self.spec.rollout.lag, self._slowed())
         last = min(weights.version + ahead, self.spec.updates - 1)
         for step in range(max(self.start, weights.version), last + 1):
-            if self.version(step) == weights.version:
+            if self.version(step) == weights.version and self.prompts_of(step):
                 self.pending[step] = self.backend.submit(self.items(step, weights.version), weights)
         for old in [v for v in self.published if v < weights.version - self.spec.rollout.lag]:
             publishing.discard(self.published.pop(old))
@@ -94,10 +97,18 @@ class Collector:
         """By how many updates the weights of each of the last rollouts up to ``step`` were old."""
         return [n - self.version(n) for n in range(max(0, step + 1 - LAGS), step + 1)]
 
+    def prompts_of(self, step: int) -> int:
+        """The prompts of the rollout of a step: fewer than usual where no more may be asked for, 0 for none."""
+        r = self.spec.rollout
+        if self.left is None or step < self.start:
+            return r.prompts
+        left = self.left // r.samples_per_prompt - (step - self.start) * r.prompts
+        return max(0, min(r.prompts, left))
+
     def items(self, step: int, version: int) -> list:
         """The work items of a step."""
         r = self.spec.rollout
-        return plan(self.spec.seed, step, r.prompts, r.samples_per_prompt, r.item, self.prompts, version)
+        return plan(self.spec.seed, step, self.prompts_of(step), r.samples_per_prompt, r.item, self.prompts, version)
 
     def batches(self) -> Iterator[Trajectory]:
         """The trajectory of each step from the start on."""

@@ -2,32 +2,36 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from rlfusion import models
 from rlfusion.common import storage
-from rlfusion.common.errors import ConfigError, NumericalError
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import sha256
-from rlfusion.config import Finetune, to_yaml
-from rlfusion.config.compare import Compare, shown
+from rlfusion.config import Finetune
+from rlfusion.config.compare import Compare
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
-from rlfusion.jobs.compare.baselines import Measured, Tries, baselines
-from rlfusion.jobs.compare.curves import Point, curve
-from rlfusion.jobs.compare.report import Outcome, Terms, report
+from rlfusion.jobs.compare import beside
+from rlfusion.jobs.compare.baselines import Tries, baselines
+from rlfusion.jobs.compare.members import members, place_of, slug, with_settings
+from rlfusion.jobs.compare.report import Outcome, Terms, Untrained, report
 from rlfusion.jobs.measure import Scored
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import base_model
 from rlfusion.rewards import CallOptions
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.devices import pick_device, set_numerics
-from rlfusion.training.folders import discard
 from rlfusion.training.tracking import flatten, overlay
 
 
@@ -38,22 +42,47 @@ def check(config: Compare) -> list[str]:
         Those cells.
 
     Raises:
-        ConfigError: nothing of the comparison can run, or a setting is wrong for every run.
+        ConfigError: nothing of the comparison can run, a setting is wrong for every run, a varied value cannot work
+            where another can, or two runs would have one folder.
     """
     errors: list[tuple[str, str, ConfigError]] = []
     runs = list(config.runs())
+    _require_folders(runs)
+    failed: dict[tuple[str, str], ConfigError] = {}
     for agent, reward, seed, settings in runs:
         try:
             finetune.check(settings)
         except ConfigError as error:
             errors.append((reward, f"{agent} on {reward}, seed {seed}: {error}", error))
+            failed[agent, reward] = error
     if len(errors) == len(runs):
         raise errors[0][2]
+    _require_values(config, failed)
     for name in config.rewards:
         told = [settings for _, reward, _, settings in runs if reward == name]
         if len(told) == sum(reward == name for reward, *_ in errors):  # is it the reward? The baselines need it, too
             finetune.require_reward(told[0])
     return [message for _, message, _ in errors]
+
+
+def _require_folders(runs: list[tuple[str, str, int, Finetune]]) -> None:
+    """Refuse two runs of one folder, whose names differ in signs that no folder's name has."""
+    seen: dict[str, str] = {}
+    for agent, reward, seed, _ in runs:
+        told, place = f"{agent!r} on {reward!r}", place_of(agent, reward, seed)
+        if seen.setdefault(place, told) != told:
+            raise ConfigError(f"{seen[place]} and {told} would both be in {place!r}: expected names that differ more")
+
+
+def _require_values(config: Compare, failed: Mapping[tuple[str, str], ConfigError]) -> None:
+    """Refuse a varied value that cannot work where another of the same agent and reward can."""
+    rows = config.rows()
+    for row in rows:
+        alike = [other.name for other in rows if other.agent == row.agent]
+        for reward in config.rewards:
+            error = failed.get((row.name, reward))
+            if error is not None and any((name, reward) not in failed for name in alike):
+                raise ConfigError(f"vary: {row.name} on {reward} cannot run: {error}") from error
 
 
 def compare(config: Compare, folder: Path, signals: Signals, progress: Progress) -> str:
@@ -62,6 +91,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
     Raises:
         ConfigError: no base model can be made.
         StopRequested: a signal came; all work is saved.
+        UnavailableError, UserCodeError: of runs side by side some died; the others are in the report.
     """
     set_numerics(config.threads, pick_device(config.device), config.deterministic, config.tf32)
     for note in identity.enter(folder, "compare", config).notes:
@@ -69,26 +99,34 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
     for agent in config.unmasked():
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
-    outcomes, places = [], {}
-    for agent, reward, seed, settings in config.runs():
-        place = places[agent, reward, seed] = folder / slug(f"{agent}-{reward}-seed{seed}")
-        progress.say(f"{agent} on {reward}, seed {seed}")
-        outcomes.append(Outcome(agent, reward, seed, *_run(settings, base, place, config.root, signals, progress)))
-    measured = _baselines(config, base, signals, progress)
+    runs = list(members(config, base, folder))
+    if config.side_by_side == 1:
+        for member in runs:
+            progress.say(str(member))
+            if member.ready(progress):
+                member.run(signals, progress)
+        measured = _baselines(config, base, signals, progress)
+    else:
+        measured = _baselines(config, base, signals, progress)  # what runs share in the cache is made before them
+        beside.run(runs, beside.room(config), folder / beside.LOGS, signals, progress)
+    outcomes = [member.outcome() for member in runs]
+    places = {(member.agent, member.reward, member.seed): member.folder for member in runs}
     for outcome in outcomes:
         _overlay(places[outcome.agent, outcome.reward, outcome.seed], outcome)
-    checkpoint.write_json_atomic(folder / "baselines.json", measured)
-    return report(terms(config, folder), folder, outcomes, measured, places)
+    checkpoint.write_json_atomic(folder / "baselines.json", {name: one.measured for name, one in measured.items()})
+    page = report(terms(config, folder), folder, outcomes, measured, places)
+    beside.require_ended(runs, folder)
+    return page
 
 
 def terms(config: Compare, folder: Path) -> Terms:
     """How the report tells of a comparison."""
     unmasked = config.unmasked()
-    agents = list(map(shown, config.agents))
-    differing = {text: flatten(asdict(config.agent(whole))) for text, whole in zip(agents, config.agents)}
+    rows = config.rows()
+    differing = {row.name: {**flatten(asdict(config.agent(row.agent))), **_by_name(row.varied)} for row in rows}
     return Terms(
-        budget=f"{config.budget_queries} queries a run, {config.seeds} seed(s), one base model",
-        agents=agents,
+        budget=f"at most {config.budget_queries:,} queries a run, {config.seeds} seed(s), one base model",
+        agents=[row.name for row in rows],
         rewards=config.rewards,
         target=config.target,
         quality=config.quality,
@@ -98,9 +136,9 @@ def terms(config: Compare, folder: Path) -> Terms:
     )
 
 
-def slug(text: str) -> str:
-    """A text as the name of a folder."""
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-")
+def _by_name(varied: dict[str, Any]) -> dict[str, Any]:
+    """Varied settings, those of the agent as it calls them."""
+    return {name.removeprefix("agent."): value for name, value in varied.items()}
 
 
 def _base(config: Compare, signals: Signals, progress: Progress) -> Path | str:
@@ -109,62 +147,16 @@ def _base(config: Compare, signals: Signals, progress: Progress) -> Path | str:
         one = next(config.runs())[3]
         return (
             config.base
-            if origin.pretrained(opened(_with(one, root=config.root)).base)
+            if origin.pretrained(opened(with_settings(one, root=config.root)).base)
             else models.find(Path(config.base))
         )
     return base_model(config.pretrain, Path(config.root), pick_device(config.device), signals, progress)
 
 
-def _run(
-    settings: Finetune, base: Path | str, folder: Path, root: str, signals: Signals, progress: Progress
-) -> tuple[list[Point], str]:
-    """The curve of one run, and why it has none or ends before its time."""
-    settings = _with(settings, root=root, name=folder.name, base=str(base))
-    try:
-        finetune.check(settings)
-    except ConfigError as error:
-        return [], f"refused: {error}"
-    _make_room(settings, folder, progress)
-    storage.write(folder / "config.yaml", to_yaml(settings))
-    try:
-        finetune.finetune(settings, folder, signals, progress)
-    except ConfigError as error:
-        discard(folder)
-        return [], f"refused: {error}"
-    except NumericalError as error:
-        return _so_far(folder), f"failed: {error}"
-    return curve(folder), ""
-
-
-def _make_room(settings: Finetune, folder: Path, progress: Progress) -> None:
-    """A folder for a run; one of other settings, which the comparison had before a change, is set aside.
-
-    Raises:
-        ConfigError: nothing says which run is in it.
-    """
-    try:
-        storage.make_folder(folder)
-        identity.enter(folder, "finetune", settings)
-    except identity.DiffersError as error:
-        progress.say(f"{error}: set aside as {checkpoint.set_aside(folder, 'before').name}, and run again")
-        storage.make_folder(folder)
-
-
-def _so_far(folder: Path) -> list[Point]:
-    """The evaluations of a run that failed, none where it failed before the first."""
-    return curve(folder) if (folder / "before.json").is_file() and (folder / "timing.jsonl").is_file() else []
-
-
-def _with(settings: Finetune, **changes: Any) -> Finetune:
-    return Finetune(**vars(settings) | changes)
-
-
-def _baselines(
-    config: Compare, base: Path | str, signals: Signals, progress: Progress
-) -> dict[str, dict[str, Measured | str]]:
-    """What each reward says of the baselines, by reward and name."""
+def _baselines(config: Compare, base: Path | str, signals: Signals, progress: Progress) -> dict[str, Untrained]:
+    """What each reward says of the baselines."""
     device, root = pick_device(config.device), Path(config.root)
-    one = _with(next(config.runs())[3], root=config.root, base=str(base))
+    one = with_settings(next(config.runs())[3], root=config.root, base=str(base))
     begun = origin.begin(opened(one).base, device, signals, progress)
     denoiser, judged = begun.denoiser, begun.judged
     found, call_options = {}, CallOptions(config.reward_timeout_s, config.reward_cache)
@@ -174,8 +166,15 @@ def _baselines(
         reward = judged.reward(name, _options(config, name), root, call_options)
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
-        found[name] = dict(baselines(denoiser, config.chain, judged, Scored(reward, "reward", may_fail), tries))
+        held: dict[str, np.ndarray] = {}
+        keep = partial(_keep, held)
+        scored = Scored(reward, "reward", may_fail)
+        found[name] = Untrained(dict(baselines(denoiser, config.chain, judged, scored, tries, keep)), held)
     return found
+
+
+def _keep(held: dict[str, np.ndarray], name: str, label: Tensor, reward: Tensor) -> None:
+    held[name] = torch.stack([label.double(), reward.double()]).cpu().numpy()
 
 
 def _options(config: Compare, name: str) -> dict[str, dict[str, Any]]:

@@ -181,10 +181,14 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
         if line:
             progress.say(line)
         collector.slowed = list(state["slowed"])
-        for weights in _load(job, state, found):
+        older = _load(job, state, found)
+        collector.left = job.config.left(job.learner.queries)
+        for weights in older:
             collector.publish(weights)
         progress.say(f"resumed from {found.path}")
         told = _tried(job, collector)
+    else:
+        collector.left = job.config.left(0)
     for line in told:
         progress.say(line)
     collector.publish(collector.acting(job.learner.policy, job.learner.iteration))
@@ -235,6 +239,9 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
     """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
     stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
+    if start < total and not collector.prompts_of(start):
+        progress.say(f"stopped after {start} updates: {_spent(config, before, job.config.queries)}")
+        return start
     with ExitStack() as stack:
         begin = stack.enter_context(job.run.writing())
         bar = stack.enter_context(progress.bar("fine-tuning", total, start))
@@ -254,7 +261,9 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             cost, before = queries - before, queries
             moved = collector.backend.moved()
             job.tracker.timing(done, stopwatch.lap(done, queries, stages.taken(), float(cost), flops, moved))
-            spent = 0 < config.budget_queries < queries + cost
+            spent = (
+                0 < config.budget_queries < queries + cost if collector.left is None else not collector.prompts_of(done)
+            )
             for line in filter(None, (job.guarded.told, collector.heed(done, metrics, config.guard))):
                 progress.say(line)
             collector.publish(collector.acting(job.learner.policy, done))
@@ -266,13 +275,18 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
                 job.evaluate(done)
             bar.advance(reward=metrics["reward"])
-            message = f"{queries} of its budget of {config.budget_queries} queries are spent, and an update asks {cost}"
-            stop = message if spent else job.probe(done, progress)
+            stop = _spent(config, queries, cost) if spent else job.probe(done, progress)
             if current().of_first(bool(stop)):
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done
             stopwatch.go()
     return total
+
+
+def _spent(config: Finetune, queries: int, cost: int) -> str:
+    """Why a run ends that may ask for no more."""
+    told = f"{queries} of its budget of {config.budget_queries} queries are spent"
+    return told if queries == config.budget_queries else f"{told}, and an update asks {cost}"
 
 
 def _finish(job: Job, total: int) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""Runs of a comparison side by side: the same bits, what is told of them, and how they are stopped and go on."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_runs import TINY
+
+from rlfusion.cli.main import main
+from rlfusion.common.errors import ConfigError, UnavailableError, UserCodeError
+from rlfusion.common.progress import Progress
+from rlfusion.common.stops import Signals, StopRequested
+from rlfusion.config import Compare, Finetune
+from rlfusion.jobs.compare import beside
+from rlfusion.jobs.compare.members import Member
+from rlfusion.jobs.compare.watching import HEAD, Sight, Watching, row
+from rlfusion.training.deciding import digest, flat
+
+SMALL = [*TINY[: TINY.index("--updates")], *TINY[TINY.index("--rollout.prompts") : TINY.index("--agent.micro_batch")]]
+FEW = ["--budget_queries", 48, "--evaluations", 1, "--evaluation.samples", 60, "--guidance", "[]", "--best_of", "[]"]
+
+STAND_IN = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def stop(*_):
+    (folder / "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(folder / "begun").write_text(str(time.monotonic()))
+exec((folder / "does").read_text())
+(folder / "ended").write_text(str(time.monotonic()))
+"""
+
+
+@dataclass
+class Standing(Member):
+    """A run whose process is a few lines of Python."""
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "ended").exists()
+
+    def ready(self, progress: Progress) -> bool:
+        return True
+
+    def time(self, name: str) -> float:
+        return float((self.folder / name).read_text())
+
+
+@pytest.fixture
+def standing(tmp_path, monkeypatch):
+    """``standing(line, line)``: runs that do these lines."""
+    monkeypatch.setattr(beside, "MEMBER", ("-c", STAND_IN))
+
+    def make(*lines: str) -> list[Standing]:
+        made = [Standing(f"a{n}", "ink", n, Finetune(), tmp_path / f"run-{n}") for n in range(len(lines))]
+        for member, line in zip(made, lines):
+            member.folder.mkdir()
+            (member.folder / "does").write_text(line)
+        return made
+
+    return make
+
+
+def said(width: int = 200) -> tuple[Progress, io.StringIO]:
+    progress, text = Progress(), io.StringIO()
+    progress.console = Console(file=text, width=width, highlight=False)
+    return progress, text
+
+
+def run(members: list[Standing], room: int, tmp_path: Path) -> str:
+    progress, text = said()
+    with Signals() as signals:
+        beside.run(members, room, tmp_path / "logs", signals, progress)
+    return text.getvalue()
+
+
+def test_as_many_at_once_as_there_is_room_for(standing, tmp_path):
+    members = standing(*["time.sleep(0.4)"] * 5)
+    told = run(members, 2, tmp_path)
+    spans = [(one.time("begun"), one.time("ended")) for one in members]
+    at_once = [sum(begin <= at < end for begin, end in spans) for at, _ in spans]
+    assert max(at_once) == 2
+    assert "5 runs, 2 side by side" in told
+    assert "[5/5]" in told
+
+
+def test_how_a_run_ends_is_told_and_stops_no_other(standing, tmp_path):
+    members = standing(
+        "print('rlfusion: lr = 9: expected less', file=sys.stderr); sys.exit(2)",
+        "print('rlfusion: numerical failure: the loss is nan', file=sys.stderr); sys.exit(4)",
+        "import os; os.kill(os.getpid(), signal.SIGKILL)",
+        "pass",
+        "print('rlfusion: your code failed: boom', file=sys.stderr); sys.exit(3)",
+    )
+    run(members, 3, tmp_path)
+    problems = [member.problem for member in members]
+    assert problems[:2] == ["refused: lr = 9: expected less", "failed: the loss is nan"]
+    assert problems[2] == "died: it was killed by SIGKILL"
+    assert problems[3] == ""
+    assert problems[4] == "died: it ended with exit code 3; your code failed: boom"
+    with pytest.raises(
+        UnavailableError, match=r"2 of 5 runs died \(a2 on ink, seed 2: died: it was killed by SIGKILL;.*"
+    ) as told:
+        beside.require_ended(members, tmp_path / "it")
+    assert "rlfusion compare --resume" in str(told.value)
+    with pytest.raises(UserCodeError, match="1 of 2 runs died"):
+        beside.require_ended(members[3:], tmp_path / "it")
+    beside.require_ended(members[:2], tmp_path / "it")
+    for member in members:  # as a resumed comparison has them
+        member.problem, member.code = "", None
+        (member.folder / "does").write_text("pass")
+    begun = {member.folder: member.time("begun") for member in members}
+    run(members, 2, tmp_path)
+    assert all(member.done and not member.problem for member in members)
+    assert [member.time("begun") == begun[member.folder] for member in members] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_handed_to_all_and_waits_for_what_they_save(standing, tmp_path, number):
+    members = standing(*["time.sleep(30)"] * 3)
+
+    def stop() -> None:
+        while not all((member.folder / "begun").exists() for member in members[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(StopRequested) as stopped:
+        run(members, 2, tmp_path)
+    assert stopped.value.number == number
+    assert [(member.folder / "saved").exists() for member in members] == [True, True, False]
+    assert not (members[2].folder / "begun").exists()
+
+
+def test_a_run_ends_with_the_process_that_began_it():
+    code = (
+        "import threading, time; from rlfusion.cli import member; threading.Thread(target=member._with_parent).start()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdin=subprocess.PIPE)
+    time.sleep(0.3)
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_room(monkeypatch):
+    assert beside.room(Compare(side_by_side=3)) == 3
+    monkeypatch.setattr(beside, "_processors", lambda: 9)
+    monkeypatch.setattr(beside, "_memory", lambda: 1e15)
+    assert beside.room(Compare(side_by_side="auto", device="cpu", threads=2)) == 4
+    assert beside.room(Compare(side_by_side="auto", device="cpu", threads=20)) == 1
+    monkeypatch.setattr(beside, "_memory", lambda: 1.0)
+    assert beside.room(Compare(side_by_side="auto", device="cpu")) == 1
+    with pytest.raises(ConfigError, match="side_by_side = 0"):
+        Compare(side_by_side=0)
+    assert digest(flat(Compare())) == digest(flat(Compare(side_by_side="auto"))), "it decides no bits"
+
+
+def test_the_table_fits_80_columns(tmp_path):
+    progress, text = said(80)
+    progress.console = Console(file=text, width=80, force_terminal=True, color_system=None)
+    members = [Member("x" * n, "ink", 0, Finetune(), tmp_path / str(n)) for n in (5, 90)]
+    members[1].folder.mkdir()
+    lines = [
+        {"step": 0, "evaluation/gain": 0.0},
+        {"step": 2, "evaluation/gain": 1.5},
+        {"step": 2, "monitor/alarms": 1.0},
+    ]
+    (members[1].folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"half')
+    lap = {"step": 2, "queries": 4800, "seconds": 1.0, "cpu_seconds": 1.0}
+    (members[1].folder / "timing.jsonl").write_text(json.dumps(lap) + "\n")
+    assert Sight.of(members[1].folder) == Sight(2, 4800, 1.5, True)
+    with progress.rows(*HEAD) as table:
+        watching = Watching(3, progress, table)
+        watching.show(members)
+        drawn = table.table(watching._head(2), [row(member, Sight.of(member.folder)) for member in members])
+    assert "+1.50 !" in text.getvalue(), "it was drawn"
+    plain = Console(file=(page := io.StringIO()), width=80)
+    plain.print(drawn)
+    rows = page.getvalue().splitlines()
+    assert max(map(len, rows)) <= 80
+    assert "0 of 3 runs done, 2 at work, 1 wait" in rows[0]
+    assert rows[-1].split()[-4:] == ["2/24", "4,800", "+1.50", "!"]
+
+
+def test_the_same_bits_as_one_after_another(tiny_root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")
+    monkeypatch.chdir(tmp_path)
+    words = ["--agents", "ddpo(micro_batch=64),draft(micro_batch=24),grpo(window=99)", "--rewards", "ink", *SMALL, *FEW]
+    for name, at_once in (("one", "1"), ("two", "2")):
+        assert main(["compare", *map(str, words), "--name", name, "--side_by_side", at_once]) == 0
+    told = capsys.readouterr().err
+    assert "3 runs, 2 side by side" in told
+    files = [sorted((tmp_path / "runs" / name).glob("*/metrics.jsonl")) for name in ("one", "two")]
+    assert [file.parent.name for file in files[0]] == [file.parent.name for file in files[1]]
+    assert len(files[0]) == 2
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    tables = [json.loads((tmp_path / "runs" / name / "comparison.json").read_text()) for name in ("one", "two")]
+    assert [(o["agent"], o["problem"]) for o in tables[0]] == [(o["agent"], o["problem"]) for o in tables[1]]
