@@ -1,7 +1,7 @@
 """Measuring a model on fixed seeds: its reward, its quality, and the grid of pictures to look at."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,11 +278,12 @@ def measure(
     scored: Scored | None,
     settings: Evaluation,
     seed: int,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
 
     With ``scored.max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are
-    averaged.
+    averaged. ``keep`` is given the prompts and the rewards (N,), NaN where one failed.
 
     Raises:
         ConfigError: bits per dimension are asked for and not defined.
@@ -298,6 +299,8 @@ def measure(
     reward, reward_name, max_failed = scored
     masked = max_failed is not None
     value = asked(lambda: score(reward, samples, label, reward_name, masked=masked))
+    if keep is not None:
+        keep(label, value)
     if max_failed is not None:
         fine, result["reward_failed"] = valid(value, reward_name, max_failed)
         value = value[fine]

@@ -13,7 +13,7 @@ from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.config.compare_runs import CompareRuns
 from rlfusion.jobs.compare.baselines import BASE
 from rlfusion.jobs.compare.curves import base_of, curve
-from rlfusion.jobs.compare.report import Baselines, Outcome, Terms, report
+from rlfusion.jobs.compare.report import Baselines, Outcome, Terms, Untrained, report
 from rlfusion.training.folders import new_folder
 from rlfusion.training.identity import Record
 from rlfusion.training.tracking import flatten
@@ -54,7 +54,7 @@ def compare_runs(settings: CompareRuns) -> tuple[str, Path]:
     rewards = list(dict.fromkeys(o.reward for o in outcomes if o.points))
     if not rewards:
         raise ConfigError(f"runs = {settings.runs}: none has an evaluation yet, expected one at least")
-    measured = {reward: _bases(reward, runs) for reward in rewards}
+    measured = {reward: Untrained(_bases(reward, runs)) for reward in rewards}
     terms = Terms(
         budget=_budget(outcomes),
         agents=list(dict.fromkeys(names.values())),

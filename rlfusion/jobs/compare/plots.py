@@ -25,8 +25,8 @@ WITHOUT_DATE: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg":
 def plot(
     target: float, quality: float, folder: Path, reward: str, runs: list[Run], measured: dict[str, Measured | str]
 ) -> bytes:
-    """Every run of a reward: gain against queries and seconds; and with data gain against the Frechet distance, and
-    agreement against it; without, gain against diversity, and diversity against queries.
+    """Every run of a reward: gain against queries and seconds, beside the baselines'; and with data gain against the
+    Frechet distance, and agreement against it; without, gain against diversity, and diversity against queries.
 
     An agent of several seeds has its mean and the interval of it (``seeds``) in the first two. Written as PNG, PDF and
     SVG; the SVG is returned.
@@ -42,7 +42,11 @@ def plot(
     for axes, along in ((by_queries, lambda p: p.queries), (by_seconds, lambda p: p.cpu_seconds)):
         for agent, look in looks.items():
             _gains(axes, [points for name, _, points in runs if name == agent], along, agent, look)
-    highest = max(p.gain for _, _, points in runs for p in points)
+    levels = _levels(measured)
+    for name, level in levels.items():
+        _level(by_queries, name, level)
+        _level(by_seconds, "", level)
+    highest = max([*levels.values(), *(p.gain for _, _, points in runs for p in points)])
     for axes in (by_queries, by_seconds, price):
         axes.axhline(target, color="0.7", linestyle="--", zorder=0)
         axes.set(ylabel="gain (sd of the base's rewards)", ylim=(-0.2, max(0.2, min(1.05 * highest, SHOWN * target))))
@@ -87,6 +91,20 @@ def _line(
         joined = [*before[-1:], *behind]
         axes.plot([x(p) for p in joined], [y(p) for p in joined], **dotted)
         axes.plot(x(behind[0]), y(behind[0]), "x", color=look["color"])
+
+
+def _levels(measured: dict) -> dict[str, float]:
+    """The gains of the baselines, but for the base models'."""
+    told = {name: values for name, values in measured.items() if not name.startswith(BASE)}
+    return {name: gain(values, measured[BASE]) for name, values in told.items() if not isinstance(values, str)}
+
+
+def _level(axes: Any, name: str, level: float) -> None:
+    """What a baseline has without training, whatever is spent."""
+    axes.axhline(level, color="0.4", linestyle=(0, (1, 3)), linewidth=1, zorder=0)
+    axes.annotate(
+        name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, annotation_clip=True
+    )
 
 
 def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) -> None:

@@ -5,22 +5,32 @@ neither, and its samples are told by their diversity, beside the base's, and by 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rlfusion.common import storage
+from rlfusion.jobs.compare import paired
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
 from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at, sound
 from rlfusion.jobs.compare.page import Page, Run, Section
+from rlfusion.jobs.compare.paired import Rewards
 from rlfusion.jobs.compare.plots import plot
 from rlfusion.jobs.compare.seeds import difference
 from rlfusion.jobs.compare.tables import Table
 
 Baselines = dict[str, Measured | str]
 """What is said of each baseline, or why there is none, by its name."""
+
+
+class Untrained(NamedTuple):
+    """The baselines of a reward: what is said of each, and the rewards (2, N) of its samples where they are known."""
+
+    measured: Baselines
+    rewards: Rewards = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,21 @@ def report(
     terms: Terms,
     folder: Path,
     outcomes: list[Outcome],
-    measured: dict[str, Baselines],
+    untrained: Mapping[str, Untrained],
     places: dict[tuple[str, str, int], Path],
 ) -> str:
     """Write ``comparison.md``, ``.csv`` and ``.json``, the plots, and ``report.html`` with samples from the ``places``
     of the runs; returns the Markdown.
     """
-    judged = all("frechet" in found[BASE] for found in measured.values())
+    judged = all("frechet" in found.measured[BASE] for found in untrained.values())
     head, sections, texts = _head(terms, judged), [], []
     for reward in terms.rewards:
         mine = [o for o in outcomes if o.reward == reward]
-        tables = [_table(terms, reward, mine, measured[reward]), *_differences(reward, terms.agents, mine)]
+        measured, rewards = untrained[reward]
+        tables = [_table(terms, reward, mine, measured), *_differences(reward, terms.agents, mine)]
+        tables += paired.differences(reward, _cells(terms.agents, mine, places), paired.of_baselines(rewards))
         drawn = [(o.agent, o.seed, o.points) for o in mine if o.points]
-        picture = plot(terms.target, terms.quality, folder, reward, drawn, measured[reward]) if drawn else b""
+        picture = plot(terms.target, terms.quality, folder, reward, drawn, measured) if drawn else b""
         runs = [Run.read(f"{o.agent}, seed {o.seed}", places[o.agent, reward, o.seed]) for o in mine if o.points]
         sections.append(Section(reward, tables, picture.decode(), runs))
         texts += tables
@@ -123,6 +135,7 @@ def _columns(terms: Terms, base: Measured) -> Iterator[Column]:
     else:
         yield Column("diversity", "reached", lambda p: f"{p.diversity:.2f}")
     yield Column("end: gain", "end", lambda p: f"{p.gain:.2f}", lambda v, b: f"{gain(v, b):.2f}")
+    yield Column("queries", "end", lambda p: f"{p.queries:,}")
     if judged:
         yield Column("agreement", "end", lambda p: f"{p.agreement:.3f}", lambda v, b: f"{v['agreement']:.3f}")
         yield Column("Frechet", "end", lambda p: f"{p.frechet:.1f}", lambda v, b: f"{v['frechet']:.1f}")
@@ -174,6 +187,17 @@ def _row(terms: Terms, columns: list[Column], agent: str, runs: list[Outcome]) -
 def _alarm(points: list[Point]) -> str:
     after = next((p.updates for p in points if p.alarm), None)
     return "" if after is None else f"alarm by update {after}"
+
+
+def _cells(
+    agents: list[str], outcomes: list[Outcome], places: Mapping[tuple[str, str, int], Path]
+) -> dict[str, paired.Cells]:
+    """The (seed, prompt) cells of each agent's runs on a reward."""
+    found: dict[str, paired.Cells] = {agent: {} for agent in agents}
+    for o in outcomes:
+        if o.points:
+            found[o.agent] |= paired.of_run(places[o.agent, o.reward, o.seed], o.seed, o.points)
+    return found
 
 
 def _differences(reward: str, agents: list[str], outcomes: list[Outcome]) -> list[Table]:

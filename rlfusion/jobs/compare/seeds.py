@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +57,8 @@ def band(runs: Sequence[Sequence[Point]], axis: Callable[[Point], float], value:
     return Band(at, *interval(values))
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """Eq. (3) of the gains of two agents by seed; None where they share fewer than two seeds."""
+def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Difference | None:
+    """Eq. (3) of the gains of two agents by seed, or by whatever pairs them; None where they share fewer than two."""
     both = sorted(one.keys() & other.keys())
     if len(both) < 2:
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.gains import gain
-from rlfusion.jobs import base_model, memory, publishing
+from rlfusion.jobs import base_model, memory, publishing, sample_rewards
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
 from rlfusion.jobs.monitored import Monitored
@@ -123,7 +124,7 @@ class Job:
 
     def _evaluated(self, step: int) -> dict[str, float]:
         with self._averaged():
-            result = self._measure(self.policy, self.config.evaluation)
+            result = self._measure(self.policy, self.config.evaluation, partial(sample_rewards.keep, self.folder, step))
             base = self.before or result
             come = gain(result["reward"], base["reward"], base["reward_std"])
             self.tracker.scalars(step, "evaluation", result | {"gain": come})
@@ -137,9 +138,11 @@ class Job:
         result = self._measure(policy, replace(self.config.evaluation, bits_per_dim=False))  # no density
         return {name: result[name] for name in ("reward", "agreement", "frechet", "diversity") if name in result}
 
-    def _measure(self, policy: Policy, settings: Evaluation) -> dict[str, float]:
+    def _measure(
+        self, policy: Policy, settings: Evaluation, keep: Callable[[Tensor, Tensor], None] | None = None
+    ) -> dict[str, float]:
         scored = Scored(self.reward, self.parts.rewards.name, self.parts.rewards.may_fail)
-        return measure(policy, self.times, self.judged, scored, settings, self.config.seed)
+        return measure(policy, self.times, self.judged, scored, settings, self.config.seed, keep)
 
     def picture(self, step: int, name: str) -> None:
         """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard: the first
