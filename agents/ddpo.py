@@ -33,13 +33,15 @@ from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, score_function
+from rlfusion.rl import fused
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
 from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, require_finite
-from rlfusion.rollout import RolloutSpec, Task, transitions
+from rlfusion.rollout import RolloutSpec, Task, Trained, transitions
+from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
@@ -75,13 +77,17 @@ class Config:
         advantage_clip: advantages are limited to +- this.
         kl_reward: coefficient of Eq. (6), in reward units a nat.
         kl_loss: coefficient of Eq. (5), in advantage units a nat.
-        step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses.
+        step_fraction: share of the stochastic steps, drawn afresh for each walk and pass, that an update uses; drawn
+            for each rollout where it is ``fused``.
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
         weight_decay: of the optimizer.
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
+        fused: take the gradient from the rollout's own pass of the network, whose steps then keep their activations
+            until the rewards are known: the update has no second one. For one update a rollout, of this process and the
+            present weights; ``micro_batch`` is then of the reference's passes alone.
         pace: how far the updates of a rollout are to move the mean of a transition: root mean square over the latent's
             dimensions, in standard deviations of the transition's noise. Where they move it further the learning rate
             is halved, where less doubled, up to lr; a fresh optimiser begins with a sixteenth (``rl.pace``). None keeps
@@ -114,6 +120,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    fused: bool = False
     pace: float | None = None
     ema_decay: float = 0.9
 
@@ -140,6 +147,16 @@ class Config:
             raise ConfigError(f"pace = {self.pace}: form 'sf' takes one step a rollout, expected null (or form 'is')")
         if self.form == "sf" and (self.ratio == "trajectory" or self.decoupled):
             raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
+        if self.fused:
+            fused.require_one_update(
+                {
+                    "epochs, updates_per_epoch": (self.schedule, (1, 1)),
+                    "ratio": (self.ratio, "step"),
+                    "decoupled": (bool(self.decoupled), False),
+                    "last_step": (self.last_step, "exclude"),
+                    "pace": (self.pace, None),
+                }
+            )
         if self.last_step == "pathwise" and self.advantage == "prompt":
             raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
         require_positive(self, "behaviour_limit")
@@ -153,7 +170,7 @@ class Config:
         own: dict[str, Any] = {"kl_loss": 0.0}
         if told.get("ratio") != "trajectory":
             own |= {"step_weight": "noise"}
-        if told.get("form") != "sf":
+        if told.get("form") != "sf" and not fused.is_told(told):
             own |= {"epochs": 1, "clip": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
         return own
 
@@ -164,10 +181,12 @@ class Config:
         if self.form == "sf" and plan.lag:
             raise ConfigError(f"lag = {plan.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
         plan.require_walks(self.schedule[1])
+        if self.fused:
+            fused.require_own_walks(plan)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """Every transition."""
-        return transitions()
+        """Every transition; where the learner is fused, with the graphs of those that it takes."""
+        return transitions(trained=Trained(fraction=self.step_fraction) if self.fused else None)
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain is stochastic."""
@@ -178,7 +197,7 @@ class Config:
     @property
     def schedule(self) -> tuple[int, int]:
         """(passes over a rollout, optimiser steps in a pass), the form's own where they are None."""
-        usual = (1, 1) if self.form == "sf" else (2, 4)
+        usual = (1, 1) if self.form == "sf" or self.fused else (2, 4)
         return (
             usual[0] if self.epochs is None else self.epochs,
             usual[1] if self.updates_per_epoch is None else self.updates_per_epoch,
@@ -239,7 +258,7 @@ class Learner:
         advantage = self.advantages(reward, batch.group)
         proximal = self._proximal(batch)
         records, norms, first = [], [], 0.0
-        for walks, walk, step in self._parts(len(batch)):
+        for walks, walk, step in self._parts(batch):
             objective = self._objective(batch, advantage, proximal, walks)
             part = self.transitions.accumulate(batch, walk, step, objective, reference, self.config.kl_loss)
             first = first if norms else largest_log_ratio(part)
@@ -277,13 +296,16 @@ class Learner:
         of = group if self.config.advantage == "group" else torch.zeros_like(group)
         return normalize(torch.ones_like(reward), torch.zeros_like(reward), group_moments(reward, of)[1]).to(reward)
 
-    def _parts(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _parts(self, batch: Trajectory) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The walks of each optimiser step of an update, and the (walk, step) of their transitions."""
+        if isinstance(batch, Graphed):
+            yield torch.arange(len(batch)), *batch.learned()
+            return
         epochs, updates_per_epoch = self.config.schedule
         steps = max(1, round(self.config.step_fraction * len(self.transitions.steps)))
         for epoch in range(epochs):
             draw = stream(self.seed, "ddpo", self.iteration, epoch)
-            for walks in current().passes(draw, count, updates_per_epoch):
+            for walks in current().passes(draw, len(batch), updates_per_epoch):
                 whole = steps == len(self.transitions.steps)
                 yield walks, *(self.transitions.all(walks) if whole else self.transitions.some(walks, steps, draw))
 

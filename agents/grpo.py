@@ -30,12 +30,14 @@ from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share
+from rlfusion.rl import fused
 from rlfusion.rl.advantage import group_moments, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
 from rlfusion.rl.transitions import Terms, Transitions, Weighing, largest_log_ratio, require_finite
-from rlfusion.rollout import RolloutSpec, Task, Window, transitions
+from rlfusion.rollout import RolloutSpec, Task, Trained, Window, transitions
+from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
@@ -71,6 +73,8 @@ class Config:
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
+        fused: take the gradient from the rollout's own pass of the network, as of DDPO; with epochs and
+            updates_per_epoch 1.
         pace: shift of a transition's mean that the updates of a rollout are to bring, as of DDPO; None keeps to lr.
         ema_decay: decay of the averaged weights that are evaluated and saved; 0 for none.
     """
@@ -99,6 +103,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    fused: bool = False
     pace: float | None = None
     ema_decay: float = 0.9
 
@@ -108,6 +113,14 @@ class Config:
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
         require_pace(self.pace)
         optimizers.settle(self)
+        if self.fused:
+            fused.require_one_update(
+                {
+                    "epochs, updates_per_epoch": ((self.epochs, self.updates_per_epoch), (1, 1)),
+                    "decoupled": (bool(self.decoupled), False),
+                    "pace": (self.pace, None),
+                }
+            )
         if self.outside == "ode" and not self.window:
             raise ConfigError("outside = ode with window = 0, which trains all steps: expected a window, 1 at least")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
@@ -116,17 +129,25 @@ class Config:
     @staticmethod
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults where the model is a pretrained pipeline (docs/models.md)."""
-        clip = {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True}
-        return {"kl_loss": 0.0, "epochs": 1, **clip, "step_weight": "noise", "pace": 0.1, **pipeline_lr(told)}
+        own = {"kl_loss": 0.0, "epochs": 1, "step_weight": "noise"}
+        if fused.is_told(told):
+            return own | {"updates_per_epoch": 1}
+        return own | {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, or fewer walks than updates."""
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
+        if self.fused:
+            fused.require_own_walks(plan)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """Every transition; where Eq. (4) holds, with noise in those of the window."""
-        return transitions(self._window if self.outside == "ode" else None)
+        """Every transition; where Eq. (4) holds, with noise in those of the window; where the learner is fused, with
+        the graphs of the window.
+        """
+        if self.outside == "ode":
+            return transitions(self._window, Trained() if self.fused else None)
+        return transitions(trained=Trained(self._window if self.window else None) if self.fused else None)
 
     @property
     def _window(self) -> Window:
@@ -196,6 +217,8 @@ class Learner:
             draw = stream(self.seed, "grpo", self.iteration, epoch)
             for walks in current().passes(draw, len(batch), c.updates_per_epoch):
                 walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
+                if isinstance(batch, Graphed):
+                    walk, step = batch.learned()
                 part = walked.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
                 first = first if norms else largest_log_ratio(part)
                 records += part

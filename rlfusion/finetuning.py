@@ -28,7 +28,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.data import Dataset
-from rlfusion.diffusion.policy import Policy, frozen_copy
+from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.base_model import Origin, begin
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.job import make_learner
@@ -37,7 +37,7 @@ from rlfusion.jobs.measure import Judged, Unjudged, require_models_data
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.pretrain import require_solvable
-from rlfusion.jobs.tasks import make_task
+from rlfusion.jobs.tasks import acting_here
 from rlfusion.judging import RewardLike, made_reward
 from rlfusion.models import lora
 from rlfusion.models.autoencoder import encoded
@@ -45,6 +45,7 @@ from rlfusion.rewards.given import named
 from rlfusion.rl.agent import Agent, AgentLearner
 from rlfusion.rl.guard import Guarded
 from rlfusion.rollout import Local
+from rlfusion.rollout.graphed import Graphed
 from rlfusion.training.devices import pick_device
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,13 @@ class Run(Iterator[dict[str, float]]):
             self._publish(step)
         if self._batch is None or self._batch[0] != step:
             self._batch = step, self._collector.batch(step)
-        metrics = self._guarded.update(self._batch[1])
+        try:
+            metrics = self._guarded.update(self._batch[1])
+        except BaseException:
+            if isinstance(self._batch[1], Graphed):  # a graph serves one pass: these walks are walked again
+                self._batch = None
+                self._collector.published.pop(step)
+            raise
         if line := self._collector.heed(self.updates, metrics, self.config.guard):
             _log.warning(line)
         return metrics | self._collector.metrics | {"queries": float(self.queries)}
@@ -198,7 +205,7 @@ def _run(config: Finetune, origin: Origin, objects: Mapping[str, Any], device: t
     )
     require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
     learner = make_learner(config, parts, card, policy, reward, data)
-    acting = Local(make_task(parts.task, card, frozen_copy(policy), reward))
+    acting = acting_here(parts.task, card, policy, reward)
     begun = Model(denoiser, replace(card, chain=asdict(config.chain)), config.chain)
     return Run(config, begun, policy, learner, acting)
 

@@ -19,7 +19,7 @@ PIPELINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "check-reward": {},
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
-CHOICES = ("form", "ratio")
+CHOICES = ("form", "ratio", "fused")
 """Settings of agents on which their own defaults depend."""
 
 ROLLING = ("finetune", "compare")

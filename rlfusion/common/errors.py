@@ -111,8 +111,8 @@ COMPILERS = ("torch._dynamo", "torch._inductor")
 """Where the errors of torch.compile come from."""
 
 LESS_MEMORY = (
-    "expected a smaller agent.micro_batch, rollout.item, train.batch or pipeline.decode, or pipeline.checkpointing "
-    "(rlfusion doctor with the same settings says what they need)"
+    "expected a smaller agent.micro_batch, rollout.item, train.batch or pipeline.decode, agent.fused false, or "
+    "pipeline.checkpointing (rlfusion doctor with the same settings says what they need)"
 )
 
 

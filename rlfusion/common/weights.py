@@ -207,7 +207,9 @@ class Live(Weights):
         return sha256(self.blob)
 
     def load_into(self, module: nn.Module) -> None:
-        """Copy the weights into ``module``, as ``restore``."""
+        """Copy the weights into ``module``, as ``restore``; it has them where it is the very one."""
+        if module is self.module:
+            return
         restore(module, learned(self.module), f"the weights of version {self.version}")
 
 

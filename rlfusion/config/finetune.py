@@ -192,7 +192,8 @@ class Finetune:
         return walks if scored else walks * getattr(self.agent, "epochs", 1)
 
     def _plan(self, prompts: int) -> Plan:
-        return Plan(prompts, self.rollout.samples_per_prompt, self.rollout.lag, self.chain.moves, self.learner.shares)
+        r, where = self.rollout, (self.learner.shares, self.rollout.workers, self.learner.ranks)
+        return Plan(prompts, r.samples_per_prompt, r.lag, self.chain.moves, *where)
 
     def left(self, asked: int) -> int | None:
         """The rewards that rollouts may still ask for after ``asked``, at most the budget's, None for any number: the

@@ -6,8 +6,8 @@ backward pass, each storage once, measured at b = 1 and 2 and a straight line fr
     (1)  weights n + f,   gradients n,   the optimiser's moments (AdamW: 2 n, in 8 bits n / 2),   their average n
     (2)  copies of what is trained: the rollouts' in this process, the reference, the monitor's base, n each; and the
          guard's, to undo an update: weights, moments and average (and the reference's), once, or 1 + 3 for rollback
-    (3)  A(rows) at once, of the micro-batch; and where activations are made again (checkpointing), those of the largest
-         part that is made again at once
+    (3)  A(rows) at once, of the micro-batch, or of all transitions that a fused learner takes; and where activations
+         are made again (checkpointing), those of the largest part that is made again at once
     (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
     (5)  a critic of c bytes: its weights and gradients, 2 c, its optimiser's moments, and what undoes an update of it
     (6)  of a network that is split over N ranks, (1), (2) and (5) / N; and its largest layer whole, twice: that which

@@ -145,13 +145,17 @@ def opened(config: Finetune) -> Parts:
 
 def _holds(config: Finetune, decodes: bool) -> Holds:
     agent: Any = config.agent
+    spec, rows = config.agent.rollout_spec(config.chain.moves), getattr(agent, "micro_batch", config.rollout.item)
+    if spec.trained is not None:
+        steps = spec.trained.most(config.chain.moves if spec.window is None else spec.window.size)
+        rows = config.rollout.prompts * config.rollout.samples_per_prompt * steps
     return Holds(
-        here=config.rollout.workers == 0,
+        here=config.rollout.workers == 0 and spec.trained is None,
         reference=getattr(agent, "kl_loss", 0.0) > 0,
         watched=config.monitor.every > 0,
         undo={"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1),
         optimizer=getattr(agent, "optimizer", "adamw"),
-        rows=getattr(agent, "micro_batch", config.rollout.item),
+        rows=rows,
         decodes=decodes,
         ranks=config.learner.ranks if config.learner.split else 1,
         critic=getattr(agent, "critic_net", ""),

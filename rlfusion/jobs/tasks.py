@@ -15,12 +15,12 @@ from rlfusion.common.weights import pack, unpack
 from rlfusion.config import Finetune
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.jobs.measure import reward_parts
 from rlfusion.jobs.parts import RewardSpec, TaskSpec, Workers
 from rlfusion.jobs.roles import roles
 from rlfusion.rewards import CallOptions, Learned, Reward, WeightedSum, bare, build, everywhere, task_info
-from rlfusion.rollout import Recipe, RolloutSpec, Task
+from rlfusion.rollout import Local, Recipe, RolloutSpec, Task
 from rlfusion.rollout.placement import private
 from rlfusion.training.devices import set_numerics
 
@@ -61,6 +61,12 @@ def make_task(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward)
     """The learner's own task: its policy, with the chain and the reward of the workers."""
     walks = _Walks(spec.chain, spec.rollout, spec.rewards.name, spec.rewards.masked)
     return _task(walks, card, policy, reward, str(next(policy.parameters()).device))
+
+
+def acting_here(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward) -> Local:
+    """Walks in this process, by a copy of the policy; by the policy itself where the graph of its steps is kept."""
+    own = policy if spec.rollout.trained is not None else frozen_copy(policy)
+    return Local(make_task(spec, card, own, reward))
 
 
 class _Walks(NamedTuple):

@@ -23,6 +23,8 @@ class Plan:
         lag: rollouts that may be collected ahead of the weights.
         steps: K, denoising steps of a walk.
         shares: parts into which a rollout is cut for the ranks; each optimiser step takes walks of every one.
+        workers: Ray workers that walk; 0 for this process.
+        ranks: processes that learn; 0 for this one.
     """
 
     prompts: int
@@ -30,11 +32,26 @@ class Plan:
     lag: int
     steps: int
     shares: int = 1
+    workers: int = 0
+    ranks: int = 0
 
     @property
     def walks(self) -> int:
         """Walks of a rollout."""
         return self.prompts * self.samples_per_prompt
+
+    def require_here(self, why: str) -> None:
+        """Refuse walks of other processes than the one that learns, or of older weights; ``why`` says who does.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        held = {"rollout.workers": self.workers, "rollout.lag": self.lag, "learner.ranks": self.ranks}
+        held |= {"learner.shares": self.shares - 1}
+        for name, value in held.items():
+            if value:
+                one = int(name == "learner.shares")
+                raise ConfigError(f"{name} = {value + one}: {why}, expected {one}, or agent.fused false")
 
     def require_groups(self, advice: str = "") -> None:
         """Refuse one walk a prompt where walks of a prompt are compared; ``advice`` names the way out.

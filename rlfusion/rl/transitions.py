@@ -22,6 +22,7 @@ from rlfusion.common.errors import NumericalError
 from rlfusion.common.tensors import moved
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
+from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.parted import moves_like
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import average
@@ -70,6 +71,7 @@ class Transitions:
         """
         self.policy, self.micro_batch = policy, micro_batch
         self.steps = require_stochastic(policy, times).nonzero().flatten()
+        self.stds = policy.stds(times)
         self.weight = step_weights(policy, times, weighing)
         self.reference = frozen_copy(policy) if reference else None
 
@@ -101,15 +103,18 @@ class Transitions:
         """Accumulate the gradient of ``objective`` + ``kl`` * Eq. (2) over the transitions (walk[i], step[i]).
 
         The loss is the mean over walks of the sum over ``summed`` steps: all stochastic ones by default, for which any
-        random subset of them then stands.
+        random subset of them then stands. Of walks that kept their graph it goes backwards once, without a pass of the
+        network, and whatever ``micro_batch`` is.
 
         Returns:
             Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
         """
         scale = (summed or len(self.steps)) / max(1, len(walk))  # none where walks whose rewards failed are left out
 
+        kept = batch.mean if isinstance(batch, Graphed) else None
+
         def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            distribution, terms = self._terms(batch, walk[rows], step[rows])
+            distribution, terms = self._terms(batch, walk[rows], step[rows], kept)
             record = {"loss": objective(terms), "log_ratio": terms.log_ratio}
             if reference is not None:
                 device = reference.mean.device
@@ -121,7 +126,8 @@ class Transitions:
             return record["loss"].sum() * scale, record
 
         ranks = current()
-        return ranks.accumulate(self.policy, ranks.share(walk, len(batch)), self.micro_batch, part)
+        rows = self.micro_batch if kept is None else max(1, len(walk))
+        return ranks.accumulate(self.policy, ranks.share(walk, len(batch)), rows, part)
 
     def log_ratio(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
         """Eq. (1) of the transitions, (N,)."""
@@ -140,12 +146,20 @@ class Transitions:
         values = torch.cat([record["value"] for record in records])
         return values[torch.cat([record["rows"] for record in records]).to(values.device).argsort()]
 
-    def _terms(self, batch: Trajectory, walk: Tensor, step: Tensor) -> tuple[Gaussian, Terms]:
+    def _terms(
+        self, batch: Trajectory, walk: Tensor, step: Tensor, mean: Tensor | None = None
+    ) -> tuple[Gaussian, Terms]:
+        """Of the policy as it is now, or of the ``mean`` (B, K, *) that it had, with its graph, as it walked."""
         obs, action = batch.transitions(walk, step)
-        distribution = self.policy(obs)
-        log_prob, acted = distribution.log_prob(action), _acted(batch)
         at, k = moved(walk, action.device), moved(step, action.device)
+        distribution = self.policy(obs) if mean is None else self._kept(mean[at, k], step)
+        log_prob, acted = distribution.log_prob(action), _acted(batch)
         return distribution, Terms(log_prob, log_prob - acted[at, k], at, k, distribution)
+
+    def _kept(self, mean: Tensor, step: Tensor) -> Gaussian:
+        """The transitions of these steps (N,), whose means (N, *) were kept."""
+        std = moved(self.stds[step.cpu()].to(mean.dtype), mean.device)
+        return Gaussian(mean, std.reshape(-1, *[1] * (mean.ndim - 1)))
 
     @torch.no_grad()
     def refer(self, batch: Trajectory, policy: Policy | None = None, walks: Tensor | None = None) -> Reference:

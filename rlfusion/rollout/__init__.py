@@ -10,7 +10,7 @@ from rlfusion.rollout.commands import RolloutError
 from rlfusion.rollout.item import WorkItem, plan, rollout_noise, version_for
 from rlfusion.rollout.limits import Limits
 from rlfusion.rollout.local import Local
-from rlfusion.rollout.rollout_spec import RolloutSpec, Window, prefix, samples, transitions
+from rlfusion.rollout.rollout_spec import RolloutSpec, Trained, Window, prefix, samples, transitions
 from rlfusion.rollout.task import Recipe, Task, run_item
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RolloutSpec",
     "Settings",
     "Task",
+    "Trained",
     "Window",
     "WorkItem",
     "make_backend",

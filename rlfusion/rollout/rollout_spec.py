@@ -1,6 +1,6 @@
 """The part of a rollout that a learner takes: workers run exactly that, and send nothing more."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,30 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """The steps of walks that are learned from: of all stochastic ones, or those of ``window``, the share ``fraction``,
+    drawn for each rollout.
+    """
+
+    window: Window | None = None
+    fraction: float = 1.0
+
+    def of(self, noisy: Sequence[bool], item: WorkItem) -> Tensor:
+        """The numbers of these steps in the walks of ``item``, of whose steps these take noise; falling in noise."""
+        steps = torch.tensor(noisy).nonzero().flatten()
+        steps = steps if self.window is None else self.window.of(steps, item.iteration)
+        drawn = stream(item.seed, "trained", item.iteration).permutation(len(steps))[: self._share(len(steps))]
+        return steps[torch.from_numpy(drawn).sort().values]
+
+    def most(self, steps: int) -> int:
+        """The steps of a walk of so many that are learned from, at most."""
+        return self._share(steps if self.window is None else min(steps, self.window.size))
+
+    def _share(self, steps: int) -> int:
+        return max(1, round(self.fraction * steps))
+
+
+@dataclass(frozen=True)
 class RolloutSpec:
     """Which part of a walk of K steps is run and kept.
 
@@ -38,6 +62,7 @@ class RolloutSpec:
         end: walk to the end and score it; else the walk stops where its kept part begins, and nothing is scored.
         window: the steps that take the chain's noise; the others are of the probability-flow ODE, DDIM(eta=0), and have
             no log-probability. None: every step is the chain's own.
+        trained: the steps that keep their graph (``graphed``), where the learner's own policy walks; None for none.
     """
 
     first: int = 0
@@ -45,12 +70,15 @@ class RolloutSpec:
     path: bool = True
     end: bool = True
     window: Window | None = None
+    trained: Trained | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, Mapping):  # as JSON has it
             object.__setattr__(self, "window", Window(**self.window))
         if not 0 <= self.first <= self.last:
             raise ConfigError(f"first, last = {self.first}, {self.last}: expected 0 <= first <= last")
+        if self.trained is not None and not self.path:
+            raise ConfigError(f"{self}: the graph of steps is that of a kept path, expected path, or trained None")
         if self.path and (self.last or not self.end):
             raise ConfigError(f"{self}: a kept path is that of whole walks, expected first = last = 0 and end")
 
@@ -62,9 +90,9 @@ class RolloutSpec:
         return torch.tensor([int(stream(*key, i).integers(self.first, self.last + 1)) for i in item.samples])
 
 
-def transitions(window: Window | None = None) -> RolloutSpec:
+def transitions(window: Window | None = None, trained: Trained | None = None) -> RolloutSpec:
     """Every state, action and log-probability, and the reward: policy gradients."""
-    return RolloutSpec(window=window)
+    return RolloutSpec(window=window, trained=trained)
 
 
 def samples(steps: int) -> RolloutSpec:

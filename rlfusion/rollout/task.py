@@ -24,6 +24,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
+from rlfusion.rollout.graphed import Graphs
 from rlfusion.rollout.item import WorkItem, noises
 from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
@@ -176,9 +177,11 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
     options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     x, log_prob, cond, reward = obs.x[:, None], [], obs.cond, None
-    before = _remembered(task)
+    before, trained = _remembered(task), rollout_spec.trained
+    graphs = None if trained is None else Graphs(trained.of(noisy, item))
     for k, z in zip(range(steps), noise):
-        distribution = (task.ode if mixed and not noisy[k] else task.policy)(obs)
+        policy = task.ode if mixed and not noisy[k] else task.policy
+        distribution = policy(obs) if graphs is None else graphs(policy, obs, k)
         action = distribution.sample(z)
         if rollout_spec.path:
             log_prob.append(distribution.log_prob(action))
@@ -187,7 +190,7 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         else:
             x = _kept(x, action[:, None], begin > k)
         obs, reward, _, _, _ = env.step(action)
-    return Trajectory(
+    walks = Trajectory(
         x,
         task.times,
         torch.stack(log_prob, 1) if rollout_spec.path else None,
@@ -199,6 +202,7 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
         torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
         _cached(before, _remembered(task), group) if rollout_spec.end else None,
     )
+    return walks if graphs is None else graphs.of(walks)
 
 
 def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from rlfusion.common.tensors import Cond, cat_cond, map_cond, moved
 from rlfusion.diffusion.policy import Observation
 from rlfusion.rollout.parted import Parted, taken
+
+TENSORS = ("x", "log_prob", "reward", "group", "begin", "terms", "cached")
+"""The tensors of batch B of a record, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Trajectory:
         failed: the number of walks that were left out because their reward failed; their rewards count as queries.
     """
 
+    TENSORS: ClassVar[tuple[str, ...]] = TENSORS
     x: Tensor
     times: Tensor
     log_prob: Tensor | None
@@ -99,7 +103,7 @@ class Trajectory:
 
 def _kept(t: Trajectory) -> dict[str, Any]:
     """The tensors of batch B that a record has, by name."""
-    held = {name: getattr(t, name) for name in ("x", "log_prob", "reward", "group", "begin", "terms", "cached")}
+    held = {name: getattr(t, name) for name in t.TENSORS}
     return {name: value for name, value in held.items() if value is not None}
 
 

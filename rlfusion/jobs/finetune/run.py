@@ -23,7 +23,6 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
-from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.evaluation.gains import gain
 from rlfusion.jobs import publishing
 from rlfusion.jobs.collector import Collector
@@ -32,7 +31,7 @@ from rlfusion.jobs.finetune.job import Job, find, prepare
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.preflight import try_out
-from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
+from rlfusion.jobs.tasks import acting_here, actors_of, cluster_of, recipe
 from rlfusion.models import lora
 from rlfusion.rewards import names_of
 from rlfusion.rollout import Backend, Keep, Local, make_backend
@@ -137,7 +136,8 @@ def _backend(job: Job, actors: dict[str, list[str]], ranks: Ranks) -> Backend:
 def _own_backend(job: Job, actors: dict[str, list[str]]) -> Backend:
     """In this process a pretrained model shares what is not trained with its copy."""
     parts, device = job.parts, pick_device(job.config.device)
-    if job.card.pipeline and not job.config.rollout.workers:
+    fused = parts.task.rollout.trained is not None
+    if fused or (job.card.pipeline and not job.config.rollout.workers):
         return _acting(job)
     described = recipe(parts.task, parts.workers, job.card, job.policy, job.reward, device, actors)
     if shards.roots(job.policy) and job.base is not None:
@@ -147,8 +147,8 @@ def _own_backend(job: Job, actors: dict[str, list[str]]) -> Backend:
 
 
 def _acting(job: Job) -> Local:
-    """Walks in this process, by a copy of the policy."""
-    return Local(make_task(job.parts.task, job.card, frozen_copy(job.policy), job.reward))
+    """Walks in this process."""
+    return acting_here(job.parts.task, job.card, job.policy, job.reward)
 
 
 def _require_room(job: Job, backend: Backend) -> None:
