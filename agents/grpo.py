@@ -1,6 +1,7 @@
 """Group-relative policy optimisation of a denoising chain (Flow-GRPO: Liu et al. 2025; DanceGRPO: Xue et al. 2025).
 
-    (1)  A_i = (R_i - mean of its prompt's walks) / std            ``std``: of the prompt's walks, of all, or 1
+    (1)  A_i = (R_i - baseline) / std     ``baseline``: the mean of its prompt's walks, or of the others of them (RLOO)
+                                          ``std``: of the prompt's walks, of all, or 1 (Dr. GRPO); ``advantage``, Eq. 6
     (2)  loss = -sum_{t in W} min(r A, clip(r, 1 - c_low, 1 + c_high) A) + kl_loss KL(p_theta || p_ref),   r = p / p_old
          ``decoupled``, for walks of older weights: r = p / p_prox, of the weights with which the update began, and the
          first term has the weight min(p_prox / p_old, ``behaviour_limit``) (Hilton et al. 2022; Fu et al. 2025)
@@ -14,9 +15,18 @@
          so the only noise of a walk is its beginning and that of W. The gradient is that of E[R] in what theta does in
          W; what the steps of the ODE owe to theta is left out, as it is where they take noise
 
-No value function: a prompt's walks are each other's baseline. On a flow model the papers' chain is
-``--chain.kernel FlowSDE(noise=0.7)``; any stochastic kernel will do. log p is the sum over features (the released codes
-take the mean, with clip 1e-4: ``clip_per_dim``).
+    (5)  ``ratio_norm``, GRPO-Guard (Wang et al. 2025): log r has the mean -D, and a spread of its own at each step. So
+
+         log r^ = (S / mean of S) (log r + D),     D = |mu - mu_old|^2 / 2 S^2
+
+    (6)  ``divergence``, Flow-DPPO: D holds the steps in the place of the clip (``policy_gradient``, Eq. 5)
+    (7)  ``step_draws``: a few steps of W for each walk, drawn afresh in each pass, whose loss stands for that of all of
+         W (one: Flash-GRPO; with ``step_weight`` "noise", the weights of TempFlow-GRPO)
+    (8)  p_ref becomes p_theta every ``reference_every`` rollouts, or where the KL exceeds ``reference_kl`` (GARDO)
+
+mu_old is of the weights with which the update begins. No value function: a prompt's walks are each other's baseline. On
+a flow model the papers' chain is ``--chain.kernel FlowSDE(noise=0.7)``; any stochastic kernel will do. log p is the sum
+over features (the released codes take the mean, with clip 1e-4: ``clip_per_dim``).
 """
 
 from collections.abc import Mapping
@@ -27,15 +37,26 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
+from rlfusion.common.tensors import moved
+from rlfusion.common.weights import learned, restore
 from rlfusion.data import Dataset
+from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy
-from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share
+from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, masked_surrogate
 from rlfusion.rl import fused
-from rlfusion.rl.advantage import group_moments, normalize
+from rlfusion.rl.advantage import Baseline, Scale, relative
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
-from rlfusion.rl.transitions import Terms, Transitions, Weighing, largest_log_ratio, require_finite
+from rlfusion.rl.transitions import (
+    Objective,
+    Terms,
+    Transitions,
+    Weighing,
+    largest_log_ratio,
+    require_finite,
+    step_weights,
+)
 from rlfusion.rollout import RolloutSpec, Task, Trained, Window, transitions
 from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory
@@ -56,16 +77,22 @@ class Config:
         clip_low: c_low of Eq. (2).
         clip_high: c_high of Eq. (2).
         dual_clip: limit of the ratio where the advantage is negative; None is none.
-        clip_per_dim: divide the log-ratio by the number of features before the clip.
+        clip_per_dim: divide the log-ratio, and D of Eq. (6), by the number of features before the clip.
+        ratio_norm: Eq. (5).
+        divergence: limit of D, Eq. (6), in nats, in the place of clip_low and clip_high; None clips.
         step_weight: weights of the steps in the loss, "none" or "noise", as of DDPO.
         decoupled: as of Eq. (2); None where walks are of older weights than the update begins with (rollout.lag >= 1).
         behaviour_limit: of the weight of older walks.
+        baseline: of Eq. (1): "mean", or "leave_one_out".
         std: by what Eq. (1) divides: "group", "batch", or "none".
         advantage_clip: advantages are limited to +- this.
         kl_loss: coefficient of the KL to the base model, in advantage units a nat.
+        reference_every: rollouts after which the reference becomes the policy, Eq. (8); 0 keeps the base model.
+        reference_kl: KL in nats a walk above which it does; None is none.
         window: trained steps, Eq. (3); 0 trains all.
         window_stride: steps by which the window moves.
         window_every: rollouts between its moves.
+        step_draws: steps of the window that each walk trains in a pass, Eq. (7); 0 for all of them.
         outside: what the steps outside of the window do, Eq. (4): "noise", as the chain has it, or "ode".
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
@@ -88,15 +115,21 @@ class Config:
     clip_high: float = 0.2
     dual_clip: float | None = 3.0
     clip_per_dim: bool = False
+    ratio_norm: bool = False
+    divergence: float | None = None
     step_weight: Weighing = "none"
     decoupled: bool | None = None
     behaviour_limit: float = 5.0
-    std: Literal["group", "batch", "none"] = "group"
+    baseline: Baseline = "mean"
+    std: Scale = "group"
     advantage_clip: float = 5.0
     kl_loss: float = 0.05
+    reference_every: int = 0
+    reference_kl: float | None = None
     window: int = 0
     window_stride: int = 1
     window_every: int = 1
+    step_draws: int = 0
     outside: Literal["noise", "ode"] = "noise"
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
@@ -110,7 +143,7 @@ class Config:
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
         require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm", "behaviour_limit")
-        require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup")
+        require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup", "reference_every", "step_draws")
         require_pace(self.pace)
         optimizers.settle(self)
         if self.fused:
@@ -119,8 +152,22 @@ class Config:
                     "epochs, updates_per_epoch": ((self.epochs, self.updates_per_epoch), (1, 1)),
                     "decoupled": (bool(self.decoupled), False),
                     "pace": (self.pace, None),
+                    "ratio_norm": (self.ratio_norm, False),
+                    "divergence": (self.divergence, None),
+                    "step_draws": (self.step_draws, 0),
                 }
             )
+        for name in ("divergence", "reference_kl"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        if self.ratio_norm and self.step_weight != "none":
+            raise ConfigError(
+                f"step_weight = {self.step_weight}: ratio_norm weighs steps by their noise already, expected none"
+            )
+        if (self.reference_every or self.reference_kl is not None) and not self.kl_loss:
+            raise ConfigError("kl_loss = 0: no reference to move, expected reference_every = 0 and reference_kl null")
+        if self.window and self.step_draws > self.window:
+            raise ConfigError(f"step_draws = {self.step_draws}: expected at most the window = {self.window}")
         if self.outside == "ode" and not self.window:
             raise ConfigError("outside = ode with window = 0, which trains all steps: expected a window, 1 at least")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
@@ -135,7 +182,12 @@ class Config:
         return own | {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
 
     def check(self, plan: Plan) -> None:
-        """Raises ConfigError for groups of one, or fewer walks than updates."""
+        """Raises ConfigError for groups of one, fewer walks than updates, or means of weights that are not kept."""
+        if plan.lag and self.decoupled is False and self.anchored:
+            raise ConfigError(
+                f"lag = {plan.lag} with decoupled = False: ratio_norm and divergence compare with the weights "
+                "with which an update begins, expected decoupled true or null"
+            )
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
         if self.fused:
@@ -148,6 +200,11 @@ class Config:
         if self.outside == "ode":
             return transitions(self._window, Trained() if self.fused else None)
         return transitions(trained=Trained(self._window if self.window else None) if self.fused else None)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the means of the steps are compared with those of mu_old."""
+        return self.ratio_norm or self.divergence is not None
 
     @property
     def _window(self) -> Window:
@@ -183,6 +240,11 @@ class Learner:
             raise ConfigError(
                 f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
             )
+        if config.step_draws > len(self.transitions.steps):
+            raise ConfigError(
+                f"step_draws = {config.step_draws}: expected at most the {len(self.transitions.steps)} stochastic steps"
+            )
+        self.noise = step_weights(policy, times, "noise") if config.ratio_norm else None
         self.optimization = Optimization.of(policy, config)
         self.pace = Pace(config.pace)
         self.iteration = self.queries = 0
@@ -205,18 +267,13 @@ class Learner:
         advantage, steps = self.advantages(batch.reward, batch.group), self._trained(walked)
         features = batch.features if self.config.clip_per_dim else 1
         c, proximal = self.config, self._proximal(batch, walked)
-
-        def objective(terms: Terms) -> Tensor:
-            clip = (c.clip_low, c.clip_high)
-            before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
-            loss = clipped_surrogate((terms.log_ratio - before) / features, advantage[terms.walk], clip, c.dual_clip)
-            return loss if proximal is None else loss * behaviour_weight(before, c.behaviour_limit)
-
+        objective = self._objective(batch, walked, advantage, proximal)
         records, norms, first = [], [], 0.0
         for epoch in range(c.epochs):
             draw = stream(self.seed, "grpo", self.iteration, epoch)
             for walks in current().passes(draw, len(batch), c.updates_per_epoch):
-                walk, step = walks.repeat_interleave(len(steps)), steps.repeat(len(walks))
+                trained = walked.within(steps)
+                walk, step = trained.some(walks, c.step_draws, draw) if c.step_draws else trained.all(walks)
                 if isinstance(batch, Graphed):
                     walk, step = batch.learned()
                 part = walked.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
@@ -226,17 +283,54 @@ class Learner:
                 norms.append(self.optimization.step(share))
         self.iteration += 1
         self.queries += batch.asked
+        told = walked.summary(records, max(c.clip_low, c.clip_high), features)
+        self._move_reference(told)
         return {
             "reward": batch.reward.mean().item(),
             "reward_std": batch.reward.std(correction=0).item(),
             "advantage_std": advantage.std(correction=0).item(),
             "window_first": float(steps[0]),
             "log_ratio_first": first,
-            **walked.summary(records, max(c.clip_low, c.clip_high), features),
+            **told,
             "grad_norm": sum(norms) / len(norms),
             **self.pace.told(),
             **({} if proximal is None else {"behaviour_ess": effective_share(proximal[:, steps].flatten()).item()}),
         }
+
+    def _objective(
+        self, batch: Trajectory, walked: Transitions, advantage: Tensor, proximal: Tensor | None
+    ) -> Objective:
+        """The first term of Eq. (2), by Eq. (5) and (6) where they hold."""
+        c, features = self.config, batch.features if self.config.clip_per_dim else 1
+        anchor = walked.refer(batch, self.policy).mean if c.anchored else None
+
+        def objective(terms: Terms) -> Tensor:
+            before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
+            log_ratio, a = terms.log_ratio - before, advantage[terms.walk]
+            if anchor is None:
+                loss = clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)
+            else:
+                loss = self._anchored(terms, log_ratio, a, anchor[terms.walk, terms.step], features)
+            return loss if proximal is None else loss * behaviour_weight(before, c.behaviour_limit)
+
+        return objective
+
+    def _anchored(self, terms: Terms, log_ratio: Tensor, a: Tensor, old: Tensor, features: int) -> Tensor:
+        """The loss of transitions of these advantages, by Eq. (5) and (6); ``old`` is mu_old, (N, *)."""
+        c, apart = self.config, terms.distribution.kl(Gaussian(old, terms.distribution.std))
+        if self.noise is not None:
+            log_ratio = moved(self.noise, log_ratio.device)[terms.step] * (log_ratio + apart)
+        if c.divergence is None:
+            return clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)
+        return masked_surrogate(log_ratio / features, a, apart / features, c.divergence, c.dual_clip)
+
+    def _move_reference(self, told: dict[str, float]) -> None:
+        """Eq. (8), after a rollout whose updates told that."""
+        c, reference = self.config, self.transitions.reference
+        due = c.reference_every and self.iteration % c.reference_every == 0
+        far = c.reference_kl is not None and told["kl"] > c.reference_kl
+        if reference is not None and (due or far):
+            restore(reference, learned(self.policy))
 
     def _walked(self, batch: Trajectory) -> Transitions:
         """The transitions of walks that took noise in all stochastic steps, or by Eq. (4) in those with a density."""
@@ -255,11 +349,7 @@ class Learner:
 
     def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
         """Eq. (1), (B,), limited to +- advantage_clip."""
-        mean, std = group_moments(reward, group)
-        if self.config.std == "batch":
-            std = reward.double().std(correction=0).expand_as(std)
-        scaled = normalize(reward.double(), mean, std) if self.config.std != "none" else reward.double() - mean
-        return scaled.clamp(-self.config.advantage_clip, self.config.advantage_clip).to(reward)
+        return relative(reward, group, self.config.baseline, self.config.std, self.config.advantage_clip)
 
     def trained(self, iteration: int) -> Tensor:
         """The steps of Eq. (3) in a rollout, falling in noise."""

@@ -7,6 +7,7 @@ from rlfusion.objectives.policy_gradient import (
     behaviour_weight,
     clipped_surrogate,
     effective_share,
+    masked_surrogate,
     score_function,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "clipped_surrogate",
     "effective_share",
     "gradient_penalty",
+    "masked_surrogate",
     "pull",
     "score_function",
     "weighted_mse",

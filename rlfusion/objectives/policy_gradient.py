@@ -10,11 +10,15 @@
 
          loss = w (2) or (3) with r = p_theta / p_prox,   w = min(p_prox / p_old, m), a constant
 
+    (5)  masked by divergence (Qi et al. 2026, DPPO; Flow-DPPO), in the place of the clip of (2): loss = -r A, without a
+         gradient where D(p_theta || p_old) > limit and the step leads farther away, (r - 1) A > 0
+
 A is a constant: no gradient flows into it. At theta = theta_old both have the gradient -A grad log p_theta.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +56,15 @@ def clipped_surrogate(
     ratio, a = held.exp(), advantage.detach()
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     return -(ratio * a).minimum(ratio.clamp(1 - low, 1 + high) * a)
+
+
+def masked_surrogate(
+    log_ratio: Tensor, advantage: Tensor, divergence: Tensor, limit: float, dual_clip: float | None = None
+) -> Tensor:
+    """Eq. (5), (N,), r held by Eq. (3) where ``dual_clip`` is given; ``divergence`` is D, a constant."""
+    _same_shape(log_ratio=log_ratio, advantage=advantage, divergence=divergence)
+    held = log_ratio if dual_clip is None else log_ratio.clamp(max=math.log(dual_clip))
+    a = advantage.detach()
+    loss = -held.exp() * a
+    away = (divergence.detach() > limit) & (log_ratio.detach() * a > 0)
+    return torch.where(away, loss.detach(), loss)

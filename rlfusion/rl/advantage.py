@@ -8,16 +8,25 @@
      d_k = R [k = K-1] + gamma V_{k+1} - V_k,     A_k = sum_l (gamma lam)^l d_{k+l},     lambda-return G_k = A_k + V_k
      lam = 1: G_k = gamma^(K-1-k) R;     lam = 0: G_k = gamma V_{k+1}, and R at the last step
 (5)  weights of a regression on good samples: w = min(exp(beta A), w_max), perhaps divided by their mean
+(6)  A_i = clip((R_i - b_i) / s_i, -c, c)
+     b_i, ``Baseline``: the mean of its group of n, or, "leave_one_out", of the n - 1 others: n / (n - 1) (R_i - mean),
+     whose expected gradient lacks no factor (n - 1) / n           (RLOO: Kool et al. 2019; Ahmadian et al. 2024)
+     s_i, ``Scale``: the std of the group, of all rewards, or 1, "none", so that a group of nearly equal rewards counts
+     as little as it tells                                         (Dr. GRPO: Liu et al. 2025)
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlfusion.common.errors import NumericalError, StateError
 from rlfusion.common.weights import require_entries
+
+Baseline = Literal["mean", "leave_one_out"]
+Scale = Literal["group", "batch", "none"]
 
 
 def normalize(reward: Tensor, mean: Tensor, std: Tensor, eps: float = 1e-6) -> Tensor:
@@ -44,6 +53,18 @@ def group_relative(reward: Tensor, group: Tensor) -> Tensor:
     """Eq. (1), (B,), in the dtype of ``reward``. A group of one, or of equal rewards, gets 0."""
     mean, std = group_moments(reward, group)
     return normalize(reward.double(), mean, std).to(reward)
+
+
+def relative(reward: Tensor, group: Tensor, baseline: Baseline, scale: Scale, limit: float) -> Tensor:
+    """Eq. (6), (B,), in the dtype of ``reward``. A group of one, or of equal rewards, gets 0."""
+    mean, std = group_moments(reward, group)
+    if scale == "batch":
+        std = reward.double().std(correction=0).expand_as(std)
+    advantage = normalize(reward.double(), mean, std) if scale != "none" else reward.double() - mean
+    if baseline == "leave_one_out":
+        _, inverse, count = group.unique(return_inverse=True, return_counts=True)
+        advantage = advantage * (count / (count - 1).clamp(min=1))[inverse]
+    return advantage.clamp(-limit, limit).to(reward)
 
 
 def normalized(reward: Tensor, group: Tensor, rule: str) -> Tensor:
