@@ -43,6 +43,8 @@ WALKED = "epochs=4, updates_per_epoch=1, kl_loss=0.0"
 SETTINGS = {
     "ddpo": f"ddpo(lr=@, {WALKED})",
     "grpo": f"grpo(lr=@, {WALKED})",
+    "ppo": f"ppo(lr=@, {WALKED})",
+    "awm": "awm(lr=@)",
     "nft": "nft(lr=@)",
     "dpo": "dpo(lr=@)",
     "drwr": "drwr(lr=@)",

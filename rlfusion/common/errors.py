@@ -144,7 +144,8 @@ def shorten(value: object, longest: int = LONGEST) -> str:
 ALIASES = {
     "diffusion_dpo": "dpo",
     "diffusion_nft": "nft",
-    "ppo": "ddpo",
+    "advantage_weighted_matching": "awm",
+    "fpo": "awm",
     "flow_grpo": "grpo",
     "dance_grpo": "grpo",
     "rwr": "drwr",

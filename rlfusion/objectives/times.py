@@ -3,6 +3,7 @@
 (1)  Uniform:      t = u, held in [margin, 1 - margin]
 (2)  LogitNormal:  log(t / (1 - t)) ~ N(mean, std^2)                 (Esser et al. 2024, section 3.1)
 (3)  LogNormal:    log tau ~ N(mean, std^2), tau = sigma / alpha     (Karras et al. 2022, Table 1)
+(4)  Chain:        the times from which a sampler takes its K steps, each with probability 1 / K
 """
 
 from collections.abc import Callable, Mapping
@@ -65,4 +66,28 @@ class LogNormal:
         return time_of(schedule, torch.ones_like(tau), tau)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Eq. (4). ``of_chain`` makes the law of it."""
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """Eq. (4), of the times from which steps are taken."""
+
+    times: tuple[float, ...]
+
+    def __call__(self, u: Tensor, schedule: Schedule) -> Tensor:
+        at = torch.tensor(self.times, dtype=torch.float64)
+        return at[(u * len(at)).long().clamp(max=len(at) - 1)]
+
+
+def of_chain(law: Times | Chain, times: Tensor) -> Times:
+    """The law itself, or that of the grid ``times`` (K+1,) where it is the chain's."""
+    return OnGrid(tuple(times[:-1].tolist())) if isinstance(law, Chain) else law
+
+
 TIMES: Mapping[str, Callable[..., Times]] = {cls.__name__: cls for cls in (Uniform, LogitNormal, LogNormal)}
+
+LAWS: Mapping[str, Callable[..., Times | Chain]] = {**TIMES, "Chain": Chain}
+"""Those of learners that have a chain."""

@@ -207,21 +207,25 @@ class Transitions:
         return {"log_ratio_max": gap}
 
     def summary(self, records: list[dict[str, Tensor]], clip: float, features: int = 1) -> dict[str, float]:
-        """Means over transitions, of kl over walks, and the tail of the ratio r:
+        """``ratio_summary``, of kl over walks: a walk's is the sum over its steps."""
+        steps = len(self.steps)
+        return ratio_summary([r | {"kl": steps * r["kl"]} if "kl" in r else r for r in records], clip, features)
 
-        clip_fraction, the share with |r^(1/features) - 1| > clip; log_ratio_max, the largest |log r|; approx_kl, the
-        mean of r - 1 - log r; ess, the effective share (sum r)^2 / (N sum r^2) under importance weights.
-        """
-        joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
-        log_ratio = joined.pop("log_ratio")
-        if "kl" in joined:
-            joined["kl"] = len(self.steps) * joined["kl"]
-        joined["clip_fraction"] = (((log_ratio / features).exp() - 1).abs() > clip).float()
-        joined["approx_kl"] = log_ratio.expm1() - log_ratio
-        weight = (log_ratio - log_ratio.max()).exp()
-        means = {name: value.mean() for name, value in joined.items()}
-        means["ess"] = weight.mean().square() / weight.square().mean()
-        return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
+
+def ratio_summary(records: list[dict[str, Tensor]], clip: float, features: int = 1) -> dict[str, float]:
+    """Means over what has a ratio r, ``log_ratio`` of some records, and of what else they say; and the tail of r:
+
+    clip_fraction, the share with |r^(1/features) - 1| > clip; log_ratio_max, the largest |log r|; approx_kl, the
+    mean of r - 1 - log r; ess, the effective share (sum r)^2 / (N sum r^2) under importance weights.
+    """
+    joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
+    log_ratio = joined.pop("log_ratio")
+    joined["clip_fraction"] = (((log_ratio / features).exp() - 1).abs() > clip).float()
+    joined["approx_kl"] = log_ratio.expm1() - log_ratio
+    weight = (log_ratio - log_ratio.max()).exp()
+    means = {name: value.mean() for name, value in joined.items()}
+    means["ess"] = weight.mean().square() / weight.square().mean()
+    return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
 
 
 def step_weights(policy: Policy, times: Tensor, weighing: Weighing) -> Tensor | None:

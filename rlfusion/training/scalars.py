@@ -99,7 +99,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
             "about `agent.pace`",
         ),
     ),
-    "Likelihood ratios (ddpo, grpo, dpo)": (
+    "Likelihood ratios (ddpo, grpo, ppo, awm, dpo)": (
         Scalar(
             "train/advantage_std",
             "standard deviation of the advantages",
@@ -151,6 +151,12 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         ),
         Scalar("train/accuracy", "share of pairs that the policy orders as the reward does", "0.5, then higher"),
         Scalar("train/margin", "mean margin of the preferred walk over the other", "rises from 0"),
+        Scalar(
+            "train/matching",
+            "the policy's loss of denoising its own samples, a feature (awm)",
+            "near its first value, or slowly lower",
+            "rises: the network no longer denoises what it draws; lower `agent.lr`, raise `agent.kl_loss`",
+        ),
         Scalar("train/eta", "share of the old policy in the one that acts (nft)", "rises to `agent.eta_max`"),
     ),
     "Weights of walks (drwr, dawr)": (

@@ -384,7 +384,7 @@ LINES = [
     ("finetune --per_prompt_stat_tracking.buffer_size 9", "did you mean 'agent.advantage_window'?"),
     ("finetune --lora_alpha 9", "did you mean --lora 'LoRA(alpha=...)'?"),
     ("finetune --resume_from_checkpoint x", "expected --resume FOLDER"),
-    ("finetune --agent ppo", "did you mean 'ddpo'?"),
+    ("finetune --agent awr", "did you mean 'dawr'?"),
     ("finetune --agent ddpo_trainer", "did you mean 'ddpo'?"),
     ("pretrain --objective flow_matching", "did you mean 'flow'?"),
     ("pretrain --objective epsilon", "did you mean 'eps'?"),

@@ -29,6 +29,8 @@ SETTINGS = [
     "ddpo(kl_loss=0.1)",
     "ddpo(form='sf')",
     "grpo(window=2)",
+    "ppo()",
+    "awm(kl_loss=0.1)",
     "nft()",
     "dpo()",
     "draft()",

@@ -86,6 +86,7 @@ def test_what_agents_keep_is_of_known_kinds_and_in_their_state():
     assert {name: list(anew.kept(AGENTS[name]())) for name in AGENTS if anew.kept(AGENTS[name]())} == {
         "ddpo": ["running", "pace"],
         "grpo": ["pace"],
+        "ppo": ["critic", "pace"],
         "drwr": ["memory"],
         "dawr": ["critic"],
         "qsm": ["critic", "first"],

@@ -3,7 +3,7 @@
 import pytest
 
 import rlfusion as rlf
-from rlfusion.agents import ddpo, grpo
+from rlfusion.agents import ddpo, grpo, ppo
 from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.defaults import for_pipelines
 from rlfusion.jobs.finetune.run import unusual
@@ -14,6 +14,7 @@ OWN = {
         **{"kl_loss": 0.0, "epochs": 1, "clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True},
         **{"step_weight": "noise", "pace": 0.1},
     },
+    "ppo": {"kl_loss": 0.0, "epochs": 1, "clip": 0.01, "clip_per_dim": True, "step_weight": "noise", "pace": 0.1},
 }
 
 
@@ -27,7 +28,7 @@ def test_a_pipeline_has_them_and_what_is_told_holds(agent, tiny_pipelines, tmp_p
     assert held(settings_of("finetune", [*model, "--agent", agent]).agent, OWN[agent]) == OWN[agent]
     told = settings_of("finetune", [*model, "--agent", agent, "--agent.kl_loss", "0.3", "--agent.pace", "null"]).agent
     assert (told.kl_loss, told.pace, told.step_weight) == (0.3, None, "noise")
-    assert settings_of("finetune", ["--agent", agent]).agent == {"ddpo": ddpo, "grpo": grpo}[agent].Config()
+    assert settings_of("finetune", ["--agent", agent]).agent == {"ddpo": ddpo, "grpo": grpo, "ppo": ppo}[agent].Config()
 
 
 @pytest.mark.parametrize(

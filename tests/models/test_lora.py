@@ -122,6 +122,8 @@ def test_a_frozen_copy_shares_what_is_not_trained_and_keeps_the_rest():
 AGENTS = {
     "ddpo": ("--agent.kl_loss", 0.1),
     "grpo": (),
+    "ppo": (),
+    "awm": ("--agent.kl_loss", 0.1),
     "nft": ("--agent.kl", 0.1),
     "dpo": (),
     "drwr": (),

@@ -57,7 +57,7 @@ LAST: list[Parted] = []
 """The walks of the last rollout."""
 
 
-CRITICS = ("dawr", "qsm(c")
+CRITICS = ("dawr", "ppo", "qsm(c")
 """What the agents that learn a critic begin with."""
 CRITIC: list[dict[str, Any]] = []
 """Of the last one: the digest of its weights, and the bytes that this rank has of them and of their moments."""

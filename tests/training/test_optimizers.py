@@ -395,7 +395,7 @@ def test_every_agent_and_what_learns_beside_it_uses_its_optimizer(name, built):
     task = Task(policy, TimeGrid(4), rollout_tasks.SHAPE, torch.arange(3), to_pixels, bright, "bright")
     learner = AGENTS[name](optimizer="sgd(momentum=0.5)", warmup=3).learner(task, data, 0)
     assert set(built) == {torch.optim.SGD}
-    assert len(built) == 1 + (name in ("qsm", "dawr"))  # these learn a critic, or a value, beside
+    assert len(built) == 1 + (name in ("qsm", "dawr", "ppo"))  # these learn a critic, or a value, beside
     assert learner.optimization.optimizer.lr == pytest.approx(AGENTS[name]().lr / 4)
 
 

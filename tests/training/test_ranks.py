@@ -21,7 +21,9 @@ from rlfusion.training.ranks import Ranks
 AGENT_SETTINGS = [
     "ddpo()",
     "ddpo(form='sf')",
-    "grpo(window=2)",
+    "grpo(window=2, ratio_norm=True, divergence=0.01, step_draws=1, reference_every=1)",
+    "ppo(value_epochs=1)",
+    "awm(kl_loss=0.1, epochs=2)",
     "nft()",
     "dpo()",
     "draft()",
@@ -119,7 +121,12 @@ def test_a_critic_that_begins_as_a_split_network_has_its_adapters_merged(two):
         assert told[4][0][2] == metrics
 
 
-WHOLE = {"dpo": "pairs lie in two shares", "qsm": "its critic and its divergence look at all", "dawr": "its critic"}
+WHOLE = {
+    "dpo": "pairs lie in two shares",
+    "qsm": "its critic and its divergence look at all",
+    "dawr": "its critic",
+    "ppo": "its critic",
+}
 """The agents that need all walks on every rank."""
 
 
