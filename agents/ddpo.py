@@ -39,6 +39,7 @@ from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
+from rlfusion.rl.target_kl import is_beyond, require_limit
 from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, Trained, transitions
 from rlfusion.rollout.graphed import Graphed
@@ -85,9 +86,10 @@ class Config:
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
-        fused: take the gradient from the rollout's own pass of the network, whose steps then keep their activations
-            until the rewards are known: the update has no second one. For one update a rollout, of this process and the
-            present weights; ``micro_batch`` is then of the reference's passes alone.
+        target_kl: after an optimiser step whose transitions have a mean KL above this, in nats, to the weights that
+            walked, leave out those that are left of the rollout; None leaves out none.
+        fused: take the gradient of a rollout's one update from its own pass of the network, whose steps then keep their
+            activations until the rewards are known; ``micro_batch`` is then of the reference's passes alone.
         pace: how far the updates of a rollout are to move the mean of a transition: root mean square over the latent's
             dimensions, in standard deviations of the transition's noise. Where they move it further the learning rate
             is halved, where less doubled, up to lr; a fresh optimiser begins with a sixteenth (``rl.pace``). None keeps
@@ -120,6 +122,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    target_kl: float | None = None
     fused: bool = False
     pace: float | None = None
     ema_decay: float = 0.9
@@ -143,13 +146,16 @@ class Config:
             )
         if self.ratio == "trajectory" and self.step_fraction < 1:
             raise ConfigError(f"step_fraction = {self.step_fraction}: ratio 'trajectory' is of all steps, expected 1")
-        if self.form == "sf" and self.pace is not None:
-            raise ConfigError(f"pace = {self.pace}: form 'sf' takes one step a rollout, expected null (or form 'is')")
+        for name, told in {"pace": self.pace, "target_kl": self.target_kl}.items():
+            if self.form == "sf" and told is not None:
+                raise ConfigError(f"{name} = {told}: form 'sf' takes one step a rollout, expected null (or form 'is')")
         if self.form == "sf" and (self.ratio == "trajectory" or self.decoupled):
             raise ConfigError("form = sf: it has no ratio, expected ratio 'step' and decoupled false (or form 'is')")
+        require_limit(self.target_kl)
         if self.fused:
             fused.require_one_update(
                 {
+                    "target_kl": (self.target_kl, None),
                     "epochs, updates_per_epoch": (self.schedule, (1, 1)),
                     "ratio": (self.ratio, "step"),
                     "decoupled": (bool(self.decoupled), False),
@@ -243,8 +249,9 @@ class Learner:
             reward, reward_std, advantage_std, loss, log_ratio_first (|log ratio| at most, before the first step: 0 up
             to rounding unless rollouts run ahead), log_ratio_max, clip_fraction, approx_kl, ess (effective share of
             the transitions under their importance weights), grad_norm; with a reference also kl (nats a walk at the
-            states of the rollout, averaged over its updates); where Eq. (4) is at work also behaviour_ess (effective
-            share under p_prox / p_old, of transitions, or of walks with ``ratio`` "trajectory").
+            states of the rollout, averaged over its updates); with ``target_kl`` updates_made; where Eq. (4) is at work
+            behaviour_ess (effective share under p_prox / p_old, of transitions, or of walks with ``ratio``
+            "trajectory").
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
@@ -268,6 +275,8 @@ class Learner:
                 self.last.accumulate(batch, walks, scale, self.config.micro_batch)
             share = self.pace.heed(part, len(norms), math.prod(self.config.schedule), batch.x.shape[2:].numel())
             norms.append(self.optimization.step(share))
+            if is_beyond(part, self.config.target_kl):
+                break
         self.iteration += 1
         self.queries += batch.asked
         return {
@@ -278,6 +287,7 @@ class Learner:
             **self.transitions.summary(records, self.config.clip, self._features(batch)),
             "grad_norm": sum(norms) / len(norms),
             **self.pace.told(),
+            **({} if self.config.target_kl is None else {"updates_made": float(len(norms))}),
             **self._behaviour(proximal),
         }
 

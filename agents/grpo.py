@@ -29,7 +29,7 @@ a flow model the papers' chain is ``--chain.kernel FlowSDE(noise=0.7)``; any sto
 over features (the released codes take the mean, with clip 1e-4: ``clip_per_dim``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +48,7 @@ from rlfusion.rl.advantage import Baseline, Scale, relative
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
+from rlfusion.rl.target_kl import is_beyond, require_limit
 from rlfusion.rl.transitions import (
     Objective,
     Terms,
@@ -100,6 +101,8 @@ class Config:
         optimizer: adamw, sgd(momentum=...), adamw8bit, or any torch.optim.Optimizer as package.module:Class or
             path/to/file.py:Class, its arguments in brackets.
         warmup: optimiser steps over which the learning rate rises from 0.
+        target_kl: after an optimiser step whose transitions have a mean KL above this, in nats, to the weights that
+            walked, leave out those that are left of the rollout; None leaves out none.
         fused: take the gradient from the rollout's own pass of the network, as of DDPO; with epochs and
             updates_per_epoch 1.
         pace: shift of a transition's mean that the updates of a rollout are to bring, as of DDPO; None keeps to lr.
@@ -136,6 +139,7 @@ class Config:
     weight_decay: float = 0.0
     optimizer: str = "adamw"
     warmup: int = 0
+    target_kl: float | None = None
     fused: bool = False
     pace: float | None = None
     ema_decay: float = 0.9
@@ -146,9 +150,11 @@ class Config:
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup", "reference_every", "step_draws")
         require_pace(self.pace)
         optimizers.settle(self)
+        require_limit(self.target_kl)
         if self.fused:
             fused.require_one_update(
                 {
+                    "target_kl": (self.target_kl, None),
                     "epochs, updates_per_epoch": ((self.epochs, self.updates_per_epoch), (1, 1)),
                     "decoupled": (bool(self.decoupled), False),
                     "pace": (self.pace, None),
@@ -269,18 +275,14 @@ class Learner:
         c, proximal = self.config, self._proximal(batch, walked)
         objective = self._objective(batch, walked, advantage, proximal)
         records, norms, first = [], [], 0.0
-        for epoch in range(c.epochs):
-            draw = stream(self.seed, "grpo", self.iteration, epoch)
-            for walks in current().passes(draw, len(batch), c.updates_per_epoch):
-                trained = walked.within(steps)
-                walk, step = trained.some(walks, c.step_draws, draw) if c.step_draws else trained.all(walks)
-                if isinstance(batch, Graphed):
-                    walk, step = batch.learned()
-                part = walked.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
-                first = first if norms else largest_log_ratio(part)
-                records += part
-                share = self.pace.heed(part, len(norms), c.epochs * c.updates_per_epoch, batch.x.shape[2:].numel())
-                norms.append(self.optimization.step(share))
+        for walk, step in self._parts(batch, walked.within(steps)):
+            part = walked.accumulate(batch, walk, step, objective, reference, c.kl_loss, len(steps))
+            first = first if norms else largest_log_ratio(part)
+            records += part
+            share = self.pace.heed(part, len(norms), c.epochs * c.updates_per_epoch, batch.x.shape[2:].numel())
+            norms.append(self.optimization.step(share))
+            if is_beyond(part, c.target_kl):
+                break
         self.iteration += 1
         self.queries += batch.asked
         told = walked.summary(records, max(c.clip_low, c.clip_high), features)
@@ -294,8 +296,20 @@ class Learner:
             **told,
             "grad_norm": sum(norms) / len(norms),
             **self.pace.told(),
+            **({} if c.target_kl is None else {"updates_made": float(len(norms))}),
             **({} if proximal is None else {"behaviour_ess": effective_share(proximal[:, steps].flatten()).item()}),
         }
+
+    def _parts(self, batch: Trajectory, trained: Transitions) -> Iterator[tuple[Tensor, Tensor]]:
+        """(walk, step) of the transitions of each optimiser step."""
+        if isinstance(batch, Graphed):
+            yield batch.learned()
+            return
+        count = self.config.step_draws
+        for epoch in range(self.config.epochs):
+            draw = stream(self.seed, "grpo", self.iteration, epoch)
+            for walks in current().passes(draw, len(batch), self.config.updates_per_epoch):
+                yield trained.some(walks, count, draw) if count else trained.all(walks)
 
     def _objective(
         self, batch: Trajectory, walked: Transitions, advantage: Tensor, proximal: Tensor | None

@@ -3,8 +3,7 @@
     (1)  factor  CPU seconds of a rollout and its one update, with a second forward pass over those without
                  (``agent.fused``), and the most that either holds beside the weights (tensors, MB)
     (2)  climb   CPU seconds of the training, and rewards asked for, until a rollout's mean reward is so many standard
-                 deviations above the first one's; KL to the base there, in nats a walk. "stop" leaves out what is left
-                 of a rollout's updates where the mean KL of a transition to the acting weights was above a limit
+                 deviations above the first one's; KL to the base there, in nats a walk
 
 "digits" and "pipeline" of (1) are the cases of ``learner_overhead.py``; those of (2) are the base model of the default
 run on ``ink``, and the tiny Stable Diffusion of ``peers.py`` on red above blue.
@@ -17,7 +16,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from learner_overhead import CASES
 from timing import compare
 
 import rlfusion as rlf
-from rlfusion.agents import AGENTS, ddpo
+from rlfusion.agents import AGENTS
 from rlfusion.diffusion.chain import Chain
 from rlfusion.finetuning import Run
 from rlfusion.rewards import ink
@@ -99,10 +98,10 @@ CLIMBS: dict[str, tuple[tuple[float, ...], dict[str, dict[str, Any]]]] = {
         (1.0, 2.0),
         {
             "ddpo": {"kl_loss": 0.1},
-            "stop at .003": {"kl_loss": 0.1, "stop": 0.003},
+            "target_kl .003": {"kl_loss": 0.1, "target_kl": 0.003},
             "half of the steps": {"kl_loss": 0.1, "step_fraction": 0.5},
             "4 passes": {"kl_loss": 0.1, "epochs": 4, "updates_per_epoch": 1, "clip": 0.5},
-            "4 passes, stop at .01": {"kl_loss": 0.1, "epochs": 4, "updates_per_epoch": 1, "clip": 0.5, "stop": 0.01},
+            "4 passes, KL .01": {"kl_loss": 0.1, "epochs": 4, "updates_per_epoch": 1, "clip": 0.5, "target_kl": 0.01},
             "1 update, 3e-3": ONE | {"kl_loss": 0.1, "lr": 3e-3},
             "fused, 1e-3": {"kl_loss": 0.1, "fused": True},
             "fused, 3e-3": {"kl_loss": 0.1, "fused": True, "lr": 3e-3},
@@ -120,7 +119,7 @@ CLIMBS: dict[str, tuple[tuple[float, ...], dict[str, dict[str, Any]]]] = {
         },
     ),
 }
-"""The gains of each case, and the agents: settings of ``ddpo``, and ``stop``."""
+"""The gains of each case, and the agents: settings of ``ddpo``."""
 
 
 def begun(case: str, agent: dict[str, Any], seed: int, root: Path) -> Run:
@@ -134,31 +133,9 @@ def begun(case: str, agent: dict[str, Any], seed: int, root: Path) -> Run:
     return rlf.finetune(str(root / "model"), warm, **given, **settings)
 
 
-def stopping(learner: ddpo.Learner, limit: float) -> None:
-    """Let the learner leave out what is left of a rollout's updates after one that found more than this KL."""
-    parts, accumulate, seen = learner._parts, learner.transitions.accumulate, [0.0]
-
-    def noting(*of: Any, **more: Any) -> Any:
-        records = accumulate(*of, **more)
-        log_ratio = torch.cat([record["log_ratio"] for record in records])
-        seen[0] = (log_ratio.expm1() - log_ratio).mean().item()
-        return records
-
-    def until(batch: Any) -> Iterator[Any]:
-        seen[0] = 0.0
-        for part in parts(batch):
-            if seen[0] > limit:
-                return
-            yield part
-
-    learner.transitions.accumulate, learner._parts = noting, until  # type: ignore[method-assign]
-
-
 def climb(case: str, agent: dict[str, Any], seed: int, root: Path, most_s: float) -> dict[float, tuple[float, ...]]:
     """CPU seconds, rewards and KL at the first rollout of each gain; those of the last at infinity."""
-    run, found = begun(case, {name: value for name, value in agent.items() if name != "stop"}, seed, root), {}
-    if "stop" in agent:
-        stopping(run._learner, agent["stop"])
+    run, found = begun(case, agent, seed, root), {}
     start: dict[str, float] = {}
     begin = time.process_time()
     for metrics in run:

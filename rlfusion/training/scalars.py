@@ -88,6 +88,12 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
             "the line that it prints names the limit and the remedy",
         ),
         Scalar(
+            "train/updates_made",
+            "optimiser steps of the rollout that `agent.target_kl` left",
+            "all, or most of them",
+            "1 all the time: lower `agent.lr`, or fewer updates a rollout",
+        ),
+        Scalar(
             "train/lr_share",
             "share of `agent.lr` in use (`agent.pace`)",
             "falls and settles",

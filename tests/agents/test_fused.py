@@ -223,6 +223,9 @@ def test_the_learners_own_network_walks_and_is_not_copied():
         ("grpo", {}, r"epochs, updates_per_epoch = \(2, 4\)"),
         ("grpo", ONE | {"decoupled": True}, "decoupled = True"),
         ("grpo", ONE | {"pace": 0.1}, r"pace = 0\.1"),
+        ("grpo", ONE | {"ratio_norm": True}, "ratio_norm = True"),
+        ("grpo", ONE | {"divergence": 0.1}, r"divergence = 0\.1"),
+        ("grpo", ONE | {"step_draws": 1}, "step_draws = 1"),
     ],
 )
 def test_settings_that_need_other_passes_are_refused_by_name(name, settings, said):

@@ -34,7 +34,7 @@ GOOD = "good"
 """The states that the guard could go back to: they hold what an agent keeps, too."""
 
 SAME_LOSS = "lr|warmup|pace|optimizer|weight_decay|max_grad_norm|ema_decay|micro_batch|epochs|updates_per_epoch|memory"
-SAME_LOSS += "|fused|advantage_window|critic_.*|value_(lr|epochs|batch)"
+SAME_LOSS += "|fused|target_kl|advantage_window|critic_.*|value_(lr|epochs|batch)"
 """Settings of agents that change no loss, but how it is followed."""
 
 ALL = tuple(SAID)
