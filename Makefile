@@ -20,12 +20,13 @@ lint:  ## ruff's rules and format
 types:  ## mypy on the rooms that are typed in full
 	$(PYTHON) -m mypy
 
-docs:  ## the reference of the public names, from their docstrings, in site/
-	$(PYTHON) -m pdoc -o site rlfusion
+docs:  ## the site of docs/, with the reference of the public names, in site/
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
-help:  ## what the commands' --help prints, after a change of settings, and the page of the scalars
+help:  ## after a change of settings: what --help prints, the page of the scalars, the tables of the algorithms' pages
 	$(PYTHON) -m rlfusion.cli.help_writer
 	$(PYTHON) -m rlfusion.training.scalars > docs/metrics.md
+	$(PYTHON) docs/site/algorithms.py
 
 faults:  ## what goes wrong on a cluster, for real, and the table of it
 	$(PYTHON) -m pytest -q -s $(FAULTS)

@@ -41,7 +41,7 @@ MADE = {
     "runs/tiny": ("train-clip", "--name", "tiny"),
 }
 """Runs that a page names and another of its commands makes; here of few steps."""
-RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0")
+RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0", "left")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -261,7 +261,7 @@ PROGRAMS = {
     "pip": run_pip,
     "make": run_make,
     "sh": run_script,
-    **dict.fromkeys(("cd", "git", "head", "base64", ".reward-token", "chmod", "pre-commit"), run_nothing),
+    **dict.fromkeys(("cd", "git", "head", "base64", ".reward-token", "chmod", "pre-commit", "source"), run_nothing),
 }
 
 
