@@ -7,7 +7,7 @@ them, which takes seconds; to read it takes none.
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("help")
-BY_HAND = ("doctor",)
+BY_HAND = ("doctor", "completion")
 """The commands whose page is not the parser's; so is ``rlfusion.txt``, the guide to all commands."""
 
 

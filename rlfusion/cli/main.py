@@ -193,6 +193,12 @@ def _list(arguments: list[str]) -> None:
     show(arguments)
 
 
+def _completion(arguments: list[str]) -> None:
+    from rlfusion.cli.completion import show
+
+    show(arguments)
+
+
 def _doctor(arguments: list[str]) -> None:
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import settings_of
@@ -247,6 +253,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "launch": _launch,
     "jobs": _jobs,
     "board": _board,
+    "completion": _completion,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""
 
