@@ -16,6 +16,7 @@ from rlfusion.jobs.board import board
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
+from rlfusion.jobs.doctor_trial import trial
 from rlfusion.jobs.evaluate import evaluate
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.reproduce import reproduce
@@ -157,7 +158,11 @@ def _findings(what: str, findings: Iterable[Finding]) -> None:
 
 
 def run_doctor(settings: config.Finetune | None) -> None:
-    """Print what is here and, for settings, the memory that they need."""
+    """Print what is here and, for settings, the memory that they need and what a trial of them finds.
+
+    Raises:
+        ConfigError: a row of the trial fails.
+    """
     table = Table(title="what is here", show_header=False)
     for row in doctor.environment():
         table.add_row(*map(escape, row))
@@ -172,6 +177,7 @@ def run_doctor(settings: config.Finetune | None) -> None:
     for name, size in [*found.items(), ("together", sum(found.values()))]:
         table.add_row(name, f"{size / 1e9:.3f}")
     console.print(table)
+    _findings("this fine-tuning", trial(settings, found))
 
 
 def run_serve_reward(settings: Serve) -> None:
