@@ -141,10 +141,11 @@ def _learner(name: str, kept: dict, out: Path) -> None:
         for agent, colour in zip(own, COLOURS):
             for points in kept[reward][agent]:
                 panel.plot(*zip(*points), color=colour, linewidth=1.8, label=agent)
-        panel.set(title=title, xlabel="queries")
+        panel.set(title=title if own else f"{title}: of the others", xlabel="queries")
         panel.set_ylim(*((-0.5, 6) if kind == "gain" else (0.3, 1)))
-        handles = dict(zip(*reversed(panel.get_legend_handles_labels())))
-        panel.legend(handles.values(), handles.keys(), frameon=False, loc="upper left")
+        if own:
+            handles = dict(zip(*reversed(panel.get_legend_handles_labels())))
+            panel.legend(handles.values(), handles.keys(), frameon=False, loc="upper left")
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
