@@ -41,7 +41,7 @@ MADE = {
     "runs/tiny": ("train-clip", "--name", "tiny"),
 }
 """Runs that a page names and another of its commands makes; here of few steps."""
-RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0", "left")
+RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0", "ddpo-left_heavy-seed0")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
