@@ -51,9 +51,11 @@ HOMES = {
     "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"} | {"rlfusion.cli.cluster_jobs"},
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}
-    | {"rlfusion.jobs.launch.job"},
+    | {"rlfusion.jobs.launch.job", "rlfusion.jobs.imports.job", "rlfusion.jobs.imports.reading"},
+    "torch_fidelity": {"rlfusion.evaluation.extractors"},
     "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},
     "bitsandbytes": {"rlfusion.training.optimizers.eight_bits"},
+    **{name: {f"rlfusion.training.trackers.to_{name}"} for name in ("wandb", "trackio", "mlflow")},
     "lpips": {"rlfusion.pretrain.metrics"},
     "starlette": {"rlfusion.rewards.remote.server"},
     "uvicorn": {"rlfusion.jobs.serve_reward"},

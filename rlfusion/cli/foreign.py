@@ -106,13 +106,12 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("teacher", "pretrained_teacher_model teacher_model"),
     ("method.w_low", "w_min"),
     ("method.w_high", "w_max"),
+    ("track", "report_to log_with tracker trackers use_wandb wandb wandb_project logger loggers"),
     ("seed seeds", "random_seed manual_seed generator data_seed"),
 )
 """Ours, the best first ("a|b" for both; "a=TEXT" where it is part of what a writes), and the words of others."""
 
 NONE = {
-    "report_to log_with tracker trackers use_wandb wandb wandb_project": "a run writes metrics.jsonl and TensorBoard's "
-    "files; there is nothing to choose",
     "push_to_hub hub_model_id hub_token": "nothing is uploaded",
     "resume_from resume_from_checkpoint resume_path": "expected --resume FOLDER",
     "snr_gamma": "expected --objective min_snr, of pretrain",

@@ -18,9 +18,11 @@ from rlfusion.rl.agent import Agent
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.training.devices import Deterministic
+from rlfusion.training.trackers import require_trackers
 
 SHARED = ("device", "threads", "deterministic", "tf32", "base", "pretrain", "pipeline", "lora", "max_failed")
 SHARED += ("reward_timeout_s", "reward_cache", "budget_queries", "chain", "rollout", "guard", "monitor", "evaluation")
+SHARED += ("track",)
 """The settings of a fine-tuning that a comparison has under the same names, for all of its runs."""
 
 
@@ -74,6 +76,7 @@ class Compare:
         guard: what is done about updates that go wrong.
         monitor: what watches for rewards that are gamed; at each evaluation, or never with ``every`` 0.
         evaluation: the evaluation; its ``every`` is set by ``evaluations``.
+        track: trackers of every run, as of finetune.
     """
 
     agents: list[str] = field(default_factory=lambda: ["ddpo", "grpo"])
@@ -108,8 +111,11 @@ class Compare:
     guard: Guards = field(default_factory=Guards)
     monitor: Monitoring = field(default_factory=Monitoring)
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500, deterministic=False))
+    track: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "track", [absolute(text) for text in self.track])
+        require_trackers(self.track)
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")

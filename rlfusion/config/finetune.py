@@ -6,7 +6,7 @@ from typing import Any, Literal
 from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
-from rlfusion.common.code_files import label
+from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
 from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
@@ -21,6 +21,7 @@ from rlfusion.rollout import Settings
 from rlfusion.rollout.together import colocated, require_both
 from rlfusion.training.checkpoint import Keep
 from rlfusion.training.devices import Deterministic
+from rlfusion.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Finetune:
         evaluation: the evaluation.
         checkpoint_every: rollouts between checkpoints.
         checkpoints: those that stay, and how they are written.
+        track: trackers beside TensorBoard: wandb, trackio, mlflow, package.module:Class or path/to/file.py:Class, with
+            settings in brackets (docs/tracking.md).
+        track_failures: a tracker that fails while the run is at work is told once, and the training goes on ("warn"),
+            or ends ("stop").
     """
 
     root: str = "runs"
@@ -109,8 +114,12 @@ class Finetune:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 8
     checkpoints: Keep = field(default_factory=Keep)
+    track: list[str] = field(default_factory=list)
+    track_failures: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "track", [absolute(text) for text in self.track])
+        require_trackers(self.track)
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
         self._require_known_options()

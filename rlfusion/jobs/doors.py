@@ -6,12 +6,14 @@ from rlfusion.data.sources import SOURCES
 from rlfusion.diffusion.chain import KERNELS
 from rlfusion.diffusion.parameterization import KINDS
 from rlfusion.distill import METHODS
+from rlfusion.evaluation.extractors import EXTRACTORS
 from rlfusion.evaluation.metrics import METRICS
 from rlfusion.models import NETS, SCHEDULES
 from rlfusion.models.pipelines import FAMILIES
 from rlfusion.pretrain import LOSSES
 from rlfusion.rewards import REWARDS
 from rlfusion.training.optimizers import OPTIMIZERS
+from rlfusion.training.trackers import TRACKERS
 
 DOORS: dict[str, tuple[Registry, str]] = {
     "agents": (AGENTS, "finetune --agent"),
@@ -26,5 +28,7 @@ DOORS: dict[str, tuple[Registry, str]] = {
     "data": (SOURCES, "pretrain --data"),
     "optimizers": (OPTIMIZERS, "finetune --agent.optimizer"),
     "metrics": (METRICS, "evaluate --evaluation.metrics"),
+    "extractors": (EXTRACTORS, "evaluate --features"),
+    "trackers": (TRACKERS, "finetune --track"),
 }
 """Each registry, and the option that takes a name of it."""

@@ -12,10 +12,11 @@ from rlfusion.common.weights import sha256
 FREE = re.compile(
     r"(root|name|device|threads|updates|budget_queries|workers|side_by_side|rollout\.workers|ray(\..*)?|"
     r"learner\.(ranks|shard|cpus_per_rank|gpus_per_rank|resources_per_rank(\..*)?|restarts|timeout_s)|"
-    r"(pretrain\.)?checkpoint_every|checkpoints\..*)"
+    r"(pretrain\.)?checkpoint_every|checkpoints\..*|track|track_failures)"
 )
 """Settings that decide no bits of the updates that are done: where the run is, who computes, how often it saves, how
-far it goes. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is told."""
+far it goes, who follows it. ``device`` and ``threads`` decide last bits only, as all of the numerics fingerprint: it is
+told."""
 
 FURTHER = ("updates", "budget_queries")
 """Of these, how far a run goes."""

@@ -151,6 +151,15 @@ def _sign(file: Any) -> None:
     os.write(file.fileno(), f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}".encode())
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process holds ``folder``, as ``locked`` does."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            return not _try_lock(file)
+    except OSError:  # nothing was ever locked there, or it cannot be asked
+        return False
+
+
 def _try_lock(file: Any) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlfusion.common import storage
 from rlfusion.common.jsonl import read_lines
+from rlfusion.training.trackers.beside import Beside
 
 BINS = 30
 
@@ -62,14 +63,16 @@ class Tracker:
 
     Steps count the updates done. A run that resumes with ``step`` done first forgets what was written for later ones
     (with 0 done, all), and what is written again for earlier ones is dropped, so that no step is there twice.
-    ``damaged`` lines, beside one that was cut short, are counted and left out.
+    ``damaged`` lines, beside one that was cut short, are counted and left out. The trackers ``beside`` are told the
+    same, but for histograms.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, beside: Beside | None = None) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self.file = folder / "metrics.jsonl"
         self.damaged = 0
+        self._beside = beside or Beside()
         self._kept = self._truncate(step)
         self._events = Events(folder)
         self._events.add(
@@ -80,6 +83,7 @@ class Tracker:
         """Keep the whole lines up to ``step``, none for 0, and return them; the last one may have been cut short."""
         lines, bad = read_lines(self.file)
         self.damaged = max(0, bad - 1) if step else 0
+        self._beside.resumed(lines, step)
         kept = [f"{line}\n" for line, record in lines if 0 < step >= record["step"]]
         storage.write(self.file, "".join(kept))
         return set(kept)
@@ -92,16 +96,20 @@ class Tracker:
             return
         storage.append(self.file, line)
         self._events.scalars(step, named)
+        self._beside.scalars(step, line, named)
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """TensorBoard scalars ``timing/name``: of the machine, so none of metrics.jsonl."""
-        self._events.scalars(step, {f"timing/{name}": value for name, value in values.items()})
+        named = {f"timing/{name}": value for name, value in values.items()}
+        self._events.scalars(step, named)
+        self._beside.beside(step, named)
 
-    def image(self, step: int, name: str, picture: Tensor) -> None:
-        """A picture (C, H, W) in [0, 1]."""
+    def image(self, step: int, name: str, picture: Tensor, prompts: Sequence[str] = ()) -> None:
+        """A picture (C, H, W) in [0, 1]; of a grid of samples with the ``prompts`` of its columns."""
         from torch.utils.tensorboard import summary
 
         self._events.add(step, summary=summary.image(name, picture, dataformats="CHW"))
+        self._beside.image(step, name, levels(picture), prompts)
 
     def counts(self, step: int, name: str, counts: Mapping[int, int]) -> None:
         """A histogram of whole numbers: how often each was seen."""
@@ -148,6 +156,7 @@ class Tracker:
         from torch.utils.tensorboard import summary
 
         self._events.add(step, summary=summary.text(name, text))
+        self._beside.text(name, text)
 
     def hparams(self, settings: dict[str, bool | str | float | int], metrics: dict[str, float]) -> None:
         """The run's settings beside its final metrics, for TensorBoard's HPARAMS page."""
@@ -156,6 +165,7 @@ class Tracker:
         for summary in hparams(settings, metrics):
             self._events.add(None, summary=summary)
         self._events.scalars(None, metrics)
+        self._beside.summary(metrics)
 
 
 def overlay(folder: Path, curves: Mapping[str, list[tuple[int, float]]]) -> None:
@@ -178,11 +188,16 @@ def grid(samples: Tensor, columns: int, scale: int = 4, gap: int = 1) -> Tensor:
     return picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
+def levels(picture: Tensor) -> np.ndarray:
+    """A picture (C, H, W) in [0, 1] as (H, W, C) of 8-bit levels."""
+    return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
 def save_png(path: Path, picture: Tensor) -> None:
     """Write a picture (1 or 3, H, W) in [0, 1] as PNG."""
     from PIL import Image
 
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = levels(picture)
     png = BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(png, format="PNG")
     storage.make_folder(path.parent)

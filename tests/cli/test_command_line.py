@@ -375,7 +375,7 @@ LINES = [
     ("sample --checkpoint x --mixed_precision fp16", "did you mean 'pipeline.dtype'?"),
     ("finetune --output_dir x", "did you mean 'root' or 'name'?"),
     ("evaluate --checkpoint x --output_dir x", "did you mean 'out'?"),
-    ("finetune --report_to wandb", "TensorBoard"),
+    ("finetune --report_to wandb", "did you mean 'track'?"),
     ("compare --learning_rate 1", "did you mean --agents 'ddpo(lr=...)'?"),
     ("sample --checkpoint x --learning_rate 1", "--help lists"),
     ("finetune --sample.num_steps 9", "did you mean 'chain.steps'?"),

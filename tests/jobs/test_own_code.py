@@ -128,7 +128,7 @@ def test_what_there_is_is_listed(own, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run("list") == 0
     kinds = list(DOORS)
-    assert len(kinds) == 12
+    assert len(kinds) == 14
     said = capsys.readouterr().out
     assert all(kind in said for kind in kinds)
     for kind in kinds:

@@ -26,6 +26,7 @@ from rlfusion.rewards.untrained import require_weights
 from rlfusion.rl.agent import learner_of
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training.devices import pick_device, require_device
+from rlfusion.training.trackers import require_usable
 
 TRIED, PIPELINE_TRIED = 4, 2
 """Samples on which the reward is tried."""
@@ -42,6 +43,7 @@ def check(config: Finetune) -> None:
     """
     (require_device if config.learner.ranks else pick_device)(config.device)  # a head needs none of its own
     kept(config.agent)
+    require_usable(config.track)
     if config.rollout.workers or config.learner.ranks:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
     parts = opened(config)

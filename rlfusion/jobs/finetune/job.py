@@ -155,7 +155,7 @@ class Job:
             samples = grid_samples(self.policy, self.times, columns, self.card.shape, self.config.seed, rows)
         picture = grid(samples, columns, scale)
         save_png(self.folder / "samples" / f"{name}.png", picture)
-        self.tracker.image(step, f"samples/{name}", picture)
+        self.tracker.image(step, f"samples/{name}", picture, self.card.names[:columns])
 
     def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
         """All that resuming after ``done`` updates needs."""
@@ -254,7 +254,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     monitored = Monitored(config.monitor, policy, times, judged, reward, parts.rewards, parts.base.root, config.seed)
 
     def show(step: int, samples: Tensor) -> None:
-        tracker.image(step, "samples/training", seen(samples, card))
+        tracker.image(step, "samples/training", seen(samples, card), card.names[: look_of(card)[0]])
 
     parts_of_monitor = (monitored.draw, monitored.look, monitored.monitor, save_best, show)
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.flops import Flops, peak
-from rlfusion.training.identity import enter
+from rlfusion.training.identity import Run, enter
 from rlfusion.training.loop import train
 from rlfusion.training.ranks import Ranks, current
 from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
-from rlfusion.training.tracking import Tracker
+from rlfusion.training.trackers import Followed
+from rlfusion.training.trackers.beside import Beside, following
+from rlfusion.training.tracking import Tracker, flatten
 
 RESULT = "summary.json"
 FAILED = "failed-items"
@@ -72,8 +74,17 @@ def finetune(config: Finetune, folder: Path, signals: Signals, progress: Progres
     if (result := run.result(RESULT)) is not None:
         progress.say(f"{folder} is finished: this is its result")
         return result
-    start = found.step if found else 0
-    tracker = Tracker(folder, start)
+    followed = Followed(folder.name, folder, flatten(asdict(config)))
+    with following(config.track, config.track_failures, followed, progress.say) as beside:
+        return _followed(config, run, found, beside, signals, progress)
+
+
+def _followed(
+    config: Finetune, run: Run, found: Found | None, beside: Beside, signals: Signals, progress: Progress
+) -> dict[str, Any]:
+    """The job with its trackers."""
+    folder, ranks, start = run.folder, current(), found.step if found else 0
+    tracker = Tracker(folder, start, beside)
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     parts, device = opened(config), pick_device(config.device)
