@@ -33,10 +33,16 @@ class Earlier:
     @property
     def reward(self) -> str:
         """Of several, with their weights."""
-        return str(self.settings.get("reward") or self._group("reward"))
+        return reward_of(self.settings)
 
     def _group(self, group: str) -> dict[str, Any]:
         return {k.removeprefix(f"{group}."): v for k, v in self.settings.items() if k.startswith(f"{group}.")}
+
+
+def reward_of(settings: Mapping[str, Any]) -> str:
+    """The reward that settings by dotted name have, of several with their weights; "" for none."""
+    several = {k.removeprefix("reward."): v for k, v in settings.items() if k.startswith("reward.")}
+    return str(settings.get("reward") or several or "")
 
 
 def compare_runs(settings: CompareRuns) -> tuple[str, Path]:
