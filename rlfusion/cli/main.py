@@ -178,6 +178,13 @@ def _board(arguments: list[str]) -> None:
     _plain("board", "Board", "", "", _runs(arguments))
 
 
+def _import_config(arguments: list[str]) -> None:
+    """``PROGRAM FILE ...`` as its two settings."""
+    if len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+        arguments = ["--program", arguments[0], "--file", arguments[1], *arguments[2:]]
+    _plain("import-config", "ImportConfig", "", "", arguments)
+
+
 def _runs(arguments: list[str]) -> list[str]:
     """``RUN RUN ...`` as ``--runs [RUN, RUN] ...``; the same where an option stands first."""
     import json
@@ -228,6 +235,12 @@ def _jobs(arguments: list[str]) -> int:
     return cluster_jobs.jobs(arguments)
 
 
+def _stored(arguments: list[str]) -> int:
+    from rlfusion.cli import stored_runs
+
+    return stored_runs.runs(arguments)
+
+
 def _first(arguments: list[str], option: str) -> list[str]:
     """``NAME ...`` as ``OPTION NAME ...``."""
     return [option, *arguments] if option and arguments and not arguments[0].startswith("-") else arguments
@@ -254,6 +267,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "jobs": _jobs,
     "board": _board,
     "completion": _completion,
+    "runs": _stored,
+    "import-config": _import_config,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,15 +10,16 @@ from rich.table import Table
 
 from rlfusion import config
 from rlfusion.cli.ranked import ranked
+from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
-from rlfusion.jobs import compare, doctor, train_clip
+from rlfusion.jobs import compare, doctor, imports, train_clip
 from rlfusion.jobs.board import board
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
 from rlfusion.jobs.doctor_trial import trial
-from rlfusion.jobs.evaluate import evaluate
+from rlfusion.jobs.evaluate import Found, evaluate, short_names
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.reproduce import reproduce
 from rlfusion.jobs.runs import timed
@@ -106,8 +108,51 @@ def run_sample(settings: config.Sample) -> None:
 
 
 def run_evaluate(settings: config.Evaluate) -> None:
-    """Measure a model, and print the figures."""
-    evaluate(settings, lambda result: _print(Console(), result, settings.checkpoint))
+    """Measure a model, or two, and print the figures."""
+    evaluate(settings, lambda found, result: _print_figures(settings, found, result))
+
+
+def _print_figures(settings: config.Evaluate, found: Found, result: dict[str, Any]) -> None:
+    console = Console()
+    if len(found) == 1:
+        _print(console, result, settings.checkpoint)
+    else:
+        _print_beside(console, found, settings)
+    for sampler, rewards in result.get("paired", {}).items():
+        table = Table(title=f"{settings.checkpoint} - {settings.against}, sample by sample ({sampler})")
+        for name in ("", "difference", "standard error", "p", "better"):
+            table.add_column(name, justify="right" if name else "left")
+        for name, held in rewards.items():
+            row = (held.get(key) for key in ("difference", "standard_error", "p", "better"))
+            table.add_row(name, *("" if value is None else f"{value:.3g}" for value in row))
+        console.print(table)
+    left_out = {name: why for one in found.values() for name, why in one.left_out.items()}
+    for name, why in left_out.items():
+        console.print(f"{name} is left out: it takes {why}", markup=False, soft_wrap=True)
+
+
+def _print_beside(console: Console, found: Found, settings: config.Evaluate) -> None:
+    table, short = Table(title=f"{settings.evaluation.samples} samples on the same seeds"), short_names(found)
+    table.add_column("")
+    for name, sampler in found:
+        table.add_column(f"{short[name]}, {sampler}" if len(settings.samplers) > 1 else short[name], justify="right")
+    for row in dict.fromkeys(name for one in found.values() for name in one.values):
+        cells = (one.values.get(row) for one in found.values())
+        table.add_row(row, *("" if value is None else f"{value:.4g}" for value in cells))
+    console.print(table)
+
+
+def run_import_config(settings: config.ImportConfig) -> None:
+    """Write another program's settings as ours, or print them; what has no counterpart goes to stderr."""
+    text, found = imports.import_config(settings)
+    if settings.out:
+        storage.write(Path(settings.out), text)
+        Console().print(f"rlfusion finetune --config {settings.out}", markup=False, soft_wrap=True)
+    else:
+        print(text, end="")
+    told = Console(stderr=True, highlight=False)
+    for line in (*(f"missing: {line}" for line in found.missing), *found.said):
+        told.print(line, markup=False, soft_wrap=True)
 
 
 def run_check_reward(settings: CheckReward) -> None:

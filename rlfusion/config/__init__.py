@@ -16,6 +16,7 @@ from rlfusion.config.compare import Compare
 from rlfusion.config.compare_runs import CompareRuns
 from rlfusion.config.distill import Distill, with_method
 from rlfusion.config.finetune import Finetune, with_agent
+from rlfusion.config.imports import ImportConfig
 from rlfusion.config.models import Evaluate, Sample
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base, Pretrain
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluate",
     "Evaluation",
     "Finetune",
+    "ImportConfig",
     "Pretrain",
     "Ray",
     "Reproduce",

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, require_not_negative, require_positive, shorten
@@ -276,6 +276,8 @@ class Evaluation:
             my_metrics.py:name (docs/doors.md).
     """
 
+    FEWEST: ClassVar[int] = 50
+    """Of a training, whose figures are compared with each other."""
     samples: int = 1000
     every: int = 0
     deterministic: bool = True
@@ -285,7 +287,23 @@ class Evaluation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", [absolute(text) for text in self.metrics])
         require_metrics(self.metrics)
-        if self.samples < 50:
-            raise ConfigError(f"samples = {self.samples}: expected at least 50")
+        if self.samples < self.FEWEST:
+            raise ConfigError(f"samples = {self.samples}: expected at least {self.FEWEST}")
         if self.every < 0:
             raise ConfigError(f"every = {self.every}: expected a number >= 0")
+
+
+@dataclass(frozen=True)
+class Figures(Evaluation):
+    """As ``Evaluation``, from one sample on: figures that so many cannot carry are left out.
+
+    Attributes:
+        samples: how many; the classes take turns.
+        every, deterministic: of a training; not read here (``samplers`` says which samplers are measured).
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
+            needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
+        metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
+            my_metrics.py:name (docs/doors.md).
+    """
+
+    FEWEST: ClassVar[int] = 1

@@ -28,10 +28,18 @@ def plain_report(samples: Tensor, label: Tensor) -> dict[str, float]:
         NumericalError: a sample is not finite.
         ConfigError: no prompt has two samples.
     """
+    held = plain_figures(samples, label)
+    if "diversity" not in held:
+        raise ConfigError(f"samples = {len(samples)}: expected two of a prompt at least, for diversity")
+    return held
+
+
+@torch.no_grad()
+def plain_figures(samples: Tensor, label: Tensor) -> dict[str, float]:
+    """As ``plain_report``, without diversity where no prompt has two samples. Raises NumericalError."""
     if not bool(samples.isfinite().all()):
         raise NumericalError("samples are not finite")
     spread = class_spread(thumbnails(samples), label)
-    if not spread:
-        raise ConfigError(f"samples = {len(samples)}: expected two of a prompt at least, for diversity")
     means = {name: value.mean().item() for name, value in image_statistics(samples)._asdict().items()}
-    return {"count": float(len(samples)), "diversity": sum(spread.values()) / len(spread), **means}
+    diversity = {"diversity": sum(spread.values()) / len(spread)} if spread else {}
+    return {"count": float(len(samples)), **diversity, **means}

@@ -80,27 +80,39 @@ def report(samples: Tensor, label: Tensor, judge: Judge, real: Dataset, floor: D
             sample outside [0, 1].
         NumericalError: a sample is not finite.
     """
-    _require_samples(samples, label, real)
+    _require_samples(samples, label, real, SMALLEST)
+    held = figures(samples, label, judge, real, floor)
+    if "diversity" not in held:
+        raise ConfigError("no class has two samples or more: diversity within a class needs two")
+    return Report(count=len(samples), **{name: value for name, value in held.items() if name not in DERIVED})
+
+
+DERIVED = ("count", "diversity_relative")
+CARRIED_BY = {
+    "frechet": "2 samples",
+    "precision": f"{SMALLEST} samples",
+    "recall": f"{SMALLEST} samples",
+    "diversity": "2 samples of a class",
+}
+"""What it takes at least to have a figure of ``figures``."""
+
+
+def figures(samples: Tensor, label: Tensor, judge: Judge, real: Dataset, floor: Dataset) -> dict[str, float]:
+    """As ``report``, from one sample on, those that so many samples can carry (``CARRIED_BY``)."""
+    _require_samples(samples, label, real, 1)
     pixels = to_pixels(real.x).to(samples.device)
     ours, theirs = features(judge, samples), features(judge, pixels)
     reference = features(judge, to_pixels(floor.x).to(samples.device))
-    manifold = precision_recall(ours, theirs)
     real_label = real.label.to(samples.device)
-    diversity, diversity_real = _diversity(ours, label, theirs, real_label)
-    images, images_real = image_means(samples), image_means(pixels)
-    return Report(
-        count=len(samples),
-        agreement=agreement(judge, ours, label),
-        agreement_real=agreement(judge, theirs, real_label),
-        frechet=frechet_distance(ours, theirs),
-        frechet_floor=frechet_distance(reference, theirs),
-        precision=manifold.precision,
-        recall=manifold.recall,
-        diversity=diversity,
-        diversity_real=diversity_real,
-        **images,
-        **{f"{name}_real": value for name, value in images_real.items()},
-    )
+    held: dict[str, float] = {"count": len(samples), "agreement": agreement(judge, ours, label)}
+    held["agreement_real"] = agreement(judge, theirs, real_label)
+    held |= {"frechet": frechet_distance(ours, theirs)} if len(samples) > 1 else {}
+    held["frechet_floor"] = frechet_distance(reference, theirs)
+    held |= precision_recall(ours, theirs)._asdict() if len(samples) >= SMALLEST else {}
+    if spread := _diversity(ours, label, theirs, real_label):
+        held |= {"diversity": spread[0], "diversity_real": spread[1], "diversity_relative": spread[0] / spread[1]}
+    held |= image_means(samples)
+    return held | {f"{name}_real": value for name, value in image_means(pixels).items()}
 
 
 @torch.no_grad()
@@ -134,21 +146,21 @@ def require_independent(judge: nn.Module, reward: object) -> None:
             )
 
 
-def _diversity(ours: Tensor, label: Tensor, theirs: Tensor, real_label: Tensor) -> tuple[float, float]:
-    """Mean spread over the classes that both have."""
+def _diversity(ours: Tensor, label: Tensor, theirs: Tensor, real_label: Tensor) -> tuple[float, float] | None:
+    """Mean spread over the classes that both have; None where there is none of two samples."""
     spread, spread_real = class_spread(ours, label), class_spread(theirs, real_label)
     both = sorted(spread.keys() & spread_real.keys())
     if not both:
-        raise ConfigError("no class has two samples or more: diversity within a class needs two")
+        return None
     return sum(spread[c] for c in both) / len(both), sum(spread_real[c] for c in both) / len(both)
 
 
-def _require_samples(samples: Tensor, label: Tensor, real: Dataset) -> None:
-    if tuple(samples.shape[1:]) != real.shape or label.shape != samples.shape[:1] or len(samples) < SMALLEST:
+def _require_samples(samples: Tensor, label: Tensor, real: Dataset, least: int) -> None:
+    if tuple(samples.shape[1:]) != real.shape or label.shape != samples.shape[:1] or len(samples) < least:
         wanted = ("B", *real.shape)
         raise ConfigError(
             f"samples {tuple(samples.shape)}, labels {tuple(label.shape)}: "
-            f"expected ({', '.join(map(str, wanted))}), (B,), B >= {SMALLEST}"
+            f"expected ({', '.join(map(str, wanted))}), (B,), B >= {least}"
         )
     bad = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:

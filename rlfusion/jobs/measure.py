@@ -70,6 +70,10 @@ class Judged:
         """All of ``evaluation.Report``, by name."""
         return evaluation.report(samples, label, self.judge, self.held_out, self.train).as_dict()
 
+    def figures(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """Those of ``report`` that so many samples can carry."""
+        return evaluation.figures(samples, label, self.judge, self.held_out, self.train)
+
     def reward(
         self,
         reward: str | dict[str, float],
@@ -101,6 +105,10 @@ class Unjudged:
     def report(self, samples: Tensor, label: Tensor) -> dict[str, float]:
         """``evaluation.plain_report``."""
         return evaluation.plain_report(samples, label)
+
+    def figures(self, samples: Tensor, label: Tensor) -> dict[str, float]:
+        """Those of ``report`` that so many samples can carry."""
+        return evaluation.plain_figures(samples, label)
 
     def reward(
         self,
