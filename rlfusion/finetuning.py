@@ -61,6 +61,8 @@ OF_FOLDERS = (
     "threads",
     "deterministic",
     "tf32",
+    "track",
+    "track_failures",
     "resume",
     "config",
 )

@@ -46,12 +46,13 @@ HOMES = {
     "sklearn": {"rlfusion.data.dataset"},
     "datasets": {"rlfusion.data.hub"},
     "pyarrow": {"rlfusion.data.columns", "rlfusion.models.pipelines.prompt_files"},
-    "matplotlib": {"rlfusion.jobs.compare.plots"},
+    "matplotlib": {"rlfusion.jobs.push", "rlfusion.jobs.compare.plots"},
     "jsonargparse": {"rlfusion.cli.arguments"},
-    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"} | {"rlfusion.cli.cluster_jobs"},
+    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"}
+    | {"rlfusion.cli.cluster_jobs", "rlfusion.cli.stored_runs"},
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}
-    | {"rlfusion.jobs.launch.job", "rlfusion.jobs.imports.job", "rlfusion.jobs.imports.reading"},
+    | {"rlfusion.jobs.launch.job", "rlfusion.jobs.push", "rlfusion.jobs.imports.job", "rlfusion.jobs.imports.reading"},
     "torch_fidelity": {"rlfusion.evaluation.extractors"},
     "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},
     "bitsandbytes": {"rlfusion.training.optimizers.eight_bits"},

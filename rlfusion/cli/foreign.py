@@ -112,7 +112,7 @@ ROWS: tuple[tuple[str, str], ...] = (
 """Ours, the best first ("a|b" for both; "a=TEXT" where it is part of what a writes), and the words of others."""
 
 NONE = {
-    "push_to_hub hub_model_id hub_token": "nothing is uploaded",
+    "push_to_hub hub_model_id hub_token": "a training uploads nothing; afterwards: rlfusion push RUN --to REPO",
     "resume_from resume_from_checkpoint resume_path": "expected --resume FOLDER",
     "snr_gamma": "expected --objective min_snr, of pretrain",
     "num_train_timesteps noise_offset num_ddim_timesteps": "there is no such setting here",

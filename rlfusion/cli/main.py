@@ -268,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "board": _board,
     "completion": _completion,
     "runs": _stored,
+    "push": partial(_plain, "push", "Push", "--run", ""),
     "import-config": _import_config,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""

@@ -21,6 +21,7 @@ from rlfusion.jobs.check_reward import Finding, check_reward
 from rlfusion.jobs.doctor_trial import trial
 from rlfusion.jobs.evaluate import Found, evaluate, short_names
 from rlfusion.jobs.measure import headlines
+from rlfusion.jobs.push import push
 from rlfusion.jobs.reproduce import reproduce
 from rlfusion.jobs.runs import timed
 from rlfusion.jobs.sample import sample
@@ -153,6 +154,11 @@ def run_import_config(settings: config.ImportConfig) -> None:
     told = Console(stderr=True, highlight=False)
     for line in (*(f"missing: {line}" for line in found.missing), *found.said):
         told.print(line, markup=False, soft_wrap=True)
+
+
+def run_push(settings: config.Push) -> None:
+    """Write a run's model with its card, and upload it."""
+    push(settings, lambda line: Console().print(line, markup=False, soft_wrap=True))
 
 
 def run_check_reward(settings: CheckReward) -> None:

@@ -20,6 +20,7 @@ from rlfusion.config.imports import ImportConfig
 from rlfusion.config.models import Evaluate, Sample
 from rlfusion.config.parts import Evaluation, Ray, Rollout
 from rlfusion.config.pretrain import Base, Pretrain
+from rlfusion.config.push import Push
 from rlfusion.config.serve import Serve
 from rlfusion.diffusion.chain import Chain
 
@@ -39,6 +40,7 @@ __all__ = [
     "Finetune",
     "ImportConfig",
     "Pretrain",
+    "Push",
     "Ray",
     "Reproduce",
     "Rollout",
