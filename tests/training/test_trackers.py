@@ -234,7 +234,8 @@ def test_all_that_are_built_in_are_trackers():
         make_tracker(name)
 
 
-def test_a_run_that_is_followed_has_the_bits_of_one_that_is_not(place):
+def test_a_run_that_is_followed_has_the_bits_of_one_that_is_not(place, with_classifiers):
+    with_classifiers(place / "runs")
     tiny = [str(word) for word in (*TINY, "--reward", "ink", "--root", place / "runs", "--updates", 2)]
     assert main(["finetune", *tiny, "--name", "plain"]) == 0
     assert main(["finetune", *tiny, "--name", "followed", "--track", "own.py:Recorder"]) == 0
