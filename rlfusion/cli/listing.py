@@ -1,5 +1,7 @@
 """``rlfusion list [KIND]``: what there is of a kind, and where it comes from."""
 
+import textwrap
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +12,8 @@ from rlfusion.jobs.doors import DOORS
 USAGE = f"""\
 usage: rlfusion list [KIND]
 
-KIND is one of {", ".join(DOORS)}.
+KIND is one of
+{textwrap.fill(", ".join(DOORS), 100)}.
 Each name can also be package.module:name or path/to/file.py:name, of your own code (docs/doors.md)."""
 
 
