@@ -120,7 +120,8 @@ def _print_figures(settings: config.Evaluate, found: Found, result: dict[str, An
     else:
         _print_beside(console, found, settings)
     for sampler, rewards in result.get("paired", {}).items():
-        table = Table(title=f"{settings.checkpoint} - {settings.against}, sample by sample ({sampler})")
+        first, second = short_names(found).values()
+        table = Table(title=f"{first} - {second}, sample by sample ({sampler})")
         for name in ("", "difference", "standard error", "p", "better"):
             table.add_column(name, justify="right" if name else "left")
         for name, held in rewards.items():

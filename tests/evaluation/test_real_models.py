@@ -254,7 +254,7 @@ def test_two_models_on_the_same_seeds_under_both_samplers(tiny_root, tmp_path, m
         *("--checkpoint", first, "--against", second, "--samplers", "training,published", *common),
         *("--real", "real.npz", "--features", "thumbnails", "--diversity", "thumbnails"),
     )
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "sample by sample (published)" in said
     for name in (first, second):
         alone = evaluated("--checkpoint", name, *common)

@@ -93,7 +93,8 @@ def following(texts: Sequence[str], failures: Failures, run: Followed, say: Call
     Raises:
         UnavailableError: with ``failures`` "stop" one failed.
     """
-    beside, status = Beside(), "failed"
+    beside = Beside()
+    status: Ending = "failed"
     try:
         _begin(beside, texts if storage.writes() else (), failures == "stop", run, say)
         yield beside
@@ -102,7 +103,7 @@ def following(texts: Sequence[str], failures: Failures, run: Followed, say: Call
         status = "stopped"
         raise
     finally:
-        beside.close(status)  # type: ignore[arg-type]
+        beside.close(status)
 
 
 def _begin(beside: Beside, texts: Sequence[str], strict: bool, run: Followed, say: Callable[[str], None]) -> None:
