@@ -17,6 +17,8 @@ diffusers' own pipeline, from one noise:
     distance   rms difference to the base's images from the same noise, in standard deviations of the base's images
     diversity  mean distance of two images of a prompt, over the base's
 
+peak_mb is the most memory that a process had, ready_mb what it had as training began: libraries, weights and copies.
+
 ``--rates 3e-4,1e-3,3e-3`` runs every rival at each of these learning rates.
 
     python benchmarks/peers.py [--seeds 0,1,2] [--queries 320] [--rlfusion "agent.lr=1e-3"] [--out FILE.json]
@@ -49,11 +51,15 @@ class Clock:
     """CPU seconds of this process without those spent ``off`` it, and what a run tells at its end."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.lost, self.ready = folder, 0.0, 0.0
+        self.folder, self.lost, self.ready, self.ready_mb = folder, 0.0, 0.0, 0.0
         self.points: list[dict[str, float]] = []
 
     def now(self) -> float:
         return time.process_time() - self.lost
+
+    def begin(self) -> None:
+        """Training begins here: what is held now are the libraries, the weights, and what is made of them before."""
+        self.ready, self.ready_mb = self.now(), held_mb()
 
     def point(self, queries: int, save: Callable[[Path], object]) -> None:
         """The weights after so many queries."""
@@ -64,7 +70,14 @@ class Clock:
 
     def told(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"ready_cpu_s": self.ready, "cpu_s": self.now() - self.ready, "peak_mb": peak, "points": self.points}
+        cost = {"ready_cpu_s": self.ready, "cpu_s": self.now() - self.ready}
+        return {**cost, "ready_mb": self.ready_mb, "peak_mb": peak, "points": self.points}
+
+
+def held_mb() -> float:
+    """The memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def setting(job: dict[str, Any], config: Callable[..., Any], **more: Any) -> tuple[Any, Any]:
@@ -90,7 +103,7 @@ def epochs(trainer: Any, pipe: Any, each: int, job: dict[str, Any], clock: Clock
     """One epoch of so many queries after another."""
     pipe.sd_pipeline.set_progress_bar_config(disable=True)
     step = done = 0
-    clock.ready = clock.now()
+    clock.begin()
     for epoch in range(job["queries"] // each):
         step = trainer.step(epoch, step)
         if (epoch + 1) * each >= done + job["every"]:
@@ -141,7 +154,7 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
     own = {"updates": 10**6, "agent": "ddpo"} | AGENTS[job["rival"]] | job["own"]
     run = rlf.finetune(job["model"], f"{HERE}:warm", seed=job["seed"], **given, **own)
     each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
-    clock.ready = clock.now()
+    clock.begin()
     for metrics in run:
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}), file=sys.stderr)
         clock.point(run.queries, lambda to: run.model.denoiser.net.model.save_pretrained(to))
@@ -237,13 +250,15 @@ def ran(rival: str, python: Path | str, job: dict[str, Any], folder: Path) -> di
 
 def table(runs: list[dict[str, Any]], target: float) -> str:
     """A line for each run: where it ends, and where it first has the target's gain."""
-    head = ["rival", "lr", "seed", "queries", "gain", "distance", "diversity", "cpu_s", "ready_cpu_s", "peak_mb"]
-    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 11]
+    head = ["rival", "lr", "seed", "queries", "gain", "distance", "diversity"]
+    head += ["cpu_s", "ready_cpu_s", "ready_mb", "peak_mb"]
+    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 12]
     for run in runs:
         end, first = run["points"][-1], next((p for p in run["points"] if p["gain"] >= target), None)
         reached = f"{first['queries']}, {first['cpu_s']:.1f}, {first['distance']:.2f}" if first else "-"
         cells = [run["rival"], run["rate"], run["seed"], end["queries"], *(f"{end[n]:.2f}" for n in head[4:7])]
-        cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}", f"{run['peak_mb']:.0f}", reached]
+        cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}"]
+        cells += [f"{run['ready_mb']:.0f}", f"{run['peak_mb']:.0f}", reached]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
