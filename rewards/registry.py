@@ -47,6 +47,11 @@ _MODULES = {
     "aesthetic": "aesthetic:Aesthetic",
     "hps_v2": "hps_v2:HPSv2",
     "pick_score": "pick_score:PickScore",
+    "brightness": "image_statistics:Brightness",
+    "edge_density": "image_statistics:EdgeDensity",
+    "entropy": "image_statistics:Entropy",
+    "ocr_accuracy": "ocr_accuracy:OcrAccuracy",
+    "vlm_judge": "vlm_judge:VlmJudge",
 }
 REWARDS = Registry(
     "reward",

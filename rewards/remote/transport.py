@@ -32,14 +32,19 @@ class RefusedError(ConfigError):
         self.status = status
 
 
-def request(method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float) -> bytes:
-    """The body of the answer.
+BYTES = "application/octet-stream"
+
+
+def request(
+    method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float, kind: str = BYTES
+) -> bytes:
+    """The body of the answer to a question of this content type.
 
     Raises:
         Failed: no answer in time, one of status 5xx or ``AGAIN``, or more than ``most`` bytes.
         RefusedError: the server refuses the request.
     """
-    exchange = _Exchange(method, url, body, token, most, timeout_s)
+    exchange = _Exchange(method, url, body, token, most, timeout_s, kind)
     exchange.join(timeout_s)
     if exchange.is_alive():
         exchange.cut()
@@ -57,10 +62,12 @@ def request(method: str, url: str, body: bytes | None, token: str, most: int, ti
 class _Exchange(Thread):
     """A request under way; a daemon, so that one which cannot be cut does not keep the process from ending."""
 
-    def __init__(self, method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float) -> None:
+    def __init__(
+        self, method: str, url: str, body: bytes | None, token: str, most: int, timeout_s: float, kind: str
+    ) -> None:
         super().__init__(name="request", daemon=True)
         self._asked = method, url, body
-        self._headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
+        self._headers = {"Content-Type": kind} if body is not None else {}
         self._headers["Connection"] = "close"  # a kept one may be closed by the server just when it is used again
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
