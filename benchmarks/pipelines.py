@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
 
-from tiny_pipelines import MAKERS  # noqa: E402
+from tiny_pipelines import MAKERS, NEWER, SIDE, UNADAPTED  # noqa: E402
 
 from rlfusion import models  # noqa: E402
 from rlfusion.common.errors import ConfigError, NumericalError  # noqa: E402
@@ -58,7 +58,6 @@ SETTINGS = {
 RATES = {"all": ("0.002", "0.01"), "lora": ("0.01", "0.02")}
 LORA = {"all": "", "lora": "LoRA(rank=8, alpha=64.0, dropout=0.1)"}
 REWARD, PROMPTS = "tiny_pipelines:warm", ("a red cat", "two dogs, 3")
-SIDE = {"sana": 32}
 STEPS, WALKS, UPDATES = 2, 64, 6
 ALIKE = 1e-4
 
@@ -126,8 +125,9 @@ def table(families: list[str], agents: list[str], weights: list[str], root: Path
     lines = [f"| family | weights | {' | '.join(agents)} |", f"|---|---|{'---|' * len(agents)}"]
     for family in families:
         torch.manual_seed(0)
-        MAKERS[family]().save_pretrained(root / family)
-        lines += [row(root / family, family, agents, kind, root) for kind in weights]
+        (MAKERS | NEWER)[family]().save_pretrained(root / family)
+        kinds = [kind for kind in weights if kind == "all" or family not in UNADAPTED]
+        lines += [row(root / family, family, agents, kind, root) for kind in kinds]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A family of pipelines of your own in one file: PixArt-Sigma, which rlfusion does not have.
+"""A family of pipelines of your own in one file: PixArt-Sigma, as it would be added if rlfusion did not have it.
 
 rlfusion check-model PixArt-alpha/PixArt-Sigma-XL-2-512-MS --pipeline.family examples/own_family.py:PIXART \
     --pipeline.prompts "a red cat"

@@ -141,7 +141,7 @@ def opened(
     name, several = os.fspath(path), [prompts] if isinstance(prompts, str) else list(prompts)
     settings = spec.call(pipelines.Settings, {"prompts": several[0] if several else "", **(pipeline or {})}, "pipeline")
     if pipelines.is_pipeline(name):
-        own = pipelines.defaults(name, training, settings.variant, settings.family)
+        own = pipelines.defaults(name, training, settings)
     else:
         card = models.load_card(Path(name))
         if settings != pipelines.Settings() and not card.pipeline:

@@ -63,14 +63,27 @@ def with_classifiers(tiny_root) -> Callable[[Path], Path]:
 @pytest.fixture(scope="session")
 def tiny_pipelines(tmp_path_factory) -> dict[str, Path]:
     """The folder of a tiny random pipeline of each family, by its name in ``tiny_pipelines.MAKERS``."""
-    import torch
     from tiny_pipelines import MAKERS
 
+    return _saved(tmp_path_factory, "pipelines", MAKERS)
+
+
+@pytest.fixture(scope="session")
+def newer_pipelines(tmp_path_factory) -> dict[str, Path]:
+    """The same of ``tiny_pipelines.NEWER``."""
+    from tiny_pipelines import NEWER
+
+    return _saved(tmp_path_factory, "newer-pipelines", NEWER)
+
+
+def _saved(factory: pytest.TempPathFactory, folder: str, makers: dict[str, Callable]) -> dict[str, Path]:
+    import torch
+
     def fill(root: Path) -> None:
-        for name, make in MAKERS.items():
+        for name, make in makers.items():
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 make().save_pretrained(root / name)
 
-    root = shared(tmp_path_factory, "pipelines", fill)
-    return {name: root / name for name in MAKERS}
+    root = shared(factory, folder, fill)
+    return {name: root / name for name in makers}

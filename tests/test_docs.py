@@ -21,6 +21,7 @@ import torch
 import yaml
 from fake_ray import FakeRay
 from reward_servers import serving
+from safetensors.torch import save_file
 from tiny_pipelines import stable_diffusion
 
 import rlfusion as rlf
@@ -108,6 +109,10 @@ def folder(tiny_root, tmp_path_factory) -> Path:
     (place / "my_agent.py").write_text((ROOT / "examples" / "own_agent.py").read_text().replace("LeaveOneOut", "Mine"))
     (place / "prompts.txt").write_text("a red cat\na green cat\n")
     (place / "prompts.csv").write_text("prompt\na red cat\na green cat\n")
+    low_rank = {f"lora_unet_x.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")}
+    (place / "peft-folder").mkdir()
+    for file in ("style.safetensors", "peft-folder/adapter_model.safetensors"):
+        save_file(low_rank, place / file)
     (place / "their.py").write_text("def scorer(images, prompts):\n    return images.mean((1, 2, 3))\n")
     for block in BLOCKS:
         if block.kind == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)) and name[1] != "my_rewards.py":
@@ -373,7 +378,7 @@ def options() -> set[str]:
     plain = ("Pretrain", "Autoencode", "TrainClip", "Compare", "Sample", "Evaluate", "CheckModel", "CheckReward")
     typed += [getattr(config, name) for name in (*plain, "CompareRuns", "CheckAgent", "Reproduce", "Serve", "Board")]
     typed += [Launch, Supervise]
-    of_lines = {"help", "config", "print_config", "resume", "change", "objective", "model"}
+    of_lines = {"help", "config", "print_config", "resume", "change", "objective", "model", "adapters"}
     return of_lines.union(*(tree(settings).names() for settings in typed))
 
 

@@ -54,7 +54,7 @@ HOMES = {
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}
     | {"rlfusion.jobs.launch.job", "rlfusion.jobs.push", "rlfusion.jobs.imports.job", "rlfusion.jobs.imports.reading"},
     "torch_fidelity": {"rlfusion.evaluation.extractors"},
-    "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.export"},
+    "peft": {"rlfusion.models.lora", "rlfusion.models.pipelines.adapters", "rlfusion.models.pipelines.export"},
     "bitsandbytes": {"rlfusion.training.optimizers.eight_bits"},
     **{name: {f"rlfusion.training.trackers.to_{name}"} for name in ("wandb", "trackio", "mlflow")},
     "lpips": {"rlfusion.pretrain.metrics"},
@@ -63,6 +63,7 @@ HOMES = {
     "urllib3": {"rlfusion.rewards.remote.transport"},
     "transformers": {"rlfusion.models.pipelines.hub", "rlfusion.models.pipelines.lengths"},
     "diffusers": {"rlfusion.models.autoencoder", "rlfusion.models.pipelines.hub"},
+    "rapidocr_onnxruntime": {"rlfusion.rewards.ocr_accuracy"},
     "open_clip": {"rlfusion.rewards.clip.towers"},
     **{name: set() for name in ("stable_baselines3", "scipy")},
     **{name: set() for name in ("tensorflow", "pickle")},

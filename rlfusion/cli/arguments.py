@@ -54,6 +54,7 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
     if kind == "compare":
         arguments = varied(arguments)
     known = tree(typical.get(kind, lambda: config.with_agent("ddpo"))())
+    arguments = _whole(arguments, known)
     words.read(kind, arguments, known.names(), known.leaves)  # what is no option is said before anything is read
     if kind == "distill":
         arguments = _long(arguments, "method", distill.METHODS)
@@ -85,6 +86,13 @@ def _long(arguments: list[str], what: str, table: Registry) -> list[str]:
             argument = f"--{what}.name={known.get(name.strip().lower(), absolute(name))}"
         out.append(argument)
     return out
+
+
+def _whole(arguments: list[str], known: Tree) -> list[str]:
+    """Arguments with ``--adapters`` as the setting of pipelines that it is."""
+    if "pipeline.adapters" not in known.leaves:
+        return arguments
+    return [re.sub(r"^--adapters(=|$)", r"--pipeline.adapters\1", argument) for argument in arguments]
 
 
 def _is_name(text: str) -> bool:
@@ -125,6 +133,7 @@ def parse(
         ConfigError: an unknown key or an unusable value, in one line.
     """
     known = tree(settings, ("objective",) if command in PRESET_PREFIX else ())
+    arguments = _whole(arguments, known)
     given = list(_given(settings, command, arguments, known))
     flags = [f for f in arguments if f in words.FLAGS or f.startswith("--print_config=")]
     values = dict(given)

@@ -1,6 +1,7 @@
 """Defaults that are not those of the settings' class: what the arguments name, a model or a recipe, brings its own."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ PIPELINE_DEFAULTS: dict[str, dict[str, Any]] = {
 CHOICES = ("form", "ratio", "fused")
 """Settings of agents on which their own defaults depend."""
 
+TRAINING = ("finetune", "compare", "check-model")
+"""The commands whose chain is one to train."""
 ROLLING = ("finetune", "compare")
 """The commands that have rollout.prompts."""
 
@@ -67,19 +70,48 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
     if not name:
         return _fitting(_classes(arguments)) if rolls else {}
     if pipelines.is_pipeline(name):
-        variant, family = (str(told_last(arguments, "pipeline", key) or "") for key in ("variant", "family"))
-        training = command in ("finetune", "compare", "check-model")
-        chain, few = pipelines.defaults(name, training, variant, family), PIPELINE_DEFAULTS[command]
-        few = few | _sizes(command, arguments, {"name": name, "variant": variant, "family": family})
+        told = _named(arguments)
+        few = PIPELINE_DEFAULTS[command]
+        chain = pipelines.defaults(name, command in TRAINING, told, _file(arguments))
+        few = few | _sizes(command, arguments, {"name": name, "variant": told.variant, "family": told.family})
+        if scheduler := pipelines.brought_scheduler(name, told, _file(arguments)):
+            few = few | {"pipeline.scheduler": scheduler}
         few = few | (_fitting(_prompts(arguments, 1)) if rolls else {})
     else:
         card = models.load_card(Path(name))
-        chain, few = card.chain, PIPELINE_DEFAULTS[command] if card.pipeline else {}
+        chain, few = _chain(card, command, arguments), PIPELINE_DEFAULTS[command] if card.pipeline else {}
         few = few | (_sizes(command, arguments, card.pipeline) if card.pipeline else {})
         few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
     if few and command == "finetune":
         few = few | _of_agent(arguments)
     return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def _chain(card: Any, command: str, arguments: list[str]) -> Mapping[str, Any]:
+    """The chain of a saved model; with another scheduler, told or brought by adapters, that of its pipeline with it."""
+    from rlfusion.models import pipelines
+
+    told = _named(arguments)
+    if not card.pipeline or not (told.scheduler or pipelines.brings(told.adapters, _file(arguments))):
+        return card.chain
+    settings = replace(told, variant=card.pipeline["variant"], family=card.pipeline.get("family", ""))
+    return card.chain | pipelines.defaults(card.pipeline["name"], command in TRAINING, settings, _file(arguments))
+
+
+def _named(arguments: list[str]) -> Any:
+    """What the arguments say of which pipeline it is, as its settings."""
+    from rlfusion.models import pipelines
+
+    keys = ("variant", "family", "adapters", "scheduler")
+    return pipelines.Settings(**{key: str(told_last(arguments, "pipeline", key) or "") for key in keys})
+
+
+def _file(arguments: list[str]) -> str:
+    """The file of adapters that are trained on; "" for none."""
+    from rlfusion.models import lora
+
+    settings = lora.parse(str(told_last(arguments, "lora") or ""))
+    return settings.file if settings else ""
 
 
 def _sizes(command: str, arguments: list[str], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SYNONYMS = {
     "steps": "updates epochs num_epochs num_steps iterations num_iterations iters max_iters max_steps total_steps "
     "train_steps num_train_steps num_inference_steps inference_steps sampling_steps denoising_steps ddim_steps nfe",
     "chain.steps": "num_inference_steps inference_steps sampling_steps denoising_steps ddim_steps timesteps nfe",
-    "lora": "rank r lora_rank lora_r lora_alpha lora_target_modules target_modules use_lora adapter adapters",
+    "lora": "rank r lora_rank lora_r lora_alpha lora_target_modules target_modules use_lora adapter",
     "guidance_scale": "cfg cfg_scale cfg_weight guidance_weight w",
     "guidance": "cfg cfg_scale cfg_weight guidance_weight w guidance_scale",
     "negative": "negative_prompt",

@@ -6,7 +6,7 @@ from typing import Any
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, require_share
 from rlfusion.diffusion.chain import Chain
-from rlfusion.models import pipelines
+from rlfusion.models import lora, pipelines
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class CheckModel:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "count", "steps", "threads")
 
 

@@ -13,7 +13,7 @@ from rlfusion.config.parts import Evaluation, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.config.vary import changed, combinations, placed, title
 from rlfusion.diffusion.chain import Chain
-from rlfusion.models import pipelines
+from rlfusion.models import lora, pipelines
 from rlfusion.rl.agent import Agent
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
@@ -116,6 +116,7 @@ class Compare:
     def __post_init__(self) -> None:
         object.__setattr__(self, "track", [absolute(text) for text in self.track])
         require_trackers(self.track)
+        object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")

@@ -50,7 +50,8 @@ class Finetune:
             the labels are random, so that the base follows its prompt in part of its samples only.
         pipeline: of a pretrained text-to-image pipeline: its prompts, the size of its images, its precision.
         lora: adapters that are trained in place of all weights, LoRA(rank=..., alpha=..., targets=..., dropout=...):
-            targets are ends of layers' names by commas; empty trains all weights. The saved model has them merged.
+            targets are ends of layers' names by commas; empty trains all weights. The saved model has them merged. A
+            file of adapters, FILE.safetensors or LoRA(file=...), is trained on (docs/models.md).
         reward: ink, symmetry, jpeg_compressibility, jpeg_incompressibility, class_logprob, clip_score, clip_class,
             clip_similarity, aesthetic, hps_v2, pick_score, package.module:name, path/to/file.py:name,
             http://host:port, or a mapping of such names to weights (docs/rewards.md).
@@ -120,6 +121,7 @@ class Finetune:
     def __post_init__(self) -> None:
         object.__setattr__(self, "track", [absolute(text) for text in self.track])
         require_trackers(self.track)
+        object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
         self._require_known_options()

@@ -119,7 +119,9 @@ def _chained(held: Sampler, chain: Chain, which: str) -> Sampler:
         return held
     about = held.card.pipeline
     if about:
-        own = pipelines.defaults(about["name"], False, about.get("variant", ""), about.get("family", ""))
+        keys = ("variant", "family", "scheduler")
+        told = pipelines.Settings(**{key: about.get(key, "") for key in keys})
+        own = pipelines.defaults(about["name"], False, told)
         chain = Chain(**own, negative=chain.negative)
     else:
         chain = replace(chain, kernel="DDIM(eta=0.0)", last_noise=0.0)

@@ -28,8 +28,11 @@ MADE_BY = ("agent", "method")
 """Groups of which the name says what made the checkpoint, which no other can go on with."""
 
 PROMPTS = ("pipeline.prompts", "pipeline.prompt_column", "pipeline.encoding")
-DIGEST = "pipeline.prompts_sha256"
-"""What a change of one of ``PROMPTS`` changes, too; with the same value it says that the file was edited on purpose."""
+DIGESTS = {
+    **dict.fromkeys(PROMPTS, "pipeline.prompts_sha256"),
+    "pipeline.adapters": "pipeline.adapters_sha256",
+}
+"""What a change of a setting changes, too; with the same value it says that the file was edited on purpose."""
 
 Read = Callable[[list[str]], Any]
 """The settings of a command from its arguments."""
@@ -88,8 +91,8 @@ def settings_of_run(kind: str, folder: Path, changes: dict[str, str], read: Read
         identity.require_command(folder, record, kind)
     changes, edited = dict(changes), _edited(changes)
     changes.pop(FILES, None)
-    if not changes.keys().isdisjoint(PROMPTS):
-        changes |= {DIGEST: ""}
+    if stale := {DIGESTS[key]: "" for key in changes if key in DIGESTS}:
+        changes |= stale
         read = partial(_with_digest, read)
     options = [f"--{key}={value}" for key, value in changes.items()]
     with locked(folder):

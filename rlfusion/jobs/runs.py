@@ -13,6 +13,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import NOTHING, Signals, StopRequested, blocked, leaving
+from rlfusion.models import pipelines
 from rlfusion.training.folders import discard, locked, make_root, new_folder, tell_folder
 
 
@@ -77,7 +78,7 @@ def at_work(command: str, folder: Path, new: bool) -> Iterator[None]:
 
 
 def recorded(settings: Any) -> Any:
-    """The settings with the prompts of a pipeline, if any, as a run writes them down: with their digest."""
+    """The settings with the prompts and the adapters of a pipeline, if any, as a run writes them down: with digests."""
     if not isinstance(settings, config.Finetune | config.Compare):
         return settings
-    return replace(settings, pipeline=settings.pipeline.recorded())
+    return replace(settings, pipeline=settings.pipeline.recorded(), lora=pipelines.recorded_lora(settings.lora))

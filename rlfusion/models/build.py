@@ -119,5 +119,13 @@ def adapt(denoiser: Denoiser, card: Card, text: str, seed: int = 0) -> None:
         return
     if not text:
         require_trainable(card)
-    net = denoiser.net
+    net, settings = denoiser.net, lora.parse(text)
+    if settings is not None and not net.family.adaptable:
+        raise ConfigError(
+            f"lora = {text!r}: diffusers has no adapters (LoRA) for pipelines of this family, expected none, which "
+            "trains all weights"
+        )
+    if settings is not None and settings.file:
+        pipelines.train_on(net.model, net.family, card.pipeline, settings)
+        return
     lora.attach(net.model, text, seed, net.family.targets, net.family.idle(net.model))

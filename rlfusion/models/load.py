@@ -84,6 +84,16 @@ def find(path: Path) -> Path:
     for candidate in (path, path / "model"):
         if (candidate / "model.json").is_file():
             return candidate
+    if pipelines.is_lora(path):
+        raise ConfigError(
+            f"model {str(path)!r} holds adapters (LoRA) and no model: expected the pipeline that they were trained on "
+            f"as --model, and beside it --adapters {path} (merged) or --lora {path} (trained on)"
+        )
+    if path.suffix == ".safetensors" and path.is_file():
+        raise ConfigError(
+            f"model {str(path)!r} is a file of weights: expected a diffusers folder with model_index.json (diffusers' "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER) makes one)"
+        )
     raise ConfigError(f"{str(path)!r} is no model: expected a folder with model.json, or a finished run's folder")
 
 

@@ -7,6 +7,7 @@ it in peft's own format.
 """
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,14 +40,23 @@ class LoRA:
         alpha: their strength is alpha / rank, as in peft; None for alpha = rank.
         targets: ends of names ("to_q,to_v"), by commas.
         dropout: the share of a layer's input features that the adapter does not see in an iteration (``dropout``).
+        file: adapters that exist, which are trained on: of a pretrained pipeline, a .safetensors file or a folder of
+            diffusers, peft or kohya, whose rank, alpha and targets hold.
+        sha256: the digest that they had, which a run writes down; empty expects none.
     """
 
     rank: int = 8
     alpha: float | None = None
     targets: str = ""
     dropout: float = 0.0
+    file: str = ""
+    sha256: str = ""
 
     def __post_init__(self) -> None:
+        if self.file and (self.rank, self.alpha, self.targets) != (8, None, ""):
+            raise ConfigError(
+                f"LoRA(file={shorten(self.file)!r}) has the file's rank, alpha and targets: expected none beside it"
+            )
         require_positive(self, "rank")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ConfigError(
@@ -65,11 +75,24 @@ def parse(text: str) -> LoRA | None:
     """
     if not text:
         return None
+    if text.strip().lower().endswith(".safetensors"):
+        return LoRA(file=text.strip())
     name = spec.split(text)[0]
     if name.lower() != "lora":
         rank = text.strip() if text.strip().isdigit() else "8"
         raise ConfigError(f"lora = {shorten(repr(text))}: expected LoRA(rank={shorten(rank, 10)}), or nothing for none")
     return spec.parse(text, {"LoRA": LoRA}, "adapter")
+
+
+def written(text: str) -> str:
+    """Settings as text of which a file of adapters has its whole path; others as they are."""
+    settings = parse(text)
+    if settings is None or not settings.file:
+        return text
+    path = os.path.abspath(os.path.expanduser(settings.file))
+    more = f", dropout={settings.dropout}" if settings.dropout else ""
+    more += f", sha256={settings.sha256!r}" if settings.sha256 else ""
+    return f"LoRA(file={path!r}{more})"
 
 
 def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Sequence[str] = ()) -> None:
@@ -82,6 +105,8 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
     settings = parse(text)
     if settings is None:
         return
+    if settings.file:
+        raise ConfigError(f"lora = {text!r}: only a pretrained pipeline has adapters in a file, expected LoRA(rank=8)")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -97,9 +122,15 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
     with standing_in(net), torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(seed, "adapters"))
         inject_adapter_in_model(config, net)
+    finish(net, settings)
+
+
+def finish(net: nn.Module, settings: LoRA) -> None:
+    """Let the adapters that a network has be what is trained of it: in float32, with the dropout of the settings."""
     if settings.dropout:
         _drop(net, settings.dropout)
     for name, parameter in net.named_parameters():
+        parameter.requires_grad_(ADAPTER in name)
         if ADAPTER in name:
             parameter.data = parameter.data.float()
 

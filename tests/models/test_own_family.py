@@ -78,7 +78,7 @@ def test_its_sampler_is_that_of_the_pipeline_itself(place, capsys):
 @pytest.mark.parametrize(
     ("family", "said"),
     [
-        ("", "unknown pipeline 'PixArtSigmaPipeline'"),
+        ("", "unknown pipeline 'MyPixArtPipeline'"),
         ("", "--pipeline.family"),
         ("own_family.py:PIXARD", "did you mean 'PIXART'?"),
         ("own_family.py:Family", "is a class: expected an object"),
@@ -88,6 +88,8 @@ def test_its_sampler_is_that_of_the_pipeline_itself(place, capsys):
 )
 def test_what_is_no_family_is_refused_in_one_line(place, capsys, family, said):
     given = (f"--pipeline.family={family}",) if family else ()
+    index = place / "pixart" / "model_index.json"
+    index.write_text(index.read_text().replace("PixArtSigmaPipeline", "MyPixArtPipeline"))
     refused(capsys, said, "finetune", "--model=pixart", "--pipeline.prompts=a", *given, *TINY)
     assert not Path("runs").exists()
 

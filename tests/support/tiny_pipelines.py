@@ -2,25 +2,45 @@
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -28,6 +48,10 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -80,11 +104,11 @@ def gemma() -> tuple[torch.nn.Module, GemmaTokenizer]:
     return Gemma2Model(config).eval(), tokenizer
 
 
-def vae(channels: int = 4, **settings) -> AutoencoderKL:
-    """Halves the sides once."""
+def vae(channels: int = 4, blocks: int = 2, **settings) -> AutoencoderKL:
+    """Halves the sides between two blocks."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), latent_channels=channels, norm_num_groups=4, sample_size=16, **settings,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks, latent_channels=channels, norm_num_groups=4, sample_size=16, **settings,
     ).eval()  # fmt: skip
 
 
@@ -148,11 +172,11 @@ def flux(scheduler=None, guidance: bool = True) -> FluxPipeline:
     )  # fmt: skip
 
 
-def sana(scheduler=None) -> SanaPipeline:
+def _sana(make, scheduler, **settings):
     network = SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
         num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=16,
-        sample_size=16,
+        sample_size=16, **settings,
     ).eval()  # fmt: skip
     autoencoder = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2,
@@ -162,21 +186,147 @@ def sana(scheduler=None) -> SanaPipeline:
         decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.4,
     ).eval()  # fmt: skip
     encoder, tokenizer = gemma()
-    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return SanaPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder, transformer=network, scheduler=scheduler
+    return make(tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder, transformer=network, scheduler=scheduler)
+
+
+def sana(scheduler=None) -> SanaPipeline:
+    return _sana(SanaPipeline, scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def sana_sprint(scheduler=None) -> SanaSprintPipeline:
+    return _sana(SanaSprintPipeline, scheduler or SCMScheduler(), guidance_embeds=True)
+
+
+def chroma(scheduler=None) -> ChromaPipeline:
+    network = ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(2, 2, 4), approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()  # fmt: skip
+    encoder, tokenizer = t5()
+    return ChromaPipeline(
+        transformer=network, text_encoder=encoder, tokenizer=tokenizer,
+        vae=vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=1.5),
+    )  # fmt: skip
+
+
+def aura_flow(scheduler=None) -> AuraFlowPipeline:
+    network = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, out_channels=4,
+        pos_embed_max_size=64,
+    ).eval()  # fmt: skip
+    encoder, tokenizer = t5()
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return AuraFlowPipeline(tokenizer, encoder, vae(), network, scheduler)
+
+
+def lumina_2(scheduler=None) -> Lumina2Pipeline:
+    network = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(300, 16, 16),
+        cap_feat_dim=16,
+    ).eval()  # fmt: skip
+    encoder, tokenizer = gemma()
+    autoencoder = vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=6.0)
+    return Lumina2Pipeline(network, scheduler, autoencoder, encoder, tokenizer)
+
+
+def bert() -> tuple[torch.nn.Module, BertTokenizer]:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(c for c in LETTERS if c != " ")]
+    words += [f"##{c}" for c in LETTERS if c.isalnum()]
+    tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(words)}, model_max_length=77)
+    config = BertConfig(
+        vocab_size=128, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    return BertModel(config).eval(), tokenizer
+
+
+def hunyuan_dit(scheduler=None) -> HunyuanDiTPipeline:
+    """With an autoencoder that reduces the sides to an eighth, which the pipeline takes for granted."""
+    network = HunyuanDiT2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, activation_fn="gelu-approximate",
+        sample_size=8, hidden_size=16, num_layers=2, mlp_ratio=2.0, cross_attention_dim=16, cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+    ).eval()  # fmt: skip
+    (encoder, tokenizer), (second, tokenizer_2) = bert(), t5()
+    settings = {**SCALED, "beta_end": 0.018, "clip_sample": False, "prediction_type": "v_prediction"}
+    return HunyuanDiTPipeline(
+        vae(blocks=4),
+        encoder,
+        tokenizer,
+        network,
+        scheduler or DDPMScheduler(**settings),
+        None,
+        None,
+        False,
+        second,
+        tokenizer_2,
     )
 
 
-def pixart(scheduler=None) -> PixArtSigmaPipeline:
-    """Of no family that is built in: ``examples/own_family.py`` has it."""
+def qwen_3(make, layers: int) -> tuple[torch.nn.Module, Qwen2Tokenizer]:
+    """Bytes as tokens, and a conversation of one turn."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=512)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}:{% endfor %}"
+    config = Qwen3Config(
+        vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+    )  # fmt: skip
+    return make(config).eval(), tokenizer
+
+
+def z_image(scheduler=None) -> ZImagePipeline:
+    network = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    ).eval()  # fmt: skip
+    encoder, tokenizer = qwen_3(Qwen3Model, 2)
+    autoencoder = vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with torch.no_grad():  # which are made empty
+        for name in ("x_pad_token", "cap_pad_token"):
+            getattr(network, name).normal_()
+    return ZImagePipeline(scheduler, autoencoder, encoder, tokenizer, network)
+
+
+def flux_2_klein(scheduler=None, distilled: bool = False) -> Flux2KleinPipeline:
+    network = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, mlp_ratio=2.0, axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    ).eval()  # fmt: skip
+    autoencoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, layers_per_block=1,
+    ).eval()  # fmt: skip
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    encoder, tokenizer = qwen_3(Qwen3ForCausalLM, 27)
+    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, autoencoder, encoder, tokenizer, network, distilled)
+
+
+def pixart(scheduler=None, make=PixArtSigmaPipeline, side: int = 8):
+    """PixArt-Sigma, which ``examples/own_family.py`` has as well; or alpha."""
     network = PixArtTransformer2DModel(
-        sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=4, cross_attention_dim=8,
+        sample_size=side, num_layers=1, num_attention_heads=2, attention_head_dim=6, cross_attention_dim=12,
         caption_channels=16, norm_num_groups=4,
     ).eval()  # fmt: skip
     encoder, tokenizer = t5()
     scheduler = scheduler or DDIMScheduler(**SD15)
-    return PixArtSigmaPipeline(tokenizer, encoder, vae(), network, scheduler)
+    return make(tokenizer, encoder, vae(), network, scheduler)
+
+
+def pixart_alpha(scheduler=None) -> PixArtAlphaPipeline:
+    """Of the size that reads micro-conditions."""
+    return pixart(scheduler, PixArtAlphaPipeline, 128)
 
 
 MAKERS = {
@@ -186,6 +336,17 @@ MAKERS = {
     "sd3": stable_diffusion_3,
     "flux": flux,
     "sana": sana,
+}
+NEWER = {
+    "sana_sprint": sana_sprint,
+    "chroma": chroma,
+    "aura_flow": aura_flow,
+    "lumina_2": lumina_2,
+    "pixart": pixart,
+    "pixart_alpha": pixart_alpha,
+    "hunyuan_dit": hunyuan_dit,
+    "z_image": z_image,
+    "flux_2_klein": flux_2_klein,
 }
 
 
@@ -204,14 +365,20 @@ ABOUT = {
     "cache": "",
     "adapters": [],
 }
-SIDE = {"sana": 32}
-UNGUIDED = ("flux", "lcm")
+SIDE = {"sana": 32, "sana_sprint": 32, "hunyuan_dit": 64}
+UNGUIDED = ("flux", "lcm", "sana_sprint")
+UNADAPTED = ("pixart", "pixart_alpha", "hunyuan_dit")
+"""Families whose pipelines diffusers gives no adapters."""
 """Families whose networks read the guidance weight, and no negative prompt."""
 ALIKE = 1e-4
 
 
+WORDLESS = "flux_2_klein"
+"""A family with guidance whose second answer is always that to no words."""
+
+
 def about(folder, **settings) -> dict:
-    own = {"negatives": ["", ""]} if folder.name in UNGUIDED else {}
+    own = {"negatives": ["", ""]} if folder.name in (*UNGUIDED, WORDLESS) else {}
     return {**ABOUT, "name": str(folder), "side": SIDE.get(folder.name, 16), **own, **settings}
 
 

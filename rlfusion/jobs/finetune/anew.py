@@ -42,6 +42,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"reward(\..*)?|reward_options\..*|reward_normalize", ALL),
     (r"chain\..*", ALL),
     (r"base|pretrain\.(data|size|held_out)|pipeline\.(prompts|prompt_column|encoding|prompts_sha256|size)", ALL),
+    (r"pipeline\.(adapters|adapters_sha256|scheduler)", ALL),
     (r"rollout\.(prompts|samples_per_prompt)", (ADVANTAGES,)),
     (r"agent\.kl_reward", (ADVANTAGES,)),
     (r"agent\.advantage", (ADVANTAGES, CRITIC)),

@@ -4,6 +4,7 @@
     data, pretrain.data, ...             a data set's file or folder; of a table the folder that it lies in
     base, teacher, autoencoder           the folder of the model alone, of a run
     pipeline.prompts                     the file
+    pipeline.adapters, lora              the file, or peft's folder
     reward_options, Name(path='...')     a text that begins with /, ./, ../ or ~/, or that is there
 
 What lies below a folder that the nodes share is left there. All else is copied to ``root/cache/inputs``, below the
@@ -122,6 +123,15 @@ class Inputs:
         path = Path(text.strip()).expanduser()
         return self._there(key, path) if path.suffix.lower() in READERS else text
 
+    def _adapters(self, key: str, text: str) -> str:
+        """Files of adapters, each with its strength."""
+        held = pipelines.parse_adapters(text)
+        return ",".join(f"{self._there(key, Path(one.file))}:{one.scale!r}" for one in held)
+
+    def _lora(self, key: str, text: str) -> str:
+        """Adapters that are trained, which may begin as those of a file."""
+        return self._called(key, pipelines.recorded_lora(text))
+
     def _there(self, key: str, path: Path) -> str:
         """Where a file or folder will be.
 
@@ -174,6 +184,8 @@ PARTS = ("model/model.json", "autoencoder/autoencoder.json")
 KEYS: dict[str, Callable[[Inputs, str, str], str]] = {
     "data": Inputs._data,
     "prompts": Inputs._prompts,
+    "adapters": Inputs._adapters,
+    "lora": Inputs._lora,
     **dict.fromkeys(("base", "teacher", "autoencoder"), Inputs._model),
 }
 """The settings that name files, by the last word of their name."""

@@ -18,6 +18,7 @@ from rlfusion.jobs.launch.arrival import SETTINGS
 from rlfusion.jobs.launch.cluster import Cluster, Job, require_name
 from rlfusion.jobs.launch.environment import runtime_env
 from rlfusion.jobs.launch.inputs import Inputs
+from rlfusion.models import pipelines
 
 INSTALLED_S = 1800.0
 """Within which the libraries are installed on a node, or its image is there."""
@@ -68,7 +69,7 @@ def new_order(settings: Launch, command: str, run: Any, say: Callable[[str], Non
             "absolute path of storage that the nodes share, or of the head node's own disk, such as --root /shared/runs"
         )
     if isinstance(run, config.Finetune | config.Compare):
-        run = replace(run, pipeline=run.pipeline.recorded())
+        run = replace(run, pipeline=run.pipeline.recorded(), lora=pipelines.recorded_lora(run.lora))
     inputs = Inputs(root, (root, *(Path(folder).absolute() for folder in settings.shared)))
     held = inputs.translated(asdict(run))
     _require_known(settings, inputs)

@@ -1,16 +1,21 @@
 """Pretrained text-to-image pipelines of diffusers as denoisers: one small file a family, all else common."""
 
+from rlfusion.models.pipelines.adapters import LORA, is_lora
+from rlfusion.models.pipelines.adapters import parse as parse_adapters
+from rlfusion.models.pipelines.brought import by as brings
 from rlfusion.models.pipelines.conditions import Conditions
+from rlfusion.models.pipelines.continued import recorded as recorded_lora
+from rlfusion.models.pipelines.continued import train_on
 from rlfusion.models.pipelines.export import save
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hub import FAMILIES, folder, index, is_pipeline, parameters, shape
 from rlfusion.models.pipelines.hub import family as family_of
-from rlfusion.models.pipelines.model import LORA, build, build_hollow, outline, placed
+from rlfusion.models.pipelines.model import build, build_hollow, outline, placed
 from rlfusion.models.pipelines.parity import Whole, published
 from rlfusion.models.pipelines.prompts import Prompts
 from rlfusion.models.pipelines.prompts import read as read_prompts
 from rlfusion.models.pipelines.scheduler import READERS, Sampling
-from rlfusion.models.pipelines.settings import Settings, defaults
+from rlfusion.models.pipelines.settings import Settings, brought_scheduler, defaults
 
 __all__ = [
     "FAMILIES",
@@ -23,18 +28,24 @@ __all__ = [
     "Sampling",
     "Settings",
     "Whole",
+    "brings",
+    "brought_scheduler",
     "build",
     "build_hollow",
     "defaults",
     "family_of",
     "folder",
     "index",
+    "is_lora",
     "is_pipeline",
     "outline",
     "parameters",
+    "parse_adapters",
     "placed",
     "published",
     "read_prompts",
+    "recorded_lora",
     "save",
     "shape",
+    "train_on",
 ]

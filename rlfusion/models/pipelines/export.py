@@ -21,9 +21,10 @@ from rlfusion.common.seeding import normal
 from rlfusion.common.weights import ADAPTER
 from rlfusion.diffusion.space import Space
 from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines.adapters import LORA, adapted, adapted_texts, merged_all, put_on
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hollow import network, write_network
-from rlfusion.models.pipelines.model import DTYPES, LORA, adapted, load, merged_all, put_on
+from rlfusion.models.pipelines.model import DTYPES, load
 
 ALIKE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 """How far a reloaded network's answers may be from the trained one's, as a share of the largest."""
@@ -44,7 +45,8 @@ def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[st
         saved = about | {"adapters": [*about["adapters"], "."]}
     else:
         _save_pipeline(folder, path, net, about)
-        saved = about | {"name": ".", "variant": "", "adapters": []}
+        saved = {key: held for key, held in about.items() if key != "scheduler"}  # which the folder has
+        saved |= {"name": ".", "variant": "", "adapters": []}
     if shards.roots(net):
         shards.agreed(True)  # the first rank has written all
         verify(net, _reloaded_split(folder, saved, net), space, about)
@@ -89,7 +91,8 @@ def _save_beside(folder: Path, path: Path, net: Net, about: dict[str, Any]) -> N
     model: Any = shards.outline(net).model
     model.save_pretrained = lambda place, **_: model.save_config(place)
     try:
-        load(path, about, given={net.family.network: model}).save_pretrained(folder, safe_serialization=True)
+        pipe = load(path, about, given={net.family.network: model})
+        adapted_texts(pipe, about["adapters"], net.family).save_pretrained(folder, safe_serialization=True)
     finally:
         del model.save_pretrained
 
@@ -104,7 +107,7 @@ def reloaded(folder: Path, about: dict[str, Any], family: Family) -> nn.Module:
     path = folder if about["name"] == "." else hub.folder(about["name"], about["variant"])
     pipe = load(path, about, without=family.texts)
     if about["adapters"]:
-        adapted(pipe, about["adapters"][:-1])
+        adapted(pipe, about["adapters"][:-1], family)
         pipe.load_lora_weights(str(folder), weight_name=LORA)
     return getattr(pipe, family.network)
 
@@ -116,9 +119,9 @@ def _reloaded_split(folder: Path, about: dict[str, Any], like: Net) -> nn.Module
     model, filling = network(path, family.network, DTYPES[about["dtype"]], about["variant"])
     if about["adapters"]:
         pipe = load(path, about, without=family.texts, given={family.network: model})
-        filling = merged_all(pipe, model, filling, about["adapters"][:-1])
+        filling = merged_all(pipe, model, filling, about["adapters"][:-1], family)
         with standing_in(model):
-            put_on(pipe, str(folder))
+            put_on(pipe, str(folder), family)
     shards.split(model, device, False, filling)
     return model.to(device)
 

@@ -45,6 +45,10 @@ class Family:
         call: further settings with which the pipeline itself makes an image of just the size that it is told.
         sequence: network's configuration -> the max_sequence_length that its model card has, and the largest that its
             pipeline takes; None where the pipeline has no such setting. ``encode`` is given it by keyword.
+        adaptable: whether diffusers' pipeline reads and writes adapters (LoRA).
+        given: latents (B, C, h, w) as its pipeline's call takes them; parity with it alone asks for this and the next.
+        taken: (pipeline, what its call returns as latents, latents of ours of that size) -> the same as ours.
+        offset: how far our guidance_scale s, y_0 + s (y - y_0), is above that of its pipeline's call.
     """
 
     network: str
@@ -63,6 +67,10 @@ class Family:
     reads: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 0})
     call: Mapping[str, Any] = field(default_factory=dict)
     sequence: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
+    adaptable: bool = True
+    given: Callable[[Tensor], Tensor] = Tensor.clone
+    taken: Callable[[Any, Tensor, Tensor], Tensor] = lambda pipe, made, like: made
+    offset: float = 0.0
 
 
 class Net(nn.Module):

@@ -36,10 +36,15 @@ def unpack(y: Tensor, like: Tensor) -> Tensor:
     return y.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
+def places(x: Tensor) -> Tensor:
+    """(0, i, j) of the tokens of latents x, (h/2 w/2, 3)."""
+    rows, columns = (torch.arange(side // 2, device=x.device, dtype=x.dtype) for side in x.shape[2:])
+    held = torch.cartesian_prod(rows, columns)
+    return torch.cat([torch.zeros_like(held[:, :1]), held], 1)
+
+
 def answer(model: nn.Module, x: Tensor, t: Tensor, c: Rows) -> Tensor:
     """y (B, 16, h, w)."""
-    rows, columns = (torch.arange(side // 2, device=x.device, dtype=x.dtype) for side in x.shape[2:])
-    places = torch.cartesian_prod(rows, columns)
     tokens = model(
         hidden_states=pack(x),
         timestep=t / 1000,
@@ -47,7 +52,7 @@ def answer(model: nn.Module, x: Tensor, t: Tensor, c: Rows) -> Tensor:
         pooled_projections=c["pooled"],
         encoder_hidden_states=c["text"],
         txt_ids=torch.zeros(c["text"].shape[1], 3, device=x.device, dtype=x.dtype),
-        img_ids=torch.cat([torch.zeros_like(places[:, :1]), places], 1),
+        img_ids=places(x),
         return_dict=False,
     )[0]
     return unpack(tokens, x)
@@ -82,4 +87,6 @@ FAMILY = Family(
     guided=False,
     reads={"tokenizer": 0, "tokenizer_2": 512},
     sequence=lambda config: (512 if embeds(config) else 256, 512),
+    given=pack,
+    taken=lambda pipe, made, like: unpack(made, like),
 )

@@ -3,16 +3,18 @@
 Weights are read from safetensors alone: never a pickle, never code from a repository.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from rlfusion.common import hub
+from rlfusion.common import hub, spec
 from rlfusion.common.deferred import deferred
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
@@ -22,21 +24,50 @@ from rlfusion.models.pipelines.typed import require_typed
 INDEX = "model_index.json"
 EXTRA = "pip install 'rlfusion[models]'"
 _MODULES = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "LatentConsistencyModelPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "stable_diffusion_xl",
-    "StableDiffusion3Pipeline": "stable_diffusion_3",
-    "FluxPipeline": "flux",
-    "SanaPipeline": "sana",
+    "StableDiffusionPipeline": "stable_diffusion:FAMILY",
+    "LatentConsistencyModelPipeline": "stable_diffusion:FAMILY",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl:FAMILY",
+    "StableDiffusion3Pipeline": "stable_diffusion_3:FAMILY",
+    "FluxPipeline": "flux:FAMILY",
+    "ChromaPipeline": "chroma:FAMILY",
+    "SanaPipeline": "sana:FAMILY",
+    "SanaSprintPipeline": "sana_sprint:FAMILY",
+    "AuraFlowPipeline": "aura_flow:FAMILY",
+    "Lumina2Pipeline": "lumina_2:FAMILY",
+    "PixArtAlphaPipeline": "pixart:ALPHA",
+    "PixArtSigmaPipeline": "pixart:SIGMA",
+    "HunyuanDiTPipeline": "hunyuan_dit:FAMILY",
+    "ZImagePipeline": "z_image:FAMILY",
+    "Flux2KleinPipeline": "flux_2:KLEIN",
 }
 FAMILIES = Registry(
     "pipeline",
     "rlfusion.families",
-    {name: f"rlfusion.models.pipelines.{module}:FAMILY" for name, module in _MODULES.items()},
+    {name: f"rlfusion.models.pipelines.{module}" for name, module in _MODULES.items()},
     Family,
     also="each as --pipeline.family",
 )
 """The families by their pipeline's class."""
+UNFITTING = {
+    "QwenImagePipeline": "it scales its guided answer to the norm of the unguided answer, token by token, which is no "
+    "mixture of two answers, and its autoencoder is one of videos; expected one of another family, or an object of "
+    "yours as --pipeline.family",
+    "Flux2Pipeline": "its texts are read by a Mistral 3 behind a processor of images, which no tiny pipeline of the "
+    "tests has; expected Flux2KleinPipeline, or an object of yours as --pipeline.family",
+}
+"""Pipelines of text to image that are known and not taken, and why."""
+SINCE = {
+    "HunyuanDiTPipeline": "0.28.0",
+    "PixArtSigmaPipeline": "0.28.0",
+    "AuraFlowPipeline": "0.30.0",
+    "SanaPipeline": "0.32.0",
+    "SanaSprintPipeline": "0.33.0",
+    "Lumina2Pipeline": "0.33.0",
+    "ChromaPipeline": "0.34.0",
+    "ZImagePipeline": "0.36.0",
+    "Flux2KleinPipeline": "0.37.0",
+}
+"""The version of diffusers that was the first to have a pipeline."""
 RARE = ("bitsandbytes", "scipy.stats")
 """What diffusers imports wherever it is installed, and seldom uses."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
@@ -159,15 +190,43 @@ def family(path: Path, named: str = "") -> Family:
     name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
     if ":" in name:  # a folder names no code that is to be loaded
         raise unknown("pipeline", name, FAMILIES.names())
-    return FAMILIES.find(name).object
+    if why := UNFITTING.get(name):
+        raise ConfigError(f"pipeline {name!r} does not fit: {why}")
+    found = FAMILIES.find(name).object
+    if name in SINCE and class_named(name) is None:
+        raise ConfigError(
+            f"pipeline {name!r} is not in diffusers {diffusers().__version__}, which is installed: expected "
+            f"{SINCE[name]} or newer"
+        )
+    return replace(found, guided=False) if index(path).get("is_distilled") else found  # which has one answer
 
 
-def scheduler(path: Path) -> Any:
-    """The pipeline's scheduler, alone, with the settings that the pipeline itself gives it (``CORRECTED``).
+def scheduler(path: Path, instead: str = "") -> Any:
+    """The pipeline's scheduler, alone, with the settings that the pipeline itself gives it (``CORRECTED``); or the one
+    that ``Name(setting=...)`` writes in its place, made of the own one's settings as diffusers makes one of another.
 
     Raises:
         ConfigError: there is none, one of no class of the library's, or settings that its class refuses.
     """
+    own = _scheduler(path)
+    if not instead:
+        return own
+    name, told = spec.split(instead)
+    made = class_named(name)
+    known = [one for one in dir(diffusers()) if one.endswith("Scheduler")] if not hasattr(made, "set_timesteps") else []
+    if known:
+        raise unknown("pipeline.scheduler", name, known)
+    require_typed(made, told, f"pipeline.scheduler = {instead}")
+    if strange := sorted(set(told) - set(inspect.signature(made.__init__).parameters)):
+        raise unknown(f"setting of {name}", strange[0], list(inspect.signature(made.__init__).parameters)[1:])
+    try:
+        return made.from_config(own.config, **told)
+    except REFUSALS as error:
+        raise ConfigError(f"pipeline.scheduler = {instead}: {first_line(error)}") from error
+
+
+def _scheduler(path: Path) -> Any:
+    """The pipeline's own."""
     told = index(path).get("scheduler")
     if not isinstance(told, list) or len(told) != 2 or not isinstance(name := told[1], str):
         raise ConfigError(f"{str(path / INDEX)!r} names the scheduler {told!r}: expected [library, class]")

@@ -11,7 +11,8 @@ What a model card holds of one (``about``), all JSON:
     attention    its back end; absent for diffusers' own choice
     max_sequence_length  tokens of a prompt, of families that have that setting; absent for the pipeline's default
     family      of the user's own code, by name; absent where it is found by the pipeline's class
-    adapters    folders of trained adapters that are merged into the weights, in this order
+    adapters    folders of trained adapters, and files of others (``adapters``), that are merged, in this order
+    scheduler   in the place of the pipeline's own, as Name(setting=...); absent for its own
 
 Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
 """
@@ -35,14 +36,14 @@ from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
 from rlfusion.models.pipelines import attention, hub, lengths
+from rlfusion.models.pipelines.adapters import adapted, adapted_texts, merged_all, on_texts
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
 from rlfusion.models.pipelines.family import SEQUENCE, Family, Net, plain_grid
-from rlfusion.models.pipelines.hollow import merged, network
+from rlfusion.models.pipelines.hollow import network
 from rlfusion.models.pipelines.scheduler import Sampling, read
 from rlfusion.models.pipelines.space import Decoded
 
-LORA = "pytorch_lora_weights.safetensors"
 KEPT_AS = 2
 """The form of the files of embeddings: those of another are not looked at."""
 PARTS, PART = 64, 2**16
@@ -84,11 +85,11 @@ def build(
     """
     path = hub.folder(about["name"], about["variant"])
     family = hub.family(path, about.get("family", ""))
-    read(hub.scheduler(path), plain_grid({}, ()))  # refuses before weights are read
+    read(hub.scheduler(path, about.get("scheduler", "")), plain_grid({}, ()))  # refuses before weights are read
     _require_no_negatives(path, family, about)
     read_by = functools.partial(load, path, about, given={} if given is None else {family.network: given})
     pipe, conditions = _conditions(read_by, path, family, about, prompts, device)
-    model = getattr(adapted(pipe, about["adapters"]) if given is None else pipe, family.network)
+    model = getattr(adapted(pipe, about["adapters"], family) if given is None else pipe, family.network)
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
     if told := about.get("attention"):
@@ -117,20 +118,8 @@ def build_hollow(
     denoiser = build(about, prompts, device, model)
     if about["adapters"]:
         pipe = load(path, about, without=family.texts, given={family.network: model})
-        filling = merged_all(pipe, model, filling, about["adapters"])
+        filling = merged_all(pipe, model, filling, about["adapters"], family)
     return denoiser, filling
-
-
-def merged_all(pipe: Any, model: nn.Module, filling: Filling, adapters: Sequence[str]) -> Filling:
-    """Where the rows of the network of a pipeline are with the adapters of these folders merged into its weights.
-
-    Raises:
-        ConfigError: as ``adapted``.
-    """
-    for place in adapters:
-        filling = merged(model, filling, functools.partial(put_on, pipe, place))
-        pipe.unload_lora_weights()
-    return filling
 
 
 def outline(about: dict[str, Any]) -> Denoiser:
@@ -143,7 +132,7 @@ def outline(about: dict[str, Any]) -> Denoiser:
     family = hub.family(path, about.get("family", ""))
     config, (_, high, wide) = hub.config(path, family.network), hub.shape(path, about["side"], family)
     latent = (family.channels(config), high // hub.factor(path), wide // hub.factor(path))
-    sampling = read(hub.scheduler(path), family.grid(config, latent))
+    sampling = read(hub.scheduler(path, about.get("scheduler", "")), family.grid(config, latent))
     denoiser = Denoiser(nn.Identity(), sampling.schedule, sampling.kind)
     denoiser.own = Published(sampling, Conditions({"": torch.zeros(0)}, None))
     return denoiser
@@ -166,31 +155,6 @@ def placed(about: dict[str, Any], folder: Path) -> dict[str, Any]:
     return about | {"name": here if about["name"] == "." else about["name"], "adapters": adapters}
 
 
-def adapted(pipe: Any, adapters: Sequence[str]) -> Any:
-    """The pipeline with the adapters of these folders merged into its weights.
-
-    Raises:
-        ConfigError: there are none, or none that fit.
-    """
-    for place in adapters:
-        put_on(pipe, place)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-    return pipe
-
-
-def put_on(pipe: Any, place: str) -> None:
-    """Give the pipeline the adapters of a folder.
-
-    Raises:
-        ConfigError: there are none, or none that fit.
-    """
-    try:
-        pipe.load_lora_weights(place, weight_name=LORA)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"adapters {str(Path(place) / LORA)!r} cannot be loaded: {error}") from error
-
-
 def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: Mapping[str, nn.Module] = NONE) -> Any:
     """The pipeline, all of it or without some components, on the CPU. Those that are ``given`` are not read.
 
@@ -199,7 +163,7 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: 
     """
     absent = {name: None for name in without if name in hub.index(path)}
     try:
-        return hub.diffusers().DiffusionPipeline.from_pretrained(
+        pipe = hub.diffusers().DiffusionPipeline.from_pretrained(
             path,
             use_safetensors=True,
             variant=about["variant"] or None,
@@ -212,6 +176,9 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: 
         if isinstance(foreseen(error), OutOfMemory):
             raise
         raise ConfigError(f"pipeline {about['name']!r} cannot be loaded: {hub.first_line(error)}") from error
+    if told := about.get("scheduler"):
+        pipe.register_modules(scheduler=hub.scheduler(path, told))
+    return pipe
 
 
 def _conditions(
@@ -230,7 +197,7 @@ def _conditions(
     lengths.report(path, family, distinct, **told)
     if folder is not None and (held := kept(folder, texts)) is not None:
         return read_by(without=family.texts), held
-    pipe = read_by()
+    pipe = adapted_texts(read_by(), about["adapters"], family)
     how = functools.partial(family.encode, **told) if told else family.encode
     try:
         side = hub.shape(path, about["side"], family)[1]
@@ -277,6 +244,7 @@ def _cached(path: Path, family: Family, about: dict[str, Any], prompts: Sequence
     same: list[Any] = [KEPT_AS, [_fingerprint(f) for f in files], libraries, list(prompts)]
     same += [about[name] for name in ("negatives", "variant", "dtype", "side")]
     same += _sequence(about).values()
+    same += [one["sha256"] + str(one["scale"]) for one in on_texts(about["adapters"])]
     if own := about.get("family"):
         same += [own, files_of(own)]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:16]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlfusion.models.pipelines import flux, hub
+from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines.adapters import adapted, adapted_texts
 from rlfusion.models.pipelines.drawn import drawn
 from rlfusion.models.pipelines.family import SEQUENCE
-from rlfusion.models.pipelines.model import adapted, load
+from rlfusion.models.pipelines.model import load
 
 
 class Whole:
@@ -23,7 +24,8 @@ class Whole:
         """Raises ConfigError for files that cannot be read."""
         self.about, self.path = about, hub.folder(about["name"], about["variant"])
         self.family = hub.family(self.path, about.get("family", ""))
-        self.pipe = adapted(load(self.path, about), about["adapters"]).to(device)
+        pipe = adapted_texts(load(self.path, about), about["adapters"], self.family)
+        self.pipe = adapted(pipe, about["adapters"], self.family).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.known = inspect.signature(type(self.pipe).__call__).parameters
         """The parameters of its call."""
@@ -49,24 +51,27 @@ class Whole:
         return self._made([prompts[i] for i in label], z, scheduler, settings)
 
     def _made(self, texts: list[str], z: Tensor, scheduler: Any, settings: dict[str, Any]) -> Tensor:
-        """The latents of a call with ``settings``."""
+        """The latents of a call with ``settings``; what else an ``output_type`` among them says."""
+        if "intermediate_timesteps" in self.known and z.shape[1] != 3:
+            settings = settings | {"intermediate_timesteps": None}  # which only two steps have
         _, height, width = hub.shape(self.path, self.about["side"], self.family)
-        packed, own = self.family is flux.FAMILY, self.pipe.scheduler
+        own = self.pipe.scheduler
+        if "guidance_scale" in settings:
+            settings = settings | {"guidance_scale": settings["guidance_scale"] - self.family.offset}
         self.pipe.scheduler = scheduler or own
         try:
             with drawn(self.pipe.scheduler, list(z.transpose(0, 1)[1:])):
                 made = self.pipe(
-                    texts,
+                    prompt=texts,
                     height=height,
                     width=width,
                     num_inference_steps=z.shape[1] - 1,
-                    latents=flux.pack(z[:, 0]) if packed else z[:, 0].clone(),
-                    output_type="latent",
-                    **settings,
+                    latents=self.family.given(z[:, 0]),
+                    **{"output_type": "latent", **settings},
                 ).images
         finally:
             self.pipe.scheduler = own
-        return flux.unpack(made, z[:, 0]) if packed else made
+        return made if "output_type" in settings else self.family.taken(self.pipe, made, z[:, 0])
 
 
 def published(about: dict[str, Any], prompts: Sequence[str], label: Sequence[int], z: Tensor, scale: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The user's settings of a pretrained pipeline, and the part of them that a model card keeps."""
 
+import hashlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,12 +9,14 @@ from typing import Any, Literal
 
 from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
-from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines import adapters, brought, hub
 from rlfusion.models.pipelines.family import SEQUENCE, plain_grid
 from rlfusion.models.pipelines.prompt_files import READERS
 from rlfusion.models.pipelines.prompts import Prompts, read
 from rlfusion.models.pipelines.scheduler import read as read_scheduler
 
+CALLED = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+"""Settings of ``Chain`` and the parameters of a pipeline's call whose defaults they have."""
 MOST_STEPS = 20
 """Steps of a chain that is trained, unless told otherwise or the pipeline's own are fewer."""
 
@@ -44,6 +47,12 @@ class Settings:
             ...), of networks whose attention diffusers dispatches (FLUX); null for what a saved pipeline has, else
             diffusers' own choice.
         decode: samples that the autoencoder decodes at a time; null for what a saved pipeline has, else 8.
+        adapters: files of LoRA that are merged into the weights, FILE.safetensors[:STRENGTH],... in the layout of
+            diffusers, peft or kohya, or folders of them; --adapters is the same (docs/models.md). To train one on, give
+            it as lora.
+        adapters_sha256: digest of the adapters that are expected, which a run writes down; empty expects none.
+        scheduler: of diffusers, in the place of the pipeline's own, as LCMScheduler or Name(setting=...); "own" for
+            its own. Empty is its own too, unless adapters for few steps bring another (LCM, TCD, Hyper, Turbo).
         family: how prompts are encoded and the network is called, as package.module:Name or path/to/file.py:Name, of a
             family of your own (docs/doors.md); empty finds it by the pipeline's class.
     """
@@ -60,6 +69,9 @@ class Settings:
     checkpointing: bool | None = None
     attention: str | None = None
     decode: int | None = None
+    adapters: str = ""
+    adapters_sha256: str = ""
+    scheduler: str = ""
     family: str = ""
 
     def __post_init__(self) -> None:
@@ -90,11 +102,30 @@ class Settings:
 
     def recorded(self) -> "Settings":
         """The same settings as a run writes them down: the file's whole path, and the digest of its prompts."""
+        held = self
+        if self.adapters:
+            found = adapters.parse(self.adapters)
+            places = ",".join(f"{one.file}:{one.scale!r}" for one in found)
+            held = replace(held, adapters=places, adapters_sha256=_digest(found))
         if not self.prompts:
-            return self
+            return held
         digest, path = self.digest, Path(self.prompts.strip()).expanduser()
         place = str(path.resolve()) if path.suffix.lower() in READERS else self.prompts
-        return replace(self, prompts=place, prompts_sha256=digest)
+        return replace(held, prompts=place, prompts_sha256=digest)
+
+    def merged(self) -> list[dict[str, Any]]:
+        """The adapters as a card keeps them, which must be those that are expected.
+
+        Raises:
+            ConfigError: a file that is no file of adapters, or is another than the run began with.
+        """
+        found = adapters.parse(self.adapters)
+        if self.adapters_sha256 and self.adapters_sha256 != _digest(found):
+            raise ConfigError(
+                f"adapters = {self.adapters!r} are others than the run began with: put the old ones back; another run "
+                "has adapters_sha256 empty"
+            )
+        return [one._asdict() for one in found]
 
     def sequence(self, path: Path) -> dict[str, int]:
         """What a card of the pipeline in ``path`` keeps of ``max_sequence_length``; nothing of one without.
@@ -124,7 +155,16 @@ class Settings:
                 raise ConfigError(f"{key} = {told!r}: {name!r} was saved with {key} {own!r}, expected none")
         if not self.prompts and (lone := self.prompt_column or self.encoding):
             raise ConfigError(f"prompt_column or encoding = {lone!r}: expected pipeline.prompts, a file, beside it")
-        return self._told() | ({"side": self.size} if self.size else {})
+        more = {"adapters": [*held.get("adapters", ()), *self.merged()]} if self.adapters else {}
+        more |= self._scheduler(held.get("name", ""), held.get("variant", ""))
+        return self._told() | ({"side": self.size} if self.size else {}) | more
+
+    def _scheduler(self, name: str, variant: str, lora: str = "") -> dict[str, Any]:
+        """What a card keeps of a scheduler in the place of the pipeline's own; nothing of none."""
+        if not (self.scheduler or self.adapters or lora):
+            return {}
+        held = brought.scheduler(self.scheduler, self.adapters, lora, hub.scheduler(hub.folder(name, variant)))
+        return {"scheduler": held} if held or self.scheduler else {}
 
     def _told(self) -> dict[str, Any]:
         """Those of ``UNTOLD``, and the attention, that are not null."""
@@ -147,27 +187,45 @@ class Settings:
         place = str(Path(name).resolve()) if Path(name).exists() else name  # a worker, or a later run, has another cwd
         held |= {"name": place, "variant": self.variant, "side": self.size, **UNTOLD, **self._told()}
         held |= {"family": self.family} if self.family else {}
-        return held | {"cache": str(cache.resolve()) if cache else "", "adapters": []}, texts
+        held |= {"cache": str(cache.resolve()) if cache else "", "adapters": self.merged()}
+        return held | self._scheduler(name, self.variant), texts
 
 
-def defaults(name: str, training: bool, variant: str = "", named: str = "") -> dict[str, Any]:
-    """The chain that a pipeline was published with, as defaults of ``Chain`` by name; for ``training``, with noise at
-    every step and no more than ``MOST_STEPS`` of them. ``named`` is its family, where that is not found by its class.
+UNSET = Settings()
+
+
+def _digest(found: list[adapters.Adapter]) -> str:
+    """Of what adapters hold, in their order."""
+    return hashlib.sha256("".join(one.sha256 for one in found).encode()).hexdigest()
+
+
+def brought_scheduler(name: str, settings: Settings, lora: str) -> str:
+    """``scheduler`` of the settings of a pipeline: the one that is told, else that which adapters bring."""
+    return settings.scheduler or settings._scheduler(name, settings.variant, lora).get("scheduler", "")
+
+
+def defaults(name: str, training: bool, settings: Settings = UNSET, lora: str = "") -> dict[str, Any]:
+    """The chain that a pipeline was published with, or that its adapters bring, as defaults of ``Chain`` by name; for
+    ``training``, with noise at every step and no more than ``MOST_STEPS`` of them. ``settings`` name its variant, its
+    family, its adapters and its scheduler, ``lora`` the file of adapters that are trained on.
 
     Raises:
         ConfigError: no such pipeline, one with a scheduler that is not followed, or one that draws no images of texts
             in steps.
     """
-    path = hub.folder(name, variant)
-    family = hub.family(path, named)
-    sampling = read_scheduler(hub.scheduler(path), plain_grid({}, ()))
+    path = hub.folder(name, settings.variant)
+    family = hub.family(path, settings.family)
+    instead = settings._scheduler(name, settings.variant, lora).get("scheduler", "")
+    sampling = read_scheduler(hub.scheduler(path, instead), plain_grid({}, ()))
     own = inspect.signature(hub.pipeline_class(path).__call__).parameters
     if lacking := [name for name in ("num_inference_steps", "guidance_scale") if name not in own]:
         raise ConfigError(f"pipeline {name!r}: its call takes no {' and no '.join(lacking)}, expected text to image")
-    steps, scale = own["num_inference_steps"].default, own["guidance_scale"].default
-    if family.guided or family.embeds(hub.config(path, family.network)):
-        guidance = {"guidance_scale": scale}
-    else:
-        guidance = {}
+    held = {key: own[given].default for key, given in CALLED.items()}
+    held["guidance_scale"] += family.offset
+    if settings.scheduler != brought.OWN:
+        held |= brought.chain(settings.adapters, lora, hub.scheduler(path))
+    if not (family.guided or family.embeds(hub.config(path, family.network))):
+        del held["guidance_scale"]
     kernel = sampling.explore if training else sampling.kernel
-    return {"spacing": "model", "steps": min(steps, MOST_STEPS) if training else steps, "kernel": kernel, **guidance}
+    steps = min(held["steps"], MOST_STEPS) if training else held["steps"]
+    return {"spacing": "model", **held, "steps": steps, "kernel": kernel}

@@ -40,16 +40,11 @@ class Decoded:
         config = vae.config
         if dtype == torch.float16 and config.get("force_upcast"):
             raise ConfigError("vae_dtype = float16: this autoencoder overflows in it (force_upcast), expected bfloat16")
-        each = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name)}
-        if each and not normalises:
-            values = ", ".join(f"{name} = {held}" for name, held in each.items())
-            raise ConfigError(f"autoencoder: {values}: pipelines of this family do not undo them, expected null")
+        self.shift, self.scale = levels(vae, normalises)
         self.vae = vae.float().eval().requires_grad_(False)
         self.decoding = [part for part in (vae.decoder, getattr(vae, "post_quant_conv", None)) if part is not None]
         for part in self.decoding:
             part.to(dtype)
-        shift, std = each.get("latents_mean", config.get("shift_factor") or 0.0), each.get("latents_std", 1.0)
-        self.shift, self.scale = _channels(shift), config["scaling_factor"] / _channels(std)
         self.channels, self.factor, self.chunk = channels, factor, chunk
 
     def __deepcopy__(self, memo: dict) -> Self:
@@ -60,7 +55,7 @@ class Decoded:
         """Samples (N, 3, H, W) in [-1, 1] -> latents."""
         self.vae.to(x.device)
         code = torch.cat([_mode(self.vae.encode(part)) for part in x.split(self.chunk)])
-        return (code - self.shift.to(code)) * self.scale.to(code)
+        return (code - tiled(self.shift, code)) * tiled(self.scale, code)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> samples in [0, 1], with gradients."""
@@ -68,7 +63,7 @@ class Decoded:
             kept = torch.channels_last if z.is_cuda else torch.contiguous_format
             for part in self.decoding:
                 part.to(z.device, memory_format=kept)
-        parts = (z / self.scale.to(z) + self.shift.to(z)).split(self.chunk)
+        parts = (z / tiled(self.scale, z) + tiled(self.shift, z)).split(self.chunk)
         again = len(parts) > 1 and z.requires_grad and torch.is_grad_enabled()
         decode = (lambda part: checkpoint(self._decode, part, use_reentrant=False)) if again else self._decode
         return to_pixels(torch.cat([decode(part) for part in parts]))
@@ -79,6 +74,34 @@ class Decoded:
     def latent(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of a sample."""
         return (self.channels, *(side // self.factor for side in shape[1:]))
+
+
+def levels(vae: nn.Module, normalises: bool) -> tuple[Tensor, Tensor]:
+    """The shift and the scale of latents, (C, 1, 1) or a number of each; of an autoencoder with batch normalisation,
+    (C, a, a) over its patches.
+
+    Raises:
+        ConfigError: the autoencoder has a mean and std of each channel that pipelines of the family do not undo.
+    """
+    config = vae.config
+    if "batch_norm_eps" in config:
+        mean, var = (
+            held.double().reshape(-1, *config["patch_size"]) for held in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return mean, (var + config["batch_norm_eps"]).rsqrt()
+    each = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name)}
+    if each and not normalises:
+        values = ", ".join(f"{name} = {held}" for name, held in each.items())
+        raise ConfigError(f"autoencoder: {values}: pipelines of this family do not undo them, expected null")
+    shift, std = each.get("latents_mean", config.get("shift_factor") or 0.0), each.get("latents_std", 1.0)
+    return _channels(shift), config["scaling_factor"] / _channels(std)
+
+
+def tiled(held: Tensor, like: Tensor) -> Tensor:
+    """Numbers of each channel, or of each place of a patch, as they multiply ``like`` (B, C, h, w)."""
+    held = held.to(like)
+    high, wide = held.shape[-2:]
+    return held if high == wide == 1 else held.repeat(1, like.shape[-2] // high, like.shape[-1] // wide)
 
 
 def _channels(held: float | list[float]) -> Tensor:
