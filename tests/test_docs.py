@@ -359,7 +359,6 @@ OTHER_TOOLS = {
     "--dashboard-host",
     "--requeue",
     "--head",
-    "--json",
     "--logdir",
     "--port",
     "--threads",
@@ -379,6 +378,7 @@ def options() -> set[str]:
     typed += [getattr(config, name) for name in (*plain, "CompareRuns", "CheckAgent", "Reproduce", "Serve", "Board")]
     typed += [Launch, Supervise]
     of_lines = {"help", "config", "print_config", "resume", "change", "objective", "model", "adapters"}
+    of_lines |= {"quiet", "json"}
     return of_lines.union(*(tree(settings).names() for settings in typed))
 
 

@@ -31,7 +31,10 @@ PRESET_PREFIX = {"pretrain": "", "finetune": "pretrain.", "compare": "pretrain."
 
 OBJECTIVE = "a pretraining recipe by name (docs/pretraining.md): sets model, train.loss and chain; or a loss alone"
 
-RESUMING = "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant."
+RESUMING = (
+    "--resume FOLDER goes on with a stopped or killed run; beside it only --change KEY=VALUE, for what is meant. "
+    "--quiet says errors and the last line alone, --json the summary alone, as one line of JSON on standard output."
+)
 
 EARLIER = (
     " Runs that are there: rlfusion compare RUN... [--by SETTING,...] [--out FOLDER] makes report.html of them "

@@ -122,7 +122,18 @@ def _run(arguments: list[str]) -> int:
 
 
 def _job(kind: str, arguments: list[str]) -> None:
-    """A new run of what takes --resume, or an old one to resume."""
+    """A new run of what takes --resume, or an old one to resume; with --quiet and --json."""
+    from rlfusion.cli.words import mannered
+    from rlfusion.common.manner import speaking
+
+    arguments, how = mannered(arguments)
+    if sys.stderr.isatty() and not how.quiet:
+        print(f"rlfusion {kind}: loading", file=sys.stderr)  # torch takes seconds
+    with speaking(how):
+        _run_job(kind, arguments)
+
+
+def _run_job(kind: str, arguments: list[str]) -> None:
     from dataclasses import asdict
 
     from rlfusion.cli import tables

@@ -1,6 +1,8 @@
 """Prints the result of each command."""
 
-from collections.abc import Iterable
+import json
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rlfusion import config
 from rlfusion.cli.ranked import ranked
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.manner import manner
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
 from rlfusion.jobs import compare, doctor, imports, train_clip
 from rlfusion.jobs.board import board
@@ -38,7 +41,9 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name in headlines(result["after"]):
         table.add_row(name, f"{result['before'][name]:.4g}", f"{result['after'][name]:.4g}")
-    console = Console()
+    if _summed("finetune", folder, seconds, result):
+        return
+    console = _console()
     console.print(table)
     also = [name for name in ("best/", "diagnosis.md") if (folder / name).exists()]
     files = ("samples/before.png", "samples/after.png", "model/", *also, "summary.json", "metrics.jsonl", "config.yaml")
@@ -47,24 +52,29 @@ def run_finetune(settings: config.Finetune, folder: Path) -> None:
 
 def run_compare(settings: config.Compare, folder: Path) -> None:
     """Compare in ``folder``, and print the table."""
-    page, _ = timed(compare.compare, settings, folder)
-    console = Console()
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    _where(console, folder, f"{REPORTED}, one folder a run", folder)
+    page, seconds = timed(compare.compare, settings, folder)
+    if _summed("compare", folder, seconds, compare.ends(folder)):
+        return
+    console = _console()
+    _compared(console, page, folder)
+    _where(console, folder, f"{REPORTED}, one folder a run")
 
 
 def run_compare_runs(settings: config.CompareRuns) -> None:
     """Compare runs that are there, and print the table."""
     page, folder = compare.compare_runs(settings)
     console = Console()
-    console.print(page, markup=False, highlight=False, soft_wrap=True)
-    _where(console, folder, REPORTED, folder.parent)
+    _compared(console, page, folder)
+    console.print(f"in {folder}: {REPORTED}", markup=False, soft_wrap=True)
+    console.print(f"see it: rlfusion board {shlex.quote(str(folder.parent))}", markup=False, soft_wrap=True)
 
 
 def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
     """Pretrain in ``folder``, and print the evaluation."""
     result, seconds = timed(ranked("pretrain"), settings, folder)
-    console = Console()
+    if _summed("pretrain", folder, seconds, result):
+        return
+    console = _console()
     if result:
         _print(console, result, f"{settings.train.steps} steps, {seconds:.0f} s")
     else:
@@ -77,7 +87,9 @@ def run_pretrain(settings: config.Pretrain, folder: Path) -> None:
 def run_distill(settings: config.Distill, folder: Path) -> None:
     """Distil in ``folder``, and print the evaluation of the student."""
     result, seconds = timed(ranked("distill"), settings, folder)
-    console = Console()
+    if _summed("distill", folder, seconds, result):
+        return
+    console = _console()
     title = f"{settings.method.name}, {settings.chain.moves} steps: {seconds:.0f} s"
     if result:
         _print(console, result, title)
@@ -89,7 +101,9 @@ def run_distill(settings: config.Distill, folder: Path) -> None:
 def run_autoencoder(settings: config.Autoencode, folder: Path) -> None:
     """Train an autoencoder in ``folder``, and print how well it does."""
     result, seconds = timed(ranked("pretrain-autoencoder"), settings, folder)
-    console = Console()
+    if _summed("pretrain-autoencoder", folder, seconds, result):
+        return
+    console = _console()
     _print(console, result, f"{settings.steps} steps, {seconds:.0f} s")
     _where(console, folder, "samples/reconstructions.png, autoencoder/, metrics.jsonl, config.yaml")
 
@@ -97,7 +111,9 @@ def run_autoencoder(settings: config.Autoencode, folder: Path) -> None:
 def run_clip(settings: config.TrainClip, folder: Path) -> None:
     """Train a CLIP in ``folder``, and print how well it does."""
     result, seconds = timed(train_clip.run, settings, folder)
-    console = Console()
+    if _summed("train-clip", folder, seconds, result):
+        return
+    console = _console()
     _print(console, result, f"{settings.steps} steps, {seconds:.0f} s")
     _where(console, folder, "clip/, evaluation.json, metrics.jsonl, config.yaml")
 
@@ -251,6 +267,34 @@ def _print(console: Console, result: dict[str, float], title: str) -> None:
     console.print(table)
 
 
-def _where(console: Console, folder: Path, what: str, logdir: Path | None = None) -> None:
+def _compared(console: Console, page: str, folder: Path) -> None:
+    """The page of a comparison, or in a terminal that is too narrow for it the few figures that fit."""
+    if not console.is_terminal or max(map(len, page.splitlines())) <= console.width:
+        console.print(page, markup=False, highlight=False, soft_wrap=True)
+        return
+    for held in compare.brief(folder):
+        table = Table(title=escape(held.title))
+        for name in held.head:
+            table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=bool(name))
+        for row in held.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    console.print(f"all figures: {folder / 'comparison.md'}", markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Standard output for all but the last line of a command."""
+    return Console(quiet=manner().quiet)
+
+
+def _summed(command: str, folder: Path, seconds: float, result: Mapping[str, Any]) -> bool:
+    """With --json the summary of a command, printed as one line; whether it was."""
+    if manner().json:
+        told = {"command": command, "folder": str(folder), "seconds": round(seconds, 3), **result}
+        print(json.dumps(told), flush=True)
+    return manner().json
+
+
+def _where(console: Console, folder: Path, what: str) -> None:
     console.print(f"in {folder}: {what}", markup=False, soft_wrap=True)
-    console.print(f"see it: tensorboard --logdir {logdir or folder.parent}", markup=False, soft_wrap=True)
+    Console().print(f"see it: rlfusion board {shlex.quote(str(folder))}", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
 from rlfusion.common.errors import ConfigError, near, shorten
+from rlfusion.common.manner import Manner
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 """What word processors make of "-"."""
@@ -17,6 +18,8 @@ QUOTES = "\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 """And of quotes."""
 Kinds = Mapping[str, Any]
 NO_KINDS: Kinds = {}
+MANNER = ("--quiet", "--json")
+"""Flags of the commands of ``RESUMABLE``, which are no settings."""
 FLAGS = ("-h", "--help", "--print_config")
 MODEL_OPTION = {
     **dict.fromkeys(("finetune", "compare"), "--base"),
@@ -39,6 +42,20 @@ class Word(NamedTuple):
     def flag(self) -> bool:
         """Whether it is an option that takes no value: --help, --print_config."""
         return self.key.startswith("-")
+
+
+def mannered(arguments: Sequence[str]) -> tuple[list[str], Manner]:
+    """The arguments without ``MANNER``, and what these say.
+
+    Raises:
+        ConfigError: a value for one of them.
+    """
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag in MANNER and equals:
+            raise ConfigError(f"{flag} = {shorten(value)}: expected {flag} alone, which takes no value")
+    told = Manner(*(flag in arguments for flag in MANNER))
+    return [word for word in arguments if word not in MANNER], told
 
 
 def read(command: str, arguments: Sequence[str], names: Sequence[str] = (), kinds: Kinds = NO_KINDS) -> list[Word]:

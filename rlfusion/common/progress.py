@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from rlfusion.common.manner import manner
+
 WIDTH = 80
 """Columns of a table at most."""
 
@@ -55,10 +57,10 @@ class Rows:
 
 
 class Progress:
-    """The terminal of a job. ``quiet`` shows no bars and says nothing."""
+    """The terminal of a job. ``quiet``, or a quiet ``manner``, shows no bars and says nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, stderr=True)
+        self.console = Console(quiet=quiet or manner().quiet, highlight=False, stderr=True)
 
     def say(self, text: str) -> None:
         """A line of text."""

@@ -72,7 +72,7 @@ def test_the_installed_command_gives_the_bits_of_a_run_before(tiny_root):
     assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
     assert (first / "summary.json").read_text() == (second / "summary.json").read_text()
     assert "before" in result.stdout
-    assert "tensorboard --logdir" in result.stdout
+    assert result.stdout.splitlines()[-1] == f"see it: rlfusion board {second}"
 
 
 def test_another_seed_gives_another_model(tiny_root):

@@ -85,7 +85,8 @@ def run(members: list[Standing], room: int, tmp_path: Path) -> str:
 
 
 def test_as_many_at_once_as_there_is_room_for(standing, tmp_path):
-    members = standing(*["time.sleep(0.4)"] * 5)
+    meet = "while not (folder.parent / 'run-{}' / 'begun').exists(): time.sleep(0.02)"
+    members = standing(meet.format(1), meet.format(0), *["time.sleep(0.3)"] * 3)
     told = run(members, 2, tmp_path)
     spans = [(one.time("begun"), one.time("ended")) for one in members]
     at_once = [sum(begin <= at < end for begin, end in spans) for at, _ in spans]
@@ -101,20 +102,24 @@ def test_how_a_run_ends_is_told_and_stops_no_other(standing, tmp_path):
         "import os; os.kill(os.getpid(), signal.SIGKILL)",
         "pass",
         "print('rlfusion: your code failed: boom', file=sys.stderr); sys.exit(3)",
+        "sys.exit(75)",
     )
     run(members, 3, tmp_path)
     problems = [member.problem for member in members]
     assert problems[:2] == ["refused: lr = 9: expected less", "failed: the loss is nan"]
     assert problems[2] == "died: it was killed by SIGKILL"
     assert problems[3] == ""
-    assert problems[4] == "died: it ended with exit code 3; your code failed: boom"
+    assert problems[4:] == [
+        "died: it ended with exit code 3; your code failed: boom",
+        "died: it ended with exit code 75",  # somebody else stopped it
+    ]
     with pytest.raises(
-        UnavailableError, match=r"2 of 5 runs died \(a2 on ink, seed 2: died: it was killed by SIGKILL;.*"
+        UnavailableError, match=r"3 of 6 runs died \(a2 on ink, seed 2: died: it was killed by SIGKILL;.*"
     ) as told:
         beside.require_ended(members, tmp_path / "it")
     assert "rlfusion compare --resume" in str(told.value)
     with pytest.raises(UserCodeError, match="1 of 2 runs died"):
-        beside.require_ended(members[3:], tmp_path / "it")
+        beside.require_ended(members[3:5], tmp_path / "it")
     beside.require_ended(members[:2], tmp_path / "it")
     for member in members:  # as a resumed comparison has them
         member.problem, member.code = "", None
@@ -122,7 +127,14 @@ def test_how_a_run_ends_is_told_and_stops_no_other(standing, tmp_path):
     begun = {member.folder: member.time("begun") for member in members}
     run(members, 2, tmp_path)
     assert all(member.done and not member.problem for member in members)
-    assert [member.time("begun") == begun[member.folder] for member in members] == [False, False, False, True, False]
+    assert [member.time("begun") == begun[member.folder] for member in members] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -135,8 +147,11 @@ def test_a_stop_is_handed_to_all_and_waits_for_what_they_save(standing, tmp_path
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop).start()
-    with pytest.raises(StopRequested) as stopped:
-        run(members, 2, tmp_path)
+    progress, text = said()
+    with pytest.raises(StopRequested) as stopped, Signals() as signals:
+        beside.run(members, 2, tmp_path / "logs", signals, progress)
+    assert text.getvalue().count(": stopped\n") == 2
+    assert "died" not in text.getvalue()
     assert stopped.value.number == number
     assert [(member.folder / "saved").exists() for member in members] == [True, True, False]
     assert not (members[2].folder / "begun").exists()
@@ -193,6 +208,7 @@ def test_the_table_fits_80_columns(tmp_path):
     assert rows[-1].split()[-4:] == ["2/24", "4,800", "+1.50", "!"]
 
 
+@pytest.mark.alone
 def test_the_same_bits_as_one_after_another(tiny_root, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "cache").symlink_to(tiny_root / "cache")

@@ -18,7 +18,7 @@ from pathlib import Path
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError, UserCodeError, shorten
 from rlfusion.common.progress import Progress
-from rlfusion.common.stops import Signals
+from rlfusion.common.stops import CODES, Signals
 from rlfusion.config.compare import Compare
 from rlfusion.jobs.compare.members import Member
 from rlfusion.jobs.compare.watching import HEAD, Watching
@@ -97,8 +97,8 @@ class Process:
             )
             return cls(member, process, file, log.tell())
 
-    def ended(self) -> bool:
-        """Whether it has ended; then its member knows how."""
+    def ended(self, stopped: bool) -> bool:
+        """Whether it has ended; then its member knows how. ``stopped``: it was asked to."""
         code = self.process.poll()
         if code is None:
             return False
@@ -109,6 +109,8 @@ class Process:
             self.member.refused(said)
         elif code == NumericalError.exit_code:
             self.member.problem = f"failed: {said.removeprefix(f'{NumericalError.kind}: ')}"
+        elif stopped and code in CODES.values():
+            self.member.problem = "stopped"
         elif code != 0:
             told = f"; {shorten(said, LONGEST_SAID)}" if said else ""
             self.member.code, self.member.problem = code, f"died: it {ended(code)}{told}"
@@ -147,7 +149,7 @@ def run(members: Sequence[Member], room: int, logs: Path, signals: Signals, prog
                     stopped = True
                     for one in running.values():
                         one.process.terminate()
-                for place in [place for place, one in running.items() if one.ended()]:
+                for place in [place for place, one in running.items() if one.ended(stopped)]:
                     watching.ended(running.pop(place).member)
                 watching.show([one.member for one in running.values()])
                 time.sleep(POLL_S)
