@@ -15,8 +15,8 @@ from rlfusion.common.progress import Progress
 from rlfusion.data import Dataset, load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.evaluation import require_independent
-from rlfusion.evaluation.kernel_distance import flips, standard_error
 from rlfusion.evaluation.metrics import measured
+from rlfusion.evaluation.paired import flips, standard_error
 from rlfusion.evaluation.report import CARRIED_BY
 from rlfusion.jobs.against_real import Beside, beside_of
 from rlfusion.jobs.measure import Judged, Unjudged, draw, make_reward, require_models_data

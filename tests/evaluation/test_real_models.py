@@ -18,7 +18,8 @@ from rlfusion.config import Evaluate
 from rlfusion.data import Dataset
 from rlfusion.evaluation import figures, frechet_distance, plain_figures, plain_report, report
 from rlfusion.evaluation.extractors import extracted, make_extractor
-from rlfusion.evaluation.kernel_distance import flips, kernel_distance, standard_error
+from rlfusion.evaluation.kernel_distance import kernel_distance
+from rlfusion.evaluation.paired import flips, standard_error
 from rlfusion.jobs.against_real import Beside, beside_of
 
 

@@ -5,19 +5,21 @@
 (2)  its interval: the middle 95 % of the means of RESAMPLES draws of as many seeds, with replacement (the
      bootstrap; of several rewards each has its own, so the strata of Agarwal et al. 2021 are the rewards)
 (3)  two agents differ by the mean of their differences seed by seed, with the interval (2) of that mean; p is the
-     share of all 2^n changes of sign of the n differences whose mean is as far from 0, or farther
+     share of all 2^n changes of sign of the n differences whose mean is as far from 0, or farther (``paired.flips``)
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from rlfusion.evaluation.paired import flips
 from rlfusion.jobs.compare.curves import Point
 
 RESAMPLES, SHARE = 2000, 0.95
-MOST_SIGNS = 2**14
-"""Changes of sign that are tried all; of more, so many are drawn."""
+SIGNS = 2**14
+"""Changes of sign that are drawn where there are too many to try all."""
 
 
 class Band(NamedTuple):
@@ -64,9 +66,5 @@ def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> Differen
         return None
     values = np.array([one[seed] - other[seed] for seed in both])
     mean, low, high = interval(values)
-    if 2 ** len(both) <= MOST_SIGNS:
-        signs = 1 - 2 * (np.arange(2 ** len(both))[:, None] >> np.arange(len(both)) & 1)
-    else:
-        signs = np.random.default_rng(1).choice((-1, 1), (MOST_SIGNS, len(both)))
-    p = np.mean(np.abs((signs * values).mean(1)) >= abs(mean) * (1 - 1e-12))
-    return Difference(float(mean), float(low), float(high), float(p), len(both))
+    p = flips(torch.from_numpy(values), SIGNS, seed=1)
+    return Difference(float(mean), float(low), float(high), p, len(both))
