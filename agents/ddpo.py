@@ -37,7 +37,7 @@ from rlfusion.rl import fused
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
-from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
+from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
 from rlfusion.rl.target_kl import is_beyond, require_limit
 from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, require_finite
@@ -177,7 +177,7 @@ class Config:
         if told.get("ratio") != "trajectory":
             own |= {"step_weight": "noise"}
         if told.get("form") != "sf" and not fused.is_told(told):
-            own |= {"epochs": 1, "clip": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
+            own |= {"epochs": 1, "clip": 0.01, "clip_per_dim": True, **of_pipelines(told)}
         return own
 
     def check(self, plan: Plan) -> None:
@@ -187,6 +187,7 @@ class Config:
         if self.form == "sf" and plan.lag:
             raise ConfigError(f"lag = {plan.lag}: form 'sf' is on-policy, expected 0 (or form 'is')")
         plan.require_walks(self.schedule[1])
+        require_followed(self.pace, math.prod(self.schedule))
         if self.fused:
             fused.require_own_walks(plan)
 

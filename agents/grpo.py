@@ -47,7 +47,7 @@ from rlfusion.rl import fused
 from rlfusion.rl.advantage import Baseline, Scale, relative
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
-from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
+from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.target_kl import is_beyond, require_limit
 from rlfusion.rl.transitions import (
     Objective,
@@ -185,7 +185,7 @@ class Config:
         own = {"kl_loss": 0.0, "epochs": 1, "step_weight": "noise"}
         if fused.is_told(told):
             return own | {"updates_per_epoch": 1}
-        return own | {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True, "pace": 0.1, **pipeline_lr(told)}
+        return own | {"clip_low": 0.01, "clip_high": 0.01, "clip_per_dim": True, **of_pipelines(told)}
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, fewer walks than updates, or means of weights that are not kept."""
@@ -196,6 +196,7 @@ class Config:
             )
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
+        require_followed(self.pace, self.epochs * self.updates_per_epoch)
         if self.fused:
             fused.require_own_walks(plan)
 

@@ -26,7 +26,7 @@ from rlfusion.rl.advantage import normalized
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.chain_value import ChainValue
 from rlfusion.rl.kept import put_back, state_of
-from rlfusion.rl.pace import Pace, pipeline_lr, require_pace, said
+from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.transitions import Terms, Transitions, Weighing, largest_log_ratio, require_finite
 from rlfusion.rollout import RolloutSpec, Task, transitions
 from rlfusion.rollout.trajectory import Trajectory
@@ -99,13 +99,14 @@ class Config(chain_value.Settings):
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults where the model is a pretrained pipeline (docs/models.md)."""
         clip = {"clip": 0.01, "clip_per_dim": True}
-        return {"kl_loss": 0.0, "epochs": 1, **clip, "step_weight": "noise", "pace": 0.1, **pipeline_lr(told)}
+        return {"kl_loss": 0.0, "epochs": 1, **clip, "step_weight": "noise", **of_pipelines(told)}
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates, or walks of older weights, of which V knows nothing."""
         if plan.lag:
             raise ConfigError(f"lag = {plan.lag}: agent 'ppo' learns from walks of the present weights, expected 0")
         plan.require_walks(self.updates_per_epoch)
+        require_followed(self.pace, self.epochs * self.updates_per_epoch)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """Every transition."""

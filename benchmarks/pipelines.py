@@ -28,7 +28,7 @@ from rlfusion.common.progress import Progress  # noqa: E402
 from rlfusion.common.stops import Signals  # noqa: E402
 from rlfusion.config import (  # noqa: E402
     Compare,
-    Evaluation,
+    Evaluations,
     Rollout,
 )
 from rlfusion.diffusion.chain import Chain  # noqa: E402
@@ -80,7 +80,7 @@ def settings(folder: Path, family: str, agents: list[str], weights: str, root: P
         lora=LORA[weights],
         chain=Chain(**published | {"steps": STEPS, "guidance_scale": 1.5} | grid),
         rollout=Rollout(prompts=2, samples_per_prompt=WALKS // 2, item=WALKS),
-        evaluation=Evaluation(samples=64, deterministic=False),
+        evaluation=Evaluations(samples=64, deterministic=False),
     )
 
 

@@ -20,7 +20,7 @@ PIPELINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "check-reward": {},
 }
 """Defaults of the commands where the model is a pretrained pipeline."""
-CHOICES = ("form", "ratio", "fused")
+CHOICES = ("form", "ratio", "fused", "epochs", "updates_per_epoch")
 """Settings of agents on which their own defaults depend."""
 
 TRAINING = ("finetune", "compare", "check-model")

@@ -18,7 +18,7 @@ from rlfusion.config.distill import Distill, with_method
 from rlfusion.config.finetune import Finetune, with_agent
 from rlfusion.config.imports import ImportConfig
 from rlfusion.config.models import Evaluate, Sample
-from rlfusion.config.parts import Evaluation, Ray, Rollout
+from rlfusion.config.parts import Evaluation, Evaluations, Figures, Ray, Rollout
 from rlfusion.config.pretrain import Base, Pretrain
 from rlfusion.config.push import Push
 from rlfusion.config.serve import Serve
@@ -37,6 +37,8 @@ __all__ = [
     "Distill",
     "Evaluate",
     "Evaluation",
+    "Evaluations",
+    "Figures",
     "Finetune",
     "ImportConfig",
     "Pretrain",

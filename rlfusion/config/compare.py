@@ -9,7 +9,7 @@ from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import ConfigError, require_distinct, require_positive, unknown
 from rlfusion.config.finetune import Finetune
-from rlfusion.config.parts import Evaluation, Rollout
+from rlfusion.config.parts import Evaluations, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.config.vary import changed, combinations, placed, title
 from rlfusion.diffusion.chain import Chain
@@ -75,7 +75,7 @@ class Compare:
         rollout: the rollouts of all runs.
         guard: what is done about updates that go wrong.
         monitor: what watches for rewards that are gamed; at each evaluation, or never with ``every`` 0.
-        evaluation: the evaluation; its ``every`` is set by ``evaluations``.
+        evaluation: the evaluation; its ``every`` is 0 here, and follows from ``evaluations``.
         track: trackers of every run, as of finetune.
     """
 
@@ -110,7 +110,7 @@ class Compare:
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
     monitor: Monitoring = field(default_factory=Monitoring)
-    evaluation: Evaluation = field(default_factory=lambda: Evaluation(samples=500, deterministic=False))
+    evaluation: Evaluations = field(default_factory=lambda: Evaluations(samples=500, deterministic=False))
     track: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -118,6 +118,11 @@ class Compare:
         require_trackers(self.track)
         object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
+        if self.evaluation.every:
+            raise ConfigError(
+                f"evaluation.every = {self.evaluation.every}: a comparison evaluates each run about "
+                f"evaluations = {self.evaluations} times, expected that setting and every = 0"
+            )
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")
         if not self.agents or not self.rewards:

@@ -8,7 +8,7 @@ from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
-from rlfusion.config.parts import Evaluation, Learners, Ray, Rollout
+from rlfusion.config.parts import Evaluations, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Precision
@@ -112,7 +112,7 @@ class Finetune:
     agent: Agent = field(default_factory=ddpo.Config)
     guard: Guards = field(default_factory=Guards)
     monitor: Monitoring = field(default_factory=Monitoring)
-    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluation: Evaluations = field(default_factory=Evaluations)
     checkpoint_every: int = 8
     checkpoints: Keep = field(default_factory=Keep)
     track: list[str] = field(default_factory=list)

@@ -263,24 +263,19 @@ class Learners:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Settings of the evaluation on fixed seeds.
+class Figures:
+    """Settings of the figures of a model, from one sample on: those that so many cannot carry are left out.
 
     Attributes:
         samples: how many; the classes take turns.
-        every: also evaluate each time that many updates are done; 0 evaluates before and after only.
-        deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
         bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
             needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
         metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
             my_metrics.py:name (docs/doors.md).
     """
 
-    FEWEST: ClassVar[int] = 50
-    """Of a training, whose figures are compared with each other."""
+    FEWEST: ClassVar[int] = 1
     samples: int = 1000
-    every: int = 0
-    deterministic: bool = True
     bits_per_dim: bool = False
     metrics: list[str] = field(default_factory=list)
 
@@ -289,21 +284,41 @@ class Evaluation:
         require_metrics(self.metrics)
         if self.samples < self.FEWEST:
             raise ConfigError(f"samples = {self.samples}: expected at least {self.FEWEST}")
-        if self.every < 0:
-            raise ConfigError(f"every = {self.every}: expected a number >= 0")
 
 
 @dataclass(frozen=True)
-class Figures(Evaluation):
-    """As ``Evaluation``, from one sample on: figures that so many cannot carry are left out.
+class Evaluation(Figures):
+    """Settings of the evaluation of a model that was trained, on fixed seeds.
 
     Attributes:
-        samples: how many; the classes take turns.
-        every, deterministic: of a training; not read here (``samplers`` says which samplers are measured).
+        samples: how many, 50 at least; the classes take turns.
         bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
             needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
         metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
             my_metrics.py:name (docs/doors.md).
     """
 
-    FEWEST: ClassVar[int] = 1
+    FEWEST: ClassVar[int] = 50
+
+
+@dataclass(frozen=True)
+class Evaluations(Evaluation):
+    """Settings of the evaluations of a fine-tuning on fixed seeds, before and after, and on its way.
+
+    Attributes:
+        samples: how many, 50 at least; the classes take turns.
+        bits_per_dim: also bound the likelihood of the held-out data under the chain (``evaluation.likelihood``), which
+            needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
+        metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
+            my_metrics.py:name (docs/doors.md).
+        every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+        deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
+    """
+
+    every: int = 0
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 0:
+            raise ConfigError(f"every = {self.every}: expected a number >= 0")

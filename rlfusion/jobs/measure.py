@@ -13,7 +13,7 @@ from rlfusion import evaluation, models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import Key
-from rlfusion.config import Evaluation
+from rlfusion.config import Figures
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
@@ -284,7 +284,7 @@ def measure(
     times: Tensor,
     judged: Judged | Unjudged,
     scored: Scored | None,
-    settings: Evaluation,
+    settings: Figures,
     seed: int,
     keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:

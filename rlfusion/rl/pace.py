@@ -37,14 +37,27 @@ def require_pace(pace: float | None) -> None:
         raise ConfigError(f"pace = {pace}: expected a number > 0, such as 0.1, or null for a learning rate as it is")
 
 
+def require_followed(pace: float | None, updates: int) -> None:
+    """Raise ConfigError for a pace where a rollout gives one update: no ratio tells how far it moved, Eq. (2)."""
+    if pace is not None and updates < 2:
+        raise ConfigError(
+            f"pace = {pace} with one update a rollout: the learning rate follows the ratios of the updates after the "
+            "first, and would stay a sixteenth; expected epochs or updates_per_epoch 2 at least, or pace null"
+        )
+
+
 def said(pace: float | None, lr: float) -> str:
     """The end of the line that says what a learner does with each rollout."""
     return "" if pace is None else f"; the learning rate, at most {lr:g}, follows a shift of {pace:g} a rollout"
 
 
-def pipeline_lr(told: Mapping[str, Any]) -> dict[str, float]:
-    """The default of ``lr`` beside these settings of a pretrained pipeline: adapters have their own."""
-    return {"lr": ADAPTERS} if told.get("lora") else {}
+def of_pipelines(told: Mapping[str, Any]) -> dict[str, float]:
+    """The defaults of ``pace`` and ``lr`` beside these settings of a pretrained pipeline, where a pass of four updates
+    is usual: adapters have a learning rate of their own, and one update a rollout has none to follow.
+    """
+    if str(told.get("updates_per_epoch")) == "1" and str(told.get("epochs") or 1) == "1":
+        return {}
+    return {"pace": 0.1} | ({"lr": ADAPTERS} if told.get("lora") else {})
 
 
 def shift_of(log_ratio: Tensor, features: int) -> float:

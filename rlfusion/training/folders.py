@@ -17,6 +17,8 @@ from rlfusion.common.errors import ConfigError, StorageError
 from rlfusion.common.stops import Signals
 
 LOCK_PATIENCE = 3600.0
+MOMENT = 1.0
+"""For which a lock is tried again where nobody waits for it: who only asks whether it is held (``in_use``) holds it."""
 RUN_FILE = "RLFUSION_RUN_FILE"
 """The environment variable by which a supervisor asks where a run works: a file that is to hold its folder's path."""
 _made: set[Path] = set()
@@ -100,10 +102,13 @@ def locked(folder: Path, signals: Signals | None = None, say: Callable[[str], No
     with storage.stored(folder / ".lock"):
         file = (folder / ".lock").open("ab")  # what another process wrote there stays while it holds it
     with file:
-        deadline, told = time.monotonic() + LOCK_PATIENCE, False
+        deadline, told = time.monotonic() + (MOMENT if signals is None else LOCK_PATIENCE), False
         while not _try_lock(file):
-            if signals is None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise ConfigError(f"{str(folder)!r} is in use by another process")
+            if signals is None:
+                time.sleep(MOMENT / 20)
+                continue
             if not told:
                 say(f"waiting for another process that works in {folder}")
             told = True

@@ -32,7 +32,14 @@ def test_a_pipeline_has_them_and_what_is_told_holds(agent, tiny_pipelines, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "without"), [(["--agent.form", "sf"], "pace"), (["--agent.ratio", "trajectory"], "")]
+    ("words", "without"),
+    [
+        (["--agent.form", "sf"], "pace"),
+        (["--agent.ratio", "trajectory"], ""),
+        (["--agent.updates_per_epoch", "1"], "pace"),
+        (["--agent.updates_per_epoch", "1", "--agent.epochs", "2"], ""),
+        (["--agent.updates_per_epoch", "2"], ""),
+    ],
 )
 def test_forms_that_do_not_go_with_them_have_their_own(words, without, tiny_pipelines):
     agent = settings_of("finetune", ["--model", str(tiny_pipelines["sd"]), *words]).agent

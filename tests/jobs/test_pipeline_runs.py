@@ -18,7 +18,7 @@ from rlfusion.agents import AGENTS
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.config import Evaluation, Finetune, Rollout
+from rlfusion.config import Evaluations, Finetune, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.sampling import chain_noise, sample
@@ -251,7 +251,7 @@ def test_what_cannot_work_is_refused_with_a_reason(root, tiny_pipelines, tmp_pat
         ({"pipeline": replace(config.pipeline, size=17)}, "size = 17.*multiple of 2"),
         ({"pipeline": replace(config.pipeline, prompts=str(tmp_path / "no.txt"))}, "no such file"),
         ({"reward": "class_logprob"}, "class_logprob.*no data"),
-        ({"evaluation": Evaluation(samples=50, bits_per_dim=True)}, "bits_per_dim"),
+        ({"evaluation": Evaluations(samples=50, bits_per_dim=True)}, "bits_per_dim"),
         ({"monitor": Monitoring(best="agreement")}, "monitor.best"),
         ({"base": "nobody/nothing-of-the-kind"}, "cannot be fetched.*model_index.json.*HF_HOME"),
         ({"base": str(tmp_path)}, "no model"),

@@ -12,7 +12,7 @@ from tiny_pipelines import NEWER, PROMPTS, SIDE, UNADAPTED, about, agree, flux_2
 
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import Evaluation, Rollout
+from rlfusion.config import Evaluations, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.sampling import chain_noise, sample
 from rlfusion.models import pipelines
@@ -51,7 +51,7 @@ def test_it_is_trained_and_diffusers_reads_it_back(name, newer_pipelines, tmp_pa
         chain=Chain(**published | {"steps": 2, "spacing": "trailing"}),
         rollout=Rollout(prompts=2, samples_per_prompt=4, item=8),
         pipeline=replace(config.pipeline, size=side(name)),
-        evaluation=Evaluation(samples=50, deterministic=False),
+        evaluation=Evaluations(samples=50, deterministic=False),
     )
     ran(config, agent)
     card = models.describe(str(tmp_path / agent), pipelines.Settings())

@@ -1,14 +1,16 @@
 """The learning rate that follows the policy: its unit, its rule, and fresh optimisers on pipelines."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from chains import Capture, class_walks, mlp
 
-from rlfusion.agents import ddpo, grpo
+from rlfusion.agents import ddpo, grpo, ppo
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.diffusion.grid import TimeGrid
+from rlfusion.rl.agent import Plan
 from rlfusion.rl.pace import START, Pace, shift_of
 from rlfusion.rl.transitions import Transitions, step_weights
 
@@ -123,3 +125,11 @@ def test_the_loss_of_each_step_has_its_weight():
     expected = sum(weight[k] * gradient("none", steps[i : i + 1]) for i, k in enumerate(steps))
     torch.testing.assert_close(gradient("noise", steps), expected)
     assert not torch.allclose(gradient("none", steps), expected)
+
+
+@pytest.mark.parametrize("agent", [ddpo, grpo, ppo])
+@pytest.mark.parametrize(("epochs", "updates", "fits"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_a_pace_that_would_never_look_at_a_ratio_is_refused(agent, epochs, updates, fits):
+    made = agent.Config(epochs=epochs, updates_per_epoch=updates, pace=0.1)
+    with nullcontext() if fits else pytest.raises(ConfigError, match=r"one update a rollout: .* pace null"):
+        made.check(Plan(2, 8, 0, 5))

@@ -5,7 +5,7 @@ from pathlib import Path
 from rlfusion.agents import AGENTS
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
-from rlfusion.config import Evaluation, Finetune, Rollout
+from rlfusion.config import Evaluations, Finetune, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.finetune import check, finetune
 from rlfusion.models import pipelines
@@ -27,7 +27,7 @@ def settings(folder: Path, agent: str, root: Path, **changes) -> Finetune:
         "chain": Chain(steps=STEPS, spacing="model", guidance_scale=2.0),
         "rollout": Rollout(prompts=2, samples_per_prompt=12, item=24),
         "monitor": Monitoring(every=0),
-        "evaluation": Evaluation(samples=50),
+        "evaluation": Evaluations(samples=50),
         "updates": 4,
         "agent": AGENTS[agent](**fast | own[agent]),
     }
