@@ -17,7 +17,7 @@ NAMES = {"agent": "LeaveOneOut", "kernel": "Fading", "network": "Net", "objectiv
 FILES = {kind: f"own_{kind}.py:{name}" for kind, name in NAMES.items()}
 POINTS = {kind: f"acme-{kind}" for kind in NAMES}
 GROUPS = {"agent": "agents", "kernel": "kernels", "network": "networks", "objective": "objectives"}
-QUICK = ("--evaluation.samples", "50", "--evaluation.deterministic", "false", "--threads", "1")
+QUICK = ("--evaluation.samples", "50", "--threads", "1")
 
 
 @pytest.fixture(params=["files", "package"])
@@ -53,7 +53,7 @@ def pretrain(names: dict[str, str], *more: object) -> int:
 
 def finetune(names: dict[str, str], name: str, *more: object) -> int:
     small = ("--rollout.prompts", 2, "--rollout.samples_per_prompt", 4, "--rollout.item", 4, "--monitor.every", 0)
-    agent = ("--agent", names["agent"], "--agent.lr", 0.01, "--reward", "ink")
+    agent = ("--agent", names["agent"], "--agent.lr", 0.01, "--reward", "ink", "--evaluation.deterministic", "false")
     return run("finetune", "--name", name, "--base", "runs/base", *agent, *small, *QUICK, "--updates", 2, *more)
 
 
