@@ -7,6 +7,7 @@ from signal import SIGTERM
 import pytest
 import torch
 
+from rlfusion.common import shards, storage
 from rlfusion.common.errors import ConfigError, StorageError
 from rlfusion.common.stops import Entry, StopRequested
 from rlfusion.training import checkpoint
@@ -226,3 +227,12 @@ def test_an_error_of_training_comes_first_and_says_what_was_not_written(tmp_path
     with pytest.raises(ZeroDivisionError) as error:
         ended(tmp_path, ZeroDivisionError("in training"))
     assert "Input/output error" in error.value.__notes__[0]
+
+
+def test_a_silent_process_writes_nothing_of_a_state_that_is_not_split_whatever_else_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "active", lambda: True)  # of an earlier job, a network that is split
+    with storage.silent():
+        checkpoint.save(tmp_path, 1, state(1.0))
+        with Writer(tmp_path, Keep()).open() as writer:
+            begin(writer, 2, state(2.0))
+    assert not steps(tmp_path)

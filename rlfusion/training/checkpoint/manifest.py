@@ -110,6 +110,11 @@ class Snapshot(NamedTuple):
     shards: dict[str, dict[str, Tensor]]
     split: dict[str, dict[str, Tensor]]
 
+    @property
+    def is_for_here(self) -> bool:
+        """Whether this process has a part in writing it: a process that is silent only where it has rows."""
+        return storage.writes() or any(self.split.values())
+
 
 def snapshot(state: Mapping[str, Any], kept: Snapshot | None = None) -> Snapshot:
     """A copy of ``state`` that shares memory with nothing, in the memory of ``kept``, an earlier one, where the tensors

@@ -78,7 +78,10 @@ def save(
         raise CheckpointError(f"step = {step}: expected step >= 0")
     if not (storage.writes() or shards.active()):
         return folder / name_of(step)
-    return commit(folder, Commit(step, owner, keep, metric, current()), snapshot(state))
+    held = snapshot(state)
+    if not held.is_for_here:
+        return folder / name_of(step)
+    return commit(folder, Commit(step, owner, keep, metric, current()), held)
 
 
 class Commit(NamedTuple):

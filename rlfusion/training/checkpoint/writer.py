@@ -60,6 +60,8 @@ class Writer:
             return
         self.settle()
         held = snapshot(state, self._kept)
+        if not held.is_for_here:
+            return
         self._kept = held if self.keep.background else None
         copied = [t for of in (held.shards, held.split) for shard in of.values() for t in shard.values()]
         self.size = sum(t.numel() * t.element_size() for t in copied)
