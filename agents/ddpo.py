@@ -358,17 +358,15 @@ class Learner:
         """Eq. (3): in L = log r of the walk the loss has the slope dl/dL, and dL/d log p of each of its steps is 1."""
         count, device = len(self.transitions.steps), advantage.device
         ratio = self.transitions.log_ratio(batch, *self.transitions.all(walks)).reshape(-1, count).sum(1)
-        before = torch.zeros_like(ratio) if proximal is None else proximal[walks.to(device)].sum(1)
+        at = walks.to(device)
+        before = torch.zeros_like(ratio) if proximal is None else proximal[at].sum(1)
         with torch.enable_grad():
             total = ((ratio - before) / features).requires_grad_()
-            loss = self._clipped(total, advantage[walks.to(device)])
+            loss = self._clipped(total, advantage[at])
             loss = loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
             (slope,) = torch.autograd.grad(loss.sum(), total)
         slopes, values = torch.zeros_like(advantage), torch.zeros_like(advantage)
-        slopes[walks.to(device)], values[walks.to(device)] = (
-            slope.to(slopes) / features,
-            loss.detach().to(values) / count,
-        )
+        slopes[at], values[at] = slope.to(slopes) / features, loss.detach().to(values) / count
 
         def objective(terms: Terms) -> Tensor:
             return values[terms.walk] + slopes[terms.walk] * (terms.log_prob - terms.log_prob.detach())
