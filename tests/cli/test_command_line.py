@@ -303,7 +303,7 @@ LINES = [
     ("finetune --rank 8", "--lora 'LoRA(rank=...)'"),
     ("finetune --cfg 7", "chain.guidance_scale"),
     ("finetune --chain.eta 0.5", "--chain.kernel 'DDIM(eta=...)'"),
-    ("finetune --agent draft --agent.clip .2", "it belongs to ddpo, not to agent 'draft'"),
+    ("finetune --agent draft --agent.clip .2", "it belongs to ddpo and ppo, not to agent 'draft'"),
     ("finetune --clip .2 --agent=draft", "it belongs to ddpo"),
     ("distill --method lcm --method.solver ddim", "it belongs to cd, not to method 'lcm'"),
     ("finetune --teacher x", "it belongs to distill"),
