@@ -29,6 +29,7 @@ def commands(root: Path) -> list[list[str]]:
         [
             *("finetune", *small, "--name", "tuned", "--base", str(root / "student"), "--reward", "ink"),
             *("--updates", "3", "--rollout.prompts", "4", "--rollout.samples_per_prompt", "8", "--monitor.every", "0"),
+            *("--chain.kernel", "DDIM(eta=1.0)"),  # the student's own chain has no noise, and so no probabilities
         ],
     ]
 

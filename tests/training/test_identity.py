@@ -45,7 +45,8 @@ def test_a_setting_decides_bits_unless_it_is_known_not_to():
     ranks = {f"learner.{name}" for name in ("ranks", "cpus_per_rank", "gpus_per_rank", "resources_per_rank")}
     ranks |= {"learner.shard", "learner.restarts", "learner.timeout_s"}
     kept = {f"checkpoints.{name}" for name in ("last", "every", "best", "lowest", "background")}
-    assert free == ray | rest | ranks | kept | {"pretrain.checkpoint_every"}
+    followed = {"track", "track_failures"}
+    assert free == ray | rest | ranks | kept | followed | {"pretrain.checkpoint_every"}
     assert flat(Distill()).keys() - decisive(flat(Distill())).keys() >= {"workers", "checkpoint_every", "root"}
     assert "train.steps" in decisive(flat(Pretrain()))  # the learning rate falls along a cosine over all of them
     assert digest(flat(Finetune())) != digest(flat(Finetune(seed=1)))
