@@ -67,12 +67,14 @@ def iteration(case: str, agent: str, settings: dict[str, Any]) -> Callable[[], N
 
 
 def peak_mb(call: Callable[[], None]) -> float:
+    """The most memory of tensors that a call holds at once."""
     with Memory() as held:
         call()
     return held.peak / 2**20
 
 
 def factor(rounds: int, only: str) -> None:
+    """Print how much sooner a rollout and its update are done in one pass than in two."""
     print(f"{'case':10}{'learns from':22}{'fused ms':>9}{'factor':>8}   quartiles      held MB, with two passes")
     for case in CASES:
         for name, (agent, settings) in STEPS.items():
@@ -151,6 +153,7 @@ def climb(case: str, agent: dict[str, Any], seed: int, root: Path, most_s: float
 
 
 def climbs(case: str, seeds: list[int], most_s: float, only: str) -> None:
+    """Print after how many CPU seconds and rewards each setting has the gains of the table."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         if case == "pipeline":
@@ -175,6 +178,7 @@ def climbs(case: str, seeds: list[int], most_s: float, only: str) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("factor", "climb"))
     parser.add_argument("--rounds", type=int, default=9)

@@ -8,6 +8,7 @@ A reward that can be hacked is weighed beside such a penalty: ``{pick_score: 1, 
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from rlfusion.evaluation import images
 
 
 @dataclass(frozen=True)
-class Statistic:
+class Statistic(ABC):
     """
     Attributes:
         low, high: where the statistic may be at no cost; neither gives the statistic itself.
@@ -42,9 +43,9 @@ class Statistic:
         above = torch.zeros_like(value) if self.high is None else (value - self.high).clamp(min=0)
         return -(below + above)
 
+    @abstractmethod
     def measured(self, samples: Tensor) -> Tensor:
         """s(x), (B,)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,11 @@ def _told(settings: Push, run: Stored, model: Path, about: Mapping[str, Any], ap
 
 
 def _license(base: str, hub_base: bool, api: Any) -> str:
-    """What the base says of its licence: the card in its folder, or that of the hub; "unknown" where neither does."""
+    """What the base says of its licence: the card in its folder, or that of the hub; "unknown" where neither does.
+
+    Raises:
+        UnavailableError: the hub is not there.
+    """
     card = Path(base) / "README.md"
     if base and card.is_file():
         return _of_card(card.read_text(errors="replace"))
@@ -108,8 +112,10 @@ def _license(base: str, hub_base: bool, api: Any) -> str:
     try:
         data = api.model_info(base).card_data
         return str((data or {}).get("license") or UNKNOWN)
-    except Exception:  # a base that the hub does not know, or does not show us, has a licence that we do not know
+    except (OSError, ValueError):  # a base that the hub does not know, or does not show us
         return UNKNOWN
+    except Exception as error:  # of the network below the hub's client
+        raise UnavailableError(f"the licence of {base}: {hub.failed(error)}; expected the hub, or --license") from error
 
 
 def _of_card(text: str) -> str:
