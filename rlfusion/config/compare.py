@@ -110,7 +110,7 @@ class Compare:
     rollout: Rollout = field(default_factory=Rollout)
     guard: Guards = field(default_factory=Guards)
     monitor: Monitoring = field(default_factory=Monitoring)
-    evaluation: Evaluations = field(default_factory=lambda: Evaluations(samples=500, deterministic=False))
+    evaluation: Evaluations = field(default_factory=lambda: Evaluations(samples=500, every=0, deterministic=False))
     track: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Compare:
         require_trackers(self.track)
         object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "seeds", "budget_queries", "evaluations", "target", "quality", "threads")
-        if self.evaluation.every:
+        if self.evaluation.every != 0:
             raise ConfigError(
                 f"evaluation.every = {self.evaluation.every}: a comparison evaluates each run about "
                 f"evaluations = {self.evaluations} times, expected that setting and every = 0"

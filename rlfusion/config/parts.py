@@ -311,14 +311,16 @@ class Evaluations(Evaluation):
             needs data of known grey levels and a kernel such as DDIM(eta=1.0) or DDPM().
         metrics: further figures of the samples, by name: contrast, saturation, sharpness, or your own, as
             my_metrics.py:name (docs/doors.md).
-        every: also evaluate each time that many updates are done; 0 evaluates before and after only.
+        every: also evaluate each time that many updates are done; 0 evaluates before and after only. "auto" does so a
+            few times, on so many of the samples that all of these together are no more than a tenth of the walks of
+            the rollouts: of a short run never.
         deterministic: also log reward, agreement and Frechet distance under DDIM(eta=0), which many will sample with.
     """
 
-    every: int = 0
+    every: int | Literal["auto"] = "auto"
     deterministic: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 0:
-            raise ConfigError(f"every = {self.every}: expected a number >= 0")
+        if self.every != "auto" and self.every < 0:
+            raise ConfigError(f"every = {self.every}: expected a number >= 0, or auto")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
 from rlfusion.common.code_files import files_of
@@ -34,6 +34,36 @@ def flat(settings: Any) -> dict[str, Any]:
     """
     held = plain(settings)
     return dict(_leaves(held, "")) | {f"{FILES}{path}": digest for path, digest in files_of(held).items()}
+
+
+def usual(settings: Any) -> dict[str, Any]:
+    """The default of each setting of a dataclass that has one, by dotted name, as of ``flat``. A group that is of
+    another class than the default one, such as another agent, has the defaults of its own.
+    """
+    return {} if isinstance(settings, Mapping) else dict(_leaves(plain(_defaults(settings, None)), ""))
+
+
+def _defaults(settings: Any, default: Any) -> dict[str, Any]:
+    held: dict[str, Any] = {}
+    for field in fields(settings):
+        if type(default) is type(settings):
+            value = getattr(default, field.name)
+        else:
+            value = field.default if field.default_factory is MISSING else field.default_factory()
+        if is_dataclass(getattr(settings, field.name)):
+            held[field.name] = _defaults(getattr(settings, field.name), value)
+        elif value is not MISSING:
+            held[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return held
+
+
+def added(old: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass that the flat ``old`` ones do not have, as they were made before there were any, and
+    that have their defaults: with or without them it is the same run.
+    """
+    default = usual(settings)
+    new = {name: value for name, value in flat(settings).items() if name not in old and name in default}
+    return {name: value for name, value in new.items() if json.dumps(value) == json.dumps(default[name])}
 
 
 def plain(settings: Any) -> dict[str, Any]:

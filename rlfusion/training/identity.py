@@ -30,7 +30,18 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import read_file, sha256
 from rlfusion.training import checkpoint
 from rlfusion.training.checkpoint import MALFORMED, CheckpointError, Found, Keep, Owner, Writer, write_json_atomic
-from rlfusion.training.deciding import ABSENT, FILES, FURTHER, decisive, differences, digest, flat, plain, sha256_of
+from rlfusion.training.deciding import (
+    ABSENT,
+    FILES,
+    FURTHER,
+    added,
+    decisive,
+    differences,
+    digest,
+    flat,
+    plain,
+    sha256_of,
+)
 
 FORMAT = 1
 KEEP = Keep()
@@ -84,17 +95,20 @@ class Record:
         """
         then = dict(self.settings)
         named: dict[str, tuple[Any, Any]] = {}
+        before: dict[str, Any] = {}
         for one in reversed(self.changes):
             if one["after"] >= found.step:
                 named |= {name: (self.settings.get(name), self.settings.get(name)) for name in one.get("content", ())}
             if digest(then) != found.settings:
                 then |= {name: old for name, (old, _) in one["settings"].items()}
                 then = {name: value for name, value in then.items() if value != ABSENT}
-        return named | differences(decisive(then), decisive(self.settings))
+                before |= {name: one["settings"][name][1] for name in one.get("added", ())}
+        return named | differences(decisive(before | then), decisive(self.settings))
 
     def changed_after(self, *names: str) -> int:
         """The updates that were done when one of these settings was last changed; 0 for never."""
-        return max((one["after"] for one in self.changes if not one["settings"].keys().isdisjoint(names)), default=0)
+        changed = ((one["after"], one["settings"].keys() - one.get("added", ())) for one in self.changes)
+        return max((after for after, which in changed if not which.isdisjoint(names)), default=0)
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -131,12 +145,16 @@ def intact(folder: Path, record: Record, name: str) -> bool:
 
 
 def made(folder: Path, settings: Any, name: str) -> bool:
-    """Whether ``folder`` holds a finished run of these settings, with the file ``name``, all as it was written."""
+    """Whether ``folder`` holds a finished run of these settings, with the file ``name``, all as it was written. It may
+    be of a version of rlfusion without some of them (``deciding.added``).
+    """
     try:
         record = Record.read(folder)
     except (ConfigError, FileNotFoundError):
         return False
-    return record.digests[-1] == digest(flat(settings)) and intact(folder, record, name)
+    new = added(record.settings, settings)
+    known = {key: value for key, value in flat(settings).items() if key not in new}
+    return record.digests[-1] == digest(known) and intact(folder, record, name)
 
 
 class Run:
@@ -236,7 +254,8 @@ class Run:
 
 
 def enter(folder: Path, command: str, settings: Any, keep: Keep = KEEP) -> Run:
-    """The run of ``command`` in ``folder``, new or to go on with ``settings``; its checkpoints stay by ``keep``.
+    """The run of ``command`` in ``folder``, new or to go on with ``settings``; its checkpoints stay by ``keep``. Where
+    settings that a later version added have their defaults, it is the same run, and that is written down.
 
     Raises:
         DiffersError: a setting that decides bits is not what it was; it is named with both values.
@@ -253,8 +272,13 @@ def enter(folder: Path, command: str, settings: Any, keep: Keep = KEEP) -> Run:
             notes.append(f"{folder / FILE} is made again from the newest checkpoint")
         record.write(folder)
     require_command(folder, record, command)
-    if changed := differences(decisive(record.settings), decisive(now)):
+    new = added(record.settings, settings)
+    changed = differences(decisive(record.settings), decisive(now))
+    if changed := {name: pair for name, pair in changed.items() if name not in new}:
         raise DiffersError(differs(folder, changed))
+    if decisive(new):
+        record = _with(folder, record, new)
+        record.write(folder)
     if moved := differences(record.settings, now):
         told = {name: pair for name, pair in moved.items() if name not in PLACE}
         notes += [f"{name} was {shown(old)}, is {shown(new)}" for name, (old, new) in told.items()]
@@ -262,6 +286,19 @@ def enter(folder: Path, command: str, settings: Any, keep: Keep = KEEP) -> Run:
         record = replace(record, config=plain(settings), settings=now, sealed=sealed)
         record.write(folder)
     return Run(folder, record, tuple(notes), keep)
+
+
+def _with(folder: Path, record: Record, new: Mapping[str, Any]) -> Record:
+    """The record of a run that goes on under a version which has these settings more, by their defaults."""
+    held = {**record.settings, **new}
+    one = {"after": done(folder), "settings": {name: [ABSENT, new[name]] for name in new}, "added": list(new)}
+    return replace(record, settings=held, digests=_then(record, held), changes=(*record.changes, one))
+
+
+def _then(record: Record, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The digests of a run that goes on with these settings."""
+    now = digest(settings)
+    return (*(held for held in record.digests if held != now), now)
 
 
 def require_command(folder: Path, record: Record, command: str) -> None:
@@ -327,13 +364,15 @@ def change(folder: Path, record: Record, settings: Any, meant: Iterable[str] = (
     now = flat(settings)
     moved = differences(record.settings, now)
     changed = {name: list(pair) for name, pair in moved.items() if name not in PLACE}
-    digests = (*(d for d in record.digests if d != digest(now)), digest(now))
     content = [name for name in meant if name not in changed and name in record.inputs]
-    one = {"after": done(folder), "settings": changed} | ({"content": content} if content else {})
+    new = [name for name in added(record.settings, settings) if name in changed]
+    also = {"content": content, "added": new}
+    one = {"after": done(folder), "settings": changed} | {name: held for name, held in also.items() if held}
     changes = (*record.changes, one)
     kept = {name: held for name, held in record.inputs.items() if not _touched(name, (*changed, *meant))}
-    said: dict[str, Any] = {"config": plain(settings), "settings": now, "digests": digests, "changes": changes}
-    replace(record, **said, sealed=None, inputs=kept).write(folder)
+    said: dict[str, Any] = {"config": plain(settings), "settings": now, "changes": changes, "inputs": kept}
+    sealed = record.sealed if changed and len(new) == len(changed) and not content else None
+    replace(record, **said, digests=_then(record, now), sealed=sealed).write(folder)
 
 
 def _touched(name: str, changed: Iterable[str]) -> bool:

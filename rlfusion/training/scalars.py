@@ -209,7 +209,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         ),
         Scalar(
             "evaluation/frechet",
-            "Frechet distance to the held-out data, in the judge's features",
+            "Frechet distance to the held-out data, in the judge's features; of as many samples as before training alone",
             "not far above its first value",
             "rises: raise `agent.kl_loss`, stop earlier",
         ),
@@ -241,7 +241,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
             "bound on the likelihood of the held-out data, in bits a dimension (`evaluation.bits_per_dim`)",
             "lower is better",
         ),
-        Scalar("evaluation/count", "number of samples"),
+        Scalar("evaluation/count", "number of samples; fewer on the way (`evaluation.every auto`)"),
         Scalar("evaluation/NAME_real", "the same figure of held-out data: what to compare with"),
         Scalar(
             "evaluation/contrast",

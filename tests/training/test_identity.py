@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from rlfusion.agents import grpo
 from rlfusion.cli.main import main
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Distill, Finetune, Pretrain, to_yaml
 from rlfusion.jobs import resuming
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.checkpoint import CheckpointError
-from rlfusion.training.deciding import decisive, digest, flat
+from rlfusion.training.deciding import added, decisive, digest, flat, usual
 from rlfusion.training.identity import DiffersError, Record, enter
 
 
@@ -235,6 +236,70 @@ def test_a_version_with_more_settings_goes_on_with_old_runs(begun):
     replace(record, settings=older, digests=(digest(older),)).write(begun)
     assert resuming.settings_of_run("finetune", begun, {}, read) == Settings()
     assert enter(begun, "finetune", Settings()).owner.digests == (digest(older), digest(flat(Settings())))
+
+
+def older(record: Record, *names: str) -> Record:
+    """The record as a version without these settings has written it."""
+    held = {name: value for name, value in record.settings.items() if name not in names}
+    return replace(record, settings=held, digests=(digest(held),))
+
+
+def saved_by_older(folder, *names: str) -> None:
+    """Let the run in ``folder`` be one that such a version has begun and saved."""
+    record = older(Record.read(folder), *names)
+    record.write(folder)
+    shutil.rmtree(folder / "checkpoints")
+    identity.Run(folder, record).save(4, state(1.0))
+
+
+def test_settings_that_a_version_adds_make_no_other_run_where_they_have_their_defaults(begun):
+    saved_by_older(begun, "agent.lr", "agent.workers", "threads")
+    with pytest.raises(DiffersError, match=r"agent.lr = 0.2, was absent"):
+        enter(begun, "finetune", Settings(agent=Inner(lr=0.2)))
+    run = enter(begun, "finetune", Settings())
+    assert run.notes == ()
+    assert run.record.settings == flat(Settings())
+    found = run.newest(6)
+    assert found.step == 4  # saved before
+    assert run.record.since(found) == {}
+    assert enter(begun, "finetune", Settings()).record == run.record == Record.read(begun)
+
+
+def test_what_is_changed_later_is_told_beside_what_a_version_added(begun):
+    saved_by_older(begun, "agent.lr")
+    assert resuming.settings_of_run("finetune", begun, {"seed": "5"}, read).seed == 5
+    assert Record.read(begun).changes[-1]["added"] == ["agent.lr"]
+    run = enter(begun, "finetune", Settings(seed=5))
+    assert run.record.since(run.newest(6)) == {"seed": (0, 5)}
+    run.save(5, state(5.0))
+    resuming.settings_of_run("finetune", begun, {"agent.lr": "0.7"}, read)
+    run = enter(begun, "finetune", Settings(seed=5, agent=Inner(lr=0.7)))
+    assert run.record.since(run.newest(6)) == {"agent.lr": (0.1, 0.7)}
+    assert run.record.changed_after("seed") == run.record.changed_after("agent.lr") - 1 == 4
+
+
+def test_a_finished_run_of_an_older_version_is_finished(tmp_path):
+    run = enter(tmp_path, "finetune", Settings())
+    run.seal("summary.json", {"reward": 1.0})
+    older(run.record, "agent.lr", "agent.workers").write(tmp_path)
+    assert identity.made(tmp_path, Settings(), "summary.json")
+    assert not identity.made(tmp_path, Settings(agent=Inner(lr=0.2)), "summary.json")
+    assert not identity.made(tmp_path, Settings(seed=1), "summary.json")
+    assert enter(tmp_path, "finetune", Settings()).result("summary.json") == {"reward": 1.0}
+    older(run.record, "agent.lr").write(tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(Settings()))
+    resuming.settings_of_run("finetune", tmp_path, {}, read)
+    assert Record.read(tmp_path).sealed
+
+
+def test_defaults_are_those_of_the_agent_that_is_there():
+    told = Finetune(agent=grpo.Config(window=3), seed=4)
+    known = usual(told)
+    assert known.keys() == {name for name in flat(told) if not name.startswith("files.")}
+    assert known["agent.window"] == grpo.Config().window != 3
+    assert known["seed"] == 0
+    assert known["pretrain.train.label_noise"] == 0.6  # not its class's, but the command's
+    assert added({}, told) == {name: value for name, value in known.items() if flat(told)[name] == value}
 
 
 @pytest.mark.parametrize(

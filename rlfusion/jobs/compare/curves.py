@@ -21,6 +21,7 @@ PUT_BACK = "put it back, or remove that folder, and a comparison that made it ru
 class Point:
     """One evaluation of a run. ``diversity`` is a share of real data's, or of the base's where there are none; then
     there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
+    ``frechet`` is None, too, where there are fewer samples than before and after.
     ``alarm``: the monitor has found the reward gamed, here or at an evaluation before.
     """
 
@@ -58,7 +59,7 @@ def curve(folder: Path) -> list[Point]:
             queries=spent[step]["queries"],
             seconds=spent[step]["seconds"],
             cpu_seconds=spent[step]["cpu_seconds"],
-            gain=gain(e["evaluation/reward"], base["evaluation/reward"], base["evaluation/reward_std"]),
+            gain=_gain(e, base),
             reward=e["evaluation/reward"],
             **_quality(e, base),
             alarm=step >= alarmed,
@@ -95,10 +96,17 @@ def _lines(file: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
+def _gain(found: dict[str, float], base: dict[str, float]) -> float:
+    """The gain of an evaluation: of fewer samples than the base's what the run has written, over the same of these."""
+    if found.get("evaluation/count", 0) < base.get("evaluation/count", 0) and "evaluation/gain" in found:
+        return found["evaluation/gain"]
+    return gain(found["evaluation/reward"], base["evaluation/reward"], base["evaluation/reward_std"])
+
+
 def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
     """What ``Point`` holds of the quality of samples."""
-    if "evaluation/frechet" in found:
-        judged = {name: found[f"evaluation/{name}"] for name in ("agreement", "frechet")}
+    if "evaluation/frechet" in base:
+        judged = {"agreement": found["evaluation/agreement"], "frechet": found.get("evaluation/frechet")}
         return judged | {"diversity": found["evaluation/diversity_relative"], "images": {}}
     images = {name: found[f"evaluation/{name}"] for name in IMAGES}
     relative = found["evaluation/diversity"] / max(base["evaluation/diversity"], 1e-12)

@@ -117,7 +117,8 @@ def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) ->
 
 def _of_frechet(quality: float, price: Any, agreement: Any, runs: list[Run], looks: dict, measured: dict) -> None:
     base = measured[BASE]
-    for agent, _, points in runs:
+    for agent, _, all_points in runs:
+        points = [p for p in all_points if p.frechet is not None]
         _line(price, points, lambda p: p.frechet, lambda p: p.gain, looks[agent])
         _line(agreement, points, lambda p: p.frechet, lambda p: p.agreement, looks[agent])
     _stars(

@@ -123,22 +123,26 @@ class Column(NamedTuple):
     baseline: Callable[[Measured, Measured], str] | None = None
 
 
+def _frechet(point: Point) -> str:
+    return "-" if point.frechet is None else f"{point.frechet:.1f}"
+
+
 def _columns(terms: Terms, base: Measured) -> Iterator[Column]:
     """The columns of the table of a reward whose base model has these values."""
     judged = "frechet" in base
     yield Column(f"+{terms.target:g}: queries", "reached", lambda p: f"{p.queries:,}")
     yield Column("CPU s", "reached", lambda p: f"{p.cpu_seconds:.1f}")
     if judged:
-        yield Column("Frechet", "reached", lambda p: f"{p.frechet:.1f}")
+        yield Column("Frechet", "reached", _frechet)
         yield Column("at quality: gain", "within", lambda p: f"{p.gain:.2f}")
-        yield Column("Frechet", "within", lambda p: f"{p.frechet:.1f}")
+        yield Column("Frechet", "within", _frechet)
     else:
         yield Column("diversity", "reached", lambda p: f"{p.diversity:.2f}")
     yield Column("end: gain", "end", lambda p: f"{p.gain:.2f}", lambda v, b: f"{gain(v, b):.2f}")
     yield Column("queries", "end", lambda p: f"{p.queries:,}")
     if judged:
         yield Column("agreement", "end", lambda p: f"{p.agreement:.3f}", lambda v, b: f"{v['agreement']:.3f}")
-        yield Column("Frechet", "end", lambda p: f"{p.frechet:.1f}", lambda v, b: f"{v['frechet']:.1f}")
+        yield Column("Frechet", "end", _frechet, lambda v, b: f"{v['frechet']:.1f}")
         relative = "diversity_relative"
         yield Column("diversity / real", "end", lambda p: f"{p.diversity:.2f}", lambda v, b: f"{v[relative]:.2f}")
         return

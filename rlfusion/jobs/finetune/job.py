@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.gains import gain
 from rlfusion.jobs import base_model, memory, publishing, sample_rewards
 from rlfusion.jobs.collector import Collector
+from rlfusion.jobs.finetune.schedule import Schedule
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
 from rlfusion.jobs.monitored import Monitored
 from rlfusion.jobs.parts import Parts
@@ -39,6 +41,9 @@ from rlfusion.training.devices import pick_device
 from rlfusion.training.identity import REWARD, Run
 from rlfusion.training.ranks import current
 from rlfusion.training.tracking import Tracker, grid, save_png
+
+BY_NUMBER = ("frechet", "frechet_floor", "recall")
+"""Figures that depend on how many samples there are: those of fewer stand in no curve of the others."""
 
 
 @dataclass
@@ -118,19 +123,32 @@ class Job:
             progress.say(f"monitor, after {done} updates: {message}")
         return self.monitor.stops(alarms)
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Measure the averaged weights with the chain's own sampler, on the first rank, and log it."""
-        return self._by_first(lambda: self._evaluated(step))
+    def evaluate(self, step: int, on_the_way: Schedule | None = None) -> dict[str, float]:
+        """Measure the averaged weights with the chain's own sampler, on the first rank, and log it; ``on_the_way`` as
+        the schedule says.
+        """
+        return self._by_first(lambda: self._evaluated(step, on_the_way))
 
-    def _evaluated(self, step: int) -> dict[str, float]:
+    def _evaluated(self, step: int, on_the_way: Schedule | None) -> dict[str, float]:
+        told = self.config.evaluation
+        if on_the_way is not None:
+            told = replace(told, samples=on_the_way.samples, deterministic=on_the_way.deterministic)
         with self._averaged():
-            result = self._measure(self.policy, self.config.evaluation, partial(sample_rewards.keep, self.folder, step))
-            base = self.before or result
-            come = gain(result["reward"], base["reward"], base["reward_std"])
-            self.tracker.scalars(step, "evaluation", result | {"gain": come})
-            if self.config.evaluation.deterministic:
+            result = self._measure(self.policy, told, partial(sample_rewards.keep, self.folder, step))
+            if told.samples < self.config.evaluation.samples:
+                result = {name: value for name, value in result.items() if name not in BY_NUMBER}
+            self.tracker.scalars(step, "evaluation", result | {"gain": self._gain(result)})
+            if told.deterministic:
                 self.tracker.scalars(step, "evaluation_ode", self._ode())
         return result
+
+    def _gain(self, result: dict[str, float]) -> float:
+        """The gain of an evaluation over the base model, on as many samples of the base: the same ones."""
+        base = self.before or result
+        mean, held = base["reward"], sample_rewards.kept(self.folder, 0)
+        if result["count"] < base["count"] and held is not None:
+            mean = float(np.nanmean(held[1, : int(result["count"])]))
+        return gain(result["reward"], mean, base["reward_std"])
 
     def _ode(self) -> dict[str, float]:
         """The same with the deterministic sampler, DDIM(eta=0): what many users will sample with."""

@@ -28,6 +28,7 @@ from rlfusion.jobs import publishing
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import about, anew
 from rlfusion.jobs.finetune.job import Job, find, prepare
+from rlfusion.jobs.finetune.schedule import schedule
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.preflight import try_out
@@ -249,6 +250,7 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
 def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
     """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
+    on_the_way = schedule(config, job.card.classes)
     stopwatch, before = Stopwatch(job.folder, start), job.learner.queries
     if start < total and not collector.prompts_of(start):
         progress.say(f"stopped after {start} updates: {_spent(config, before, job.config.queries)}")
@@ -283,8 +285,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
             if collector.scores is not None:
                 job.tracker.histogram(done, "train/rewards", collector.scores)
-            if config.evaluation.every and done % config.evaluation.every == 0 and done < total and not spent:
-                job.evaluate(done)
+            if on_the_way.due(done, total) and not spent:
+                job.evaluate(done, on_the_way)
             bar.advance(reward=metrics["reward"])
             stop = _spent(config, queries, cost) if spent else job.probe(done, progress)
             if current().of_first(bool(stop)):
