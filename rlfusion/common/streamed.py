@@ -90,18 +90,27 @@ def write(
     """
     known = hashlib.sha256()
 
-    def content() -> Iterator[memoryview]:
-        yield memoryview(header(parts, metadata))
-        for name in order(parts):
-            yield from _bytes(parts[name].make())
-
     def seen() -> Iterator[memoryview]:
-        for some in content():
+        for some in _content(parts, metadata):
             known.update(some)
             yield some
 
     storage.stream(path, seen(), anyway)
     return known.hexdigest()
+
+
+def digest(parts: Mapping[str, Part]) -> str:
+    """The SHA-256 of a file that is not written; the tensors are made one by one, in the order of the file."""
+    known = hashlib.sha256()
+    for some in _content(parts):
+        known.update(some)
+    return known.hexdigest()
+
+
+def _content(parts: Mapping[str, Part], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
+    yield memoryview(header(parts, metadata))
+    for name in order(parts):
+        yield from _bytes(parts[name].make())
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:

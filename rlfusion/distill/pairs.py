@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
-from rlfusion.common import shards, storage
+from rlfusion.common import shards, storage, streamed
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key
 from rlfusion.common.stops import in_force
 from rlfusion.common.tensors import Cond
-from rlfusion.common.weights import Live, Weights, pack, read_file, sha256, unpack
+from rlfusion.common.weights import Live, Weights, learned, pack, read_file, sha256, unpack
 from rlfusion.data import Dataset
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
@@ -38,6 +38,7 @@ from rlfusion.rollout import Backend, Recipe, Settings, Task, make_backend, plan
 from rlfusion.rollout.among_ranks import InStep
 from rlfusion.rollout.local import Local
 from rlfusion.rollout.trajectory import concatenate
+from rlfusion.training import publishing
 from rlfusion.training.checkpoint import MALFORMED, set_aside, write_json_atomic
 from rlfusion.training.devices import set_numerics, told
 from rlfusion.training.ranks import current
@@ -140,29 +141,32 @@ def make_pairs(
     """
     card, chain, ranks = source.card, making.chain(source.guidance), current()
     policy = chain.policy(source.model, card.names)
-    split = bool(shards.roots(policy))
-    weights = Weights.whole(policy, 0, here=not (split and ranks.rank))
-    told = ranks.exchange(weights.sha256.encode())[0].decode() if split else weights.sha256
     sizes = [min(making.shard, making.count - first) for first in range(0, making.count, making.shard)]
     walks = [_Shard(seed, round * len(sizes) + n, card.classes, size) for n, size in enumerate(sizes)]
-    identity = _identity(card, chain, making, seed, told, round)
-    if split and not settings.workers:
+    identity = _identity(card, chain, making, seed, _digest(policy), round)
+    with ranks.in_turn():
+        held = _Shards(folder, identity)
+        missing = [] if ranks.rank else held.missing(len(walks), say)
+    missing = json.loads(ranks.exchange(json.dumps(missing).encode())[0])
+    if missing and shards.roots(policy) and not settings.workers:
         with InStep(Local(_task(policy, card, chain)), ranks) as backend:
-            with ranks.in_turn():
-                held = _Shards(folder, identity)
-                missing = [] if ranks.rank else held.missing(len(walks), say)
-            missing = json.loads(ranks.exchange(json.dumps(missing).encode())[0])
             held.make(missing, walks, backend, Live(policy, 0), ranks.count, stop)
-    else:
+    elif missing:
+        weights = publishing.acting(policy, 0, settings.workers > 0, 0, folder)
         with ranks.in_turn():
-            held = _Shards(folder, identity)
-            if missing := held.missing(len(walks), say):
+            if not ranks.rank:
                 device = str(next(policy.parameters()).device)
                 with make_backend(_recipe(card, chain, policy, device, settings), settings) as backend:
                     held.make(missing, walks, backend, weights, max(1, settings.workers), stop)
+        publishing.clear(policy, settings.workers > 0, folder)
     with ranks.in_turn():
         parts = [held.read(n) for n in range(len(sizes))]
     return Pairs(*(torch.cat([part[name] for part in parts]) for name in Pairs._fields))
+
+
+def _digest(policy: Policy) -> str:
+    """The SHA-256 of the blob of its weights, of which no more than a tensor is whole at a time."""
+    return streamed.digest({name: streamed.part(p, partial(shards.whole, p)) for name, p in learned(policy).items()})
 
 
 class _Shard(NamedTuple):

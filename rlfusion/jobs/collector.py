@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.weights import Weights
-from rlfusion.jobs import publishing
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rollout import Backend, Pending, plan, version_for
 from rlfusion.rollout.item import lag_at
 from rlfusion.rollout.trajectory import Trajectory, concatenate
+from rlfusion.training import publishing
 from rlfusion.training.stages import IDLE, PUBLISH, ROLLOUT, stage
 
 NOWHERE = Path()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rlfusion import models
+from rlfusion.common import on_disk
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
@@ -60,11 +61,12 @@ def check(config: Distill) -> None:
     data = load(config.pretrain.data, config.pretrain.size)
     if data.grouped:
         require_judgeable(data, config.held_out)
+    split = config.learner.split
     if config.teacher:
-        teacher, card = models.load(Path(config.teacher))
+        teacher, card = (models.load_on_disk if split else models.load)(Path(config.teacher))
     else:
         card = card_of(config.pretrain, data)
-        teacher = models.build(card)
+        teacher = models.build(card, within=on_disk.parameters(split))
     require_same_data(f"teacher = {config.teacher!r}", card, card_of(config.pretrain, data), config.pretrain.data)
     teaching = teach(config, teacher, card, data.split(config.held_out)[0], Path(), torch.device("cpu"))
     require_solvable(teaching.student, config.chain)
@@ -122,7 +124,7 @@ def teach(
     """
     own = config.method.card(config.student.card(card, asdict(config.chain)))
     own = replace(own, answers=config.method.ANSWERS)
-    student = models.build(own, config.seed)
+    student = models.build(own, config.seed, within=on_disk.parameters(config.learner.split))
     student.space = teacher.space
     if config.student.init == "teacher":
         require_agreement(own, card)
@@ -204,7 +206,7 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     root, data = Path(config.root), load(config.pretrain.data, config.pretrain.size, progress.say)
     with current().in_turn():
         path = Path(config.teacher) if config.teacher else base_model(config.pretrain, root, device, signals, progress)
-        teacher, card = models.load(path)
+        teacher, card = (models.load_on_disk if config.learner.split else models.load)(path)
     train_data = seen_data(config.teacher, config.pretrain, data.split(config.held_out)[0])
     teaching = teach(config, teacher, card, train_data, folder, device, config.learner.split)
     teaching = replace(teaching, say=progress.say, stop=partial(stop_if_asked, signals))

@@ -31,7 +31,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.jobs import memory, publishing
+from rlfusion.jobs import memory
 from rlfusion.jobs.check_reward import Finding, Verdict
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.job import Found, find, make_learner
@@ -41,7 +41,7 @@ from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rollout import Keep, Local, make_backend
 from rlfusion.rollout.trajectory import Trajectory
-from rlfusion.training import checkpoint
+from rlfusion.training import checkpoint, publishing
 from rlfusion.training.devices import pick_device, set_numerics
 
 T = TypeVar("T")

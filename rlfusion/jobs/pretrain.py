@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from rlfusion import models
-from rlfusion.common import storage
+from rlfusion.common import on_disk, storage
 from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
@@ -56,7 +56,7 @@ def fit(
     with current().in_turn():
         run = identity.enter(folder, "pretrain", config, config.keep)
     run.require_inputs({"data": data.sha256})
-    denoiser = models.build(card, config.seed)
+    denoiser = models.build(card, config.seed, within=on_disk.parameters(split))
     place(denoiser, denoiser.net, device, split)
     if config.autoencoder:
         denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
@@ -139,7 +139,7 @@ def check(config: Pretrain) -> models.Card:
         raise ConfigError(f"held_out = {config.held_out} leaves none of the {len(data)} samples for training")
     data.require_trained(config.held_out)
     card = card_of(config, data)
-    denoiser = models.build(card)
+    denoiser = models.build(card, within=on_disk.parameters(config.learner.split))
     losses.make(config.train.loss).check(denoiser)
     require_solvable(denoiser, config.chain)
     require_no_class(config, config.chain)

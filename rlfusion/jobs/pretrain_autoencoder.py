@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common import shards, storage
+from rlfusion.common import on_disk, shards, storage
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import integer, stream
@@ -133,7 +133,8 @@ def split(module: KLVAE, device: torch.device) -> None:
 def _build(config: Autoencode, shape: tuple[int, ...]) -> KLVAE:
     state = torch.get_rng_state()
     torch.manual_seed(integer(config.seed, "initial weights"))
-    module = KLVAE(shape, config.model)
+    with on_disk.parameters(config.learner.split):
+        module = KLVAE(shape, config.model)
     torch.set_rng_state(state)
     return module
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from rlfusion import models
+from rlfusion.common import on_disk
 from rlfusion.config import Finetune
 from rlfusion.data import load
 from rlfusion.jobs import base_model, memory
@@ -106,7 +107,7 @@ def facts(parts: Parts) -> Facts:
         network, space = (4 * elements(folder, name) for name in ("weights", "space"))
     else:
         about = parts.base.pretrain
-        denoiser = models.build(card_of(about, load(about.data, about.size)))
+        denoiser = models.build(card_of(about, load(about.data, about.size)), within=on_disk.parameters())
         network = sum(p.numel() * p.element_size() for p in denoiser.parameters())
         space = sum(
             p.numel() * p.element_size() for p in getattr(denoiser.space, "vae", torch.nn.Module()).parameters()

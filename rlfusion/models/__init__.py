@@ -18,6 +18,7 @@ from rlfusion.models.load import (
     load_card,
     load_hollow,
     load_into,
+    load_on_disk,
     load_space,
 )
 from rlfusion.models.save import FORMAT, UNSEALED, save, space_blob
@@ -44,6 +45,7 @@ __all__ = [
     "load_card",
     "load_hollow",
     "load_into",
+    "load_on_disk",
     "load_space",
     "lora",
     "make_net",

@@ -1,7 +1,7 @@
 """A denoiser from its card: the network with its initial weights, its schedule, its space, and its adapters."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -38,9 +38,15 @@ NETS = Registry(
 )
 
 
-def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Denoiser:
+def build(
+    card: Card,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    within: AbstractContextManager[None] | None = None,
+) -> Denoiser:
     """A denoiser with initial weights keyed by ``seed``; of a pretrained pipeline, with its own, and with prompts that
-    are encoded on ``device``.
+    are encoded on ``device``. A network that is no pipeline's is made ``within`` a context, such as that of
+    ``common.hollow`` or ``common.on_disk``; the space in which it denoises is not.
 
     Raises:
         ConfigError: an unknown network, schedule, kind or setting of one.
@@ -49,7 +55,7 @@ def build(card: Card, seed: int = 0, device: torch.device | str = "cpu") -> Deno
         return pipelines.build(card.pipeline, card.names, device)
     config = card.config
     space = autoencoder.build(card.autoencoder) if card.autoencoder else Pixels()
-    with initial(seed):
+    with within or nullcontext(), initial(seed):
         net = make_net(config.net, space.latent(card.shape), card.classes)
         width = _width(net, config.net) if card.captioned or card.weights else 0
         if card.captioned:

@@ -1,6 +1,7 @@
 """Reading a model's folder, a run's, or a pretrained pipeline."""
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rlfusion.common import hollow
+from rlfusion.common import hollow, on_disk
 from rlfusion.common.code_files import found_again
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.weights import read_file, sha256, unpack
@@ -179,12 +180,23 @@ def load_hollow(path: Path) -> Hollow:
         ConfigError: as ``load``; or a network that makes buffers of its parameters.
     """
     card, folder, about = load_card(path), find(path), _read_about(path)[0]
-    with hollow.parameters():
-        denoiser = _built(card, folder)
+    denoiser = _built(card, folder, hollow.parameters())
     hollow.require_buffers(denoiser, f"net = {card.config.net!r}")
     filling = _filling(denoiser, folder / WEIGHTS, about.get("sha256"))
     _load_space(denoiser, card, folder, about)
     return Hollow(denoiser, card, filling)
+
+
+def load_on_disk(path: Path) -> tuple[Denoiser, Card]:
+    """As ``load``, with the network's parameters in files (``common.on_disk``): for ranks that soon split it.
+
+    Raises:
+        ConfigError: as ``load``; or a network that makes buffers of its parameters.
+    """
+    card = load_card(path)
+    denoiser, _, filling = build_hollow(card) if card.pipeline else load_hollow(path)
+    on_disk.fill(denoiser, filling)
+    return denoiser, card
 
 
 def build_hollow(card: Card, device: torch.device | str = "cpu") -> Hollow:
@@ -197,9 +209,9 @@ def build_hollow(card: Card, device: torch.device | str = "cpu") -> Hollow:
     return Hollow(denoiser, card, filling)
 
 
-def _built(card: Card, folder: Path) -> Denoiser:
+def _built(card: Card, folder: Path, within: AbstractContextManager[None] | None = None) -> Denoiser:
     try:
-        return build(card)
+        return build(card, within=within)
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{str(folder / 'model.json')!r} describes no model: {error}") from error
 

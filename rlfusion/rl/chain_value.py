@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
+from rlfusion.common import on_disk, shards
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import cast, moved
@@ -89,7 +90,7 @@ class ChainValue:
             ConfigError: no such network.
         """
         self.config, self.seed, self.times = config, seed, task.times
-        with models.initial(seed):
+        with models.initial(seed), on_disk.parameters(bool(shards.roots(task.policy))):
             net = models.make_net(config.value_net, task.shape, task.prompts)
             self.value = Value(net, task.policy.schedule, math.prod(task.shape))
         place_beside(self.value, [net, self.value.head], task.policy, torch.device(task.device))

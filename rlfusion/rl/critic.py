@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import models
-from rlfusion.common import shards
+from rlfusion.common import on_disk, shards
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key, integer, stream
 from rlfusion.common.tensors import Cond
@@ -153,7 +153,8 @@ def _copy(like: Denoiser) -> nn.Module:
 def _new(text: str, task: Task) -> nn.Module:
     if task.conditions is None or task.conditions.ndim != 1 or task.conditions.dtype != torch.int64:
         raise ConfigError(f"critic = {text!r}: the conditions are no classes, expected {COPY!r}")
-    return models.make_net(text, task.shape, task.prompts)
+    with on_disk.parameters(bool(shards.roots(task.policy))):
+        return models.make_net(text, task.shape, task.prompts)
 
 
 def bare(denoiser: Denoising) -> tuple[Denoiser, float | None]:

@@ -21,13 +21,13 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.parts import opened
-from rlfusion.jobs.publishing import acting
 from rlfusion.nets.dit import DiT
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rl.agent import Plan
 from rlfusion.rollout import Local, Task, item, plan, run_item, task
 from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory, concatenate
+from rlfusion.training.publishing import acting
 
 SHAPE, CLASSES, STEPS, WALKS = (1, 4, 4), 2, 5, 12
 ONE = {"epochs": 1, "updates_per_epoch": 1}

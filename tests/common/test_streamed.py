@@ -29,6 +29,8 @@ def test_the_bytes_are_those_of_safetensors(metadata, tmp_path, monkeypatch):
     assert file.read_bytes() == safetensors.torch.save(plain, metadata)
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    plainly = hashlib.sha256(safetensors.torch.save(plain)).hexdigest()
+    assert streamed.digest({name: streamed.part(tensor) for name, tensor in held.items()}) == plainly
 
 
 def test_one_tensor_is_there_at_a_time_and_where_nothing_is_written_all_are_made(tmp_path):

@@ -1,13 +1,16 @@
 """Fine-tunings whose network is split over ranks end in the bits of one process, from checkpoints of any ranks."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from ranked_jobs import jobs_on_ranks
 from tiny_runs import TINY
 
+from rlfusion import models
 from rlfusion.common import shards
+from rlfusion.models import Card, Config, autoencoder
 from rlfusion.training import checkpoint
 
 pytestmark = [
@@ -45,7 +48,8 @@ LAGGING = (
 )
 SPLIT = ("--learner.shard", "fsdp")
 CRITIC = ("--agent", "dawr", "--agent.value_epochs", 1)
-KINDS = {"full": (*FULL, *CRITIC), "lora": (*FULL, *LAGGING)}
+KINDS = {"full": (*FULL, *CRITIC), "lora": (*FULL, *LAGGING), "latent": (*FULL, "--base", "latent", "--agent", "draft")}
+LATENT = {"kind": "kl", "shape": [1, 8, 8], "config": asdict(autoencoder.Config(width=8)), "shift": 0.0, "scale": 1.0}
 
 
 def weights(cwd: Path, name: str) -> bytes:
@@ -64,6 +68,9 @@ def cut(cwd: Path, name: str, new: str, step: int = 2) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("split")
+    about = Config("ResidualMLP(width=32, depth=1)", "Cosine()", "x0")
+    card = Card(about, (1, 8, 8), tuple("0123456789"), autoencoder=LATENT)
+    models.save(cwd / "latent", models.build(card), card)
     jobs_on_ranks(1, cwd, *((*held, "--name", kind) for kind, held in KINDS.items()))
     jobs_on_ranks(2, cwd, *((*held, *SPLIT, "--name", f"{kind}-2") for kind, held in KINDS.items()))
     return cwd
@@ -85,12 +92,13 @@ def test_each_rank_writes_its_rows_and_one_manifest_has_all(runs, kind):
 
 
 def test_checkpoints_go_on_with_other_ranks_and_without_any(runs):
-    for kind in KINDS:
+    whole = {kind: held for kind, held in KINDS.items() if kind != "latent"}
+    for kind in whole:
         cut(runs, f"{kind}-2", f"{kind}-1")
         cut(runs, f"{kind}-2", f"{kind}-4")
     cut(runs, "full", "full-split")
-    jobs_on_ranks(1, runs, *((*held, "--name", f"{kind}-1") for kind, held in KINDS.items()))
-    jobs_on_ranks(4, runs, *((*held, *SPLIT, "--name", f"{kind}-4") for kind, held in KINDS.items()))
+    jobs_on_ranks(1, runs, *((*held, "--name", f"{kind}-1") for kind, held in whole.items()))
+    jobs_on_ranks(4, runs, *((*held, *SPLIT, "--name", f"{kind}-4") for kind, held in whole.items()))
     jobs_on_ranks(2, runs, (*KINDS["full"], *SPLIT, "--name", "full-split"))
     for name in ("full-1", "lora-1", "full-4", "lora-4", "full-split"):
         assert weights(runs, name) == weights(runs, name.partition("-")[0]), name

@@ -1,15 +1,18 @@
 """What a fine-tuning refuses before any work."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rlfusion import models
+from rlfusion.common import hollow
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import to_pixels
 from rlfusion.config import Finetune
 from rlfusion.data import load
+from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy, require_stochastic
 from rlfusion.evaluation import require_bound
 from rlfusion.jobs import base_model
@@ -56,7 +59,7 @@ def check(config: Finetune) -> None:
     made = card_of(config.pretrain, data)
     card = models.load_card(Path(config.base)) if config.base else made
     require_same_data(f"base = {config.base!r}", card, made, config.pretrain.data)
-    denoiser = models.load(Path(config.base))[0] if config.base else models.build(card)
+    denoiser = _outline(config, card)
     models.adapt(denoiser, card, config.lora)
     require_solvable(denoiser, config.chain)
     if not config.base:
@@ -73,10 +76,19 @@ def check(config: Finetune) -> None:
         require_weights(parts.rewards.options)
         reward = build(config.reward, parts.rewards.options, known, config.call_options, made)
         require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
-        task = make_task(parts.task, card, policy, reward)
+        task = replace(make_task(parts.task, card, policy, reward), device="cpu")  # without weights it would be meta
         learner_of(config.agent, task, encoded(data, denoiser.space), config.seed)
         label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
         score(reward, to_pixels(data.x[:TRIED]), label, parts.rewards.name, parts.rewards.masked)
+
+
+def _outline(config: Finetune, card: models.Card) -> Denoiser:
+    """The base model, for what looks at its form. Of one that will be split, the driver has no weights."""
+    if config.learner.split:
+        if config.base:
+            return models.load_hollow(Path(config.base)).denoiser
+        return models.build(card, within=hollow.parameters())
+    return models.load(Path(config.base))[0] if config.base else models.build(card)
 
 
 def require_reward(config: Finetune) -> None:

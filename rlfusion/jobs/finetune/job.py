@@ -24,7 +24,7 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.gains import gain
-from rlfusion.jobs import base_model, memory, publishing, sample_rewards
+from rlfusion.jobs import base_model, memory, sample_rewards
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.schedule import Schedule
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
@@ -37,6 +37,7 @@ from rlfusion.rewards.remote.client import is_url
 from rlfusion.rl.agent import AgentLearner, learner_of
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
+from rlfusion.training import publishing
 from rlfusion.training.devices import pick_device
 from rlfusion.training.identity import REWARD, Run
 from rlfusion.training.ranks import current

@@ -24,7 +24,6 @@ from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
 from rlfusion.evaluation.gains import gain
-from rlfusion.jobs import publishing
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import about, anew
 from rlfusion.jobs.finetune.job import Job, find, prepare
@@ -38,7 +37,7 @@ from rlfusion.rewards import names_of
 from rlfusion.rollout import Backend, Keep, Local, make_backend
 from rlfusion.rollout.among_ranks import AmongRanks, InStep
 from rlfusion.rollout.object_store import answer_bytes
-from rlfusion.training import checkpoint
+from rlfusion.training import checkpoint, publishing
 from rlfusion.training.checkpoint import Found
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.flops import Flops, peak
