@@ -13,7 +13,7 @@ from torch import nn
 
 from rlfusion.api import ModelLike, model_of
 from rlfusion.common import spec
-from rlfusion.config import Evaluation
+from rlfusion.config import Figures
 from rlfusion.data import load as load_data
 from rlfusion.envs import DenoisingEnv, DenoisingVectorEnv
 from rlfusion.evaluation import require_independent
@@ -46,7 +46,7 @@ def evaluate(
     Args:
         model: a model, or the path of one.
         reward: a name, a callable ``(samples, cond) -> (B,)``, or {reward: weight}. None measures none.
-        samples: how many, 50 at least; the classes take turns.
+        samples: how many, from 1 on; the classes take turns. A figure that so many cannot carry is left out.
         seed: keys the noise.
         data: the real data to compare with, such as "digits"; then the result has agreement, frechet, precision,
             recall, ... of a judge, which is trained on them once and kept in ``root``/cache. "" compares with none.
@@ -71,7 +71,7 @@ def evaluate(
         scorer = made_reward(judged, names, objects, reward_options or {}, Path(root), held.device)
         if judged.judge is not None:
             require_independent(judged.judge, scorer)
-    settings = Evaluation(samples=samples)
+    settings = Figures(samples=samples)
     scored = None if scorer is None else Scored(scorer, str(names), None)
     return measure(held.policy, held.times, judged, scored, settings, seed)
 

@@ -35,7 +35,7 @@ ROOT_MODULES = 5
 HOMES = {
     "ray": {"rlfusion.rollout.ray_backend", "rlfusion.rollout.ray_cluster", "rlfusion.rollout.ray_rewards"}
     | {"rlfusion.rollout.ray_ranks", "rlfusion.rollout.ray_placement", "rlfusion.rollout.ray_kept"}
-    | {"rlfusion.rollout.ray_head"}
+    | {"rlfusion.rollout.ray_head", "rlfusion.rollout.ray_hosts"}
     | {"rlfusion.rollout.ray_stacks", "rlfusion.rollout.ray_worker", "rlfusion.jobs.launch.cluster"},
     **{library: {"rlfusion.jobs.launch.cluster"} for library in ("requests", "aiohttp")},
     "packaging": {"rlfusion.jobs.launch.environment"},

@@ -174,6 +174,18 @@ def test_evaluate_measures_what_the_command_measures(tiny_root, tmp_path):
     assert "frechet" not in plain
 
 
+def test_evaluate_measures_few_samples_by_what_they_can_carry(tiny_root):
+    one = rlf.evaluate(tiny_root / "first", bright, samples=1, data="digits", root=tiny_root)
+    assert one["count"] == 1
+    assert {"reward", "agreement", "brightness"} <= one.keys()
+    assert not {"frechet", "precision", "recall", "diversity"} & one.keys()
+    two = rlf.evaluate(tiny_root / "first", bright, samples=2, data="digits", root=tiny_root)
+    assert "frechet" in two
+    assert "diversity" not in rlf.evaluate(tiny_root / "first", bright, samples=3)
+    with pytest.raises(rlf.ConfigError, match="samples = 0: expected at least 1"):
+        rlf.evaluate(tiny_root / "first", bright, samples=0)
+
+
 def test_evaluate_refuses_data_of_another_model():
     with pytest.raises(rlf.ConfigError, match="the model's"):
         rlf.evaluate(own(), data="digits")

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
-from rlfusion.common.errors import ConfigError, require_distinct, require_positive, unknown
+from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
 from rlfusion.config.finetune import Finetune
-from rlfusion.config.parts import Evaluations, Rollout
+from rlfusion.config.parts import Evaluations, Nodes, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.config.vary import changed, combinations, placed, title
 from rlfusion.diffusion.chain import Chain
@@ -17,6 +17,7 @@ from rlfusion.models import lora, pipelines
 from rlfusion.rl.agent import Agent
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
+from rlfusion.rollout.placement import Role
 from rlfusion.training.devices import Deterministic
 from rlfusion.training.trackers import require_trackers
 
@@ -52,8 +53,10 @@ class Compare:
             run whose first update would is refused.
         evaluations: evaluations of each run on its way, about.
         side_by_side: runs at once, each in a process of its own; "auto" takes as many as there is room for: processors
-            for ``threads`` and for the workers of each, and memory for each, or a GPU each. 1 is one after another, in
-            this process. The bits are the same.
+            for ``threads`` and for the workers of each, and memory for each, or a GPU each; or all that a cluster has
+            places for. 1 is one after another, in this process or on a cluster. The bits are the same.
+        run_restarts: times in a row, without a new checkpoint, that a run side by side goes on whose process died.
+        ray: the Ray cluster on whose nodes runs are done side by side: their folder lies on storage that all share.
         best_of: baselines without training: the best of so many samples of the base model by the reward.
         guidance: baselines without training: guidance weights w of the base model.
         target: gain, in standard deviations of the base's rewards, whose price in queries and seconds is told.
@@ -91,6 +94,8 @@ class Compare:
     budget_queries: int = 2400
     evaluations: int = 10
     side_by_side: int | Literal["auto"] = 1
+    run_restarts: int = 3
+    ray: Nodes = field(default_factory=Nodes)
     best_of: list[int] = field(default_factory=lambda: [4])
     guidance: list[float] = field(default_factory=lambda: [3.0])
     target: float = 2.0
@@ -125,6 +130,9 @@ class Compare:
             )
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")
+        require_not_negative(self, "run_restarts")
+        if self.ray.address and self.device.startswith("cuda") and not self.ray.gpus_per_run:
+            raise ConfigError(f"ray.gpus_per_run = 0 with device = {self.device}: expected a share of a GPU above 0")
         if not self.agents or not self.rewards:
             raise ConfigError(f"agents = {self.agents}, rewards = {self.rewards}: expected one of each at least")
         for name in ("rewards", "best_of", "guidance"):
@@ -151,6 +159,11 @@ class Compare:
         names = [label(written(text)) for text in self.agents]
         varied = [f"by-{name.rpartition('.')[2]}" for name in self.vary]
         return "-".join(["compare", *dict.fromkeys(names), *varied])
+
+    @property
+    def role(self) -> Role:
+        """What each run reserves of a cluster."""
+        return self.ray.role(self.threads, self.rollout.workers)
 
     def rows(self) -> list[Row]:
         """Every agent with every combination of the varied values."""

@@ -1,10 +1,11 @@
 """The settings of ``rlfusion distill``."""
 
 from dataclasses import dataclass, field, make_dataclass
+from typing import Literal
 
 from rlfusion import distill
 from rlfusion.common import spec
-from rlfusion.common.code_files import label
+from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import require_positive
 from rlfusion.config.parts import Evaluation, Learners, Ray
 from rlfusion.config.pretrain import Base
@@ -12,6 +13,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import NEWEST, Keep
 from rlfusion.training.devices import Deterministic
+from rlfusion.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Distill:
         evaluation: the evaluation.
         checkpoint_every: updates between checkpoints.
         checkpoints: those that stay, and how they are written.
+        track: trackers beside TensorBoard, as of finetune (docs/tracking.md).
+        track_failures: a tracker that fails while the run is at work is told once, and the training goes on ("warn"),
+            or ends ("stop").
     """
 
     root: str = "runs"
@@ -60,8 +65,12 @@ class Distill:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint_every: int = 500
     checkpoints: Keep = field(default_factory=lambda: NEWEST)
+    track: list[str] = field(default_factory=list)
+    track_failures: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "track", [absolute(text) for text in self.track])
+        require_trackers(self.track)
         require_positive(self, "threads", "checkpoint_every")
         self.learner.require_device(self.device)
         self.learner.require_splittable(self.device, getattr(self.method, "optimizer", "adamw"))

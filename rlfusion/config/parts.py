@@ -92,6 +92,53 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """The Ray cluster on whose nodes the runs of a comparison are placed, where there is an address.
+
+    Attributes:
+        address: of a running Ray cluster, host:port, ray://host:port or auto; empty does the runs on this machine.
+        connect_timeout_s: within which the cluster, and a worker of it, must answer before any work.
+        wait_s: for which a place for one run is waited for, before any work: an autoscaler of the cluster is asked for
+            it. 0 refuses at once.
+        cpus_per_run: CPU cores that each run reserves; 0 for as many as ``threads``, and one for each of its rollout
+            workers.
+        gpus_per_run: GPUs, or a fraction of one, that each run reserves. With 0 it works on the CPU.
+        resources_per_run: Ray's custom resources that each run reserves, of nodes of the cluster, by name.
+    """
+
+    address: str = ""
+    connect_timeout_s: float = 60.0
+    wait_s: float = 0.0
+    cpus_per_run: float = 0.0
+    gpus_per_run: float = 0.0
+    resources_per_run: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "wait_s", "cpus_per_run", "gpus_per_run")
+        require_gpus("ray.gpus_per_run", self.gpus_per_run)
+        require_resources("ray.resources_per_run", self.resources_per_run)
+        self.settings(1)
+        told = {"wait_s": 0.0, "cpus_per_run": 0.0, "gpus_per_run": 0.0, "resources_per_run": {}}
+        for name, usual in told.items():
+            if not self.address and getattr(self, name) != usual:
+                raise ConfigError(f"ray.{name} = {getattr(self, name)}: expected ray.address, of the cluster, with it")
+
+    def settings(self, threads: int) -> Settings:
+        """The cluster's settings, without workers.
+
+        Raises:
+            ConfigError: values that no cluster can have.
+        """
+        told = {"address": self.address, "connect_timeout_s": self.connect_timeout_s}
+        return Settings(threads=threads, wait_s=self.wait_s, **told)
+
+    def role(self, threads: int, workers: int) -> Role:
+        """What one run reserves."""
+        cpus = self.cpus_per_run or float(threads + workers)
+        return Role("runs", 1, cpus, self.gpus_per_run, self.resources_per_run, threads=threads)
+
+
+@dataclass(frozen=True)
 class Ray(Cluster):
     """Settings of the Ray workers, where ``rollout.workers`` is not 0.
 

@@ -1,6 +1,7 @@
 """The settings of ``rlfusion pretrain``, and of the base models that other commands pretrain."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlfusion import models, pretrain
 from rlfusion.common.code_files import absolute, label
@@ -11,6 +12,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.rollout import Settings
 from rlfusion.training.checkpoint import NEWEST, Keep
 from rlfusion.training.devices import Deterministic
+from rlfusion.training.trackers import require_trackers
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class Pretrain(Base):
         checkpoints: those that stay, and how they are written.
         learner: the processes that learn.
         ray: the cluster that they run on.
+        track: trackers beside TensorBoard, as of finetune (docs/tracking.md).
+        track_failures: a tracker that fails while the run is at work is told once, and the training goes on ("warn"),
+            or ends ("stop").
     """
 
     root: str = "runs"
@@ -92,9 +97,13 @@ class Pretrain(Base):
     checkpoints: Keep = field(default_factory=lambda: NEWEST)
     learner: Learners = field(default_factory=Learners)
     ray: Cluster = field(default_factory=Cluster)
+    track: list[str] = field(default_factory=list)
+    track_failures: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "track", [absolute(text) for text in self.track])
+        require_trackers(self.track)
         require_positive(self, "threads")
         self.learner.require_device(self.device)
         self.learner.require_splittable(self.device, self.train.optimizer)

@@ -27,7 +27,7 @@ from rlfusion.distill import Distiller, OnSchedule, Stage, Staged, Teaching
 from rlfusion.distill.student import Match, adopt, require_agreement
 from rlfusion.jobs import pretrain
 from rlfusion.jobs.measure import require_judgeable
-from rlfusion.jobs.pretrain import base_model, card_of, require_same_data, require_solvable, seen_data, show
+from rlfusion.jobs.pretrain import base_model, card_of, followed, require_same_data, require_solvable, seen_data, show
 from rlfusion.models.autoencoder import encoded
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import fit as fitting
@@ -35,6 +35,8 @@ from rlfusion.training import identity
 from rlfusion.training.devices import pick_device, place, set_numerics
 from rlfusion.training.loop import stop_if_asked
 from rlfusion.training.ranks import current
+from rlfusion.training.trackers import require_usable
+from rlfusion.training.trackers.beside import Beside
 
 
 class Plan(NamedTuple):
@@ -56,6 +58,7 @@ def check(config: Distill) -> None:
         RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    require_usable(config.track)
     if config.workers or config.learner.ranks:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
     data = load(config.pretrain.data, config.pretrain.size)
@@ -176,7 +179,14 @@ def _matching(config: Distill, teaching: Teaching) -> Distiller:
     return settings.fit(inside, Match(teacher=teaching.teacher), config.student.match, "match")
 
 
-def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, progress: Progress) -> None:
+def fit(
+    config: Distill,
+    teaching: Teaching,
+    folder: Path,
+    signals: Signals,
+    progress: Progress,
+    beside: Beside | None = None,
+) -> None:
     """Distil into ``folder``, from its newest checkpoint on if it has one; leaves the student in ``folder/model``.
 
     Raises:
@@ -189,7 +199,7 @@ def fit(config: Distill, teaching: Teaching, folder: Path, signals: Signals, pro
     run.require_inputs({"pretrain.data": teaching.data.sha256, **told})
     learner, stages = make_learner(config, teaching), plan(config, teaching)
     given = partial(batches, config, teaching)
-    every, bar = config.checkpoint_every, fitting.Shown("distilling", "distill")
+    every, bar = config.checkpoint_every, fitting.Shown("distilling", "distill", beside=beside)
     fitting.fit(learner, run, stages.total, every, signals, progress, bar, batches=given)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", teaching.student, teaching.card)
@@ -212,5 +222,6 @@ def distill(config: Distill, folder: Path, signals: Signals, progress: Progress)
     teaching = replace(teaching, say=progress.say, stop=partial(stop_if_asked, signals))
     stages = plan(config, teaching)
     progress.say(f"plan: {config.method.name}, {stages.total} updates; a student of {config.chain.moves} steps")
-    fit(config, teaching, folder, signals, progress)
-    return show(config, folder, data, stages.total)
+    with followed(config, folder, progress) as beside:
+        fit(config, teaching, folder, signals, progress, beside)
+        return show(config, folder, data, stages.total, beside)

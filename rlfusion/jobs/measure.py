@@ -13,7 +13,7 @@ from rlfusion import evaluation, models
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import Key
-from rlfusion.config import Figures
+from rlfusion.config import Evaluation, Figures
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
@@ -290,6 +290,8 @@ def measure(
 ) -> dict[str, float]:
     """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
 
+    An ``Evaluation`` has all figures, ``Figures`` those that so many samples can carry.
+
     With ``scored.max_failed`` up to that share of the rewards may fail: reward_failed says how many, the others are
     averaged. ``keep`` is given the prompts and the rewards (N,), NaN where one failed.
 
@@ -301,7 +303,8 @@ def measure(
     device = next(policy.parameters()).device
     label = torch.arange(settings.samples, device=device) % judged.classes
     samples = draw(policy, times, label, judged.shape, seed, "evaluation")
-    result = judged.report(samples, label) | bits | measured(settings.metrics, samples, label)
+    told = judged.report if isinstance(settings, Evaluation) else judged.figures
+    result = told(samples, label) | bits | measured(settings.metrics, samples, label)
     if scored is None:
         return result
     reward, reward_name, max_failed = scored

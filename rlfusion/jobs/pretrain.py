@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -30,10 +31,22 @@ from rlfusion.training import fit as fitting
 from rlfusion.training.devices import pick_device, place, set_numerics
 from rlfusion.training.folders import locked
 from rlfusion.training.ranks import Ranks, current, joined
-from rlfusion.training.tracking import Tracker, grid, save_png
+from rlfusion.training.trackers import Followed, require_usable
+from rlfusion.training.trackers.beside import Beside, following
+from rlfusion.training.tracking import Tracker, flatten, grid, save_png
 
 CACHE_FORMAT = 1
 """Rises when pretraining changes, so that base models cached before are not taken for new ones."""
+
+
+class How(NamedTuple):
+    """Whether the network is split over the ranks, and the trackers that follow the training."""
+
+    split: bool = False
+    beside: Beside | None = None
+
+
+ALONE = How()
 
 
 def fit(
@@ -44,10 +57,9 @@ def fit(
     device: torch.device,
     signals: Signals,
     progress: Progress,
-    split: bool = False,
+    how: How = ALONE,
 ) -> None:
     """Pretrain into ``folder``, from its newest checkpoint on if it has one; leaves the model in ``folder/model``.
-    ``split``: over the ranks.
 
     Raises:
         NumericalError: a gradient is not finite; the last checkpoint stands.
@@ -56,13 +68,13 @@ def fit(
     with current().in_turn():
         run = identity.enter(folder, "pretrain", config, config.keep)
     run.require_inputs({"data": data.sha256})
-    denoiser = models.build(card, config.seed, within=on_disk.parameters(split))
-    place(denoiser, denoiser.net, device, split)
+    denoiser = models.build(card, config.seed, within=on_disk.parameters(how.split))
+    place(denoiser, denoiser.net, device, how.split)
     if config.autoencoder:
         denoiser.space = pretrain_autoencoder.load(Path(config.autoencoder))
     learner = Learner(denoiser, data, config.train, config.seed)
-    every = config.checkpoint_every
-    fitting.fit(learner, run, config.train.steps, every, signals, progress, fitting.Shown("pretraining", "pretrain"))
+    every, shown = config.checkpoint_every, fitting.Shown("pretraining", "pretrain", beside=how.beside)
+    fitting.fit(learner, run, config.train.steps, every, signals, progress, shown)
     with learner.optimization.ema.averaged():
         models.save(folder / "model", denoiser, card)
     run.finish(*identity.MODEL)
@@ -130,6 +142,7 @@ def check(config: Pretrain) -> models.Card:
         RolloutError: no Ray cluster answers at its address.
     """
     pick_device(config.device)
+    require_usable(config.track)
     if config.learner.ranks:
         require_cluster(config.ray.address, config.ray.connect_timeout_s)
     data = load(config.data, config.size)
@@ -181,8 +194,16 @@ def pretrain(config: Pretrain, folder: Path, signals: Signals, progress: Progres
     config.chain.make_kernel()
     device = pick_device(config.device)
     card = replace(card_of(config, data), chain=asdict(config.chain))
-    fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress, config.learner.split)
-    return show(config, folder, data, config.train.steps)
+    with followed(config, folder, progress) as beside:
+        how = How(config.learner.split, beside)
+        fit(config, card, data.split(config.held_out)[0], folder, device, signals, progress, how)
+        return show(config, folder, data, config.train.steps, beside)
+
+
+def followed(config: Any, folder: Path, progress: Progress) -> AbstractContextManager[Beside]:
+    """The trackers of a training that asks for no rewards, while it is at work."""
+    run = Followed(folder.name, folder, flatten(asdict(config)))
+    return following(config.track, config.track_failures, run, progress.say, asks=False)
 
 
 class Shown(Protocol):
@@ -197,7 +218,7 @@ class Shown(Protocol):
     learner: Learners
 
 
-def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
+def show(config: Shown, folder: Path, data: Dataset, step: int, beside: Beside) -> dict[str, float]:
     """Evaluate the model in ``folder``, made in ``step`` updates, and draw its grid. Returns the evaluation. The first
     of several ranks does so alone; {} is what the others give. Where networks are split all ranks do so, alike.
 
@@ -205,14 +226,14 @@ def show(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, flo
     grid is drawn (and bits_per_dim, if asked).
     """
     if config.learner.split:
-        return _shown(config, folder, data, step)
+        return _shown(config, folder, data, step, beside)
     if current().rank:
         return {}
     with joined(Ranks()):
-        return _shown(config, folder, data, step)
+        return _shown(config, folder, data, step, beside)
 
 
-def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, float]:
+def _shown(config: Shown, folder: Path, data: Dataset, step: int, beside: Beside) -> dict[str, float]:
     device = pick_device(config.device)
     with current().in_turn():
         denoiser, card = models.load(folder)
@@ -223,8 +244,8 @@ def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, f
     columns = min(card.classes, GRID_COLUMNS)
     picture = grid(grid_samples(policy, times, columns, card.shape, config.seed), columns)
     save_png(folder / "samples" / "grid.png", picture)
-    tracker = Tracker(folder, step)
-    tracker.image(step, "samples", picture)
+    tracker = Tracker(folder, step, beside)
+    tracker.image(step, "samples", picture, card.names[:columns])
     result: dict[str, float] = {}
     if judged is not None:
         result = measure(policy, times, judged, None, config.evaluation, config.seed)
@@ -232,6 +253,7 @@ def _shown(config: Shown, folder: Path, data: Dataset, step: int) -> dict[str, f
         result = bits_per_dim(policy, times, data.split(config.held_out)[1], config.seed)
     if result:
         tracker.scalars(step, "evaluation", result)
+        beside.summary({f"final/{name}": value for name, value in result.items()})
         checkpoint.write_json_atomic(folder / "evaluation.json", result)
     return result
 

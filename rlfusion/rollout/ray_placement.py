@@ -140,14 +140,18 @@ def placed(
         DoesNotFit: what is missing, in a line.
     """
     driver.require_room()
-    found = _found(settings, roles, say, look) if settings.address else require_place([this_machine(roles)], roles)
+    found = awaited(settings, roles, say, look) if settings.address else require_place([this_machine(roles)], roles)
     say("\n  ".join(["placement:", *table(found, driver)]))
 
 
-def _found(
-    settings: Settings, roles: Sequence[Role], say: Callable[[str], None], look: Callable[[], list[Node]]
+def awaited(
+    settings: Settings, roles: Sequence[Role], say: Callable[[str], None], look: Callable[[], list[Node]] = nodes
 ) -> Placement:
-    """A place on a cluster, where nodes may join."""
+    """A place for all ``roles`` on a cluster, where nodes may join within ``settings.wait_s``.
+
+    Raises:
+        DoesNotFit: what is missing, in a line.
+    """
     deadline, told = time.monotonic() + settings.wait_s, False
     while True:
         try:

@@ -17,17 +17,21 @@ from rlfusion.training.optimization import Learner
 from rlfusion.training.ranks import current
 from rlfusion.training.stages import Stages, counting
 from rlfusion.training.timing import Stopwatch
+from rlfusion.training.trackers.beside import Beside
 from rlfusion.training.tracking import Tracker
 
 LOG_EVERY = 20
 
 
 class Shown(NamedTuple):
-    """What the bar of a training is called, the tag of its logged metrics, and the metric beside the bar."""
+    """What the bar of a training is called, the tag of its logged metrics, the metric beside the bar, and the trackers
+    that follow it.
+    """
 
     bar: str
     tag: str
     metric: str = "loss"
+    beside: Beside | None = None
 
 
 def fit(
@@ -55,7 +59,7 @@ def fit(
     for note in run.notes:
         progress.say(note)
     start = _taken_up(learner, run, total)
-    tracker = Tracker(run.folder, start)
+    tracker = Tracker(run.folder, start, shown.beside)
     if tracker.damaged:
         progress.say(f"{tracker.file}: {tracker.damaged} damaged line(s) are left out")
     given = batches(start) if batches else iter(range(start, total))

@@ -8,16 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from stand_in_members import Standing, maker, said
 from tiny_runs import TINY
 
 from rlfusion.cli.main import main
 from rlfusion.common.errors import ConfigError, UnavailableError, UserCodeError
-from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.config import Compare, Finetune
 from rlfusion.jobs.compare import beside
@@ -28,53 +27,11 @@ from rlfusion.training.deciding import digest, flat
 SMALL = [*TINY[: TINY.index("--updates")], *TINY[TINY.index("--rollout.prompts") : TINY.index("--agent.micro_batch")]]
 FEW = ["--budget_queries", 48, "--evaluations", 1, "--evaluation.samples", 60, "--guidance", "[]", "--best_of", "[]"]
 
-STAND_IN = """
-import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def stop(*_):
-    (folder / "saved").touch()
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-(folder / "begun").write_text(str(time.monotonic()))
-exec((folder / "does").read_text())
-(folder / "ended").write_text(str(time.monotonic()))
-"""
-
-
-@dataclass
-class Standing(Member):
-    """A run whose process is a few lines of Python."""
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "ended").exists()
-
-    def ready(self, progress: Progress) -> bool:
-        return True
-
-    def time(self, name: str) -> float:
-        return float((self.folder / name).read_text())
-
 
 @pytest.fixture
 def standing(tmp_path, monkeypatch):
     """``standing(line, line)``: runs that do these lines."""
-    monkeypatch.setattr(beside, "MEMBER", ("-c", STAND_IN))
-
-    def make(*lines: str) -> list[Standing]:
-        made = [Standing(f"a{n}", "ink", n, Finetune(), tmp_path / f"run-{n}") for n in range(len(lines))]
-        for member, line in zip(made, lines):
-            member.folder.mkdir()
-            (member.folder / "does").write_text(line)
-        return made
-
-    return make
-
-
-def said(width: int = 200) -> tuple[Progress, io.StringIO]:
-    progress, text = Progress(), io.StringIO()
-    progress.console = Console(file=text, width=width, highlight=False)
-    return progress, text
+    return maker(tmp_path, monkeypatch)
 
 
 def run(members: list[Standing], room: int, tmp_path: Path) -> str:
@@ -135,6 +92,30 @@ def test_how_a_run_ends_is_told_and_stops_no_other(standing, tmp_path):
         False,
         False,
     ]
+
+
+ONCE = "once = folder / 'once'; first = not once.exists(); once.touch(); "
+
+
+def test_a_run_that_dies_goes_on_within_its_budget(standing, tmp_path):
+    saves = "n = len(list((folder / 'checkpoints').glob('step-*')))\n"
+    saves += "if n < 4: (folder / 'checkpoints' / f'step-0000000{n + 1}').mkdir(parents=True); sys.exit(1)"
+    members = standing(
+        f"{ONCE}first and os.kill(os.getpid(), signal.SIGKILL)",
+        "(folder / 'tried').open('a').write('.'); sys.exit(69)",
+        "(folder / 'tried').open('a').write('.'); sys.exit(3)",
+        saves,  # each time it comes further: no two deaths in a row without a new checkpoint
+    )
+    progress, text = said()
+    with Signals() as signals:
+        beside.run(members, 2, tmp_path / "logs", signals, progress, 2)
+    told = text.getvalue()
+    assert members[0].done
+    assert "a0 on ink, seed 0: died: it was killed by SIGKILL: restart 1 of 2, from its newest checkpoint" in told
+    assert members[1].problem == "died: it ended with exit code 69"
+    assert [len((member.folder / "tried").read_text()) for member in members[1:3]] == [3, 1]
+    assert members[3].done
+    assert [member.code for member in members] == [None, 69, 3, None]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

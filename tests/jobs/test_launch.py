@@ -12,7 +12,7 @@ import yaml
 from fake_ray import FakeRay
 from tiny_runs import TINY
 
-from rlfusion import __version__
+from rlfusion import __version__, config
 from rlfusion.cli import launching
 from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.main import main
@@ -20,7 +20,7 @@ from rlfusion.cli.settings_tree import command_trees
 from rlfusion.cli.words import RESUMABLE
 from rlfusion.common.errors import ConfigError, StorageError, UnavailableError
 from rlfusion.config.launch import Jobs, Launch
-from rlfusion.jobs.launch import arrival, cluster, environment, wheel
+from rlfusion.jobs.launch import arrival, cluster, environment, job, wheel
 from rlfusion.jobs.launch.inputs import Inputs
 from rlfusion.jobs.launch.job import new_order, resume, submit
 from rlfusion.rollout import ray_cluster
@@ -80,6 +80,16 @@ def test_what_a_run_reads_there_is_what_was_read_here(here):
         expected["ray"]["limits"] |= {"start_s": 1800.0} if waits else {}
         expected["reward"] = held(made)["reward"]
         assert held(made) == expected
+
+
+@pytest.mark.parametrize("env", ["none", "uv"])
+def test_the_runs_of_a_comparison_stay_with_the_job_unless_they_have_an_address(env):
+    waits = 1800.0 if env == "uv" else 60.0
+    alone, there = (settings_of("compare", words) for words in ([], ["--ray.address", "auto"]))
+    ray = [job._at_home(asdict(one)["ray"], Launch(env=env)) for one in (alone, there, config.Pretrain())]
+    assert ray[0] == asdict(alone)["ray"]
+    assert ray[1] == asdict(there)["ray"] | {"connect_timeout_s": waits}
+    assert ray[2] == asdict(config.Pretrain())["ray"] | {"address": "auto", "connect_timeout_s": waits}
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class Recorder:
             raise ImportError("no module named 'recorder'")
 
     def begin(self, run):
-        self.tell("begin", run.resume, run.config["agent.name"])
+        self.tell("begin", run.resume, run.config.get("agent.name", ""))
         return Opened("number one", "a shelf")
 
     def scalars(self, at, values):

@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import stand_in_trackers
@@ -21,6 +22,7 @@ from rlfusion.training.trackers import TRACKERS, Followed, feed, make_tracker, r
 from rlfusion.training.trackers.beside import following
 from rlfusion.training.tracking import Tracker
 
+TINY_NET = "ResidualMLP(width=32, depth=1)"
 OURS = ("wandb", "trackio", "mlflow")
 PICTURE = torch.linspace(0, 1, 60).reshape(3, 4, 5)
 
@@ -254,3 +256,31 @@ def test_a_run_that_is_followed_has_the_bits_of_one_that_is_not(place, with_clas
     assert main(["finetune", "--resume", str(followed), "--change", "updates=3"]) == 0
     assert [line[1] for line in told() if line[0] == "begin"] == ["", "number one"]
     assert [line[1] for line in told() if line[0] == "scalars" and "train/reward" in line[2]] == [*steps, [3, 72]]
+
+
+FEW_STEPS = ["--checkpoint_every", "20", "--evaluation.samples", "50"]
+SHORT = {
+    "pretrain": ["--train.steps", "40", "--train.batch", "16", "--model.net", TINY_NET, *FEW_STEPS],
+    "distill": ["--teacher", "first", "--method", "cd", "--method.steps", "40", "--method.batch", "16", *FEW_STEPS],
+}
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_training_without_rewards_is_followed_over_its_updates(command, place, tiny_root, capsys):
+    words = [command, "--root", str(tiny_root), *(w.replace("first", f"{tiny_root}/first") for w in SHORT[command])]
+    for name, more in (("alone", []), ("seen", ["--track", "own.py:Recorder"])):
+        assert main([*words, "--name", f"{command}-{name}", *more]) == 0
+    alone, seen = (tiny_root / f"{command}-{name}" for name in ("alone", "seen"))
+    weights = "model/weights.safetensors"
+    assert (alone / weights).read_bytes() == (seen / weights).read_bytes()
+    lines = told()
+    assert [line[0] for line in (lines[0], lines[-1])] == ["begin", "finish"]
+    assert lines[-1] == ["finish", "finished"]
+    logged = [line for line in lines if line[0] == "scalars" and not any("timing/" in name for name in line[2])]
+    assert [line[1] for line in logged] == [[20, 20], [40, 40], [40, 40]], "no line twice"
+    assert "evaluation/frechet" in logged[-1][2]
+    assert [line[1:] for line in lines if line[0] == "image"] == [[[40, 40], "samples", ANY, ANY]]
+    assert [set(line[1]) >= {"final/frechet"} for line in lines if line[0] == "summary"] == [True]
+    assert "tracked by Recorder: a shelf" in capsys.readouterr().err
+    assert main([*words, "--name", "no", "--track", "own.py:Recorder(missing=True)"]) == 2
+    assert not (tiny_root / "no").exists()

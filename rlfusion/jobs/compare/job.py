@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from rlfusion.config import Finetune
 from rlfusion.config.compare import Compare
 from rlfusion.jobs import base_model as origin
 from rlfusion.jobs import finetune
-from rlfusion.jobs.compare import beside
+from rlfusion.jobs.compare import beside, placed
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.members import members, place_of, slug, with_settings
 from rlfusion.jobs.compare.report import Outcome, Terms, Untrained, report
@@ -100,7 +101,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
     runs = list(members(config, base, folder))
-    if config.side_by_side == 1:
+    if config.side_by_side == 1 and not config.ray.address:
         for member in runs:
             progress.say(str(member))
             if member.ready(progress):
@@ -108,7 +109,8 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         measured = _baselines(config, base, signals, progress)
     else:
         measured = _baselines(config, base, signals, progress)  # what runs share in the cache is made before them
-        beside.run(runs, beside.room(config), folder / beside.LOGS, signals, progress)
+        with placed.nodes(config, progress.say) if config.ray.address else nullcontext(beside.Process.start) as begin:
+            beside.run(runs, beside.room(config), folder / beside.LOGS, signals, progress, config.run_restarts, begin)
     outcomes = [member.outcome() for member in runs]
     places = {(member.agent, member.reward, member.seed): member.folder for member in runs}
     for outcome in outcomes:

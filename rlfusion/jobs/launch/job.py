@@ -83,13 +83,18 @@ def new_order(settings: Launch, command: str, run: Any, say: Callable[[str], Non
 
 def _at_home(ray: Mapping[str, Any], settings: Launch) -> dict[str, Any]:
     """Ray's settings in a job: its workers are those of the cluster, and the first on each node waits until the
-    libraries are installed there.
+    libraries are installed there. The runs of a comparison (``parts.Nodes``) stay with the job unless they have an
+    address.
     """
+    if "cpus_per_run" in ray and not ray["address"]:
+        return dict(ray)
     made = {**ray, "address": ray["address"] or "auto"}
     if settings.env == "none":
         return made
-    limits = {**ray["limits"], "start_s": max(ray["limits"]["start_s"], INSTALLED_S)}
-    return made | {"connect_timeout_s": max(ray["connect_timeout_s"], INSTALLED_S), "limits": limits}
+    made |= {"connect_timeout_s": max(ray["connect_timeout_s"], INSTALLED_S)}
+    if "limits" not in ray:
+        return made
+    return made | {"limits": {**ray["limits"], "start_s": max(ray["limits"]["start_s"], INSTALLED_S)}}
 
 
 def _require_known(settings: Launch, inputs: Inputs) -> None:

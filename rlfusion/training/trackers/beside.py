@@ -34,18 +34,22 @@ class Beside:
     Attributes:
         known: those that go on in a run that they had begun before.
         new: those that begin one.
+        asks: whether the run asks for rewards, over which runs are compared; else ``At.queries`` is its updates, as
+            the one axis of some trackers.
     """
 
     known: list[tuple[Feed, RunTracker]] = field(default_factory=list)
     new: list[tuple[Feed, RunTracker]] = field(default_factory=list)
+    asks: bool = True
     _sent: set[str] = field(default_factory=set)
     _queries: int = 0
 
     def resumed(self, lines: Iterable[tuple[str, Mapping[str, Any]]], step: int) -> None:
-        """Take over the lines of metrics.jsonl, of which those up to ``step`` stay; for 0 none do."""
+        """Take over the lines of metrics.jsonl, of which those up to ``step`` stay; none for 0. None is sent twice."""
         for line, record in lines:
+            known = line in self._sent
             self._sent.add(line)
-            if 0 < step >= record["step"]:
+            if not known and 0 < step >= record["step"]:
                 at = self._at(record["step"], record)
                 values = {name: value for name, value in record.items() if name != "step"}
                 self._all(self.new, "scalars", at, values)
@@ -53,6 +57,7 @@ class Beside:
     def scalars(self, step: int, line: str, values: Mapping[str, float]) -> None:
         """Figures by tag, which metrics.jsonl has as ``line``."""
         at, again = self._at(step, values), line.rstrip("\n") in self._sent
+        self._sent.add(line.rstrip("\n"))
         self._all(self.new if again else [*self.known, *self.new], "scalars", at, dict(values))
 
     def beside(self, step: int, values: Mapping[str, float]) -> None:
@@ -77,6 +82,8 @@ class Beside:
             feed.close(partial(tracker.finish, status))
 
     def _at(self, step: int, values: Mapping[str, Any]) -> At:
+        if not self.asks:
+            return At(step, step)
         self._queries = int(values.get(QUERIES, self._queries))
         return At(step, self._queries if step else 0)
 
@@ -86,14 +93,16 @@ class Beside:
 
 
 @contextmanager
-def following(texts: Sequence[str], failures: Failures, run: Followed, say: Callable[[str], None]) -> Iterator[Beside]:
-    """The trackers of these ``texts`` while ``run`` is at work, which then hear how it ended. Of several ranks the
-    first has them.
+def following(
+    texts: Sequence[str], failures: Failures, run: Followed, say: Callable[[str], None], asks: bool = True
+) -> Iterator[Beside]:
+    """The trackers of these ``texts`` while ``run``, which ``asks`` for rewards or not, is at work, and which then hear
+    how it ended. Of several ranks the first has them.
 
     Raises:
         UnavailableError: with ``failures`` "stop" one failed.
     """
-    beside = Beside()
+    beside = Beside(asks=asks)
     status: Ending = "failed"
     try:
         _begin(beside, texts if storage.writes() else (), failures == "stop", run, say)
