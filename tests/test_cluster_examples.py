@@ -172,6 +172,37 @@ def test_the_script_of_slurm_saves_at_the_signal_and_queues_itself_again(tmp_pat
     assert not list(tmp_path.glob(".ray-token*"))
 
 
+STANDS_FOR = """#!/bin/bash
+echo "$RAY_API_SERVER_ADDRESS $*" >> told
+[ "$1" != launch ] || exit "${CODE:-0}"
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_job_is_launched_followed_and_looked_at(tmp_path, code):
+    """With a command of the test's own; ``jobs/test_launched.py`` has the same commands on a real cluster."""
+    (tmp_path / "rlfusion").write_text(STANDS_FOR)
+    (tmp_path / "rlfusion").chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ROOT": "/shared/runs", "NAME": "it", "CODE": str(code)}
+    script = ["bash", str(FOLDER / "job.sh"), "--updates", "8"]
+    assert subprocess.run(script, cwd=tmp_path, env=given, check=False).returncode == code
+    told = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+    assert {line[0] for line in told} == {"http://127.0.0.1:8265"}
+    assert [line[1] for line in told] == ["launch", "jobs", "sample"][: 1 if code else 3]
+    own, arguments = _divided(told[0][3:], list(Launch.__dataclass_fields__))
+    run = settings_of("finetune", arguments)
+    assert own == ["--follow=true"]
+    assert (run.root, run.name, run.updates) == ("/shared/runs", "it", 8)
+
+
+def test_the_job_asks_for_the_folder_of_all_runs(tmp_path):
+    done = subprocess.run(
+        ["bash", str(FOLDER / "job.sh")], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "ROOT: is the folder of all runs" in done.stderr
+
+
 def test_the_dockerfile_installs_what_there_is():
     lines = [line for line in text("Dockerfile").replace("\\\n", " ").splitlines() if line and line[0] != "#"]
     assert {line.split()[0] for line in lines} <= {"ARG", "FROM", "COPY", "RUN", "USER", "ENV"}
@@ -192,7 +223,7 @@ def test_all_files_name_one_version_of_ray():
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Each rlfusion command of the files, its variables filled in."""
     for name in FILES:
-        held = re.sub(r"^# ?", "", text(name), flags=re.MULTILINE).replace("\\\n", " ")
+        held = re.sub(r"^# ?", "", text(name), flags=re.MULTILINE).replace("\\\n", " ").replace(' "$@"', "")
         held = re.sub(r"\n *(?=else|fi|then)", " ", held) if name == "rayjob.yaml" else held
         for found in re.finditer(
             r"\brlfusion (supervise|launch) [^\n;&)]*", re.sub(r"\$\{?\w+\}?", "x", held.replace("$PORT", "6379"))

@@ -259,7 +259,7 @@ def run_on_a_file(arguments: list[str], mark: str, monkeypatch) -> None:
 
 
 PROGRAMS = {
-    **dict.fromkeys(("ray", "kubectl", "sbatch", "docker"), run_on_a_file),
+    **dict.fromkeys(("ray", "kubectl", "sbatch", "docker", "bash"), run_on_a_file),
     "rlfusion": run_rlfusion,
     "python": run_python,
     "python3": run_python,
