@@ -9,7 +9,6 @@ by sample would make results depend on what was asked before. Kept by batch, a r
 with and without a cache; and a batch that is asked again (a question tried twice, a rollout repeated) is found.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from rlfusion.common.beside import Beside
 from rlfusion.common.errors import ConfigError, require_not_negative
 from rlfusion.common.nested import flatten
 from rlfusion.common.tensors import Cond
@@ -64,7 +64,7 @@ class Timed(Wrapped):
     def __init__(self, reward: Reward, name: str, timeout_s: float) -> None:
         super().__init__(reward)
         self.name, self.timeout_s = name, timeout_s
-        self._hanging: list[threading.Thread] = []
+        self._hanging: list[Beside[Tensor]] = []
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:
         """samples (B, C, H, W) in [0, 1] -> (B,).
@@ -75,7 +75,7 @@ class Timed(Wrapped):
         self._hanging = [thread for thread in self._hanging if thread.is_alive()]
         if len(self._hanging) >= HANGING:
             raise RewardFailure.of_all(self.name, len(samples), f"{HANGING} earlier calls of it hang")
-        call = _Call(self.reward, samples, cond)
+        call = Beside("reward", lambda: self.reward(samples, cond))
         call.join(self.timeout_s)
         if call.is_alive():
             self._hanging.append(call)
@@ -83,31 +83,6 @@ class Timed(Wrapped):
                 self.name, len(samples), f"not done within timeout_s = {self.timeout_s:g} for {len(samples)} samples"
             )
         return call.result()
-
-
-class _Call(threading.Thread):
-    """One call of a reward, under way; a daemon, so that one which hangs does not keep the process from ending."""
-
-    def __init__(self, reward: Reward, samples: Tensor, cond: Cond) -> None:
-        super().__init__(name="reward", daemon=True)
-        self._work, self._grad = (reward, samples, cond), torch.is_grad_enabled()
-        self._value: object = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        reward, samples, cond = self._work
-        try:
-            with torch.set_grad_enabled(self._grad):  # a thread has a grad mode of its own
-                self._value = reward(samples, cond)
-        except BaseException as error:  # raised again where the result is asked for
-            self._error = error
-
-    def result(self) -> Tensor:
-        """The value that the reward returned; raises its error if it failed."""
-        if self._error is not None:
-            raise self._error
-        return self._value
 
 
 class Cached(Wrapped):

@@ -207,7 +207,7 @@ def _run(config: Finetune, origin: Origin, objects: Mapping[str, Any], device: t
     )
     require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
     learner = make_learner(config, parts, card, policy, reward, data)
-    acting = acting_here(parts.task, card, policy, reward)
+    acting = acting_here(parts.task, card, policy, reward, config.rollout.overlap)
     begun = Model(denoiser, replace(card, chain=asdict(config.chain)), config.chain)
     return Run(config, begun, policy, learner, acting)
 

@@ -1,6 +1,6 @@
 """The settings of ``rlfusion finetune``."""
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any, Literal
 
 from rlfusion import pretrain
@@ -142,6 +142,10 @@ class Finetune:
                 "(rollout.prompts x rollout.samples_per_prompt; smaller ones ask for less), or 0 for no limit"
             )
         r = self.rollout
+        if r.overlap and (unscored or self.learner.split):
+            why = f"learner.shard = {self.learner.shard}: all ranks walk in step"
+            why = f"agent {self.agent.name!r}, which scores as it learns" if unscored else why
+            raise ConfigError(f"rollout.overlap = True with {why}, expected false")
         self.agent.check(self._plan(r.prompts))
         self.learner.require_device(self.device)
         self.learner.require_splittable(self.device, getattr(self.agent, "optimizer", "adamw"))
@@ -193,7 +197,8 @@ class Finetune:
     @property
     def settings(self) -> Settings:
         """The backend's settings."""
-        return self.ray.settings(self.rollout.workers, self.threads, self.device)
+        settings = self.ray.settings(self.rollout.workers, self.threads, self.device)
+        return replace(settings, overlap=self.rollout.overlap)
 
     @property
     def queries(self) -> int:

@@ -47,6 +47,8 @@ class Rollout:
         item: walks of one work item; a work item is what one worker does at a time.
         workers: Ray actors that collect; 0 collects in this process, without Ray.
         lag: rollouts that may be collected ahead of the weights; each walk then has weights up to ``lag`` updates old.
+        overlap: without workers, a thread decodes and scores the walks of an item while the next one is walked: for
+            rewards that wait or compute elsewhere. Same bits; memory for both at once.
     """
 
     prompts: int = 10
@@ -54,10 +56,16 @@ class Rollout:
     item: int = 120
     workers: int = 0
     lag: int = 0
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "prompts", "samples_per_prompt", "item")
         require_not_negative(self, "workers", "lag")
+        if self.overlap and self.workers:
+            raise ConfigError(
+                f"rollout.overlap = True with rollout.workers = {self.workers}: each worker scores while others walk, "
+                "expected false, or 0 workers"
+            )
 
 
 @dataclass(frozen=True)

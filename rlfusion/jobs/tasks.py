@@ -63,10 +63,12 @@ def make_task(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward)
     return _task(walks, card, policy, reward, str(next(policy.parameters()).device))
 
 
-def acting_here(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward) -> Local:
-    """Walks in this process, by a copy of the policy; by the policy itself where the graph of its steps is kept."""
+def acting_here(spec: TaskSpec, card: models.Card, policy: Policy, reward: Reward, overlap: bool = False) -> Local:
+    """Walks in this process, by a copy of the policy; by the policy itself where the graph of its steps is kept. With
+    ``overlap`` items are scored while others are walked.
+    """
     own = policy if spec.rollout.trained is not None else frozen_copy(policy)
-    return Local(make_task(spec, card, own, reward))
+    return Local(make_task(spec, card, own, reward), overlap)
 
 
 class _Walks(NamedTuple):

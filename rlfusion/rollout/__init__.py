@@ -43,7 +43,7 @@ def make_backend(recipe: Recipe, settings: Settings, keep: Keep | None = None) -
     where items that fail on every worker are kept.
     """
     if settings.workers == 0:
-        return Local(recipe.build())
+        return Local(recipe.build(), settings.overlap)
     from rlfusion.rollout.ray_backend import RayBackend
 
     return RayBackend(recipe, settings, keep)

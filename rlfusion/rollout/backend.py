@@ -35,6 +35,7 @@ class Settings:
         rewards: the actors of rewards that run beside the workers.
         wait_s: for which a cluster may take to have a place for all.
         placing: of workers beside ranks or apart from them (``together``).
+        overlap: without workers, the reward of an item is computed while the next one is walked.
     """
 
     workers: int = 0
@@ -49,6 +50,7 @@ class Settings:
     rewards: Role = NO_REWARDS
     wait_s: float = 0.0
     placing: Placing = "any"
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         require_address(self.address)

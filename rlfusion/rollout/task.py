@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -154,32 +155,52 @@ class Task:
         return reward
 
 
-@torch.no_grad()
 def run_item(task: Task, item: WorkItem) -> Trajectory:
     """Eq. (1) for the samples of ``item`` under the weights that ``task.policy`` has, as a trajectory on its device.
 
     Raises:
         RewardError, NumericalError: a sample or reward is unusable; a note names the item.
     """
+    return walked(task, item)()
+
+
+@torch.no_grad()
+def walked(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
+    """The same but for the end of the chains, which the call that is returned brings: samples, rewards, trajectory. It
+    is to be made before ``task`` walks another item.
+    """
+    with _named(item), dropped(task.policy, item.seed, item.iteration):
+        end = _walk(task, item)
+
+    @torch.no_grad()
+    def ended() -> Trajectory:
+        with _named(item):
+            return end()
+
+    return ended
+
+
+@contextmanager
+def _named(item: WorkItem) -> Iterator[None]:
+    """Within the context errors have a note that names the item."""
     try:
-        with dropped(task.policy, item.seed, item.iteration):
-            return _walk(task, item)
+        yield
     except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
         error.add_note(f"in {item}")
         raise
 
 
-def _walk(task: Task, item: WorkItem) -> Trajectory:
+def _walk(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
     env, rollout_spec = task._environment_of(len(item)), task.rollout_spec
     group, begin, steps = torch.tensor(item.groups), rollout_spec.begin(item), moves(task, item)
     noisy, mixed = task.noisy_in(item), rollout_spec.window is not None
     noise = _noise(task, item, noisy[:steps])
     options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
-    x, log_prob, cond, reward = obs.x[:, None], [], obs.cond, None
-    before, trained = _remembered(task), rollout_spec.trained
+    x, log_prob, cond, action, trained = obs.x[:, None], [], obs.cond, None, rollout_spec.trained
     graphs = None if trained is None else Graphs(trained.of(noisy, item))
     for k, z in zip(range(steps), noise):
+        obs = obs if action is None else env.step(action)[0]
         policy = task.ode if mixed and not noisy[k] else task.policy
         distribution = policy(obs) if graphs is None else graphs(policy, obs, k)
         action = distribution.sample(z)
@@ -189,20 +210,25 @@ def _walk(task: Task, item: WorkItem) -> Trajectory:
             x[:, k + 1] = action
         else:
             x = _kept(x, action[:, None], begin > k)
-        obs, reward, _, _, _ = env.step(action)
-    walks = Trajectory(
-        x,
-        task.times,
-        torch.stack(log_prob, 1) if rollout_spec.path else None,
-        reward if rollout_spec.end else None,
-        group.to(task.device),
-        cond,
-        item.version,
-        None if rollout_spec.path else begin.to(task.device),
-        torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
-        _cached(before, _remembered(task), group) if rollout_spec.end else None,
-    )
-    return walks if graphs is None else graphs.of(walks)
+
+    def end() -> Trajectory:
+        before = _remembered(task)
+        reward = None if action is None else env.step(action)[1]
+        walks = Trajectory(
+            x,
+            task.times,
+            torch.stack(log_prob, 1) if rollout_spec.path else None,
+            reward if rollout_spec.end else None,
+            group.to(task.device),
+            cond,
+            item.version,
+            None if rollout_spec.path else begin.to(task.device),
+            torch.stack(list(task._terms.values()), 1) if rollout_spec.end and task._terms else None,
+            _cached(before, _remembered(task), group) if rollout_spec.end else None,
+        )
+        return walks if graphs is None else graphs.of(walks)
+
+    return end
 
 
 def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:

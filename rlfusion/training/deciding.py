@@ -10,7 +10,8 @@ from rlfusion.common.code_files import files_of
 from rlfusion.common.weights import sha256
 
 FREE = re.compile(
-    r"(root|name|device|threads|updates|budget_queries|workers|side_by_side|run_restarts|rollout\.workers|ray(\..*)?|"
+    r"(root|name|device|threads|updates|budget_queries|workers|side_by_side|run_restarts|"
+    r"rollout\.(workers|overlap)|ray(\..*)?|"
     r"learner\.(ranks|shard|cpus_per_rank|gpus_per_rank|resources_per_rank(\..*)?|restarts|timeout_s)|"
     r"(pretrain\.)?checkpoint_every|checkpoints\..*|track|track_failures)"
 )

@@ -43,6 +43,7 @@ def test_a_setting_decides_bits_unless_it_is_known_not_to():
     free = names.keys() - decisive(names).keys()
     ray = {name for name in names if name.startswith("ray.")}
     rest = {"root", "name", "device", "threads", "updates", "budget_queries", "rollout.workers", "checkpoint_every"}
+    rest |= {"rollout.overlap"}
     ranks = {f"learner.{name}" for name in ("ranks", "cpus_per_rank", "gpus_per_rank", "resources_per_rank")}
     ranks |= {"learner.shard", "learner.restarts", "learner.timeout_s"}
     kept = {f"checkpoints.{name}" for name in ("last", "every", "best", "lowest", "background")}

@@ -159,7 +159,7 @@ def _own_backend(job: Job, actors: dict[str, list[str]]) -> Backend:
 
 def _acting(job: Job) -> Local:
     """Walks in this process."""
-    return acting_here(job.parts.task, job.card, job.policy, job.reward)
+    return acting_here(job.parts.task, job.card, job.policy, job.reward, job.config.rollout.overlap)
 
 
 def _require_room(job: Job, backend: Backend) -> None:
