@@ -118,7 +118,14 @@ def _run(arguments: list[str]) -> int:
     if text := help_pages.page(arguments):
         print(text, end="")
         return DONE
+    _begins(arguments)
     return COMMANDS[arguments[0]](arguments[1:]) or DONE
+
+
+def _begins(arguments: list[str]) -> None:
+    """Tell a terminal at once that a command is there that imports torch first, which takes seconds."""
+    if arguments[0] not in AT_ONCE and sys.stderr.isatty() and "--quiet" not in arguments:
+        print(f"rlfusion {arguments[0]}: loading", file=sys.stderr)
 
 
 def _job(kind: str, arguments: list[str]) -> None:
@@ -127,8 +134,6 @@ def _job(kind: str, arguments: list[str]) -> None:
     from rlfusion.common.manner import speaking
 
     arguments, how = mannered(arguments)
-    if sys.stderr.isatty() and not how.quiet:
-        print(f"rlfusion {kind}: loading", file=sys.stderr)  # torch takes seconds
     with speaking(how):
         _run_job(kind, arguments)
 
@@ -283,6 +288,9 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "import-config": _import_config,
 }
 """What runs each command; one that gives a number ends with it as its exit code."""
+
+AT_ONCE = ("supervise", "completion")
+"""Those that need no torch to begin."""
 
 
 def _one_line(error: object) -> str:

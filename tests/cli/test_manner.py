@@ -3,13 +3,14 @@
 import io
 import json
 import shlex
+import sys
 
 import pytest
 from rich.console import Console
 from tiny_runs import TINY
 
 from rlfusion.cli import tables
-from rlfusion.cli.main import main
+from rlfusion.cli.main import AT_ONCE, COMMANDS, main
 from rlfusion.cli.words import RESUMABLE, mannered
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.manner import Manner, manner, speaking
@@ -91,3 +92,14 @@ def test_a_narrow_terminal_has_the_figures_that_fit(tmp_path):
     assert lines[-1] == f"all figures: {tmp_path / 'comparison.md'}"
     wide = "| a wide page " * 20
     assert told(80, False, tmp_path) == told(400, True, tmp_path) == [wide]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_terminal_is_told_at_once_that_a_command_is_there(command, monkeypatch, capsys):
+    """Torch takes seconds to import; a log or a pipe has only what the command says."""
+    monkeypatch.setitem(COMMANDS, command, lambda arguments: print("done", file=sys.stderr))
+    told = [] if command in AT_ONCE else [f"rlfusion {command}: loading"]
+    for terminal, words, before in ((True, [], told), (True, ["--quiet"], []), (False, [], [])):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        assert main([command, *words]) == 0
+        assert capsys.readouterr().err.splitlines() == [*before, "done"]
