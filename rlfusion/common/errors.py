@@ -146,6 +146,8 @@ ALIASES = {
     "diffusion_nft": "nft",
     "advantage_weighted_matching": "awm",
     "fpo": "awm",
+    "on_policy_distillation": "opd",
+    "gkd": "opd",
     "flow_grpo": "grpo",
     "dance_grpo": "grpo",
     "rwr": "drwr",

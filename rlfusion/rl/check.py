@@ -4,10 +4,13 @@
     (2)  m' = c m + q theta_1,   V' = c^2 V + S^2,   c = p + q theta_0,   from m = 0, V = 1
     (3)  R(x) = -mean_d (x_d - r)^2 / 2,   J(theta) = E R = -((m - r)^2 + V) / 2
 
+What a learner opens by name is the chain's own too: a teacher of a larger J, whatever it is called.
+
 p, q and S are those of the kernel and of the kind of prediction at each step. Eq. (2) of the last step and Eq. (3) are
 float64; the gradient of J is autograd's, through the recursion.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -27,14 +30,16 @@ from rlfusion.rollout.trajectory import Trajectory, concatenate
 SHAPE, PROMPTS, STEPS, GOAL, KIND = (1, 4, 4), 2, 5, 0.8, "v"
 BEGIN = (0.05, 0.0)
 """theta at first: near the exact denoiser of N(0, 1) data, which is (0, 0) for "v"."""
+AHEAD = 0.2
+"""How far the teacher is from there, along dJ / dtheta."""
 
 
 class Affine(nn.Module):
     """Eq. (1): ``net(x, t, cond)``, which reads x alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, theta: Sequence[float] = BEGIN) -> None:
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor(BEGIN))
+        self.theta = nn.Parameter(torch.tensor(theta))
 
     def forward(self, x: Tensor, t: Tensor, cond: object) -> Tensor:
         return self.theta[0] * x + self.theta[1]
@@ -43,6 +48,21 @@ class Affine(nn.Module):
 def reward(samples: Tensor, cond: object) -> Tensor:
     """Eq. (3) of each sample, (B,)."""
     return -(samples - GOAL).square().mean((1, 2, 3)) / 2
+
+
+def policy_of(theta: Sequence[float]) -> Policy:
+    """The policy of Eq. (1) with these weights."""
+    return Policy(Denoiser(Affine(theta), Cosine(), KIND), DDIM(1.0))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An ``Outside``: a teacher of the weights ``theta`` (2,)."""
+
+    theta: Tensor
+
+    def teacher(self, model: str, guidance: float | None) -> Policy:
+        return policy_of(self.theta.tolist()).requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -54,9 +74,10 @@ class Chain:
     @classmethod
     def make(cls) -> "Chain":
         """One with the weights ``BEGIN``."""
-        policy = Policy(Denoiser(Affine(), Cosine(), KIND), DDIM(1.0))
-        task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(PROMPTS), lambda x: x, reward, "the chain's own")
-        return cls(task)
+        prompts = torch.arange(PROMPTS)
+        chain = cls(Task(policy_of(BEGIN), TimeGrid(STEPS), SHAPE, prompts, lambda x: x, reward, "the chain's own"))
+        up = chain.gradient(chain.theta)
+        return cls(replace(chain.task, outside=Beside(chain.theta + AHEAD * up / up.norm())))
 
     @property
     def theta(self) -> Tensor:

@@ -27,6 +27,7 @@ from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.graphed import Graphs
 from rlfusion.rollout.item import WorkItem, noises
+from rlfusion.rollout.outside import Nothing, Outside
 from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.stages import REWARD, stage
@@ -47,6 +48,7 @@ class Task:
         device: where the policy is and works.
         rollout_spec: the part of each walk that is run, and what of it is kept.
         masked: a reward may fail for a sample, which is then NaN; else that is an error.
+        outside: opens what else the learner needs; who walks needs nothing.
     """
 
     policy: Policy
@@ -59,6 +61,7 @@ class Task:
     device: str = "cpu"
     rollout_spec: RolloutSpec = field(default_factory=RolloutSpec)
     masked: bool = False
+    outside: Outside = field(default_factory=Nothing)
 
     @cached_property
     def times(self) -> Tensor:

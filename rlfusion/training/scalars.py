@@ -71,8 +71,8 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         ),
         Scalar(
             "train/kl",
-            "KL to the base model, where the loss has it, in nats a step or a walk (the agent's page)",
-            "grows slowly",
+            "KL to the base model, where the loss has it, or to the teacher (opd), in nats a step or walk (the agent's page)",
+            "grows slowly; to a teacher it falls",
             "fast: raise `agent.kl_loss`, lower `agent.lr`",
         ),
         Scalar(

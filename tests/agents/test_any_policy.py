@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outsides import Beside
 
 from rlfusion.agents import AGENTS
 from rlfusion.data import Dataset, to_pixels
@@ -48,7 +49,8 @@ def task_of(family: str) -> tuple[Task, list[int]]:
         return samples.mean((1, 2, 3))
 
     policy = Policy(Denoiser(net, schedule, kind), kernel)
-    return Task(policy, TimeGrid(steps), SHAPE, torch.arange(CLASSES), to_pixels, bright, "bright"), asked
+    task = Task(policy, TimeGrid(steps), SHAPE, torch.arange(CLASSES), to_pixels, bright, "bright")
+    return replace(task, outside=Beside(policy)), asked
 
 
 @pytest.mark.parametrize("family", POLICIES)

@@ -144,7 +144,7 @@ LAGGING = {
     "ddpo": "", "grpo": "", "dpo": "", "qsm": "",
     "draft(form='full')": "", "drwr(on='chain')": "", "dawr(on='noised')": "",
     "ddpo(form='sf')": "form 'sf' is on-policy", "nft": "agent 'nft'", "refl": "agent 'refl'", "draft": "agent 'draft'",
-    "awm": "agent 'awm'", "ppo": "agent 'ppo'", "drwr": "on 'centred'", "dawr": "on 'centred'",
+    "awm": "agent 'awm'", "ppo": "agent 'ppo'", "opd": "agent 'opd'", "drwr": "on 'centred'", "dawr": "on 'centred'",
 }  # fmt: skip
 """What each agent says of a lag: nothing, or why it takes none."""
 

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from counted import counting
+from outsides import Beside
 from passes import Floor
 
 from rlfusion.agents import AGENTS
@@ -39,6 +40,7 @@ def made(name: str, micro_batch: int = 4) -> tuple[Callable[[], object], Callabl
     policy = Policy(Denoiser(net, Cosine(), "v"), DDIM(1.0))
     spec = config.rollout_spec(STEPS)
     task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), to_pixels, bright, "bright", rollout_spec=spec)
+    task = replace(task, outside=Beside(policy))
     item = plan(0, 0, CLASSES, WALKS // CLASSES, WALKS, CLASSES, 0)[0]
     guarded = Guarded(config.learner(task, None, 0), Guards(log_ratio=1e9, grad_norm=1e9), None)
     acting = replace(task, policy=guarded.learner.policy)
@@ -74,6 +76,7 @@ RATIOS = {
     "awm": (1.53, 2.39),
     "nft": (1.53, 2.23),
     "dpo": (1.53, 2.43),
+    "opd": (1.73, 2.57),
     "draft": (1.47, 1.77),
     "refl": (1.47, 2.02),
     "drwr": (1.73, 2.48),

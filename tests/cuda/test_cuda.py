@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outsides import Beside
 from processes import rlfusion
 from ranked import reward
 from rollout_tasks import CLASSES, SHAPE, make_policy
@@ -33,6 +34,7 @@ SETTINGS = [
     "awm(kl_loss=0.1)",
     "nft()",
     "dpo()",
+    "opd()",
     "draft()",
     "draft(steps=1)",
     "refl()",
@@ -64,7 +66,7 @@ def trained(agent: str, device: str) -> tuple[list[torch.Tensor], list[dict[str,
     task = Task(
         policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device=device
     )
-    task = replace(task, rollout_spec=settings.rollout_spec(STEPS))
+    task = replace(task, rollout_spec=settings.rollout_spec(STEPS), outside=Beside(policy))
     draw = torch.Generator().manual_seed(0)
     data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
     learner = settings.learner(task, data, 0)

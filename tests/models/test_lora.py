@@ -126,6 +126,7 @@ AGENTS = {
     "awm": ("--agent.kl_loss", 0.1),
     "nft": ("--agent.kl", 0.1),
     "dpo": (),
+    "opd": ("--agent.teacher_guidance", 2.0),
     "drwr": (),
     "dawr": (),
     "qsm": ("--reward", "ink", "--agent.q", "denoised", "--agent.noisings", 1),

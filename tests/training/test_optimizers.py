@@ -9,6 +9,7 @@ import pytest
 import rollout_tasks
 import torch
 from counted import counting
+from outsides import Beside
 from torch import nn
 
 from rlfusion.agents import AGENTS
@@ -392,7 +393,8 @@ def test_every_agent_and_what_learns_beside_it_uses_its_optimizer(name, built):
 
     data = Dataset(torch.zeros(6, *rollout_tasks.SHAPE), torch.arange(6) % 3, ("a", "b", "c"))
     policy = rollout_tasks.make_policy()
-    task = Task(policy, TimeGrid(4), rollout_tasks.SHAPE, torch.arange(3), to_pixels, bright, "bright")
+    about = (TimeGrid(4), rollout_tasks.SHAPE, torch.arange(3), to_pixels, bright, "bright")
+    task = Task(policy, *about, outside=Beside(policy))
     learner = AGENTS[name](optimizer="sgd(momentum=0.5)", warmup=3).learner(task, data, 0)
     assert set(built) == {torch.optim.SGD}
     assert len(built) == 1 + (name in ("qsm", "dawr", "ppo"))  # these learn a critic, or a value, beside

@@ -26,6 +26,7 @@ AGENT_SETTINGS = [
     "awm(kl_loss=0.1, epochs=2)",
     "nft()",
     "dpo()",
+    "opd()",
     "draft()",
     "refl()",
     "drwr(pretrain_weight=0.5)",

@@ -19,6 +19,7 @@ from rlfusion.jobs import base_model
 from rlfusion.jobs.finetune.anew import kept
 from rlfusion.jobs.groups import require_whole_groups
 from rlfusion.jobs.measure import Unjudged, require_judgeable
+from rlfusion.jobs.outside import Opened
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import card_of, require_no_class, require_same_data, require_solvable
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task
@@ -77,6 +78,7 @@ def check(config: Finetune) -> None:
         reward = build(config.reward, parts.rewards.options, known, config.call_options, made)
         require_whole_groups(config.rollout, parts.task, config.agent.name, card.classes, reward)
         task = replace(make_task(parts.task, card, policy, reward), device="cpu")  # without weights it would be meta
+        task = replace(task, outside=Opened(parts.base, config.chain, card, policy))
         learner_of(config.agent, task, encoded(data, denoiser.space), config.seed)
         label = data.label[: TRIED // 2].repeat_interleave(2)  # two of a prompt, for rewards that compare
         score(reward, to_pixels(data.x[:TRIED]), label, parts.rewards.name, parts.rewards.masked)

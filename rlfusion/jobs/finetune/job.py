@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.schedule import Schedule
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
 from rlfusion.jobs.monitored import Monitored
+from rlfusion.jobs.outside import Opened
 from rlfusion.jobs.parts import Parts
 from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.jobs.tasks import from_actors, make_task
@@ -67,6 +68,8 @@ class Job:
     before: dict[str, float]
     base: Path | None = None
     """The folder of the base model, unless it is a pipeline."""
+    opened: Mapping[str, str] = field(default_factory=dict)
+    """The digests of what the learner has opened, by setting."""
 
     @property
     def folder(self) -> Path:
@@ -81,7 +84,7 @@ class Job:
         own = self.config.base and not self.card.pipeline
         served = self._served()
         remote = {REWARD: sha256(" ".join(served).encode())} if served else {}
-        return data | ({"base": models.digest(Path(self.config.base))} if own else {}) | remote
+        return data | ({"base": models.digest(Path(self.config.base))} if own else {}) | remote | dict(self.opened)
 
     def _served(self) -> list[str]:
         """The identities of the rewards that are learned from and served elsewhere."""
@@ -264,7 +267,8 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     if card.pipeline:
         held = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
         progress.say(f"memory: about {memory.described(held)}, and scratch space beside")
-    learner = make_learner(config, parts, card, policy, reward, data)
+    outside = Opened(parts.base, config.chain, card, policy)
+    learner = make_learner(config, parts, card, policy, reward, data, outside)
     card = replace(card, chain=asdict(config.chain))
 
     def save_best() -> None:
@@ -279,15 +283,23 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
     guarded = Guarded(learner, config.guard, folder)
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
-    return Job(config, parts, *about, {}, base)
+    return Job(config, parts, *about, {}, base, outside.inputs)
 
 
 def make_learner(
-    config: Finetune, parts: Parts, card: models.Card, policy: Policy, reward: Reward, data: Dataset | None
+    config: Finetune,
+    parts: Parts,
+    card: models.Card,
+    policy: Policy,
+    reward: Reward,
+    data: Dataset | None,
+    outside: Opened | None = None,
 ) -> AgentLearner:
-    """The learner of these settings, at the base model's weights.
+    """The learner of these settings, at the base model's weights; it opens what else it needs by ``outside``.
 
     Raises:
         ConfigError: as ``learner_of``.
     """
-    return learner_of(config.agent, make_task(parts.task, card, policy, reward), data, config.seed)
+    task = make_task(parts.task, card, policy, reward)
+    task = replace(task, outside=outside or Opened(parts.base, config.chain, card, policy))
+    return learner_of(config.agent, task, data, config.seed)

@@ -1,0 +1,109 @@
+"""What a learner opens by name, of a fine-tuning: teachers, as policies over the run's own chain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlfusion import models
+from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
+from rlfusion.diffusion.policy import Policy, frozen_copy
+from rlfusion.jobs.parts import BaseSpec
+from rlfusion.models import pipelines
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An ``Outside`` of a run whose model, with this ``card``, is ``policy`` over ``chain``; ``inputs`` are the digests
+    of what was opened, by setting.
+    """
+
+    base: BaseSpec
+    chain: Chain
+    card: models.Card
+    policy: Policy
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def teacher(self, model: str, guidance: float | None) -> Policy:
+        """As ``Outside.teacher``.
+
+        Raises:
+            ConfigError: no such model; or its prompts, its latents or its noise levels are others than the student's.
+        """
+        chain = self.chain if guidance is None else guided(self.chain, guidance)
+        if not model:
+            own = frozen_copy(Policy(_within(self.policy.denoiser, self.card), self.policy.kernel)).denoiser
+            return self._frozen(own, chain)
+        denoiser, card = self._load(model)
+        self._require_alike(f"teacher = {model!r}", denoiser, card)
+        if not pipelines.is_pipeline(model):
+            self.inputs["agent.teacher"] = models.digest(Path(model))
+        return self._frozen(denoiser, chain)
+
+    def _load(self, model: str) -> tuple[Denoiser, models.Card]:
+        """The teacher, that of a pipeline with the student's prompts, size and precision and no adapters of others."""
+        settings = replace(self.base.pipeline, adapters="", adapters_sha256="")
+        try:
+            card = models.describe(model, settings, self.base.negative, self.base.root / "cache")
+            denoiser = models.build(card, device=self._device) if card.pipeline else models.load(Path(model))[0]
+        except ConfigError as error:
+            raise ConfigError(f"teacher: {error}") from error
+        self.base.arithmetic.act(denoiser, card)
+        return denoiser.to(self._device), card
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+    def _frozen(self, denoiser: Denoising, chain: Chain) -> Policy:
+        policy = chain.policy(denoiser, self.card.names)  # type: ignore[arg-type]
+        return policy.requires_grad_(False).eval()
+
+    def _require_alike(self, what: str, denoiser: Denoiser, card: models.Card) -> None:
+        """Refuse a teacher whose answers to the student's states would be of something else."""
+        if card.names != self.card.names:
+            raise ConfigError(
+                f"{what}: it is of {_listed(card.names)}, expected those of the student, {_listed(self.card.names)}"
+            )
+        space, theirs = self.policy.space, denoiser.space
+        ours, sides = space.latent(self.card.shape), theirs.latent(card.shape)
+        if ours != sides:
+            raise ConfigError(f"{what}: its latents are {sides}, expected those of the student, {ours}")
+        times = self.chain.times(_within(self.policy.denoiser, self.card))
+        level, other = self.policy.schedule(times), denoiser.schedule(times)
+        if not (torch.equal(level.alpha, other.alpha) and torch.equal(level.sigma, other.sigma)):
+            raise ConfigError(
+                f"{what}: its schedule is {shorten(denoiser.schedule)}, expected the noise levels of the student's, "
+                f"{shorten(self.policy.schedule)}"
+            )
+        ramp = _ramp(self.card.shape)
+        if not torch.allclose(space.encode(ramp), theirs.encode(ramp), rtol=1e-3, atol=1e-3):
+            raise ConfigError(f"{what}: its autoencoder is another one than the student's, expected the same latents")
+
+
+def guided(chain: Chain, weight: float) -> Chain:
+    """The chain under the guidance ``weight``; without any, nothing else of guidance is left."""
+    if weight:
+        return replace(chain, guidance=weight, guidance_scale=None)
+    none = {"guidance_rescale": 0.0, "guidance_low": 0.0, "guidance_high": 1.0, "negative": ""}
+    return replace(chain, guidance=0.0, guidance_scale=None, **none)
+
+
+def _within(denoiser: Denoising, card: models.Card) -> Denoiser:
+    """The denoiser as it was built, without guidance and what its sampler puts around it."""
+    while isinstance(denoiser, Guided | Embedded) or (card.pipeline and not isinstance(denoiser, Denoiser)):
+        denoiser = denoiser.denoiser  # type: ignore[attr-defined]
+    return denoiser  # type: ignore[return-value]
+
+
+def _ramp(shape: tuple[int, ...]) -> Tensor:
+    """A sample (1, *shape) that no two autoencoders are likely to encode alike."""
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(1, *shape)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} ({shorten(', '.join(names))})"

@@ -1,0 +1,119 @@
+"""Teachers that are opened by name: whose steps they take, under which guidance, and what cannot teach."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import rlfusion
+from saved_models import CARD, scrambled
+from tiny_runs import TINY
+
+from rlfusion import models
+from rlfusion.common.errors import ConfigError
+from rlfusion.config import Base
+from rlfusion.diffusion.chain import Chain
+from rlfusion.diffusion.policy import Observation
+from rlfusion.jobs.outside import Opened
+from rlfusion.jobs.parts import BaseSpec
+from rlfusion.models import Config, pipelines
+
+CHAIN = Chain(steps=4, guidance=1.0, guidance_rescale=0.5)
+
+
+def opened(denoiser, card, chain: Chain = CHAIN, pipeline=None) -> Opened:
+    base = BaseSpec("", Base(), pipeline or pipelines.Settings(), chain.negative, Path("runs"))
+    return Opened(base, chain, card, chain.policy(denoiser, card.names))
+
+
+def step(policy, card) -> torch.Tensor:
+    """The mean of the second step from fixed states."""
+    shape = policy.space.latent(card.shape)
+    times = CHAIN.times(policy.denoiser)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return policy(Observation(x, times[1], times[2], torch.tensor([0, 1]))).mean
+
+
+@pytest.mark.parametrize("guidance", [None, 0.0, 3.0])
+def test_the_model_itself_teaches_as_it_was_under_its_own_guidance(guidance):
+    denoiser = scrambled(CARD)
+    teacher = opened(denoiser, CARD).teacher("", guidance)
+    chain = CHAIN if guidance is None else Chain(steps=4, guidance=guidance, guidance_rescale=0.5 if guidance else 0.0)
+    expected = step(chain.policy(scrambled(CARD), CARD.names), CARD)
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(1.0)  # the student learns
+    assert torch.equal(step(teacher, CARD), expected)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_saved_model_teaches_and_its_digest_is_kept(tmp_path):
+    models.save(tmp_path / "model", scrambled(CARD, 5), CARD)
+    made = opened(scrambled(CARD), CARD)
+    teacher = made.teacher(str(tmp_path), 0.0)
+    assert torch.equal(step(teacher, CARD), step(Chain(steps=4).policy(scrambled(CARD, 5), CARD.names), CARD))
+    assert made.inputs == {"agent.teacher": models.digest(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"names": ("a", "b", "d")}, r"it is of 3 \(a, b, d\), expected those of the student, 3 \(a, b, c\)"),
+        ({"shape": (1, 4, 4)}, r"its latents are \(1, 4, 4\), expected those of the student, \(1, 8, 8\)"),
+        ({"config": replace(CARD.config, schedule="Rectified()")}, "its schedule is Rectified"),
+    ],
+)
+def test_what_answers_of_something_else_cannot_teach(changes, said, tmp_path):
+    card = replace(CARD, **changes)
+    models.save(tmp_path / "model", models.build(card), card)
+    with pytest.raises(ConfigError, match=rf"teacher = '.*': {said}"):
+        opened(scrambled(CARD), CARD).teacher(str(tmp_path), None)
+
+
+def test_another_kind_of_prediction_is_a_teacher_and_nothing_there_is_none(tmp_path):
+    card = replace(CARD, config=Config("ResidualMLP(width=8, depth=1)", "Cosine()", "v"))
+    models.save(tmp_path / "model", scrambled(card), card)
+    taught = opened(scrambled(CARD), CARD).teacher(str(tmp_path), None)
+    assert torch.equal(step(taught, CARD), step(CHAIN.policy(scrambled(card), card.names), CARD))
+    with pytest.raises(ConfigError, match=r"teacher: .*nowhere"):
+        opened(scrambled(CARD), CARD).teacher(str(tmp_path / "nowhere"), None)
+
+
+def test_a_pipeline_teaches_by_its_guidance_and_another_autoencoder_is_seen(tiny_pipelines):
+    given = pipelines.Settings(prompts="a red cat", size=16)
+    name = str(tiny_pipelines["sd"])
+    card = models.describe(name, given)
+    chain = Chain(steps=4, spacing="model", guidance_scale=1.0)
+    student = models.build(card)
+    made = opened(student, card, chain, given)
+    own, other = made.teacher("", 2.0), made.teacher(name, 2.0)
+    guided = replace(chain, guidance_scale=None, guidance=2.0).policy(models.build(card), card.names)
+    x = torch.randn(1, *made.policy.space.latent(card.shape), generator=torch.Generator().manual_seed(0))
+    obs = Observation(x, *chain.times(student)[1:3], torch.tensor([0]))
+    with torch.no_grad():
+        means = [policy(obs).mean for policy in (own, other, guided, made.policy)]
+    assert torch.equal(means[0], means[2])
+    assert torch.equal(means[1], means[2])
+    assert not torch.allclose(means[0], means[3])
+    assert not made.inputs
+    with torch.no_grad():
+        for p in student.space.vae.parameters():
+            p.mul_(1.5)
+    with pytest.raises(ConfigError, match="its autoencoder is another one"):
+        made.teacher(name, 2.0)
+
+
+def test_a_run_is_taught_by_another_and_ends_in_the_same_bits_where_it_was_stopped(tiny_root, tmp_path):
+    teach = ("finetune", "--agent", "opd", "--root", tiny_root, *TINY, "--agent.teacher", tiny_root / "first")
+    whole = rlfusion(tmp_path, *teach, "--name", "opd-whole")
+    assert whole.code == 0, whole.err
+    short = rlfusion(tmp_path, *teach, "--name", "opd-parts", "--updates", 3)
+    assert short.code == 0, short.err
+    longer = rlfusion(tmp_path, "finetune", "--resume", tiny_root / "opd-parts", "--change", "updates=6")
+    assert longer.code == 0, longer.err
+    weights = [(tiny_root / name / "model" / "weights.safetensors").read_bytes() for name in ("opd-whole", "opd-parts")]
+    assert weights[0] == weights[1]
+    record = json.loads((tiny_root / "opd-parts" / "run.json").read_text())
+    assert record["inputs"]["agent.teacher"] == models.digest(tiny_root / "first")
