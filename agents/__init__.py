@@ -6,7 +6,7 @@ from rlfusion.common.named import named_settings
 from rlfusion.common.registry import Registry
 from rlfusion.rl.agent import Agent, Defaults
 
-NAMES = ("ddpo", "grpo", "ppo", "awm", "nft", "dpo", "opd", "draft", "refl", "drwr", "qsm", "dawr")
+NAMES = ("ddpo", "grpo", "ppo", "awm", "nft", "dpo", "sft", "opd", "draft", "refl", "drwr", "qsm", "dawr")
 
 AGENTS = Registry(
     "agent",

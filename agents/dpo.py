@@ -1,4 +1,4 @@
-"""Online Diffusion-DPO (Wallace et al. 2024; pairs drawn from the policy's own samples as in Guo et al. 2024).
+"""Diffusion-DPO (Wallace et al. 2024), online: pairs drawn from the policy's own samples as in Guo et al. 2024.
 
 In every prompt the best samples of a rollout are paired with its worst, and both of a pair are noised to one time with
 one noise:
@@ -11,6 +11,9 @@ pairs drawn at random from the reference and preferred by a Bradley-Terry model 
 likelihoods is the reference tilted by that preference, with strength 1 / beta; here Eq. (1) stands for a likelihood and
 the best meet the worst, so there is no such closed form. ``reference_every`` moves the reference to the policy
 (iterative DPO). Pairs whose rewards are equal have no winner and are left out, and counted.
+
+With ``data`` it is the paper's own, offline: the pairs are stored ones, which an update draws epoch by epoch (``rl``'s
+``stored``), and the prompts' scores, where there are such, take the place of rewards. No walk is taken.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond, map_cond, moved, sum_features
@@ -31,26 +35,34 @@ from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
 from rlfusion.objectives.renoise import noised, renoise
 from rlfusion.objectives.times import TIMES
+from rlfusion.rl.advantage import pair
 from rlfusion.rl.agent import Plan
 from rlfusion.rl.kept import put_back, state_of
+from rlfusion.rl.stored import Pairs
 from rlfusion.rl.transitions import require_finite
-from rlfusion.rollout import RolloutSpec, Task, samples
+from rlfusion.rollout import RolloutSpec, Task, prefix, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
 from rlfusion.training.ranks import current
 
+DRAWN = 64
+"""Stored pairs of an update, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of online Diffusion-DPO.
+    """Settings of Diffusion-DPO.
 
     Attributes:
         name: the algorithm.
+        data: stored pairs, or images with scores, in the place of rollouts (docs/inputs.md); empty for rollouts.
+        batch: stored pairs of an update; null is 64 with data.
         lr: learning rate.
         beta: strength of the hold to the reference, in units of squared error summed over features.
         error: what the errors of Eq. (1) are of: "v", "eps" or "x0".
-        pairs: share of each prompt's samples that become winners, and as many losers, in (0, 1/2].
+        pairs: share of each prompt's samples that become winners, and as many losers, in (0, 1/2]; each of stored
+            pairs is one.
         noisings: times that each pair is noised in a pass.
         epochs: passes over each rollout.
         updates_per_epoch: optimiser steps in a pass, each on an equal share of the pairs.
@@ -66,6 +78,8 @@ class Config:
     """
 
     name: Literal["dpo"] = "dpo"
+    data: str = ""
+    batch: int | None = None
     lr: float = 3e-4
     beta: float = 0.5
     error: Literal["v", "eps", "x0"] = "v"
@@ -83,40 +97,56 @@ class Config:
     ema_decay: float = 0.9
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", absolute(self.data))
         spec.parse(self.times, TIMES, "distribution of times")
         require_positive(self, "lr", "beta", "noisings", "epochs", "updates_per_epoch", "micro_batch", "max_grad_norm")
         require_not_negative(self, "reference_every", "weight_decay", "warmup")
         optimizers.settle(self)
         if not 0 < self.pairs <= 0.5:
             raise ConfigError(f"pairs = {self.pairs}: expected a share in (0, 0.5]")
+        if self.batch is not None:
+            require_positive(self, "batch")
+            if not self.data:
+                raise ConfigError(f"batch = {self.batch}: pairs come from rollouts, expected null, or agent.data")
+
+    @property
+    def drawn(self) -> int:
+        """The stored pairs of an update."""
+        return self.batch or DRAWN
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups without a pair."""
+        if self.data:
+            return
         if int(self.pairs * plan.samples_per_prompt) < 1:
             raise ConfigError(
                 f"samples_per_prompt = {plan.samples_per_prompt}: expected at least {1 / self.pairs:g}, for a pair"
             )
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """Samples and rewards."""
-        return samples(steps)
+        """Samples and rewards; of stored pairs nothing, walks that stop before their first step."""
+        return prefix(0, 0) if self.data else samples(steps)
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
-        """The learner of ``task.policy``."""
-        return Learner(task.policy, self, seed)
+        """The learner of ``task.policy``; raises ConfigError where the stored pairs cannot be opened."""
+        stored = Pairs(task, self.data, self.pairs, self.drawn, seed) if self.data else None
+        return Learner(task.policy, self, seed, stored)
 
     def plan(self) -> str:
         """One line that says what the learner does with each rollout."""
         updates = self.epochs * self.updates_per_epoch
+        if self.data:
+            return f"no rollouts: {self.drawn} stored pairs give {updates} optimiser step(s); rewards are watched"
         return (
             f"the best {self.pairs:.0%} of each prompt are paired with its worst; a rollout gives {updates} update(s)"
         )
 
 
 class Learner:
-    """Online Diffusion-DPO. ``update`` takes the samples of a rollout."""
+    """Diffusion-DPO. ``update`` takes the samples of a rollout; of ``stored`` pairs it looks at none."""
 
-    def __init__(self, policy: Policy, config: Config, seed: int = 0) -> None:
+    def __init__(self, policy: Policy, config: Config, seed: int = 0, stored: Pairs | None = None) -> None:
+        self.stored = stored
         self.policy, self.config, self.seed = policy, config, seed
         self.reference = frozen_copy(policy)
         self.times = spec.parse(config.times, TIMES, "distribution of times")
@@ -124,17 +154,24 @@ class Learner:
         self.iteration = self.queries = 0
 
     def update(self, batch: Trajectory) -> dict[str, float]:
-        """Make the updates of one rollout.
+        """Make the updates of one rollout, or of the stored pairs that are due.
 
         Returns:
-            reward, reward_std, pairs (with a winner), loss, accuracy (share of pairs that the implicit reward orders as
-            the reward does), margin, grad_norm; without a pair only the first three, and grad_norm 0.
+            reward, reward_std (of a rollout), pairs (with a winner), loss, accuracy (share of pairs that the implicit
+            reward orders as the reward does), margin, grad_norm; without a pair only the first three, and grad_norm 0.
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.
         """
-        require_finite(batch.reward)
-        winner, loser = pair(batch.reward, batch.group, self.config.pairs)
+        if self.stored is None:
+            require_finite(batch.reward)
+            winner, loser = pair(batch.reward, batch.group, self.config.pairs)
+            told = {"reward": batch.reward.mean().item(), "reward_std": batch.reward.std(correction=0).item()}
+            asked = batch.asked
+        else:
+            batch, told, asked = self.stored.draw(self.iteration), {}, 0
+            winner = torch.arange(0, len(batch), 2, device=batch.x.device)
+            loser = winner + 1
         records, norms = [], []
         for epoch in range(self.config.epochs if len(winner) else 0):
             draw = stream(self.seed, "dpo", self.iteration, epoch)
@@ -145,12 +182,11 @@ class Learner:
                 records += self.accumulate(batch, winner[at], loser[at], key)
                 norms.append(self.optimization.step())
         self.iteration += 1
-        self.queries += batch.asked
+        self.queries += asked
         if self.config.reference_every and self.iteration % self.config.reference_every == 0:
             restore(self.reference, learned(self.policy))
         return {
-            "reward": batch.reward.mean().item(),
-            "reward_std": batch.reward.std(correction=0).item(),
+            **told,
             "pairs": float(len(winner)),
             **(average(records) if records else {}),
             "grad_norm": sum(norms) / len(norms) if norms else 0.0,
@@ -189,7 +225,9 @@ class Learner:
         return sum_features((mine - y).square()) - sum_features((theirs - y).square())
 
     def preflight(self, batch: Trajectory) -> dict[str, float]:
-        """The number of pairs that the batch gives."""
+        """The number of pairs that the batch gives, or that are stored."""
+        if self.stored is not None:
+            return {"pairs": float(len(self.stored))}
         return {"pairs": float(len(pair(batch.reward, batch.group, self.config.pairs)[0]))}
 
     def state_dict(self) -> dict:
@@ -197,19 +235,3 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         put_back(state, self, {"reference": self.reference})
-
-
-def pair(reward: Tensor, group: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """(winner, loser) indices (P,) each: in every group the k-th best with the k-th worst, k up to ``share`` of it,
-    where their rewards differ.
-    """
-    winners, losers = [], []
-    for g in group.unique():
-        rows = (group == g).nonzero().flatten()
-        order = rows[reward[rows].argsort(descending=True, stable=True)]
-        count = int(share * len(rows))
-        winners.append(order[:count])
-        losers.append(order.flip(0)[:count])
-    winner, loser = torch.cat(winners), torch.cat(losers)
-    differ = reward[winner] > reward[loser]
-    return winner[differ], loser[differ]

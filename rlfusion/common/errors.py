@@ -148,6 +148,8 @@ ALIASES = {
     "fpo": "awm",
     "on_policy_distillation": "opd",
     "gkd": "opd",
+    "supervised_fine_tuning": "sft",
+    "offline_dpo": "dpo",
     "flow_grpo": "grpo",
     "dance_grpo": "grpo",
     "rwr": "drwr",

@@ -157,14 +157,14 @@ def roles(table: Columns, conditions: str, image: str, caption: str, label: str)
     for name in filter(None, (image, caption, label)):
         if name not in table.names:
             raise unknown(f"column of {where}", name, table.names)
-    pictured = image or _one(table, IMAGE, "image")
+    pictured = image or one_of(table, IMAGE, "image")
     if caption or label:
         return Roles(pictured, caption or label, "captions" if caption else "classes")
     if conditions == "none":
         return Roles(pictured, "", "none")
     for kind, known, setting in (("captions", CAPTION, "caption"), ("classes", LABEL, "label")):
         if conditions in ("auto", kind) and any(name.lower() in known for name in table.names):
-            return Roles(pictured, _one(table, known, setting), kind)
+            return Roles(pictured, one_of(table, known, setting), kind)
     raise ConfigError(
         f"{where} has the columns {_list(table.names)}: expected captions ({', '.join(CAPTION)}) or classes "
         f"({', '.join(LABEL)}), or caption='NAME', label='NAME' or conditions='none'"
@@ -177,17 +177,23 @@ def split_of(table: Columns) -> str:
     Raises:
         ConfigError: several that could be meant.
     """
-    return _one(table, SPLIT, "split_column") if any(name.lower() in SPLIT for name in table.names) else ""
+    return one_of(table, SPLIT, "split_column") if any(name.lower() in SPLIT for name in table.names) else ""
 
 
-def _one(table: Columns, known: tuple[str, ...], setting: str) -> str:
+def one_of(table: Columns, known: tuple[str, ...], setting: str, settable: bool = True) -> str:
+    """The one column of these usual names, in any case; ``settable`` is whether ``setting`` could name another.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
     found = [name for name in table.names if name.lower() in known]
     if len(found) == 1:
         return found[0]
     what = f"several that may be the {setting}: {_list(found)}" if found else f"the columns {_list(table.names)}"
     hint = "" if len(table.names) > 1 else " (and perhaps delimiter='...')"
     expected = f"one of {', '.join(known)}" if not found else "one"
-    raise ConfigError(f"{str(table.file)!r} has {what}: expected {expected}, or {setting}='NAME'{hint}")
+    other = f", or {setting}='NAME'{hint}" if settable else ""
+    raise ConfigError(f"{str(table.file)!r} has {what}: expected {expected}{other}")
 
 
 def _list(names: list[str]) -> str:

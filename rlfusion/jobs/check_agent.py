@@ -8,8 +8,8 @@ The chain is that of ``rl.check``: two weights theta, and the expected reward J(
     repeats     the same rollouts again give the same bits
     resume      a learner that takes up the state after one rollout goes on with the same bits
     dropped     walks whose reward failed are left out: what it learns from the rest is finite
-    metrics     finite numbers by name, ``reward`` and ``grad_norm`` among them; the learner counts its rollouts and
-                queries
+    metrics     finite numbers by name, ``grad_norm`` and, of scored walks, ``reward`` among them; the learner counts
+                its rollouts and queries
 
 A mean is beyond its noise where it is more than ``SURE`` standard errors from 0.
 """
@@ -30,7 +30,7 @@ from rlfusion.common.user_code import running
 from rlfusion.config import CheckAgent
 from rlfusion.jobs.check_reward import Finding
 from rlfusion.jobs.preflight import preflight
-from rlfusion.rl.agent import Agent, AgentLearner, Plan, learner_of, wrong_metrics
+from rlfusion.rl.agent import NEEDED, UNSCORED, Agent, AgentLearner, Plan, learner_of, wrong_metrics
 from rlfusion.rl.check import PROMPTS, STEPS, Chain, samples
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.devices import set_numerics
@@ -197,7 +197,7 @@ def _resume(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
 
 def _dropped(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
     if not agent.rollout_spec(STEPS).end:
-        yield Finding("dropped", "ok", "it scores as it learns: a reward that fails is an error")
+        yield Finding("dropped", "ok", "no reward comes with its walks: one that fails as it learns is an error")
         return
     trial = Trial.of(agent)
     batch = trial.walks(settings, 0, 0)
@@ -217,7 +217,9 @@ def _metrics(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
     preflight(trial.learner, trial.walks(settings, 0, 0))
     metrics = trial.learn(settings, 0, range(2))
     learner = trial.learner
-    wrong = wrong_metrics(metrics) + [f"{name} is not finite" for name in _not_finite(metrics)]
+    needed = NEEDED if agent.rollout_spec(STEPS).end else UNSCORED
+    wrong = wrong_metrics(metrics, needed) + [f"{name} is not finite" for name in _not_finite(metrics)]
     wrong += [f"iteration is {learner.iteration} after 2 rollouts"] if learner.iteration != 2 else []
-    wrong += [f"queries is {learner.queries}"] if learner.queries < 2 * settings.walks else []
+    asked = 2 * settings.walks if "reward" in metrics else 0
+    wrong += [f"queries is {learner.queries}"] if learner.queries < asked else []
     yield Finding("metrics", "FAILS" if wrong else "ok", ", ".join(wrong or metrics))

@@ -1,4 +1,6 @@
-"""What a learner opens by name, of a fine-tuning: teachers, as policies over the run's own chain."""
+"""What a learner opens by name, of a fine-tuning: teachers, as policies over the run's own chain; and stored images, as
+latents of its prompts.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,12 +10,20 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
-from rlfusion.common.errors import ConfigError, shorten
+from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.notices import say_once
+from rlfusion.common.weights import sha256
+from rlfusion.data import Dataset
+from rlfusion.data.stored import read
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.jobs.parts import BaseSpec
 from rlfusion.models import pipelines
+from rlfusion.rollout.outside import Stored
+
+CHUNK = 256
+"""Images that are encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,45 @@ class Opened:
         if not pipelines.is_pipeline(model):
             self.inputs["agent.teacher"] = models.digest(Path(model))
         return self._frozen(denoiser, chain)
+
+    def stored(self, data: str) -> Stored:
+        """As ``Outside.stored``; what was read is told once.
+
+        Raises:
+            ConfigError: no such data, or of a shape, a class or a prompt that the model does not have.
+        """
+        if not data:
+            raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
+        shape = self.card.shape
+        found = read(data, shape[-1])
+        if found.data.shape != shape:
+            raise ConfigError(
+                f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(shape)}: "
+                "expected the same"
+            )
+        prompt = self._prompts(data, found.data)
+        say_once(f"agent.data {data!r}: {found.data.summary or f'{len(found.data):,} samples'}")
+        score = b"" if found.score is None else found.score.numpy().tobytes()
+        self.inputs["agent.data"] = sha256(found.data.sha256.encode() + score)
+        with torch.no_grad():
+            parts = [self.policy.space.encode(part.to(self._device)).cpu() for part in found.data.x.split(CHUNK)]
+        return Stored(torch.cat(parts), prompt, found.score, found.pairs)
+
+    def _prompts(self, data: str, found: Dataset) -> Tensor:
+        """The number (N,) of each sample's prompt or class among the model's.
+
+        Raises:
+            ConfigError: the model has no such.
+        """
+        place = {name: i for i, name in reversed(list(enumerate(self.card.names)))}
+        there = sorted(set(found.label.tolist()))
+        if strange := [found.names[i] for i in there if found.names[i] not in place]:
+            what = "prompts (of pipeline.prompts)" if self.card.pipeline else "classes"
+            raise ConfigError(
+                f"agent.data = {data!r}: {len(strange)} of {len(there)} are none of the model's {what}: "
+                f"{unknown('prompt', strange[0], place)}"
+            )
+        return torch.tensor([place.get(name, -1) for name in found.names])[found.label]
 
     def _load(self, model: str) -> tuple[Denoiser, models.Card]:
         """The teacher, that of a pipeline with the student's prompts, size and precision and no adapters of others."""
@@ -103,6 +152,10 @@ def _within(denoiser: Denoising, card: models.Card) -> Denoiser:
 def _ramp(shape: tuple[int, ...]) -> Tensor:
     """A sample (1, *shape) that no two autoencoders are likely to encode alike."""
     return torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(1, *shape)
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -117,6 +117,22 @@ def exponential_weights(advantage: Tensor, beta: float, w_max: float | None, mea
     return weight
 
 
+def pair(reward: Tensor, group: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(winner, loser) indices (P,) each: in every group the k-th best with the k-th worst, k up to ``share`` of it,
+    where their rewards differ.
+    """
+    winners, losers = [], []
+    for g in group.unique():
+        rows = (group == g).nonzero().flatten()
+        order = rows[reward[rows].argsort(descending=True, stable=True)]
+        count = int(share * len(rows))
+        winners.append(order[:count])
+        losers.append(order.flip(0)[:count])
+    winner, loser = torch.cat(winners), torch.cat(losers)
+    differ = reward[winner] > reward[loser]
+    return winner[differ], loser[differ]
+
+
 @dataclass
 class RunningAdvantage:
     """Eq. (3): normalises by the recent rewards of the same group; its state is saved with the learner.

@@ -79,7 +79,8 @@ class Plan:
 
 
 class AgentLearner(Learner[Trajectory], Protocol):
-    """A learner of the policy: ``update`` takes the trajectory of a rollout, and its metrics hold ``reward``.
+    """A learner of the policy: ``update`` takes the trajectory of a rollout, and its metrics hold ``reward``, unless no
+    walk was scored.
 
     Attributes:
         policy: acts in the next rollouts; its weights go to the workers.
@@ -159,8 +160,10 @@ def learner_of(agent: Agent, task: Task, data: Dataset | None, seed: int) -> Age
     return learner
 
 
-NEEDED = ("reward", "grad_norm")
+UNSCORED = ("grad_norm",)
 """What the metrics of every update say."""
+NEEDED = ("reward", *UNSCORED)
+"""And of an update on walks that were scored."""
 
 
 def wrong_metrics(told: Any, needed: Iterable[str] = NEEDED) -> list[str]:

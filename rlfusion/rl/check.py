@@ -4,7 +4,8 @@
     (2)  m' = c m + q theta_1,   V' = c^2 V + S^2,   c = p + q theta_0,   from m = 0, V = 1
     (3)  R(x) = -mean_d (x_d - r)^2 / 2,   J(theta) = E R = -((m - r)^2 + V) / 2
 
-What a learner opens by name is the chain's own too: a teacher of a larger J, whatever it is called.
+What a learner opens by name is the chain's own too, whatever it is called: a teacher of a larger J, and stored samples
+of its walks with their rewards as scores.
 
 p, q and S are those of the kernel and of the kind of prediction at each step. Eq. (2) of the last step and Eq. (3) are
 float64; the gradient of J is autograd's, through the recursion.
@@ -25,6 +26,7 @@ from rlfusion.diffusion.parameterization import solve
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.rollout import Task, plan, run_item
+from rlfusion.rollout.outside import Stored
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 
 SHAPE, PROMPTS, STEPS, GOAL, KIND = (1, 4, 4), 2, 5, 0.8, "v"
@@ -32,6 +34,7 @@ BEGIN = (0.05, 0.0)
 """theta at first: near the exact denoiser of N(0, 1) data, which is (0, 0) for "v"."""
 AHEAD = 0.2
 """How far the teacher is from there, along dJ / dtheta."""
+STORED = 256
 
 
 class Affine(nn.Module):
@@ -57,12 +60,17 @@ def policy_of(theta: Sequence[float]) -> Policy:
 
 @dataclass(frozen=True)
 class Beside:
-    """An ``Outside``: a teacher of the weights ``theta`` (2,)."""
+    """An ``Outside`` of a task: a teacher of the weights ``theta`` (2,), and the ends of ``STORED`` of its walks."""
 
+    task: Task
     theta: Tensor
 
     def teacher(self, model: str, guidance: float | None) -> Policy:
         return policy_of(self.theta.tolist()).requires_grad_(False)
+
+    def stored(self, data: str) -> Stored:
+        walks = Chain(self.task).walks(self.teacher(data, None), STORED, 0, 0)
+        return Stored(walks.x[:, -1], walks.group, walks.scored.double())
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Chain:
         prompts = torch.arange(PROMPTS)
         chain = cls(Task(policy_of(BEGIN), TimeGrid(STEPS), SHAPE, prompts, lambda x: x, reward, "the chain's own"))
         up = chain.gradient(chain.theta)
-        return cls(replace(chain.task, outside=Beside(chain.theta + AHEAD * up / up.norm())))
+        return cls(replace(chain.task, outside=Beside(chain.task, chain.theta + AHEAD * up / up.norm())))
 
     @property
     def theta(self) -> Tensor:

@@ -28,7 +28,7 @@ from rlfusion.common.copies import copied
 from rlfusion.common.errors import ConfigError, NumericalError, StateError, require_positive
 from rlfusion.common.weights import require_entries
 from rlfusion.models.lora_dropout import dropped
-from rlfusion.rl.agent import AgentLearner, wrong_metrics
+from rlfusion.rl.agent import NEEDED, UNSCORED, AgentLearner, wrong_metrics
 from rlfusion.rollout.trajectory import Trajectory
 
 WINDOW, FEWEST, DEPTH, FEATURES = 20, 4, 3, 1000
@@ -152,7 +152,7 @@ class Guarded:
             return Alarm("log_ratio", f"max |log ratio| = {ratio:.3g} nats")
         if (share := metrics.get("behaviour_ess", 1.0)) < c.ess_stop:
             return Alarm("staleness", f"{share:.3g} of the walks of older weights count, below {c.ess_stop:g}")
-        fall = self.best - metrics["reward"]
+        fall = self.best - metrics.get("reward", math.nan)
         if fall > c.reward_fall * self.first_std:
             return Alarm("reward", f"reward {metrics['reward']:.4g}, {fall / self.first_std:.1f} sd below its best")
         return None
@@ -160,9 +160,10 @@ class Guarded:
     def _accept(self, metrics: dict[str, float]) -> None:
         self.bad_in_a_row = 0
         self.norms = [*self.norms, metrics["grad_norm"]][-WINDOW:]
-        if math.isnan(self.first_std):
-            self.first_std, self.best = metrics["reward_std"] or math.nan, metrics["reward"]
-        self.best = max(self.best, metrics["reward"])
+        if "reward" in metrics:
+            if math.isnan(self.first_std):
+                self.first_std, self.best = metrics["reward_std"] or math.nan, metrics["reward"]
+            self.best = max(self.best, metrics["reward"])
         if self.config.action == "rollback":
             oldest = self.good.pop(0) if len(self.good) == DEPTH else None
             self.good.append(copied(self.learner.state_dict(), oldest))
@@ -227,8 +228,10 @@ def _mean_reward(batch: Trajectory) -> float:
 
 def _metrics(told: Any, batch: Trajectory) -> dict[str, float]:
     """What a learner's update returned, with the spread of the rollout's rewards where it does not say."""
-    if wrong := wrong_metrics(told):
+    if wrong := wrong_metrics(told, NEEDED if batch.reward is not None else UNSCORED):
         raise ConfigError(f"the learner's update: {', '.join(wrong)} (docs/doors.md)")
     metrics = {name: float(value) for name, value in told.items()}
+    if "reward" not in metrics:
+        return metrics
     spread = math.nan if batch.reward is None else batch.reward.std(correction=0).item()
     return {"reward_std": spread, **metrics}

@@ -42,6 +42,7 @@ from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
 from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import TIMES
+from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl.transitions import Terms, Transitions
 from rlfusion.rl.weighted_settings import Settings
@@ -84,10 +85,34 @@ class Form(Protocol):
         """Compare a first rollout with the learner's own numbers."""
 
 
+class Noising(Protocol):
+    """What Eq. (1) and (3) are told: settings of a weighted regression, or of one of stored samples."""
+
+    @property
+    def loss(self) -> Denoising:
+        """Eq. (1) of one sample."""
+
+    @property
+    def kl(self) -> float:
+        """The coefficient of Eq. (3)."""
+
+    @property
+    def times(self) -> str:
+        """How t is drawn."""
+
+    @property
+    def noisings(self) -> int:
+        """Times that each sample is noised in a pass."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Noised samples in one network call."""
+
+
 class OnNoised:
     """Eq. (1)."""
 
-    def __init__(self, policy: Policy, config: Settings) -> None:
+    def __init__(self, policy: Policy, config: "Noising") -> None:
         self.policy, self.config = policy, config
         self.base = frozen_copy(policy) if config.kl else None
         self.times = spec.parse(config.times, TIMES, "distribution of times")

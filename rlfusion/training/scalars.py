@@ -151,7 +151,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         Scalar("train/window_first", "first step of the window that was trained (grpo)"),
         Scalar(
             "train/pairs",
-            "pairs of walks that the update has learned from (dpo)",
+            "pairs, of walks or stored, that the update has learned from (dpo)",
             "above 0",
             "0: rewards within prompts are equal",
         ),

@@ -141,7 +141,7 @@ def test_whole_walks_have_one_bounded_weight():
 
 
 LAGGING = {
-    "ddpo": "", "grpo": "", "dpo": "", "qsm": "",
+    "ddpo": "", "grpo": "", "dpo": "", "sft": "", "qsm": "",
     "draft(form='full')": "", "drwr(on='chain')": "", "dawr(on='noised')": "",
     "ddpo(form='sf')": "form 'sf' is on-policy", "nft": "agent 'nft'", "refl": "agent 'refl'", "draft": "agent 'draft'",
     "awm": "agent 'awm'", "ppo": "agent 'ppo'", "opd": "agent 'opd'", "drwr": "on 'centred'", "dawr": "on 'centred'",

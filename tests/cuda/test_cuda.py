@@ -35,6 +35,8 @@ SETTINGS = [
     "nft()",
     "dpo()",
     "opd()",
+    "sft(kl=0.1)",
+    "dpo(data='x')",
     "draft()",
     "draft(steps=1)",
     "refl()",
@@ -66,7 +68,7 @@ def trained(agent: str, device: str) -> tuple[list[torch.Tensor], list[dict[str,
     task = Task(
         policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device=device
     )
-    task = replace(task, rollout_spec=settings.rollout_spec(STEPS), outside=Beside(policy))
+    task = replace(task, rollout_spec=settings.rollout_spec(STEPS), outside=Beside(policy, SHAPE))
     draw = torch.Generator().manual_seed(0)
     data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
     learner = settings.learner(task, data, 0)

@@ -1,11 +1,13 @@
-"""Teachers that are opened by name: whose steps they take, under which guidance, and what cannot teach."""
+"""What learners open by name: teachers, whose steps they take and what cannot teach; and stored images."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import rlfusion
 from saved_models import CARD, scrambled
 from tiny_runs import TINY
@@ -117,3 +119,75 @@ def test_a_run_is_taught_by_another_and_ends_in_the_same_bits_where_it_was_stopp
     assert weights[0] == weights[1]
     record = json.loads((tiny_root / "opd-parts" / "run.json").read_text())
     assert record["inputs"]["agent.teacher"] == models.digest(tiny_root / "first")
+
+
+def stored_pairs(folder: Path) -> str:
+    """A table of two pairs of 8x16 images, of the prompts b and a."""
+    for level in (0, 255):
+        Image.fromarray(np.full((8, 16, 3), level, dtype=np.uint8)).save(folder / f"{level}.png")
+    rows = ("caption,jpg_0,jpg_1,label_0,label_1", "b,0.png,255.png,1,0", "a,0.png,255.png,0,1")
+    (folder / "pairs.csv").write_text("\n".join(rows))
+    return str(folder / "pairs.csv")
+
+
+RGB = replace(CARD, shape=(3, 8, 8))
+
+
+def test_stored_pairs_are_brought_to_the_model_and_to_its_prompts(tmp_path):
+    made = opened(models.build(RGB), RGB)
+    found = made.stored(stored_pairs(tmp_path))
+    assert found.x.shape == (4, 3, 8, 8)
+    assert found.x[:, 0, 0, 0].tolist() == [-1, 1, -1, 1]
+    assert found.prompt.tolist() == [1, 1, 0, 0]
+    assert found.score.tolist() == [1, 0, 0, 1]
+    digest = dict(made.inputs)
+    assert digest.keys() == {"agent.data"}
+    text = (tmp_path / "pairs.csv").read_text()
+    (tmp_path / "pairs.csv").write_text(text.replace("a,0.png,255.png,0,1", "a,0.png,255.png,1,0"))
+    made.stored(str(tmp_path / "pairs.csv"))
+    assert made.inputs != digest, "another preference is other data"
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (replace(RGB, names=("a", "c")), "1 of 2 are none of the model's classes: .*'b'"),
+        (CARD, r"holds samples of 3x8x8, the model draws 1x8x8"),
+        (replace(RGB, shape=(3, 8, 16)), r"holds samples of 3x16x16, the model draws 3x8x16"),
+    ],
+)
+def test_stored_images_of_something_else_are_refused(card, said, tmp_path):
+    data = stored_pairs(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        opened(models.build(card), card).stored(data)
+
+
+def test_a_setting_without_data_is_refused():
+    with pytest.raises(ConfigError, match=r"agent\.data = ''"):
+        opened(scrambled(CARD), CARD).stored("")
+
+
+def test_stored_images_are_encoded_for_a_pipeline(tiny_pipelines, tmp_path):
+    given = pipelines.Settings(prompts="b\na", size=16)
+    name = str(tiny_pipelines["sd"])
+    (tmp_path / "prompts.txt").write_text("b\na")
+    card = models.describe(name, replace(given, prompts=str(tmp_path / "prompts.txt")))
+    student = models.build(card)
+    found = opened(student, card, Chain(steps=2, spacing="model"), given).stored(stored_pairs(tmp_path))
+    assert found.prompt.tolist() == [0, 0, 1, 1]
+    white = torch.ones(1, *card.shape)
+    torch.testing.assert_close(found.x[1:2], student.space.encode(white))
+
+
+def test_a_run_on_stored_images_ends_in_the_same_bits_where_it_was_stopped(tiny_root, tmp_path):
+    run = ("finetune", "--agent", "sft", "--root", tiny_root, *TINY, "--agent.data", "digits")
+    whole = rlfusion(tmp_path, *run, "--name", "sft-whole")
+    assert whole.code == 0, whole.err
+    short = rlfusion(tmp_path, *run, "--name", "sft-parts", "--updates", 3)
+    assert short.code == 0, short.err
+    longer = rlfusion(tmp_path, "finetune", "--resume", tiny_root / "sft-parts", "--change", "updates=6")
+    assert longer.code == 0, longer.err
+    weights = [(tiny_root / name / "model" / "weights.safetensors").read_bytes() for name in ("sft-whole", "sft-parts")]
+    assert weights[0] == weights[1]
+    assert json.loads((tiny_root / "sft-whole" / "summary.json").read_text())["queries"] == 0
+    assert set(json.loads((tiny_root / "sft-parts" / "run.json").read_text())["inputs"]) >= {"agent.data"}

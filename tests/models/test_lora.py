@@ -126,6 +126,7 @@ AGENTS = {
     "awm": ("--agent.kl_loss", 0.1),
     "nft": ("--agent.kl", 0.1),
     "dpo": (),
+    "sft": ("--agent.data", "digits"),
     "opd": ("--agent.teacher_guidance", 2.0),
     "drwr": (),
     "dawr": (),

@@ -40,7 +40,7 @@ def learned(name: str) -> tuple[Any, dict[str, float]]:
     policy = Policy(Denoiser(net, Cosine(), "v"), DDIM(1.0))
     config = AGENTS[name](**SETTINGS.get(name, {}))
     task = Task(policy, TimeGrid(3), SHAPE, torch.arange(CLASSES), to_pixels, lambda x, c: x.mean((1, 2, 3)), "bright")
-    task = replace(task, rollout_spec=config.rollout_spec(3), outside=Beside(policy))
+    task = replace(task, rollout_spec=config.rollout_spec(3), outside=Beside(policy, SHAPE))
     learner = config.learner(task, images(), 3)
     items = plan(3, 0, CLASSES, WALKS // CLASSES, 8, CLASSES, 0)
     walks = concatenate([run_item(replace(task, policy=learner.policy), item) for item in items])

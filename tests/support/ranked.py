@@ -91,7 +91,7 @@ def trained(
         shards.split(policy.denoiser.net, torch.device(device), current().exact)
     policy.to(device)
     task = Task(policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device)
-    task = replace(task, rollout_spec=settings.rollout_spec(STEPS), outside=Beside(make_policy(2).to(device)))
+    task = replace(task, rollout_spec=settings.rollout_spec(STEPS), outside=Beside(make_policy(2).to(device), SHAPE))
     draw = torch.Generator().manual_seed(0)
     data = Dataset(torch.randn(48, *SHAPE, generator=draw), torch.arange(48) % CLASSES, ("a", "b", "c"))
     learner = settings.learner(task, data, 0)

@@ -394,7 +394,7 @@ def test_every_agent_and_what_learns_beside_it_uses_its_optimizer(name, built):
     data = Dataset(torch.zeros(6, *rollout_tasks.SHAPE), torch.arange(6) % 3, ("a", "b", "c"))
     policy = rollout_tasks.make_policy()
     about = (TimeGrid(4), rollout_tasks.SHAPE, torch.arange(3), to_pixels, bright, "bright")
-    task = Task(policy, *about, outside=Beside(policy))
+    task = Task(policy, *about, outside=Beside(policy, rollout_tasks.SHAPE))
     learner = AGENTS[name](optimizer="sgd(momentum=0.5)", warmup=3).learner(task, data, 0)
     assert set(built) == {torch.optim.SGD}
     assert len(built) == 1 + (name in ("qsm", "dawr", "ppo"))  # these learn a critic, or a value, beside

@@ -286,7 +286,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
                 job.tracker.histogram(done, "train/rewards", collector.scores)
             if on_the_way.due(done, total) and not spent:
                 job.evaluate(done, on_the_way)
-            bar.advance(reward=metrics["reward"])
+            shown = "reward" if "reward" in metrics else "grad_norm"
+            bar.advance(**{shown: metrics[shown]})
             stop = _spent(config, queries, cost) if spent else job.probe(done, progress)
             if current().of_first(bool(stop)):
                 progress.say(f"stopped after {done} updates: {stop}")
