@@ -5,14 +5,16 @@
     defaults     ``agent grpo``, nothing else said
 
 Both are run by rlfusion, with adapters of rank 32 (alpha 64), on the same pipeline of random weights (SD3, FLUX), the
-same prompts, groups of 24, 10 steps, the same kernel, and reward (red above blue), for the same number of rewards. So
-it compares settings, not programs. The samples that are judged come from the same noise:
+same prompts, groups of 24 (``--group``), 10 steps, the same kernel, and reward (red above blue), for the same number of
+rewards. So it compares settings, not programs. The samples that are judged come from the same noise:
 
     gain       (mean reward - the base's) / standard deviation of the base's rewards
     distance   rms difference to the base's images, in standard deviations of the base's images
     diversity  mean distance of two images of a prompt, over the base's
 
-    python benchmarks/flows.py [--families sd3,flux] [--seeds 0,1,2] [--queries 480] [--out FILE.json]
+    python benchmarks/flows.py [--families sd3,flux] [--seeds 0,1,2] [--queries 480] [--group 24] [--out FILE.json]
+
+``--last`` looks at the end of each run alone, which is cheaper.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from tiny_pipelines import flux, stable_diffusion_3, warm  # noqa: E402
 MAKERS = {"sd3": stable_diffusion_3, "flux": flux}
 GUIDANCE = {"sd3": 4.5, "flux": 3.5}
 """Of the published settings of each family."""
-PROMPTS, GROUP, STEPS, DRAWN = ("a red cat", "two dogs, 3"), 24, 10, 48
+PROMPTS, STEPS, DRAWN = ("a red cat", "two dogs, 3"), 10, 48
 
 
 def settings(rival: str, latent: int) -> dict[str, Any]:
@@ -82,20 +84,25 @@ def looked(images: torch.Tensor, start: torch.Tensor) -> dict[str, float]:
     }
 
 
-def trained(family: str, rival: str, seed: int, model: Path, queries: int) -> dict[str, Any]:
-    """One run, and what it gives after each update."""
+def trained(family: str, rival: str, seed: int, model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One run, and what it gives after each rollout, or the last."""
     chain = {"steps": STEPS, "guidance_scale": GUIDANCE[family], "kernel": "FlowSDE(noise=0.7)"}
     given = {"pipeline": {"prompts": str(model.parent / "prompts.txt")}, "chain": chain, "root": str(model.parent)}
-    given |= {"rollout": {"prompts": len(PROMPTS), "samples_per_prompt": GROUP}, "lora": "LoRA(rank=32, alpha=64.0)"}
+    given |= {
+        "rollout": {"prompts": len(PROMPTS), "samples_per_prompt": args.group},
+        "lora": "LoRA(rank=32, alpha=64.0)",
+    }
     loaded = rlf.load(model, prompts=PROMPTS, chain=chain)
     latent = loaded.denoiser.space.latent(loaded.card.shape)
     agent = settings(rival, torch.Size(latent).numel())
     run = rlf.finetune(str(model), f"{SUPPORT}/tiny_pipelines.py:warm", agent=agent, updates=10**6, seed=seed, **given)
-    start, points, spent = drawn(run.model), [], 0.0
-    while run.queries + len(PROMPTS) * GROUP <= queries:
+    start, points, spent, each = drawn(run.model), [], 0.0, len(PROMPTS) * args.group
+    while run.queries + each <= args.queries:
         begin = time.process_time()
         next(run)
         spent += time.process_time() - begin
+        if args.last and run.queries + each <= args.queries:
+            continue
         points.append({"queries": run.queries, "cpu_s": spent, **looked(drawn(run.model), start)})
     return {"family": family, "rival": rival, "seed": seed, "points": points}
 
@@ -115,8 +122,11 @@ def main() -> None:
     """Run all, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default="sd3,flux")
+    parser.add_argument("--rivals", default="published,defaults")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--queries", type=int, default=480)
+    parser.add_argument("--group", type=int, default=24, help="walks of a prompt in a rollout")
+    parser.add_argument("--last", action="store_true", help="look at the end of a run alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,12 +136,12 @@ def main() -> None:
         for family in args.families.split(","):
             torch.manual_seed(0)
             MAKERS[family]().save_pretrained(Path(place) / family)
-        for family, seed, rival in product(args.families.split(","), args.seeds.split(","), ("published", "defaults")):
-            runs.append(trained(family, rival, int(seed), Path(place) / family, args.queries))
+        for family, seed, rival in product(args.families.split(","), args.seeds.split(","), args.rivals.split(",")):
+            runs.append(trained(family, rival, int(seed), Path(place) / family, args))
             print(table(runs[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(runs))
     if args.out:
-        args.out.write_text(json.dumps({"torch": torch.__version__, "queries": args.queries, "runs": runs}, indent=1))
+        args.out.write_text(json.dumps({"torch": torch.__version__, "group": args.group, "runs": runs}, indent=1))
 
 
 if __name__ == "__main__":
