@@ -52,6 +52,7 @@ SYNONYMS = {
     "dtype": "torch_dtype weight_dtype",
     "checkpointing": "gradient_checkpointing grad_checkpointing",
     "compile": "torch_compile compile_model use_compile",
+    "quantize": "load_in_4bit load_in_8bit quantization quantization_config quantize_base bnb_4bit_quant_type qlora",
     "attention": "attention_backend attn_implementation attn_backend",
     "optimizer": "optim opt",
     "kernel": "sampler scheduler",

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlfusion import models
 from rlfusion.common import hollow, layers, shards
@@ -65,11 +66,12 @@ class Holds(NamedTuple):
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
     """Bytes that ``call`` keeps for its backward pass beside the module's own weights, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters() if not _is_wrapper(p)}
     held: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
-        held[x.untyped_storage().data_ptr()] = x
+        if not _is_wrapper(x):
+            held[x.untyped_storage().data_ptr()] = x
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -77,6 +79,11 @@ def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
         total = sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in own)
     del result
     return total
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    """Whether a tensor has no storage of its own, but those in it: weights that are rounded, which none computes."""
+    return is_traceable_wrapper_subclass(x)
 
 
 def line(measured: Callable[[int], int], count: int) -> int:

@@ -99,8 +99,7 @@ def facts(parts: Parts) -> Facts:
     card = base_model.pretrained(parts.base)
     if card is not None:
         path = pipelines.folder(card.pipeline["name"], card.pipeline["variant"])
-        component = pipelines.family_of(path, card.pipeline.get("family", "")).network
-        network = pipelines.parameters(path, component) * _itemsize(card.pipeline["dtype"])
+        network = pipelines.network_bytes(card.pipeline)
         space = elements(path / "vae") * _itemsize(card.pipeline.get("vae_dtype", "float32"))
     elif parts.base.name:
         folder = models.find(Path(parts.base.name))

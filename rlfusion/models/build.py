@@ -112,6 +112,8 @@ def require_trainable(card: Card) -> None:
     """Raise ConfigError where all weights of a pipeline cannot be trained: in low precision."""
     if (dtype := card.pipeline["dtype"]) != "float32":
         raise ConfigError(f"dtype = {dtype}: whole weights are trained in float32, expected that or adapters (lora)")
+    if how := card.pipeline.get("quantize"):
+        raise ConfigError(f"quantize = {how}: rounded weights are not trained, expected none, or adapters (lora)")
 
 
 def adapt(denoiser: Denoiser, card: Card, text: str, seed: int = 0) -> None:

@@ -28,6 +28,7 @@ from rlfusion.models.autoencoder import encoded
 from rlfusion.rewards import build, score, task_info
 from rlfusion.rewards.untrained import require_weights
 from rlfusion.rl.agent import learner_of
+from rlfusion.rl.critic import COPY
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training.devices import pick_device, require_device
 from rlfusion.training.trackers import require_usable
@@ -121,6 +122,10 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
     adapters = lora.parse(config.lora)
     if adapters is None:
         models.require_trainable(card)
+    if config.learner.split:
+        pipelines.require_whole(card.pipeline)
+    if card.pipeline.get("quantize") and parts.holds.critic == COPY:
+        raise ConfigError(f"critic = {COPY!r}: it copies weights that are rounded, expected pipeline.quantize none")
     if config.evaluation.bits_per_dim:
         raise ConfigError("evaluation.bits_per_dim = True: there are no held-out data of a pipeline, expected False")
     if config.monitor.best in JUDGED or config.monitor.frechet_base is not None:

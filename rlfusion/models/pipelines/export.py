@@ -20,7 +20,7 @@ from rlfusion.common.hollow import standing_in
 from rlfusion.common.seeding import normal
 from rlfusion.common.weights import ADAPTER
 from rlfusion.diffusion.space import Space
-from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines import hub, quantized
 from rlfusion.models.pipelines.adapters import LORA, adapted, adapted_texts, merged_all, put_on
 from rlfusion.models.pipelines.family import Family, Net
 from rlfusion.models.pipelines.hollow import network, write_network
@@ -42,7 +42,8 @@ def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[st
     path = hub.folder(about["name"], about["variant"])
     if any(ADAPTER in name for name in net.model.state_dict()):
         _save_adapters(folder, path, net)
-        saved = about | {"adapters": [*about["adapters"], "."]}
+        saved = {key: held for key, held in about.items() if key != "quantize"}  # they fit the weights as published
+        saved |= {"adapters": [*about["adapters"], "."]}
     else:
         _save_pipeline(folder, path, net, about)
         saved = {key: held for key, held in about.items() if key != "scheduler"}  # which the folder has
@@ -51,7 +52,7 @@ def save(folder: Path, net: Net, space: Space, about: dict[str, Any]) -> dict[st
         shards.agreed(True)  # the first rank has written all
         verify(net, _reloaded_split(folder, saved, net), space, about)
     elif storage.writes():
-        verify(net, reloaded(folder, saved, net.family), space, about)
+        verify(net, reloaded(folder, saved, net.family, about.get("quantize", "none")), space, about)
     return saved
 
 
@@ -102,12 +103,15 @@ def _whole(tensor: Tensor) -> Tensor:
     return full if storage.writes() else torch.empty(0)
 
 
-def reloaded(folder: Path, about: dict[str, Any], family: Family) -> nn.Module:
-    """The network of what lies in ``folder``, by diffusers' own loader; the last adapters unmerged, as trained."""
+def reloaded(folder: Path, about: dict[str, Any], family: Family, quantize: str = "none") -> nn.Module:
+    """The network of what lies in ``folder``, by diffusers' own loader; the last adapters unmerged, as trained, on
+    weights that are rounded as they were then.
+    """
     path = folder if about["name"] == "." else hub.folder(about["name"], about["variant"])
     pipe = load(path, about, without=family.texts)
     if about["adapters"]:
         adapted(pipe, about["adapters"][:-1], family)
+        quantized.quantize(getattr(pipe, family.network), quantize, DTYPES[about["dtype"]])
         pipe.load_lora_weights(str(folder), weight_name=LORA)
     return getattr(pipe, family.network)
 
@@ -165,7 +169,8 @@ def _require_weights(trained: dict[str, Tensor], read: dict[str, Tensor]) -> Non
 
 def _equal(trained: Tensor, read: Tensor) -> bool:
     """Whether the rows of this process, where they are split, are the same in the precision of what was read."""
-    return torch.equal(shards.own(trained).to(read.dtype), shards.own(read))
+    ours, theirs = (quantized.plain(shards.own(tensor)) for tensor in (trained, read))
+    return torch.equal(ours.to(theirs.dtype), theirs)
 
 
 def _answers(net: Net, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -271,8 +271,18 @@ def config(path: Path, component: str) -> Component:
 
 
 def parameters(path: Path, component: str) -> int:
-    """How many elements the parameters of a component have, which is made without memory for them; 0 where that cannot
-    be: its class is not of diffusers, or looks at its parameters as it is made.
+    """How many elements the parameters of a component have; 0 where that is not known.
+
+    Raises:
+        ConfigError: the pipeline's index cannot be read.
+    """
+    model = without_memory(path, component)
+    return 0 if model is None else sum(p.numel() for p in model.parameters())
+
+
+def without_memory(path: Path, component: str) -> Any:
+    """A component without memory for its parameters; None where that cannot be made: its class is not of diffusers, or
+    looks at its parameters as it is made.
 
     Raises:
         ConfigError: the pipeline's index cannot be read.
@@ -280,13 +290,12 @@ def parameters(path: Path, component: str) -> int:
     told = index(path).get(component)
     made = class_named(told[1]) if isinstance(told, list) and len(told) == 2 else None
     if made is None:
-        return 0
+        return None
     try:
         with torch.device("meta"):
-            model = made.from_config(made.load_config(path / component))
+            return made.from_config(made.load_config(path / component))
     except RuntimeError:  # torch's, of an operation that needs memory
-        return 0
-    return sum(p.numel() for p in model.parameters())
+        return None
 
 
 def factor(path: Path) -> int:

@@ -13,6 +13,7 @@ What a model card holds of one (``about``), all JSON:
     family      of the user's own code, by name; absent where it is found by the pipeline's class
     adapters    folders of trained adapters, and files of others (``adapters``), that are merged, in this order
     scheduler   in the place of the pipeline's own, as Name(setting=...); absent for its own
+    quantize    how the linear layers are rounded (``quantized``), once adapters are merged; absent for not at all
 
 Text encoders are loaded only where embeddings are not in the cache, and let go before anything else is.
 """
@@ -35,7 +36,7 @@ from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising
-from rlfusion.models.pipelines import attention, hub, lengths
+from rlfusion.models.pipelines import attention, hub, lengths, quantized
 from rlfusion.models.pipelines.adapters import adapted, adapted_texts, merged_all, on_texts
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 from rlfusion.models.pipelines.embeddings import Texts, encoded, kept
@@ -90,6 +91,7 @@ def build(
     read_by = functools.partial(load, path, about, given={} if given is None else {family.network: given})
     pipe, conditions = _conditions(read_by, path, family, about, prompts, device)
     model = getattr(adapted(pipe, about["adapters"], family) if given is None else pipe, family.network)
+    quantized.quantize(model, about.get("quantize", "none"), DTYPES[about["dtype"]])
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
     if told := about.get("attention"):
@@ -112,6 +114,7 @@ def build_hollow(
     Raises:
         ConfigError: as ``build``; or files of weights that are not the network's.
     """
+    quantized.require_whole(about)
     path = hub.folder(about["name"], about["variant"])
     family = hub.family(path, about.get("family", ""))
     model, filling = network(path, family.network, DTYPES[about["dtype"]], about["variant"])
@@ -120,6 +123,18 @@ def build_hollow(
         pipe = load(path, about, without=family.texts, given={family.network: model})
         filling = merged_all(pipe, model, filling, about["adapters"], family)
     return denoiser, filling
+
+
+def network_bytes(about: dict[str, Any]) -> int:
+    """Bytes of the weights of the network of ``about``, in its dtype, or rounded; 0 where that is not known.
+
+    Raises:
+        ConfigError: the pipeline's index cannot be read.
+    """
+    path = hub.folder(about["name"], about["variant"])
+    model = hub.without_memory(path, hub.family(path, about.get("family", "")).network)
+    how, itemsize = about.get("quantize", "none"), DTYPES[about["dtype"]].itemsize
+    return 0 if model is None else quantized.size(model, how, itemsize)
 
 
 def outline(about: dict[str, Any]) -> Denoiser:

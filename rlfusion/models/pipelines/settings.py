@@ -13,6 +13,7 @@ from rlfusion.models.pipelines import adapters, brought, hub
 from rlfusion.models.pipelines.family import SEQUENCE, plain_grid
 from rlfusion.models.pipelines.prompt_files import READERS
 from rlfusion.models.pipelines.prompts import Prompts, read
+from rlfusion.models.pipelines.quantized import How
 from rlfusion.models.pipelines.scheduler import read as read_scheduler
 
 CALLED = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
@@ -46,6 +47,9 @@ class Settings:
         attention: the back end of diffusers that computes the network's attention ("native", "flash", "_native_flash",
             ...), of networks whose attention diffusers dispatches (FLUX); null for what a saved pipeline has, else
             diffusers' own choice.
+        quantize: round the frozen weights of the network's linear layers, once adapters are merged, for less memory
+            under trained adapters (lora): "nf4" (bitsandbytes, 4.5 bits a weight), "int8" (bitsandbytes; inputs as
+            well) or "torchao_int8" (torchao), 8 bits each. What is saved are adapters for the weights as they were.
         decode: samples that the autoencoder decodes at a time; null for what a saved pipeline has, else 8.
         adapters: files of LoRA that are merged into the weights, FILE.safetensors[:STRENGTH],... in the layout of
             diffusers, peft or kohya, or folders of them; --adapters is the same (docs/models.md). To train one on, give
@@ -68,6 +72,7 @@ class Settings:
     variant: str = ""
     checkpointing: bool | None = None
     attention: str | None = None
+    quantize: How = "none"
     decode: int | None = None
     adapters: str = ""
     adapters_sha256: str = ""
@@ -167,8 +172,9 @@ class Settings:
         return {"scheduler": held} if held or self.scheduler else {}
 
     def _told(self) -> dict[str, Any]:
-        """Those of ``UNTOLD``, and the attention, that are not null."""
-        return {key: told for key in (*UNTOLD, "attention") if (told := getattr(self, key)) is not None}
+        """Those of ``UNTOLD``, and the attention, that are not null; and how weights are rounded, if they are."""
+        held = {key: told for key in (*UNTOLD, "attention") if (told := getattr(self, key)) is not None}
+        return held if self.quantize == "none" else held | {"quantize": self.quantize}
 
     def prompted(self, negative: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         """What a card keeps of the prompts beside their texts, and the texts."""
