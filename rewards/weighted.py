@@ -1,4 +1,7 @@
-"""R(x, c) = sum_k w_k R_k(x, c): named rewards as one, with each term at hand for the log."""
+"""R(x, c) = sum_k w_k R_k(x, c): named rewards as one, with each term at hand for the log.
+
+With ``base`` each R_k is first brought to the scale of what it is of a base model's samples (``calibration``).
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond
 from rlfusion.rewards.base import Reward, score
+from rlfusion.rewards.calibration import Moments
 
 
 class WeightedSum(nn.Module):
@@ -30,6 +34,7 @@ class WeightedSum(nn.Module):
         if not any(weights.values()):
             raise ConfigError(f"every weight of {sorted(weights)} is 0: expected one that is not")
         self.rewards, self.weights = dict(rewards), {name: float(weights[name]) for name in rewards}
+        self.base: dict[str, Moments] = {}
         owned = {name.replace(".", "/"): r for name, r in rewards.items() if isinstance(r, nn.Module)}
         self.modules_by_name = nn.ModuleDict(owned)
 
@@ -42,7 +47,11 @@ class WeightedSum(nn.Module):
         return {name: score(reward, samples, cond, name, masked) for name, reward in self.rewards.items()}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum (B,) of what ``terms`` answered."""
+        """The weighted sum (B,) of what ``terms`` answered, each first on the scale of ``base``, if that is set."""
+        if self.base:
+            terms = {
+                name: self.base[name].on_scale(terms[name]) if self.weights[name] else terms[name] for name in terms
+            }
         return sum(weight * terms[name] for name, weight in self.weights.items())
 
     def forward(self, samples: Tensor, cond: Cond) -> Tensor:

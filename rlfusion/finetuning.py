@@ -29,6 +29,7 @@ from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
+from rlfusion.jobs.balance import found_of
 from rlfusion.jobs.base_model import Origin, begin
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.job import make_learner
@@ -41,6 +42,7 @@ from rlfusion.jobs.tasks import acting_here
 from rlfusion.judging import RewardLike, made_reward
 from rlfusion.models import lora
 from rlfusion.models.autoencoder import encoded
+from rlfusion.rewards import WeightedSum
 from rlfusion.rewards.given import named
 from rlfusion.rl.agent import Agent, AgentLearner
 from rlfusion.rl.guard import Guarded
@@ -87,6 +89,7 @@ class Run(Iterator[dict[str, float]]):
         self.config, self.policy = config, policy
         self._begun, self._learner, self._parts = begun, learner, opened(config)
         self._guarded = Guarded(learner, config.guard, None)
+        self._reward = acting.task.reward
         about = self._parts.collecting, self._parts.rewards, len(begun.names), 0, begun.device
         self._collector = Collector(acting, *about)
         self._batch: tuple[int, Any] | None = None
@@ -115,15 +118,28 @@ class Run(Iterator[dict[str, float]]):
             raise
         if line := self._collector.heed(self.updates, metrics, self.config.guard):
             _log.warning(line)
-        return metrics | self._collector.metrics | {"queries": float(self.queries)}
+        constraints = {f"constraint/{name}": value for name, value in self._collector.constraints.items()}
+        return metrics | self._collector.metrics | constraints | {"queries": float(self.queries)}
 
     def _publish(self, step: int) -> None:
         """Let the weights act; before the first update, what would fail quietly later is refused."""
         weights = self._collector.acting(self.policy, step)
         if step == 0:
+            self._weigh()
             for said in try_out(self._parts.task, self._learner, self._collector, weights):
                 _log.log(logging.WARNING if said.startswith("warning") else logging.INFO, said)
         self._collector.publish(weights)
+
+    def _weigh(self) -> None:
+        """Find what several rewards are of the model to begin with, where the settings ask for it."""
+        balance, begun = self._collector.balance, self._begun
+        if not balance.needed:
+            return
+        about = self.policy, begun.chain.times(begun.denoiser), len(begun.names), begun.shape
+        balance.begin(found_of(*about, self._reward, self._parts.rewards, self.config.seed))
+        if isinstance(self._reward, WeightedSum) and self.config.reward_normalize == "calibrated":
+            self._reward.base = dict(balance.base)
+        self._guarded.plain = lambda: self._collector.plain
 
     @property
     def updates(self) -> int:

@@ -13,8 +13,9 @@ from rlfusion.config.pretrain import Base
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Precision
 from rlfusion.models import Arithmetic, lora, pipelines
-from rlfusion.rewards import CallOptions, labels, names_of
+from rlfusion.rewards import REWARDS, CallOptions, labels, names_of
 from rlfusion.rl.agent import Agent, Plan
+from rlfusion.rl.constraints import Constraint, parsed
 from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.monitor import Config as Monitoring
 from rlfusion.rollout import Settings
@@ -22,6 +23,9 @@ from rlfusion.rollout.together import colocated, require_both
 from rlfusion.training.checkpoint import Keep
 from rlfusion.training.devices import Deterministic
 from rlfusion.training.trackers import require_trackers
+
+FEWEST = 16
+"""Samples of the base model from which a spread is told."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,13 @@ class Finetune:
             http://host:port, or a mapping of such names to weights (docs/rewards.md).
         reward_options: settings of each named reward, those of ``monitor.held_out`` among them.
         reward_normalize: several rewards: "none" adds them as they are; "group" and "batch" give each mean 0 and std 1
-            over the prompt's walks, or the rollout's, before its weight.
+            over the prompt's walks, or the rollout's, before its weight; "calibrated" brings each to median 0 and
+            spread 1, 1.4826 times its MAD, on samples of the base model that are drawn before the training.
+        constraint: conditions on the means of rewards, "aesthetic >= base", "ink <= 0.4": the number, or the base
+            model's mean. Each has a Lagrange multiplier. A reward that is only constrained has weight 0.
+        constraint_rate: how fast multipliers follow: what a standard deviation of the base's rewards by which a mean
+            misses its bound adds to its weight in each rollout, beside the reward's own of 1.
+        base_samples: of the base model, on which "calibrated" and "base" are measured.
         reward_failures: a reward that is NaN for a sample is an error ("error"), or the sample is left out ("mask").
         max_failed: share of a rollout whose rewards may fail before that is an error after all.
         reward_timeout_s: a reward that takes longer for one batch has failed for it; 0 sets no limit.
@@ -98,7 +108,10 @@ class Finetune:
     lora: str = ""
     reward: str | dict[str, float] = "class_logprob"
     reward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    reward_normalize: Literal["none", "group", "batch"] = "none"
+    reward_normalize: Literal["none", "group", "batch", "calibrated"] = "none"
+    constraint: list[str] = field(default_factory=list)
+    constraint_rate: float = 0.1
+    base_samples: int = 256
     reward_failures: Literal["error", "mask"] = "error"
     max_failed: float = 0.1
     reward_timeout_s: float = 0.0
@@ -124,6 +137,8 @@ class Finetune:
         object.__setattr__(self, "lora", lora.written(self.lora))
         require_positive(self, "threads", "updates", "checkpoint_every")
         require_not_negative(self, "budget_queries", "reward_timeout_s", "reward_cache")
+        require_positive(self, "constraint_rate", "base_samples")
+        self._constrain()
         self._require_known_options()
         self._require_computable()
         if not 0 <= self.max_failed < 1:
@@ -131,6 +146,11 @@ class Finetune:
         if self.reward_normalize != "none" and isinstance(self.reward, str):
             raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
         unscored = not self.agent.rollout_spec(self.chain.moves).end
+        if unscored and self.constraint:
+            raise ConfigError(
+                f"constraint = {self.constraint}: agent {self.agent.name!r} scores as it learns, sample by sample, "
+                "expected none"
+            )
         if unscored and (self.reward_normalize, self.reward_failures) != ("none", "error"):
             raise ConfigError(
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
@@ -153,6 +173,36 @@ class Finetune:
         workers, _ = self.settings.roles  # refuses what no backend can use
         if self.ray.placement == "colocated":
             colocated(self.learner.role(self.threads), workers)
+
+    def _constrain(self) -> None:
+        """Give each reward that is only constrained its weight, 0.
+
+        Raises:
+            ConfigError: a constraint that cannot be.
+        """
+        if self.base_samples < FEWEST:
+            raise ConfigError(f"base_samples = {self.base_samples}: expected at least {FEWEST}")
+        if not self.constraint:
+            return
+        found = self.constraints
+        known = [*names_of(self.reward), *labels(names_of(self.reward)).values(), *REWARDS.names()]
+        for one in found:
+            if one.name not in known and ":" not in one.name:
+                raise unknown("reward in constraint", one.name, known)
+            if one.name in self.monitor.held_out:
+                raise ConfigError(
+                    f"constraint = {str(one)!r}: {one.name!r} is in monitor.held_out, and what is constrained is "
+                    "learned from: expected it in one of the two"
+                )
+        weights = {self.reward: 1.0} if isinstance(self.reward, str) else dict(self.reward)
+        object.__setattr__(self, "reward", weights | {o.name: 0.0 for o in found if o.name not in weights})
+        object.__setattr__(self, "constraint", [str(one) for one in found])
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Those on rewards, each by the whole name."""
+        short = labels(names_of(self.reward))
+        return parsed(self.constraint, {label: name for name, label in short.items()})
 
     def _require_computable(self) -> None:
         """Raise ConfigError for adapters that cannot be read, and where a network cannot be called as it shall be."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.weights import Weights
+from rlfusion.jobs.balance import Balance
 from rlfusion.jobs.parts import Collecting, RewardSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.rl.guard import Config as Guards
@@ -26,6 +27,7 @@ class Collector:
 
     ``publish`` gives it the weights after n updates; it sends out every step that acts under that version.
     ``metrics`` are those of the last batch, to be logged, and ``scores`` its rewards, None where nobody has asked yet.
+    ``balance`` weighs several rewards, and ``constraints`` are the figures of each constraint in the last batch.
     ``slowed`` has the versions from which on the lag is one less; it is a part of what a run that resumes needs.
     ``left`` are the rewards that rollouts from ``start`` on may ask for, None for any number: the last rollout is cut
     to the whole prompts that are left.
@@ -48,6 +50,8 @@ class Collector:
         self.published: dict[int, Weights] = {}
         self.metrics: dict[str, float] = {}
         self.scores: Tensor | None = None
+        self.balance = Balance(rewards)
+        self.constraints: dict[str, float] = {}
         self.slowed: list[int] = []
         self.left: int | None = None
 
@@ -119,12 +123,19 @@ class Collector:
         """The trajectory of a step; where that fails, it may be asked for again."""
         with stage(IDLE if self.spec.rollout.workers else ROLLOUT):
             collected = concatenate(self.pending[step]())
-        batch, self.metrics = scored(collected.to(self.device), self.rewards)
+        batch, self.metrics = scored(collected.to(self.device), self.rewards, self.balance, step)
         self.scores = batch.reward
+        if batch.terms is not None and self.balance.base:
+            self.constraints = self.balance.ascend(batch.terms, step)
         if self.spec.rollout.lag:
             self.metrics["lag"] = float(step - batch.version)
         del self.pending[step]
         return batch
+
+    @property
+    def plain(self) -> dict[str, float]:
+        """The mean and spread of the last batch's rewards, where it is learned from with multipliers beside them."""
+        return {name: self.metrics[name] for name in ("reward", "reward_std")} if self.constraints else {}
 
     def still_needed(self, done: int) -> dict[int, Weights]:
         """The older versions that steps after ``done`` act under, those of a longer run too: empty at a regular

@@ -21,7 +21,19 @@ from rlfusion.evaluation import classifier
 from rlfusion.evaluation.metrics import measured
 from rlfusion.evaluation.report import SMALLEST
 from rlfusion.jobs import train_clip
-from rlfusion.rewards import CallOptions, Reward, build, names_of, require_named, score, task_info, valid
+from rlfusion.rewards import (
+    CallOptions,
+    Reward,
+    WeightedSum,
+    build,
+    labels,
+    names_of,
+    require_named,
+    score,
+    task_info,
+    valid,
+)
+from rlfusion.rewards.calibration import stacked
 from rlfusion.rewards.untrained import FROM_DATA, require_weights
 from rlfusion.training.asking import asked
 from rlfusion.training.tracking import grid
@@ -288,7 +300,8 @@ def measure(
     seed: int,
     keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """reward and reward_std (where there is a reward), the report of ``judged`` and, if asked, bits_per_dim, by name.
+    """reward and reward_std (where there is a reward; of several also reward_NAME), the report of ``judged`` and, if
+    asked, bits_per_dim, by name.
 
     An ``Evaluation`` has all figures, ``Figures`` those that so many samples can carry.
 
@@ -307,15 +320,25 @@ def measure(
     result = told(samples, label) | bits | measured(settings.metrics, samples, label)
     if scored is None:
         return result
-    reward, reward_name, max_failed = scored
-    masked = max_failed is not None
-    value = asked(lambda: score(reward, samples, label, reward_name, masked=masked))
+    value, terms = _rewards(scored, samples, label)
     if keep is not None:
         keep(label, value)
-    if max_failed is not None:
-        fine, result["reward_failed"] = valid(value, reward_name, max_failed)
-        value = value[fine]
+    if scored.max_failed is not None:
+        fine, result["reward_failed"] = valid(value, scored.name, scored.max_failed)
+        value, terms = value[fine], {name: term[fine] for name, term in terms.items()}
+    result |= {f"reward_{name}": term.mean().item() for name, term in terms.items()}
     return {"reward": value.mean().item(), "reward_std": value.std(correction=0).item(), **result}
+
+
+def _rewards(scored: Scored, samples: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rewards (N,) of samples, NaN where one fails that may; and of several each one's, by its short name."""
+    reward, name, masked = scored.reward, scored.name, scored.max_failed is not None
+    if not isinstance(reward, WeightedSum):
+        return asked(lambda: score(reward, samples, label, name, masked=masked)), {}
+    held = asked(lambda: stacked(reward.terms(samples, label, masked)))
+    terms = dict(zip(reward.rewards, held.unbind(1)))
+    short = labels(list(terms))
+    return reward.combine(terms), {short[one]: term for one, term in terms.items()}
 
 
 def headlines(result: dict[str, float]) -> list[str]:

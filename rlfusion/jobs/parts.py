@@ -9,6 +9,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.memory import Holds
 from rlfusion.models import Arithmetic, pipelines
 from rlfusion.rewards import CallOptions, names_of
+from rlfusion.rl.constraints import Constraint
 from rlfusion.rl.guard import DEPTH
 from rlfusion.rollout import RolloutSpec, Settings
 from rlfusion.training.devices import Deterministic
@@ -36,18 +37,26 @@ class RewardSpec:
         reward: a name, or {name: weight}.
         name: the reward in a word, for tables and messages.
         given: the settings of each named reward, those that are only watched among them.
-        normalize: what is made mean 0 and std 1 before the weights, if anything is.
+        normalize: what is made mean 0 and std 1 before the weights, if anything is; or "calibrated".
         masked: a reward that fails leaves its sample out, up to the share ``max_failed``; else it is an error.
         call_options: how rewards are called.
+        constraints: on the means of rewards.
+        rate: of the dual ascent of their multipliers.
+        base_samples: of the base model, on which rewards are calibrated.
+        together: samples of one prompt that are scored together, where a reward compares them.
     """
 
     reward: str | dict[str, float]
     name: str
     given: dict[str, dict[str, Any]]
-    normalize: Literal["none", "group", "batch"]
+    normalize: Literal["none", "group", "batch", "calibrated"]
     masked: bool
     max_failed: float
     call_options: CallOptions
+    constraints: tuple[Constraint, ...] = ()
+    rate: float = 0.1
+    base_samples: int = 256
+    together: int = 1
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
@@ -133,8 +142,9 @@ def opened(config: Finetune) -> Parts:
     c = config
     base = BaseSpec(c.base, c.pretrain, c.pipeline, c.chain.negative, Path(c.root), c.arithmetic, c.lora, c.seed)
     masked = c.reward_failures == "mask"
+    called = (c.reward, c.reward_name, c.reward_options, c.reward_normalize, masked, c.max_failed, c.call_options)
     rewards = RewardSpec(
-        c.reward, c.reward_name, c.reward_options, c.reward_normalize, masked, c.max_failed, c.call_options
+        *called, c.constraints, c.constraint_rate, c.base_samples, together=c.rollout.samples_per_prompt
     )
     spec = c.agent.rollout_spec(c.chain.moves)
     task = TaskSpec(c.chain, spec, rewards, c.arithmetic, c.lora, c.threads, c.deterministic, c.tf32, Clip.of(c.agent))

@@ -18,9 +18,11 @@ warning.
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rlfusion.common import storage
@@ -33,6 +35,7 @@ from rlfusion.rollout.trajectory import Trajectory
 
 WINDOW, FEWEST, DEPTH, FEATURES = 20, 4, 3, 1000
 FILE = "diagnosis.md"
+NOTHING: Mapping[str, float] = MappingProxyType({})
 _log = logging.getLogger(__name__)
 
 ADVICE = {
@@ -91,6 +94,8 @@ class Guarded:
 
     Attributes:
         told: the line about the last update, why it was bad, what was done and what to change; "" if it was good.
+        plain: gives the ``reward`` and ``reward_std`` of the last rollout that Eq. (4) looks at, where they are not
+            those that are learned from: these change with the multipliers of constraints.
     """
 
     def __init__(self, learner: AgentLearner, config: Config, folder: Path | None) -> None:
@@ -99,6 +104,7 @@ class Guarded:
         self.first_std = self.best = math.nan
         self.bad = self.bad_in_a_row = 0
         self.told = ""
+        self.plain: Callable[[], Mapping[str, float]] = lambda: NOTHING
         self.good: list[dict[str, Any]] = []
         self._kept: dict[str, Any] | None = None  # memory of the copy that undoes an update
 
@@ -114,7 +120,7 @@ class Guarded:
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
                 metrics = _metrics(self.learner.update(batch), batch)
-            alarm = self._judge(metrics, batch)
+            alarm = self._judge({**metrics, **self.plain()}, batch)
         except NumericalError as error:
             metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
         except BaseException:  # a stop, or the user's own code: as if the update had not begun
@@ -122,7 +128,7 @@ class Guarded:
             raise
         queries = max(queries, self.learner.queries)  # what was asked for stays asked for
         if alarm is None:
-            self._accept(metrics)
+            self._accept({**metrics, **self.plain()})
             return metrics | {"skipped": float(self.bad)}
         self._refuse(alarm, before, iteration)
         self.learner.iteration = iteration + 1

@@ -49,6 +49,14 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
             "as you want it",
             "set weights, or `reward_normalize`",
         ),
+        Scalar(
+            "constraint/NAME/multiplier",
+            "Lagrange multiplier of a constraint on a reward (`constraint`)",
+            "0 while it is met with room; else rises and settles",
+            "rises for ever: the bound cannot be met, or lower `constraint_rate`; swings: lower `constraint_rate`",
+        ),
+        Scalar("constraint/NAME/value", "mean of that reward in the rollout", "at the bound, or on its good side"),
+        Scalar("constraint/NAME/bound", "the bound: a number, or the base model's mean"),
         Scalar("train/queries", "rewards asked for so far"),
         Scalar(
             "train/failed",
@@ -195,6 +203,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
     "Evaluations on fixed seeds": (
         Scalar("evaluation/reward", "mean reward of the averaged weights, with the chain's own sampler", "rises"),
         Scalar("evaluation/reward_std", "standard deviation of these rewards"),
+        Scalar("evaluation/reward_NAME", "mean of one of several rewards, in its own unit", "each rises or stays"),
         Scalar("evaluation/reward_failed", "share of rewards that failed", "0"),
         Scalar(
             "evaluation/gain",

@@ -15,7 +15,7 @@ from rlfusion.rl.agent import Agent
 
 ADVANTAGES, WALKS, CRITIC, UNIT, PACE = LEARNED = ("advantages", "walks", "critic", "unit", "pace")
 """Those that an agent's learner may have."""
-REWARDS, NORMS, BEST = "rewards", "norms", "best"
+REWARDS, NORMS, BEST, MULTIPLIERS = "rewards", "norms", "best", "multipliers"
 SAID = {
     ADVANTAGES: "the recent rewards of each prompt",
     WALKS: "the walks that are kept",
@@ -25,6 +25,7 @@ SAID = {
     REWARDS: "the guard's best reward",
     NORMS: "the guard's gradient norms",
     BEST: "the best model so far",
+    MULTIPLIERS: "the multipliers of the constraints",
 }
 """The kinds of state, in words."""
 
@@ -39,7 +40,7 @@ SAME_LOSS += "|fused|target_kl|advantage_window|critic_.*|value_(lr|epochs|batch
 
 ALL = tuple(SAID)
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"reward(\..*)?|reward_options\..*|reward_normalize", ALL),
+    (r"reward(\..*)?|reward_options\..*|reward_normalize|constraint|base_samples", ALL),
     (r"chain\..*", ALL),
     (r"base|pretrain\.(data|size|held_out)|pipeline\.(prompts|prompt_column|encoding|prompts_sha256|size)", ALL),
     (r"pipeline\.(adapters|adapters_sha256|scheduler)", ALL),
@@ -114,7 +115,12 @@ def begin_anew(
         state["learner"]["guard"][name] = fresh["learner"]["guard"][name]
     if BEST in kinds:
         state["watch"]["best"] = fresh["watch"]["best"]
-    return [kind for kind in SAID if kind in entries.values() or (kind in kinds and kind not in LEARNED)]
+    balance, absent = state.get("balance", {}), {*LEARNED}
+    if not balance.get("multipliers"):
+        absent.add(MULTIPLIERS)
+    elif MULTIPLIERS in kinds:
+        balance["multipliers"] = {}
+    return [kind for kind in SAID if kind in entries.values() or (kind in kinds and kind not in absent)]
 
 
 def told(changed: Iterable[str], begun: Iterable[str]) -> str:

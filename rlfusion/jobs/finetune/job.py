@@ -25,6 +25,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.gains import gain
 from rlfusion.jobs import base_model, memory, sample_rewards
+from rlfusion.jobs.balance import FILE, Balance, found_of
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.schedule import Schedule
 from rlfusion.jobs.measure import Judged, Scored, Unjudged, grid_samples, look_of, measure, seen
@@ -33,12 +34,13 @@ from rlfusion.jobs.outside import Opened
 from rlfusion.jobs.parts import Parts
 from rlfusion.jobs.pretrain import require_solvable
 from rlfusion.jobs.tasks import from_actors, make_task
-from rlfusion.rewards import Reward, bare, build, names_of, task_info
+from rlfusion.rewards import Reward, WeightedSum, bare, build, names_of, task_info
+from rlfusion.rewards.calibration import Moments
 from rlfusion.rewards.remote.client import is_url
 from rlfusion.rl.agent import AgentLearner, learner_of
 from rlfusion.rl.guard import Guarded
 from rlfusion.rl.run_monitor import RunMonitor
-from rlfusion.training import publishing
+from rlfusion.training import checkpoint, publishing
 from rlfusion.training.devices import pick_device
 from rlfusion.training.identity import REWARD, Run
 from rlfusion.training.ranks import current
@@ -166,6 +168,30 @@ class Job:
         scored = Scored(self.reward, self.parts.rewards.name, self.parts.rewards.may_fail)
         return measure(policy, self.times, self.judged, scored, settings, self.config.seed, keep)
 
+    def weigh(self, balance: Balance, state: Mapping[str, Any] | None, step: int) -> str:
+        """Find what several rewards are of the base model, which the policy is now, or take it from the ``state`` of a
+        checkpoint after ``step`` updates; the line about it, or "" where the settings do not ask for it.
+        """
+        if not balance.needed:
+            return ""
+        if state is not None:
+            balance.load(state, step)
+        else:
+            balance.begin({name: Moments(**found) for name, found in self._by_first(self._found_of_base).items()})
+        if self.parts.rewards.normalize == "calibrated":
+            assert isinstance(self.reward, WeightedSum)
+            self.reward.base = dict(balance.base)
+        checkpoint.write_json_atomic(self.folder / FILE, balance.state_dict(step)["base"])
+        told = [f"{n} median {m.median:.4g}, MAD {m.mad:.4g}, mean {m.mean:.4g}" for n, m in balance.base.items()]
+        self.tracker.text(step, "run/calibration", "\n".join(f"- {line}" for line in told))
+        return f"of {self.config.base_samples} samples of the base model: {'; '.join(told)}"
+
+    def _found_of_base(self) -> dict[str, dict[str, float]]:
+        about = (self.policy, self.times, self.card.classes, self.card.shape, self.reward, self.parts.rewards)
+        with self._averaged():
+            found = found_of(*about, self.config.seed)
+        return {name: one._asdict() for name, one in found.items()}
+
     def picture(self, step: int, name: str) -> None:
         """Draw the grid of the averaged weights on its fixed seeds, and keep it as PNG and in TensorBoard: the first
         rank does.
@@ -182,7 +208,8 @@ class Job:
     def resumable(self, done: int, collector: Collector) -> dict[str, Any]:
         """All that resuming after ``done`` updates needs."""
         older = {str(v): self._tensors(w) for v, w in collector.still_needed(done).items()}
-        return self.state_dict() | {"older_weights": older, "slowed": list(collector.slowed)}
+        balance = collector.balance.state_dict(done)
+        return self.state_dict() | {"older_weights": older, "slowed": list(collector.slowed), "balance": balance}
 
     def _tensors(self, weights: Weights) -> dict[str, Tensor]:
         """The tensors of some weights, split as the policy is where these are one rank's."""
@@ -214,7 +241,8 @@ class Job:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has of the run, but for the weights of walks to come."""
         learner, watch = self.guarded.state_dict(), self.monitor.state_dict()
-        return {"learner": learner, "older_weights": {}, "slowed": [], "watch": watch, "before": self.before}
+        empty = {"older_weights": {}, "slowed": [], "balance": {"base": {}, "multipliers": {}}}
+        return {"learner": learner, **empty, "watch": watch, "before": self.before}
 
 
 class Found(NamedTuple):

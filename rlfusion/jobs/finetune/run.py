@@ -180,6 +180,9 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     changed = job.run.record.since(found) if found else {}
     known = state is not None and not changed
     told = [] if known else _tried(job, collector)
+    job.guarded.plain = lambda: collector.plain
+    if line := job.weigh(collector.balance, state["balance"] if known else None, found.step if known else 0):
+        progress.say(line)
     job.before = dict(state["before"]) if known else job.evaluate(0)
     checkpoint.write_json_atomic(job.folder / "before.json", job.before)
     if not known or not (job.folder / "samples" / "before.png").is_file():
@@ -189,6 +192,9 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     if state is not None:
         with checkpoint.loading(found.path):
             line = _anew(job, state, changed)
+            if changed:
+                base = collector.balance.state_dict(0)["base"]
+                collector.balance.load(state["balance"] | {"base": base}, found.step)
         if line:
             progress.say(line)
         collector.slowed = list(state["slowed"])
@@ -213,10 +219,12 @@ def _tried(job: Job, collector: Collector) -> list[str]:
 
 def _fitting(job: Job, path: Path) -> dict[str, Any]:
     """The state of a checkpoint, its outer parts as the run's."""
-    state = {"slowed": [], **checkpoint.load(path)}  # older runs never shortened their lag
+    older = {"slowed": [], "balance": {"base": {}, "multipliers": {}}}  # of runs before there was such a thing
+    state = older | checkpoint.load(path)
     with checkpoint.loading(path):
         require_entries(state, job.state_dict(), "the run")
         require_entries(state["watch"], job.monitor.state_dict(), "the monitor")
+        require_entries(state["balance"], job.state_dict()["balance"], "the balance")
         require_entries(state["before"], {name: 0.0 for name in state["before"]}, "the evaluation before")
     return state
 
@@ -282,6 +290,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if config.rollout.lag:
                 job.tracker.counts(done, "train/lags", Counter(collector.lags(step)))
             job.tracker.scalars(done, "train", metrics | {"queries": queries})
+            if collector.constraints:
+                job.tracker.scalars(done, "constraint", collector.constraints)
             if collector.scores is not None:
                 job.tracker.histogram(done, "train/rewards", collector.scores)
             if on_the_way.due(done, total) and not spent:
