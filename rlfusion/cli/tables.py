@@ -132,7 +132,7 @@ def run_evaluate(settings: config.Evaluate) -> None:
 def _print_figures(settings: config.Evaluate, found: Found, result: dict[str, Any]) -> None:
     console = Console()
     if len(found) == 1:
-        _print(console, result, settings.checkpoint)
+        _print(console, {name: value for name, value in result.items() if name != "suite"}, settings.checkpoint)
     else:
         _print_beside(console, found, settings)
     for sampler, rewards in result.get("paired", {}).items():
@@ -144,9 +144,35 @@ def _print_figures(settings: config.Evaluate, found: Found, result: dict[str, An
             row = (held.get(key) for key in ("difference", "standard_error", "p", "better"))
             table.add_row(name, *("" if value is None else f"{value:.3g}" for value in row))
         console.print(table)
+    for column, categories in result.get("suite", {}).get("categories", {}).items():
+        console.print(_by_category(f"{result['suite']['name']}, by {column}", categories, short_names(found)))
     left_out = {name: why for one in found.values() for name, why in one.left_out.items()}
     for name, why in left_out.items():
         console.print(f"{name} is left out: it takes {why}", markup=False, soft_wrap=True)
+
+
+def _by_category(title: str, categories: Mapping[str, Any], short: Mapping[str, str]) -> Table:
+    """The rewards of each category: of each model and sampler, and what two models differ by."""
+    table, first = Table(title=title), next(iter(categories.values()))
+    table.add_column("")
+    table.add_column("prompts", justify="right")
+    shown = [(m, s, r) for m, samplers in first["models"].items() for s, rewards in samplers.items() for r in rewards]
+    paired = [(s, r) for s, rewards in first.get("paired", {}).items() for r in rewards]
+    several = len({sampler for _, sampler, _ in shown}) > 1
+    for model, sampler, reward in shown:
+        words = (reward, short[model] if len(short) > 1 else "", sampler if several else "")
+        table.add_column(" ".join(filter(None, words)), justify="right")
+    for sampler, reward in paired:
+        table.add_column(f"{reward} difference{f' {sampler}' if several else ''} (p)", justify="right")
+    for category, held in categories.items():
+        cells = [f"{held['models'][m][s][r]:.4g}" for m, s, r in shown]
+        cells += [_difference(held["paired"][s][r]) for s, r in paired]
+        table.add_row(category, str(held["prompts"]), *cells)
+    return table
+
+
+def _difference(held: Mapping[str, float]) -> str:
+    return f"{held['difference']:+.3g}" + (f" ({held['p']:.2g})" if "p" in held else "")
 
 
 def _print_beside(console: Console, found: Found, settings: config.Evaluate) -> None:

@@ -60,6 +60,10 @@ class Evaluate:
             sample; empty for none.
         prompts: held-out prompts, as pipeline.prompts: a file or one text, of a pipeline or of a model that reads
             captions; empty for the model's own.
+        suite: held-out prompts whose figures are told by category, too: parti, drawbench, geneval or dpg, as NAME=PATH
+            of the published file or folder, or NAME where it is in root/suites/NAME; or any file of prompts, by its
+            columns category, challenge, tag, type and source. All of its prompts are drawn.
+        per_prompt: samples of each prompt of a suite; evaluation.samples are then these of all prompts.
         samplers: "training", the chain of these settings, and "published", a pipeline's own sampler, or DDIM(eta=0.0)
             on the chain's grid for other models. Each is measured.
         reward: as of finetune; empty measures no reward.
@@ -87,6 +91,8 @@ class Evaluate:
     pipeline: pipelines.Settings = field(default_factory=pipelines.Settings)
     against: str = ""
     prompts: str = ""
+    suite: str = ""
+    per_prompt: int = 1
     samplers: list[str] = field(default_factory=lambda: ["training"])
     reward: str | dict[str, float] = ""
     rewards: list[str] = field(default_factory=list)
@@ -108,7 +114,7 @@ class Evaluate:
     def __post_init__(self) -> None:
         for name in ("data", "real", "features", "diversity"):
             object.__setattr__(self, name, absolute(getattr(self, name)))
-        require_positive(self, "size", "threads")
+        require_positive(self, "size", "threads", "per_prompt")
         require_distinct("rewards", self.rewards)
         require_distinct("samplers", self.samplers)
         unknown = [name for name in self.samplers if name not in SAMPLERS]
@@ -117,6 +123,12 @@ class Evaluate:
             raise ConfigError(f"samplers: {wrong!r}: expected some of {', '.join(SAMPLERS)}")
         if self.prompts and self.pipeline.prompts:
             raise ConfigError("prompts and pipeline.prompts are given: they are the same, expected one of them")
+        if self.suite and (self.prompts or self.pipeline.prompts):
+            raise ConfigError("suite and prompts are given: a suite has its own, expected one of them")
+        if self.per_prompt > 1 and not self.suite:
+            raise ConfigError(f"per_prompt = {self.per_prompt}: it is of a suite, expected 1, or a suite")
+        if self.suite and not (self.reward or self.rewards):
+            raise ConfigError("suite is given without a reward: its figures are rewards by category, expected rewards")
         if self.against and self.evaluation.bits_per_dim:
             raise ConfigError("evaluation.bits_per_dim = True with against: expected false, or one model at a time")
         if self.out:

@@ -1,6 +1,6 @@
 """The job of ``rlfusion evaluate``: a model in figures, or two on the same seeds, under one sampler or both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.metrics import measured
 from rlfusion.evaluation.paired import flips, standard_error
 from rlfusion.evaluation.report import CARRIED_BY
+from rlfusion.jobs import suites
 from rlfusion.jobs.against_real import Beside, beside_of
 from rlfusion.jobs.measure import Judged, Unjudged, draw, make_reward, require_models_data
 from rlfusion.jobs.sample import Sampler, sampler
@@ -45,6 +46,12 @@ class Figures:
     each: dict[str, Tensor] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    def of_prompts(self, prompts: Sequence[int], count: int) -> "Figures":
+        """The rewards of the samples of these prompts, of ``count`` that come in turn."""
+        wanted = set(prompts)
+        some = {n: v[[i for i in range(len(v)) if i % count in wanted]] for n, v in self.each.items()}
+        return Figures({}, some)
+
 
 Found = dict[tuple[str, str], Figures]
 """By model, as it was named, and sampler."""
@@ -53,8 +60,12 @@ Found = dict[tuple[str, str], Figures]
 def evaluate(settings: config.Evaluate, show: Callable[[Found, dict[str, Any]], None]) -> None:
     """Measure; the figures are shown, and then written to ``out``, if asked."""
     set_numerics(settings.threads, pick_device(settings.device))
+    suite = suites.read(settings.suite, Path(settings.root)) if settings.suite else None
+    if suite is not None:
+        many = replace(settings.evaluation, samples=suite.count * settings.per_prompt)
+        settings = replace(settings, suite="", per_prompt=1, prompts=suite.prompts, evaluation=many)
     first = _sampler(settings, settings.checkpoint)
-    judged, rewards = _judged(settings, first.card)
+    judged, rewards = _judged(settings, first.card, suite.metadata if suite else first.card.metadata)
     if settings.evaluation.bits_per_dim and isinstance(judged, Unjudged):
         raise ConfigError("evaluation.bits_per_dim = True: there are no held-out data of this model, expected false")
     beside = beside_of(settings, first.card.shape, Progress().say)
@@ -66,9 +77,18 @@ def evaluate(settings: config.Evaluate, show: Callable[[Found, dict[str, Any]], 
         for which in settings.samplers:
             found[name, which] = _measured(settings, _chained(one, settings.chain, which), judged, rewards, beside)
     result = _result(found, settings.seed)
+    if suite is not None:
+        result["suite"] = _by_category(suite, found, settings.seed)
     show(found, result)
     if settings.out:
         checkpoint.write_json_atomic(Path(settings.out), result)
+
+
+def _by_category(suite: suites.Suite, found: Found, seed: int) -> dict[str, Any]:
+    """``suites.figures``; of two models with their differences, sample by sample."""
+    models_, samplers = (list(dict.fromkeys(key[n] for key in found)) for n in (0, 1))
+    pairs = [(s, *(found[m, s] for m in models_)) for s in samplers] if len(models_) == 2 else []
+    return suites.figures(suite, found, pairs, lambda first, second: _differences(first, second, seed))
 
 
 def _name_of_second(settings: config.Evaluate) -> str:
@@ -128,11 +148,15 @@ def _chained(held: Sampler, chain: Chain, which: str) -> Sampler:
     return held._replace(policy=chain.policy(held.denoiser, held.card.names), times=chain.times(held.denoiser))
 
 
-def _judged(settings: config.Evaluate, card: models.Card) -> tuple[Judged | Unjudged, dict[str, Reward]]:
-    """What the samples are held against, and the rewards by name; the one of ``reward`` as "reward"."""
+def _judged(
+    settings: config.Evaluate, card: models.Card, metadata: tuple[Mapping[str, Any], ...]
+) -> tuple[Judged | Unjudged, dict[str, Reward]]:
+    """What the samples are held against, and the rewards by name; the one of ``reward`` as "reward". ``metadata`` are
+    of the prompts.
+    """
     root, device = Path(settings.root), pick_device(settings.device)
     unjudged = bool(card.pipeline or settings.prompts)
-    judged: Judged | Unjudged = Unjudged(card.shape, card.names, card.metadata)
+    judged: Judged | Unjudged = Unjudged(card.shape, card.names, metadata)
     data = None if unjudged else _data(settings, card)
     named: dict[str, str | dict[str, float]] = {"reward": settings.reward} if settings.reward else {}
     named |= dict(zip((f"reward_{name}" for name in labels(settings.rewards).values()), settings.rewards))
