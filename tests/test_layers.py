@@ -50,7 +50,8 @@ HOMES = {
     "jsonargparse": {"rlfusion.cli.arguments"},
     "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"}
     | {"rlfusion.cli.cluster_jobs", "rlfusion.cli.stored_runs"},
-    "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"},
+    "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"}
+    | {"rlfusion.rewards.kit.lpips_likeness.scorer", "rlfusion.rewards.kit.object_checks.scorer"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}
     | {"rlfusion.jobs.launch.job", "rlfusion.jobs.push", "rlfusion.jobs.imports.job", "rlfusion.jobs.imports.reading"},
     "torch_fidelity": {"rlfusion.evaluation.extractors"},

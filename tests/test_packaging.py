@@ -51,7 +51,7 @@ def test_the_declared_packages_are_the_folders_on_disk():
 
 def test_the_top_folders_hold_no_other_folders_than_these():
     inside = {d.relative_to(ROOT).as_posix() for top in TOP for d in (ROOT / top).iterdir() if d.is_dir()}
-    assert {d for d in inside if not d.endswith("__pycache__")} == {"rewards/clip", "rewards/remote"}
+    assert {d for d in inside if not d.endswith("__pycache__")} == {"rewards/clip", "rewards/kit", "rewards/remote"}
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,12 @@ def _stored(arguments: list[str]) -> int:
     return stored_runs.runs(arguments)
 
 
+def _rewards(arguments: list[str]) -> int:
+    from rlfusion.cli import reward_kits
+
+    return reward_kits.rewards(arguments)
+
+
 def _first(arguments: list[str], option: str) -> list[str]:
     """``NAME ...`` as ``OPTION NAME ...``."""
     return [option, *arguments] if option and arguments and not arguments[0].startswith("-") else arguments
@@ -278,6 +284,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "reproduce": partial(_plain, "reproduce", "Reproduce", "--bundle", ""),
     "list": _list,
     "serve-reward": partial(_plain, "serve-reward", "Serve", "--reward", ""),
+    "rewards": _rewards,
     "supervise": _supervise,
     "launch": _launch,
     "jobs": _jobs,

@@ -28,7 +28,7 @@ def test_a_page_is_what_the_parser_says(command):
     assert page, "make help writes the pages"
     said = help_writer.made(command)
     assert options(page) == options(said), "settings have changed: make help writes the pages again"
-    assert bool(options(page)) == (command not in ("list", "jobs", "runs"))
+    assert bool(options(page)) == (command not in ("list", "jobs", "runs", "rewards"))
     if not options(page):
         assert page == said
 

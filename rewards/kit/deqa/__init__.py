@@ -1,0 +1,1 @@
+"""The kit ``deqa`` of ``rlfusion.rewards.kit``."""

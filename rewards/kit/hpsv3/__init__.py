@@ -1,0 +1,1 @@
+"""The kit ``hpsv3`` of ``rlfusion.rewards.kit``."""

@@ -1,0 +1,1 @@
+"""The kit ``image_reward`` of ``rlfusion.rewards.kit``."""

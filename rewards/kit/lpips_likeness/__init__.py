@@ -1,0 +1,1 @@
+"""The kit ``lpips_likeness`` of ``rlfusion.rewards.kit``."""

@@ -1,0 +1,1 @@
+"""The kit ``object_checks`` of ``rlfusion.rewards.kit``."""

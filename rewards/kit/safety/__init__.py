@@ -1,0 +1,1 @@
+"""The kit ``safety`` of ``rlfusion.rewards.kit``."""

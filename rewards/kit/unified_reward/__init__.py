@@ -1,0 +1,1 @@
+"""The kit ``unified_reward`` of ``rlfusion.rewards.kit``."""
