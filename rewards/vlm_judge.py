@@ -8,7 +8,8 @@
 
 ``at_once`` questions are under way at a time. Answers are remembered by the SHA-256 of all that was asked, so that the
 same image, prompt and question costs once in a process. The tokens that the endpoint counts are added up (``spent``)
-and told as they double; at ``most_tokens`` of a process the judge asks no more.
+and told as they double; at ``most_tokens`` the judge asks no more: of its process, or with an ``account`` of all
+processes that name that file, and of a run that is resumed. What is under way then is still answered.
 
 The key is read from an environment variable, whose name is the setting; the key itself is in no setting, file or line.
 """
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive, shorten
 from rlfusion.common.tensors import Cond
+from rlfusion.rewards.account import Account
 from rlfusion.rewards.adapters import converted
 from rlfusion.rewards.base import RewardFailure, RewardUnavailable, require_labels
 from rlfusion.rewards.remote.transport import Failed, request
@@ -80,19 +82,20 @@ class Spent:
         """All of them."""
         return self.read + self.written
 
-    def add(self, usage: Any) -> None:
-        """Count an answer, and tell the sum whenever it has doubled."""
+    def add(self, usage: Any) -> int:
+        """Count an answer, and tell the sum whenever it has doubled; the tokens of this one."""
         held = usage if isinstance(usage, dict) else {}
         read, written = (held.get(name) for name in ("prompt_tokens", "completion_tokens"))
         with self._lock:
             self.questions += 1
+            before = self.tokens
             self.read += read if type(read) is int and read > 0 else 0
             self.written += written if type(written) is int and written > 0 else 0
-            if self.tokens < self._told:
-                return
-            while self._told <= self.tokens:
-                self._told *= 2
-            _log.warning("vlm_judge: %s", self)
+            if self.tokens >= self._told:
+                while self._told <= self.tokens:
+                    self._told *= 2
+                _log.warning("vlm_judge: %s", self)
+            return self.tokens - before
 
     def __str__(self) -> str:
         return f"{self.questions:,} questions, {self.read:,} tokens read and {self.written:,} written"
@@ -108,7 +111,7 @@ class VlmJudge:
         prompt: str = QUESTION,
         scale: Sequence[float] = (0.0, 10.0),
         key_variable: str = "OPENAI_API_KEY",
-        limits: dict[str, float] | None = None,
+        limits: dict[str, Any] | None = None,
         *,
         prompts: Sequence[str] = (),
     ) -> None:
@@ -119,7 +122,7 @@ class VlmJudge:
             prompt: the question; {prompt}, {low} and {high} are filled in.
             scale: the lowest and the highest number of an answer.
             key_variable: the environment variable with the key; one that is not set sends none.
-            limits: as ``Limits``: timeout_s, patience_s, retries, at_once, cache, most_tokens.
+            limits: as ``Limits``: timeout_s, patience_s, retries, at_once, cache, most_tokens, account.
             prompts: the text of each condition.
 
         Raises:
@@ -130,6 +133,7 @@ class VlmJudge:
         self.limits = Limits.of(limits or {})
         self.key_variable, self.prompts = key_variable, tuple(prompts)
         self.spent = Spent()
+        self.account = Account(self.limits.account) if self.limits.account else None
         self._values: OrderedDict[bytes, float] = OrderedDict()
         try:
             self._asked("")
@@ -200,10 +204,8 @@ class VlmJudge:
 
     def _answer(self, body: bytes) -> bytes:
         """What the endpoint says; raises Failed once patience is over."""
-        if self.limits.most_tokens and self.spent.tokens >= self.limits.most_tokens:
-            raise ConfigError(
-                f"vlm_judge has spent {self.spent}: expected less than most_tokens = {self.limits.most_tokens}"
-            )
+        if self.limits.most_tokens:
+            self._require_left(self.limits.most_tokens)
         end, wait = time.monotonic() + self.limits.patience_s, FIRST_S
         where, key = f"{self.url}/chat/completions", os.environ.get(self.key_variable, "")
         while True:
@@ -217,12 +219,24 @@ class VlmJudge:
             time.sleep(wait)
             wait = min(2 * wait, LAST_S)
 
+    def _require_left(self, most: int) -> None:
+        """
+        Raises:
+            ConfigError: all tokens are spent.
+        """
+        if (self.account.total() if self.account else self.spent.tokens) < most:
+            return
+        what = f"{self.account.total():,} tokens in {str(self.account.path)!r}" if self.account else str(self.spent)
+        raise ConfigError(f"vlm_judge has spent {what}: expected less than most_tokens = {most}")
+
     def _number(self, answer: bytes) -> float:
         """The reward that an answer means, Eq. (2)."""
         try:
             held = json.loads(answer)
             text = held["choices"][0]["message"]["content"]
-            self.spent.add(held.get("usage"))
+            cost = self.spent.add(held.get("usage"))
+            if self.account:
+                self.account.add(cost)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise Unreadable(f"it answered {_short(answer)}: expected a chat completion") from error
         match = NUMBER.fullmatch(text) if isinstance(text, str) else None
@@ -243,6 +257,8 @@ class Limits:
         at_once: questions under way.
         cache: answers that are remembered.
         most_tokens: that may be spent; 0 for no limit.
+        account: the absolute path of a file in which all processes of a run, or several runs, add up what they spend;
+            empty for the process alone.
     """
 
     timeout_s: float = 60.0
@@ -251,6 +267,7 @@ class Limits:
     at_once: int = 8
     cache: int = 100_000
     most_tokens: int = 0
+    account: str = ""
 
     def __post_init__(self) -> None:
         require_positive(self, "timeout_s", "at_once", "cache")

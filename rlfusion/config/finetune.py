@@ -232,11 +232,22 @@ class Finetune:
         if self.ray.reward_envs and not self.rollout.workers:
             raise ConfigError("rollout.workers = 0 with ray.reward_envs: expected Ray workers, 1 at least")
         require_not_negative(self.ray, "gpus_per_reward")
+        self._require_one_account()
         floor_s = self.ray.limits.item_floor_s
         if self.rollout.workers and self.reward_timeout_s >= floor_s:
             raise ConfigError(
                 f"reward_timeout_s = {self.reward_timeout_s:g}: a worker that is not done with its item within "
                 f"ray.limits.item_floor_s = {floor_s:g} may be killed before, expected less, or a larger item_floor_s"
+            )
+
+    def _require_one_account(self) -> None:
+        """Refuse a limit of tokens that each of several processes would hold by itself."""
+        limits = (self.reward_options.get("vlm_judge") or {}).get("limits") or {}
+        several = self.rollout.workers > 0 or self.learner.ranks > 1
+        if several and limits.get("most_tokens") and not limits.get("account"):
+            raise ConfigError(
+                f"most_tokens = {limits['most_tokens']} of vlm_judge: each worker and each rank would spend that, "
+                "expected limits.account, the absolute path of a file that they share, or a served judge"
             )
 
     @property

@@ -10,8 +10,10 @@ import torch
 from chat_endpoint import endpoint
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import Finetune
+from rlfusion.config import Finetune, Rollout
+from rlfusion.config.parts import Learners
 from rlfusion.rewards import RewardFailure, build, score
+from rlfusion.rewards.account import Account
 from rlfusion.rewards.base import RewardUnavailable
 from rlfusion.rewards.registry import task_info
 
@@ -187,3 +189,55 @@ def test_no_setting_holds_the_key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen")
     told = {"vlm_judge": {"url": "http://127.0.0.1:9/v1", "model": "vlm"}}
     assert "sk-not" not in json.dumps(asdict(Finetune(reward="vlm_judge", reward_options=told)), default=str)
+
+
+def test_an_account_is_of_all_that_name_it_and_outlives_them(tmp_path):
+    """The endpoint counts 92 tokens an answer."""
+    limits = {"most_tokens": 184, "at_once": 1, "account": str(tmp_path / "tokens"), "retries": 0}
+    with endpoint(brightness) as server:
+        first, second = (judge(server.url, limits=limits) for _ in range(2))
+        first(flat(0.1), COND[:1])
+        second(flat(0.2), COND[:1])
+        assert first.account.total() == second.account.total() == first.spent.tokens + second.spent.tokens
+        for one in (first, second, judge(server.url, limits=limits)):
+            with pytest.raises(ConfigError, match=r"tokens in .*expected less than most_tokens = 184"):
+                one(flat(0.7), COND[:1])
+        assert len(server.asked) == 2
+    (tmp_path / "tokens").write_text("many\n")
+    with pytest.raises(ConfigError, match=r"is damaged \(it holds b'many'\)"):
+        judge(server.url, limits=limits)(flat(0.1), COND[:1])
+    (tmp_path / "tokens").write_text("")
+    with pytest.raises(ConfigError, match="it has become shorter"):
+        first(flat(0.7), COND[:1])
+
+
+def test_lines_of_several_processes_do_not_mix(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    file = str(tmp_path / "tokens")
+    with ProcessPoolExecutor(2, get_context("fork")) as several:
+        list(several.map(added, [(file, n) for n in range(1, 5)]))
+    assert Account(file).total() == 200 * (1 + 2 + 3 + 4)
+
+
+def added(told):
+    held = Account(told[0])
+    for _ in range(200):
+        held.add(told[1])
+
+
+def test_accounts_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected an absolute path"):
+        Account("tokens")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Account(str(tmp_path))
+
+
+@pytest.mark.parametrize("several", [{"rollout": Rollout(workers=2)}, {"learner": Learners(ranks=2, shares=2)}])
+def test_a_limit_of_each_of_several_processes_is_refused(several):
+    told = {"url": "http://x/v1", "model": "m", "limits": {"most_tokens": 9}}
+    with pytest.raises(ConfigError, match="each worker and each rank would spend that"):
+        Finetune(reward="vlm_judge", reward_options={"vlm_judge": told}, **several)
+    told["limits"]["account"] = "/x"
+    Finetune(reward="vlm_judge", reward_options={"vlm_judge": told}, **several)
