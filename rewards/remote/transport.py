@@ -9,13 +9,14 @@ import socket
 import time
 from contextlib import closing, suppress
 from http.client import HTTPException
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 from rlfusion.common.errors import ConfigError
 
 CHUNK = 65536
+_IMPORTING = Lock()
 AGAIN = (408, 412, 429)
 """Statuses below 500 after which the same request may do better later; 412 says that it was damaged on the way."""
 
@@ -44,6 +45,7 @@ def request(
         Failed: no answer in time, one of status 5xx or ``AGAIN``, or more than ``most`` bytes.
         RefusedError: the server refuses the request.
     """
+    _require_library()
     exchange = _Exchange(method, url, body, token, most, timeout_s, kind)
     exchange.join(timeout_s)
     if exchange.is_alive():
@@ -57,6 +59,13 @@ def request(
             raise Failed(message)
         raise RefusedError(f"{url} refuses: {message}", exchange.status)
     return exchange.text
+
+
+def _require_library() -> None:
+    """Import the HTTP library in one thread at a time: several that are the first would each find it half imported."""
+    with _IMPORTING:
+        import urllib3.connection
+        import urllib3.exceptions  # noqa: F401
 
 
 class _Exchange(Thread):
