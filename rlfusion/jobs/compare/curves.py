@@ -4,7 +4,7 @@ gain = (mean reward - mean reward of the base) / (standard deviation of the base
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from rlfusion.evaluation.gains import gain
 from rlfusion.evaluation.images import ImageStatistics
 
 IMAGES = ImageStatistics._fields
+EACH = "evaluation/reward_"
+OTHERS = (f"{EACH}std", f"{EACH}failed")
+"""What begins like the mean of one of several rewards, and is none."""
 PUT_BACK = "put it back, or remove that folder, and a comparison that made it runs it again"
 
 
@@ -22,7 +25,8 @@ class Point:
     """One evaluation of a run. ``diversity`` is a share of real data's, or of the base's where there are none; then
     there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
     ``frechet`` is None, too, where there are fewer samples than before and after.
-    ``alarm``: the monitor has found the reward gamed, here or at an evaluation before.
+    ``alarm``: the monitor has found the reward gamed, here or at an evaluation before. ``rewards`` has the mean of each
+    of several rewards, by its short name.
     """
 
     updates: int
@@ -36,6 +40,7 @@ class Point:
     diversity: float
     images: dict[str, float]
     alarm: bool = False
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 def curve(folder: Path) -> list[Point]:
@@ -63,6 +68,7 @@ def curve(folder: Path) -> list[Point]:
             reward=e["evaluation/reward"],
             **_quality(e, base),
             alarm=step >= alarmed,
+            rewards={name.removeprefix(EACH): e[name] for name in e if name.startswith(EACH) and name not in OTHERS},
         )
         for step, e in sorted(found.items())
     ]

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rlfusion.common import storage
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
 from rlfusion.jobs.compare.curves import Point, sound
+from rlfusion.jobs.compare.fronts import Front
 from rlfusion.jobs.compare.seeds import band
 
 SHOWN = 2.5
@@ -31,7 +33,6 @@ def plot(
     An agent of several seeds has its mean and the interval of it (``seeds``) in the first two. Written as PNG, PDF and
     SVG; the SVG is returned.
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,12 +63,45 @@ def plot(
         _of_diversity(price, fourth, runs, looks, measured)
     lines = dict(zip(*reversed(by_queries.get_legend_handles_labels())))
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    return _written(folder, reward, figure)
+
+
+def _written(folder: Path, name: str, figure: Any) -> bytes:
+    """A figure as PNG, PDF and SVG; the SVG."""
+    from matplotlib import rc_context
+
     for form in FORMATS:
         drawn = BytesIO()
         with rc_context({"svg.hashsalt": "rlfusion"}):
             figure.savefig(drawn, format=form, dpi=80, metadata=WITHOUT_DATE.get(form))
-        storage.write(folder / f"{_file(reward)}.{form}", drawn.getvalue())
+        storage.write(folder / f"{_file(name)}.{form}", drawn.getvalue())
     return drawn.getvalue()
+
+
+def plot_front(folder: Path, front: Front) -> bytes:
+    """Each pair of a front's rewards: all runs from their base on, and the members of the front as rings. Written as
+    PNG, PDF and SVG; the SVG is returned.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pairs = list(combinations(front.rewards, 2))
+    figure = Figure(figsize=(5.5 * min(len(pairs), 3), 4.5 * -(-len(pairs) // 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    looks = {agent: _look(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in front.runs))}
+    grid = list(figure.subplots(-(-len(pairs) // 3), min(len(pairs), 3), squeeze=False).flat)
+    for axes in grid[len(pairs) :]:
+        axes.set_visible(False)
+    for axes, (x, y) in zip(grid, pairs):
+        for agent, _, points in front.runs:
+            look = looks[agent] | {"label": agent}
+            _line(axes, points, lambda p, x=x: p.rewards[x], lambda p, y=y: p.rewards[y], look)
+        at = [(one.point.rewards[x], one.point.rewards[y]) for one in front.members]
+        axes.plot(*zip(*at), "o", color="none", markeredgecolor="k", markersize=9, label="not beaten")
+        axes.set(xlabel=x, ylabel=y)
+    lines = dict(zip(*reversed(grid[0].get_legend_handles_labels())))
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    return _written(folder, f"front-{'-'.join(front.rewards)}", figure)
 
 
 def _gains(axes: Any, runs: list[list[Point]], along: Callable[[Point], float], label: str, look: dict) -> None:

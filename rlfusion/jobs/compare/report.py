@@ -13,12 +13,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from rlfusion.common import storage
-from rlfusion.jobs.compare import paired
+from rlfusion.jobs.compare import fronts, paired
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
 from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at, sound
 from rlfusion.jobs.compare.page import Page, Run, Section
 from rlfusion.jobs.compare.paired import Rewards
-from rlfusion.jobs.compare.plots import plot
+from rlfusion.jobs.compare.plots import plot, plot_front
 from rlfusion.jobs.compare.seeds import difference
 from rlfusion.jobs.compare.tables import Table
 
@@ -91,6 +91,10 @@ def report(
         runs = [Run.read(f"{o.agent}, seed {o.seed}", places[o.agent, reward, o.seed]) for o in mine if o.points]
         sections.append(Section(reward, tables, picture.decode(), runs))
         texts += tables
+    for front in fronts.fronts([(o.agent, o.seed, o.points) for o in outcomes]):
+        told = fronts.table(front)
+        sections.append(Section(" against ".join(front.rewards), [told], plot_front(folder, front).decode(), []))
+        texts.append(told)
     text = f"# Comparison\n\n{head}\n\n" + "\n\n".join(table.markdown() for table in texts) + "\n"
     storage.write(folder / "comparison.md", text)
     storage.write(folder / "comparison.csv", "\n".join(table.csv() for table in texts))
