@@ -190,6 +190,20 @@ def _plain(command: str, settings: str, first: str, model: str, arguments: list[
     run(parse(getattr(config, settings), command, _first(arguments, first), model=model))
 
 
+def _evaluate(arguments: list[str]) -> None:
+    """A suite has a number of samples of its own."""
+    from rlfusion.cli.defaults import told_last
+    from rlfusion.common.errors import ConfigError
+
+    told, suite = (told_last(arguments, *key) for key in (("evaluation", "samples"), ("suite",)))
+    if told is not None and suite:
+        raise ConfigError(
+            f"evaluation.samples = {told} with suite = {suite}: all prompts of a suite are drawn, expected per_prompt, "
+            "the samples of each"
+        )
+    _plain("evaluate", "Evaluate", "", "checkpoint", arguments)
+
+
 def _board(arguments: list[str]) -> None:
     _plain("board", "Board", "", "", _runs(arguments))
 
@@ -276,7 +290,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pretrain-autoencoder": partial(_job, "pretrain-autoencoder"),
     "train-clip": partial(_job, "train-clip"),
     "sample": partial(_plain, "sample", "Sample", "", "checkpoint"),
-    "evaluate": partial(_plain, "evaluate", "Evaluate", "", "checkpoint"),
+    "evaluate": _evaluate,
     "check-model": partial(_plain, "check-model", "CheckModel", "--model", "model"),
     "doctor": _doctor,
     "check-reward": partial(_plain, "check-reward", "CheckReward", "--reward", "model"),

@@ -1,6 +1,7 @@
 """``rlfusion rewards``: parse and print."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 from rlfusion.common.errors import ConfigError, unknown
@@ -53,6 +54,7 @@ def rewards(arguments: Sequence[str]) -> int:
         reward_kits.install(names[0], "--dry_run" in words, print, "--anew" in words)
     else:
         command = reward_kits.serving(names[0], words)
+        sys.stdout.flush()
         os.execv(command[0], command)
     return 0
 

@@ -26,6 +26,8 @@ from rlfusion.jobs.launch import wheel
 from rlfusion.rewards.kit import KITS, Kit, find
 
 STAMP = "kit.json"
+PYTHON = "3.11"
+"""The version that the pinned packages have wheels for; uv finds or fetches it, venv takes the one that runs."""
 VARIABLE = "RLFUSION_REWARD_ENVS"
 SHOWN = 600
 """Characters of what an installer says that an error tells."""
@@ -84,7 +86,7 @@ class Environment:
         reqs, made = self.folder / "requirements.txt", f"{self.folder / _wheel_name()}[serve]"
         if uv := shutil.which("uv"):
             install = [uv, "pip", "install", "--python", str(self.python), "-r", str(reqs), made]
-            return [[uv, "venv", "--allow-existing", "--python", sys.executable, str(self.folder)], install]
+            return [[uv, "venv", "--allow-existing", "--python", PYTHON, str(self.folder)], install]
         if find_spec("ensurepip") is None:
             raise KitUnavailable("neither uv nor ensurepip is here: expected pip install uv")
         return [

@@ -156,6 +156,7 @@ def test_settings_that_do_not_go_with_a_suite_are_refused(given, tiny_root, caps
         ("--suite", "parti=PartiPrompts.tsv"): "expected rewards",
         ("--suite", "parti=PartiPrompts.tsv", "--reward", "ink", "--prompts", "a"): "suite and prompts are given",
         ("--per_prompt", "2", "--reward", "ink"): "per_prompt = 2: it is of a suite",
+        ("--suite", "parti=PartiPrompts.tsv", "--reward", "ink", "--evaluation.samples", "9"): "expected per_prompt",
         ("--suite", "parti=PartiPrompts.tsv", "--reward", "ink"): "knows classes and reads no texts",
     }.items():
         assert main(["evaluate", *model, *words]) == 2
