@@ -110,6 +110,11 @@ class Config:
                 raise ConfigError(f"batch = {self.batch}: pairs come from rollouts, expected null, or agent.data")
 
     @property
+    def asks_nothing(self) -> bool:
+        """Whether it learns without a reward."""
+        return bool(self.data)
+
+    @property
     def drawn(self) -> int:
         """The stored pairs of an update."""
         return self.batch or DRAWN

@@ -93,6 +93,11 @@ class Config:
             raise ConfigError(f"w_max = {self.w_max}: expected a finite number > 0, or null")
         _ = self.loss  # refuses what no table holds
 
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether it learns without a reward."""
+        return True
+
     @cached_property
     def loss(self) -> Denoising:
         """Eq. (1) of one image."""

@@ -156,6 +156,11 @@ class Finetune:
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
                 f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
             )
+        if self.budget_queries and getattr(self.agent, "asks_nothing", False):
+            raise ConfigError(
+                f"budget_queries = {self.budget_queries}: agent {self.agent.name!r} learns from stored samples and "
+                "asks for no reward, expected 0 (updates is how long it learns)"
+            )
         if 0 < self.budget_queries < self.queries:
             raise ConfigError(
                 f"budget_queries = {self.budget_queries}: expected at least {self.queries}, which one update asks for "

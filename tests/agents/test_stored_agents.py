@@ -13,6 +13,7 @@ from weighted import plain_task, same
 from rlfusion.agents import dpo, sft
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import stream
+from rlfusion.config import Finetune
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.schedule import Rectified
 from rlfusion.objectives.renoise import draws
@@ -240,3 +241,11 @@ def test_the_plan_says_that_there_are_no_rollouts():
     assert "no rollouts: 16 stored images" in CONFIGS["sft"].plan()
     assert "no rollouts: 64 stored pairs" in dpo.Config(data="x").plan()
     CONFIGS["dpo"].check(Plan(1, 1, 0, 4))
+
+
+@pytest.mark.parametrize("agent", [sft.Config(data="images"), dpo.Config(data="pairs")])
+def test_a_budget_of_rewards_that_nobody_asks_for_is_refused(agent):
+    with pytest.raises(ConfigError, match=f"budget_queries = 500: agent '{agent.name}' learns from stored samples"):
+        Finetune(agent=agent, budget_queries=500)
+    Finetune(agent=agent)
+    Finetune(agent=dpo.Config(), budget_queries=500)

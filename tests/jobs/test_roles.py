@@ -16,7 +16,6 @@ from rlfusion.config.parts import Learners
 from rlfusion.jobs import base_model, memory
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.roles import Least, elements, of_finetuning, roles
-from rlfusion.models import pipelines
 from rlfusion.models.pipelines import hub
 from rlfusion.rollout.placement import PROCESS
 
@@ -49,8 +48,8 @@ def test_of_a_network_that_cannot_be_made_without_memory_nothing_is_known(made, 
     real = hub.diffusers()
     monkeypatch.setattr(hub, "diffusers", lambda: SimpleNamespace(UNet2DConditionModel=made))
     assert hub.parameters(tiny_pipelines["sd"], "unet") == 0
-    monkeypatch.setattr(pipelines, "parameters", lambda *_: 0)
     monkeypatch.setattr(hub, "diffusers", lambda: real)
+    monkeypatch.setattr(hub, "without_memory", lambda *_: None)
     assert of_finetuning(opened(config)) == Least()
 
 
