@@ -115,13 +115,23 @@ class Config:
         return bool(self.data)
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether it has a copy of the base model's weights."""
+        return True
+
+    @property
     def drawn(self) -> int:
         """The stored pairs of an update."""
         return self.batch or DRAWN
 
     def check(self, plan: Plan) -> None:
-        """Raises ConfigError for groups without a pair."""
+        """Raises ConfigError for groups without a pair, or fewer stored pairs than optimiser steps."""
         if self.data:
+            if self.updates_per_epoch > (most := self.drawn // plan.shares):
+                raise ConfigError(
+                    f"updates_per_epoch = {self.updates_per_epoch}: expected at most {most}, of batch = {self.drawn} "
+                    "pairs"
+                )
             return
         if int(self.pairs * plan.samples_per_prompt) < 1:
             raise ConfigError(
@@ -151,7 +161,7 @@ class Learner:
     """Diffusion-DPO. ``update`` takes the samples of a rollout; of ``stored`` pairs it looks at none."""
 
     def __init__(self, policy: Policy, config: Config, seed: int = 0, stored: Pairs | None = None) -> None:
-        self.stored = stored
+        self.stored, self.asks_nothing = stored, stored is not None
         self.policy, self.config, self.seed = policy, config, seed
         self.reference = frozen_copy(policy)
         self.times = spec.parse(config.times, TIMES, "distribution of times")

@@ -94,6 +94,16 @@ class Config:
         """Every transition."""
         return transitions()
 
+    @property
+    def watches_only(self) -> bool:
+        """Whether nothing is learned from the rewards that it asks for."""
+        return True
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether it has a copy of the base model's weights."""
+        return not self.teacher
+
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain has a KL, or the teacher cannot be opened."""
         return Learner(task, self, seed)

@@ -7,7 +7,8 @@
     (3)  plus kl | y_theta - y_base |^2
 
 Eq. (1) is minimised by the denoiser of the stored images, weighted by w, for each prompt; with (3) by that of the
-mixture of it, in the proportion 1 / (1 + kl), and what the base denoises to at x_t, in the other. No walk is taken and
+mixture of it, in the proportion v / (v + kl), and what the base denoises to at x_t, in the other; v = E[w | x_t, c]
+is 1 without scores, so that with them a prompt of low scores is held to the base the more. No walk is taken and
 no reward is asked for: the reward of the run is what evaluations and the monitor measure. Of stored pairs the images
 that were preferred are learned.
 """
@@ -98,6 +99,11 @@ class Config:
         """Whether it learns without a reward."""
         return True
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether it has a copy of the base model's weights."""
+        return self.kl > 0
+
     @cached_property
     def loss(self) -> Denoising:
         """Eq. (1) of one image."""
@@ -126,6 +132,8 @@ class Config:
 
 class Learner:
     """SFT of the policy of a task. ``update`` takes walks that have not begun, and looks at none of them."""
+
+    asks_nothing = True
 
     def __init__(self, task: Task, config: Config, seed: int = 0) -> None:
         """``seed`` keys the order of the images and their noise.

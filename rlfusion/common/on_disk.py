@@ -27,13 +27,13 @@ AT_ONCE = 2**24
 def parameters(wanted: bool = True) -> Iterator[None]:
     """Within the context the parameters of modules that are made are in files; where that is ``wanted``."""
     register = nn.Module.register_parameter
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def filed(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
         if p is not None and id(p) not in made and p.device.type == "cpu" and p.numel() and not is_split(p):
-            p = nn.Parameter(_in_file(p.detach()), p.requires_grad)
-            made[id(p)] = p  # which may be given to a second module
-        register(module, name, p)
+            new = nn.Parameter(_in_file(p.detach()), p.requires_grad)
+            made[id(p)] = made[id(new)] = p, new  # either of which may be given to a second module
+        register(module, name, p if p is None or id(p) not in made else made[id(p)][1])
 
     if wanted:
         nn.Module.register_parameter = filed  # type: ignore[method-assign]
@@ -55,6 +55,8 @@ def fill(module: nn.Module, filling: Filling) -> None:
 
 
 def _filled(p: nn.Parameter, filling: Filling) -> Tensor:
+    if not p.ndim or not p.numel():
+        return filling[p](slice(0, 0)) if p.ndim else torch.zeros((), dtype=p.dtype)  # which ``split`` refuses
     new = _empty(p.shape, p.dtype)
     each = max(1, AT_ONCE * len(p) // max(1, p.numel() * p.element_size()))
     for at in range(0, len(p), each):

@@ -8,7 +8,7 @@ from rlfusion.agents import AGENTS
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
 from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
-from rlfusion.config.finetune import Finetune
+from rlfusion.config.finetune import Finetune, require_one_account
 from rlfusion.config.parts import Evaluations, Nodes, Rollout
 from rlfusion.config.pretrain import Base
 from rlfusion.config.vary import changed, combinations, placed, title
@@ -131,6 +131,8 @@ class Compare:
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")
         require_not_negative(self, "run_restarts")
+        if self.side_by_side != 1 or self.ray.address or self.run_restarts:
+            require_one_account(self.reward_options, "each run, and each of its restarts,")
         if self.ray.address and self.device.startswith("cuda") and not self.ray.gpus_per_run:
             raise ConfigError(f"ray.gpus_per_run = 0 with device = {self.device}: expected a share of a GPU above 0")
         if not self.agents or not self.rewards:
@@ -208,6 +210,8 @@ class Compare:
         told["monitor"] = replace(watched, every=every if watched.every else 0)
         told |= {"seed": seed, "reward": reward, "reward_options": options, "updates": updates}
         told["reward_failures"] = "mask" if masked else "error"
+        if getattr(parts["agent"], "asks_nothing", False):
+            told["budget_queries"] = 0  # its updates are those of the others
         try:
             run = Finetune(**parts | told)
             walks = rollout.prompts * rollout.samples_per_prompt

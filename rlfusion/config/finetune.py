@@ -1,5 +1,6 @@
 """The settings of ``rlfusion finetune``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any, Literal
 
@@ -146,15 +147,16 @@ class Finetune:
         if self.reward_normalize != "none" and isinstance(self.reward, str):
             raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
         unscored = not self.agent.rollout_spec(self.chain.moves).end
-        if unscored and self.constraint:
-            raise ConfigError(
-                f"constraint = {self.constraint}: agent {self.agent.name!r} scores as it learns, sample by sample, "
-                "expected none"
-            )
+        watches = getattr(self.agent, "watches_only", False)
+        why = f"agent {self.agent.name!r} {self._scoring()}"
+        if (unscored or watches) and self.constraint:
+            raise ConfigError(f"constraint = {self.constraint}: {why}, expected none")
+        if watches and self.reward_normalize != "none":
+            raise ConfigError(f"reward_normalize = {self.reward_normalize}: {why}, expected none")
         if unscored and (self.reward_normalize, self.reward_failures) != ("none", "error"):
             raise ConfigError(
-                f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: agent "
-                f"{self.agent.name!r} scores as it learns, sample by sample, expected none and error"
+                f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: {why}, expected "
+                "none and error"
             )
         if self.budget_queries and getattr(self.agent, "asks_nothing", False):
             raise ConfigError(
@@ -169,7 +171,7 @@ class Finetune:
         r = self.rollout
         if r.overlap and (unscored or self.learner.split):
             why = f"learner.shard = {self.learner.shard}: all ranks walk in step"
-            why = f"agent {self.agent.name!r}, which scores as it learns" if unscored else why
+            why = f"agent {self.agent.name!r}, which {self._scoring()}" if unscored else why
             raise ConfigError(f"rollout.overlap = True with {why}, expected false")
         self.agent.check(self._plan(r.prompts))
         self.learner.require_device(self.device)
@@ -187,8 +189,15 @@ class Finetune:
         """
         if self.base_samples < FEWEST:
             raise ConfigError(f"base_samples = {self.base_samples}: expected at least {FEWEST}")
+        if isinstance(self.constraint, str):
+            raise ConfigError(f"constraint = {self.constraint!r}: expected a list of texts, [{self.constraint!r}]")
         if not self.constraint:
             return
+        if getattr(self.agent, "last_step", "") == "pathwise":
+            raise ConfigError(
+                f"constraint = {self.constraint}: agent.last_step = pathwise takes the gradient of the rewards without "
+                "the multipliers, expected exclude"
+            )
         found = self.constraints
         known = [*names_of(self.reward), *labels(names_of(self.reward)).values(), *REWARDS.names()]
         for one in found:
@@ -247,13 +256,8 @@ class Finetune:
 
     def _require_one_account(self) -> None:
         """Refuse a limit of tokens that each of several processes would hold by itself."""
-        limits = (self.reward_options.get("vlm_judge") or {}).get("limits") or {}
-        several = self.rollout.workers > 0 or self.learner.ranks > 1
-        if several and limits.get("most_tokens") and not limits.get("account"):
-            raise ConfigError(
-                f"most_tokens = {limits['most_tokens']} of vlm_judge: each worker and each rank would spend that, "
-                "expected limits.account, the absolute path of a file that they share, or a served judge"
-            )
+        if self.rollout.workers > 0 or self.learner.ranks > 1:
+            require_one_account(self.reward_options, "each worker and each rank")
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -272,6 +276,14 @@ class Finetune:
         walks = self.rollout.prompts * self.rollout.samples_per_prompt
         scored = self.agent.rollout_spec(self.chain.moves).end
         return walks if scored else walks * getattr(self.agent, "epochs", 1)
+
+    def _scoring(self) -> str:
+        """What an agent does whose rollouts are not scored to be learned from."""
+        if getattr(self.agent, "asks_nothing", False):
+            return "learns from stored samples and asks for no reward"
+        if getattr(self.agent, "watches_only", False):
+            return "learns from no reward and only watches it"
+        return "scores as it learns, sample by sample"
 
     def _plan(self, prompts: int) -> Plan:
         r, where = self.rollout, (self.learner.shares, self.rollout.workers, self.learner.ranks)
@@ -321,3 +333,17 @@ def with_agent(name: str) -> type[Finetune]:
     agent = spec.lookup(AGENTS, name, "agent")
     field_ = ("agent", agent, field(default_factory=agent))
     return make_dataclass("Finetune", [field_], bases=(Finetune,), frozen=True, namespace={"__doc__": Finetune.__doc__})
+
+
+def require_one_account(options: Mapping[str, Any], each: str) -> None:
+    """Refuse a limit of tokens that each of several processes would hold by itself.
+
+    Raises:
+        ConfigError: a judge has one, and no account of all.
+    """
+    limits = (options.get("vlm_judge") or {}).get("limits")
+    if isinstance(limits, Mapping) and limits.get("most_tokens") and not limits.get("account"):
+        raise ConfigError(
+            f"most_tokens = {limits['most_tokens']} of vlm_judge: {each} would spend that, expected limits.account, "
+            "the absolute path of a file that they share, or a served judge"
+        )

@@ -66,6 +66,10 @@ def read(data: str, size: int) -> StoredImages:
         return StoredImages(load(data, size))
     column = one_of(table, SCORE, "score", settable=False)
     score = [_number(row.get(column), f"{table.where(i)}, column {column!r}") for i, row in enumerate(table.rows)]
+    if Path(data).is_dir() and load(data, size).held is not None:
+        raise ConfigError(
+            f"{data!r} has held-out images, by its folders, beside scores: expected a folder of those to learn from"
+        )
     found = Table(path=str(table.file)).load(size)
     return StoredImages(found, torch.tensor(score, dtype=torch.float64))
 

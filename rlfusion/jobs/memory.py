@@ -51,6 +51,7 @@ class Holds(NamedTuple):
         decodes: samples are decoded with a gradient, which is the reward's own.
         ranks: over which all but activations is split (these are then not measured); 1 for none.
         critic: the network of a critic that is learned, by its text; "" for none.
+        teacher: another model teaches, which counts as much as the one that learns.
     """
 
     here: bool
@@ -62,6 +63,7 @@ class Holds(NamedTuple):
     decodes: bool
     ranks: int = 1
     critic: str = ""
+    teacher: bool = False
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -193,6 +195,7 @@ def of_weights(holds: Holds, frozen: int, trained: int, moments: int, critic: Cr
         "copies of what is trained": copies * trained,
         "critic, its gradients and optimiser": 2 * critic.weights + critic.moments,
         "to undo an update": holds.undo * undone,
+        "teacher": holds.teacher * (frozen + trained),
     }
     return {name: -(-size // holds.ranks) for name, size in split.items()}
 

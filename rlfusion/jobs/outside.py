@@ -2,6 +2,7 @@
 latents of its prompts.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor
 
 from rlfusion import models
+from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.hollow import is_hollow
 from rlfusion.common.notices import say_once
 from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset
-from rlfusion.data.stored import read
+from rlfusion.data.stored import StoredImages, read
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.jobs.parts import BaseSpec
 from rlfusion.models import pipelines
 from rlfusion.rollout.outside import Stored
+from rlfusion.training.ranks import current
 
 CHUNK = 256
 """Images that are encoded at a time."""
@@ -63,7 +67,7 @@ class Opened:
         if not data:
             raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
         shape = self.card.shape
-        found = read(data, shape[-1])
+        found = self._to_learn(data, read(data, shape[-1]))
         if found.data.shape != shape:
             raise ConfigError(
                 f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(shape)}: "
@@ -77,13 +81,21 @@ class Opened:
             parts = [self.policy.space.encode(part.to(self._device)).cpu() for part in found.data.x.split(CHUNK)]
         return Stored(torch.cat(parts), prompt, found.score, found.pairs)
 
+    def _to_learn(self, data: str, found: StoredImages) -> StoredImages:
+        """Without the samples that are held out: by the data themselves, or of the base's own data by its training."""
+        own = not self.card.pipeline and data == self.base.pretrain.data and found.score is None
+        if found.data.held is None and not own:
+            return found
+        learned, _ = found.data.split(self.base.pretrain.held_out)
+        return replace(found, data=learned)
+
     def _prompts(self, data: str, found: Dataset) -> Tensor:
         """The number (N,) of each sample's prompt or class among the model's.
 
         Raises:
             ConfigError: the model has no such.
         """
-        place = {name: i for i, name in reversed(list(enumerate(self.card.names)))}
+        place = {unicodedata.normalize("NFC", name): i for i, name in reversed(list(enumerate(self.card.names)))}
         there = sorted(set(found.label.tolist()))
         if strange := [found.names[i] for i in there if found.names[i] not in place]:
             what = "prompts (of pipeline.prompts)" if self.card.pipeline else "classes"
@@ -94,20 +106,37 @@ class Opened:
         return torch.tensor([place.get(name, -1) for name in found.names])[found.label]
 
     def _load(self, model: str) -> tuple[Denoiser, models.Card]:
-        """The teacher, that of a pipeline with the student's prompts, size and precision and no adapters of others."""
+        """The teacher, that of a pipeline with the student's prompts, size and precision and no adapters of others. It
+        is split over the ranks where the student is, and has no weights where that has none.
+        """
         settings = replace(self.base.pipeline, adapters="", adapters_sha256="")
         try:
             card = models.describe(model, settings, self.base.negative, self.base.root / "cache")
+            if shards.roots(self.policy) or self._is_outline:
+                return self._load_hollow(model, card), card
             denoiser = models.build(card, device=self._device) if card.pipeline else models.load(Path(model))[0]
         except ConfigError as error:
             raise ConfigError(f"teacher: {error}") from error
         self.base.arithmetic.act(denoiser, card)
         return denoiser.to(self._device), card
 
+    def _load_hollow(self, model: str, card: models.Card) -> Denoiser:
+        held = models.build_hollow(card, self._device) if card.pipeline else models.load_hollow(Path(model))
+        self.base.arithmetic.act(held.denoiser, card)
+        if not self._is_outline:
+            held.denoiser.requires_grad_(False)
+            shards.split(held.denoiser.net, self._device, current().exact, held.filling)
+            held.denoiser.to(self._device)
+        return held.denoiser
+
     @property
     def _device(self) -> torch.device:
-        device = next(self.policy.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device  # an outline, which a check looks at
+        return torch.device("cpu") if self._is_outline else next(self.policy.parameters()).device
+
+    @property
+    def _is_outline(self) -> bool:
+        """Whether the student has no weights: in a check of a job that will split it."""
+        return is_hollow(self.policy)
 
     def _frozen(self, denoiser: Denoising, chain: Chain) -> Policy:
         policy = chain.policy(denoiser, self.card.names)  # type: ignore[arg-type]

@@ -150,7 +150,8 @@ def opened(config: Finetune) -> Parts:
     task = TaskSpec(c.chain, spec, rewards, c.arithmetic, c.lora, c.threads, c.deterministic, c.tf32, Clip.of(c.agent))
     collecting = Collecting(c.seed, c.rollout, c.updates, c.checkpoint_every)
     workers = Workers(c.rollout.workers, c.ray, c.settings)
-    return Parts(base, rewards, task, workers, collecting, _holds(c, decodes=not spec.end))
+    decodes = not spec.end and not getattr(c.agent, "asks_nothing", False)
+    return Parts(base, rewards, task, workers, collecting, _holds(c, decodes))
 
 
 def _holds(config: Finetune, decodes: bool) -> Holds:
@@ -161,7 +162,7 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         rows = config.rollout.prompts * config.rollout.samples_per_prompt * steps
     return Holds(
         here=config.rollout.workers == 0 and spec.trained is None,
-        reference=getattr(agent, "kl_loss", 0.0) > 0,
+        reference=getattr(agent, "kl_loss", 0.0) > 0 or getattr(agent, "keeps_base", False),
         watched=config.monitor.every > 0,
         undo={"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1),
         optimizer=getattr(agent, "optimizer", "adamw"),
@@ -169,4 +170,5 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         decodes=decodes,
         ranks=config.learner.ranks if config.learner.split else 1,
         critic=getattr(agent, "critic_net", ""),
+        teacher=bool(getattr(agent, "teacher", "")),
     )

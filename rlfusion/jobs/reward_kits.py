@@ -19,13 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, UnavailableError
 from rlfusion.jobs.launch import wheel
 from rlfusion.rewards.kit import KITS, Kit, find
 
-STAMP = "kit.json"
+STAMP, MARK = "kit.json", ".rlfusion-kit"
+"""What a whole environment says of itself; and what says, from its first moment on, that a folder is one."""
 PYTHON = "3.11"
 """The version that the pinned packages have wheels for; uv finds or fetches it, venv takes the one that runs."""
 VARIABLE = "RLFUSION_REWARD_ENVS"
@@ -41,7 +43,7 @@ def place() -> Path:
     """The folder of all environments: that of the environment variable, else in the user's cache."""
     told = os.environ.get(VARIABLE)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(told).expanduser() if told else Path(cache) / "rlfusion" / "reward-envs"
+    return (Path(told).expanduser() if told else Path(cache) / "rlfusion" / "reward-envs").absolute()
 
 
 @dataclass(frozen=True)
@@ -132,22 +134,25 @@ def install(name: str, dry: bool, say: Callable[[str], None], anew: bool = False
     if dry:
         return made
     if made.folder.exists():
-        if not (made.folder / "requirements.txt").is_file() and any(made.folder.iterdir()):
+        if not (made.folder / MARK).is_file() and any(made.folder.iterdir()):
             raise ConfigError(f"{made.folder} holds other things than an environment of a kit: expected it empty")
         shutil.rmtree(made.folder)
     storage.make_folder(made.folder)
+    storage.write(made.folder / MARK, name)
     storage.write(made.folder / "requirements.txt", made.kit.requirements)
     storage.write(made.folder / _wheel_name(), _wheel())
     for command in commands:
-        _run(command, name)
+        _run(command, name, made.folder)
     storage.write(made.folder / STAMP, json.dumps(made.stamp))
     say(f"{name} is installed; rlfusion rewards serve {name} starts it")
     return made
 
 
-def _run(command: Sequence[str], name: str) -> None:
+def _run(command: Sequence[str], name: str, folder: Path) -> None:
+    """Installers read settings of the folder that they run in: there are none in that of the environment."""
+    how: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "check": False}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, cwd=folder, **how)
     except OSError as error:
         raise KitUnavailable(f"the kit {name!r} cannot be installed: {command[0]}: {error}") from error
     if done.returncode:
@@ -165,7 +170,7 @@ def serving(name: str, words: Sequence[str]) -> list[str]:
     made = Environment.of(name)
     if (state := made.state) != "installed":
         raise ConfigError(f"the kit {name!r} is {state}: expected rlfusion rewards install {name} before")
-    return [str(made.python), "-m", "rlfusion", "serve-reward", made.kit.reward, *words]
+    return [str(made.python), "-I", "-m", "rlfusion", "serve-reward", made.kit.reward, *words]
 
 
 def listed() -> list[tuple[Kit, str]]:

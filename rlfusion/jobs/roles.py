@@ -106,7 +106,8 @@ def facts(parts: Parts) -> Facts:
         network, space = (4 * elements(folder, name) for name in ("weights", "space"))
     else:
         about = parts.base.pretrain
-        denoiser = models.build(card_of(about, load(about.data, about.size)), within=on_disk.parameters())
+        within = on_disk.parameters(parts.holds.ranks > 1)
+        denoiser = models.build(card_of(about, load(about.data, about.size)), within=within)
         network = sum(p.numel() * p.element_size() for p in denoiser.parameters())
         space = sum(
             p.numel() * p.element_size() for p in getattr(denoiser.space, "vae", torch.nn.Module()).parameters()

@@ -19,6 +19,7 @@ from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError, listed, shorten, unknown
 from rlfusion.common.weights import sha256
 from rlfusion.models import pipelines
+from rlfusion.models.pipelines.prompt_files import READERS
 
 USUAL = ("category", "challenge", "tag", "type", "source")
 """Columns of any file that have categories, upper or lower case."""
@@ -100,7 +101,8 @@ def read(text: str, root: Path) -> Suite:
         return _published(name, Path(path).expanduser() if equals else root / "suites" / name, bool(equals), root)
     if equals and not Path(text).exists():
         raise unknown("suite", name, PUBLISHED)
-    if not Path(text).expanduser().suffix and not Path(text).expanduser().exists():
+    file = Path(text).expanduser()
+    if file.suffix.lower() not in READERS and not file.exists():
         raise unknown("suite", text, [*PUBLISHED, "a file of prompts"])
     return _of_file(Path(text).stem, text, None)
 
@@ -124,7 +126,8 @@ def _published(name: str, path: Path, told: bool, root: Path) -> Suite:
 def _of_file(name: str, path: str, about: Published | None) -> Suite:
     prompts = pipelines.read_prompts(path)
     rows = prompts.metadata or ({},) * len(prompts.texts)
-    columns = [column for column in rows[0] if column.lower() in USUAL] if about is None else about.categories
+    there = dict.fromkeys(column for row in rows for column in row)
+    columns = [column for column in there if column.lower() in USUAL] if about is None else about.categories
     for number, row in enumerate(rows if about else (), 1):
         if missing := [column for column in about.columns if column not in row]:
             raise ConfigError(
@@ -157,7 +160,10 @@ def _gathered(folder: Path, told: Path, cache: Path) -> Path:
         )
     rows = []
     for file in files:
-        text = " ".join(file.read_text(encoding="utf-8-sig").split())
+        try:
+            text = " ".join(file.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"suite 'dpg': {shorten(repr(str(file)))} is not UTF-8, expected UTF-8") from error
         if not text:
             raise ConfigError(f"suite 'dpg': {shorten(repr(str(file)))} is blank, expected a prompt")
         rows.append({"prompt": text, "file": file.stem, "source": re.sub(r"[\d_-]+$", "", file.stem) or UNTOLD})

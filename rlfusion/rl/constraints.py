@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, cast
 
+from rlfusion.common.code_files import absolute
 from rlfusion.common.errors import ConfigError, shorten
 
 BASE = "base"
@@ -73,7 +74,8 @@ def parsed(texts: Sequence[str], names: Mapping[str, str]) -> tuple[Constraint, 
     found: dict[tuple[str, str], Constraint] = {}
     for text in texts:
         one = Constraint.parse(text)
-        one = Constraint(names.get(one.name, one.name), one.sense, one.bound)
+        whole = one.name if one.name in names.values() else names.get(one.name, absolute(one.name))
+        one = Constraint(whole, one.sense, one.bound)
         if (one.name, one.sense) in found:
             raise ConfigError(f"constraint = {text!r}: {found[one.name, one.sense]!s} is given as well, expected one")
         found[one.name, one.sense] = one

@@ -116,13 +116,14 @@ class Guarded:
             ConfigError: what the learner returns is no metrics.
         """
         before, self.told = self._before(), ""
-        iteration, queries = self.learner.iteration, self.learner.queries + len(batch)
+        asks = not getattr(self.learner, "asks_nothing", False)
+        iteration, queries = self.learner.iteration, self.learner.queries + asks * len(batch)
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
                 metrics = _metrics(self.learner.update(batch), batch)
             alarm = self._judge({**metrics, **self.plain()}, batch)
         except NumericalError as error:
-            metrics, alarm = {"reward": _mean_reward(batch)}, Alarm("finite", str(error))
+            metrics, alarm = {"reward": _mean_reward(batch)} if asks else {}, Alarm("finite", str(error))
         except BaseException:  # a stop, or the user's own code: as if the update had not begun
             self._put_back(before)
             raise

@@ -51,18 +51,24 @@ class Host:
         if not gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.log, self.starts = Path(log), starts
+        try:
+            self._start(words, cwd if Path(cwd).is_dir() else None, environment)
+        except OSError as error:
+            return f"node {os.uname().nodename} cannot start it: {error}"
+        return ""
+
+    def _start(self, words: Sequence[str], cwd: str | None, environment: dict[str, str]) -> None:
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *words],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out,
-                cwd=cwd if Path(cwd).is_dir() else None,
+                cwd=cwd,
                 env=environment,
                 process_group=0,
             )
             self.at = out.tell()
-        return ""
 
     def ended(self) -> Ended | None:
         """How it has ended, None while it works."""

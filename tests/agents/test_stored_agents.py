@@ -10,12 +10,13 @@ from chains import Capture, affine, mlp
 from plane import MODES, STD, fraction_near, plane_task
 from weighted import plain_task, same
 
-from rlfusion.agents import dpo, sft
+from rlfusion.agents import dpo, opd, sft
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import stream
-from rlfusion.config import Finetune
+from rlfusion.config import Compare, Evaluations, Finetune
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.schedule import Rectified
+from rlfusion.jobs.finetune.schedule import schedule
 from rlfusion.objectives.renoise import draws
 from rlfusion.objectives.times import Uniform
 from rlfusion.rl.agent import Plan
@@ -249,3 +250,29 @@ def test_a_budget_of_rewards_that_nobody_asks_for_is_refused(agent):
         Finetune(agent=agent, budget_queries=500)
     Finetune(agent=agent)
     Finetune(agent=dpo.Config(), budget_queries=500)
+
+
+def test_no_more_optimiser_steps_than_stored_pairs():
+    with pytest.raises(ConfigError, match="updates_per_epoch = 4: expected at most 2, of batch = 2 pairs"):
+        Finetune(agent=dpo.Config(data="pairs", batch=2, updates_per_epoch=4))
+
+
+@pytest.mark.parametrize(
+    ("agent", "why"),
+    [
+        (opd.Config(), "agent 'opd' learns from no reward and only watches it"),
+        (sft.Config(data="images"), "agent 'sft' learns from stored samples and asks for no reward"),
+    ],
+)
+def test_what_acts_on_rewards_is_refused_where_nothing_is_learned_from_them(agent, why):
+    with pytest.raises(ConfigError, match=f"constraint.*{why}"):
+        Finetune(agent=agent, constraint=["ink <= 0.4"])
+    with pytest.raises(ConfigError, match=f"reward_normalize.*{why}"):
+        Finetune(agent=agent, reward={"ink": 1.0, "symmetry": 1.0}, reward_normalize="batch")
+
+
+def test_a_comparison_gives_it_the_updates_of_the_others_and_no_budget():
+    runs = [run for *_, run in Compare(agents=["sft(data='images')", "ddpo"], seeds=1).runs()]
+    assert [run.budget_queries for run in runs] == [0, Compare().budget_queries]
+    assert runs[0].updates == runs[1].updates
+    assert schedule(replace(runs[0], evaluation=Evaluations()), 10).every == 0

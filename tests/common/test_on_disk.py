@@ -26,10 +26,14 @@ class Odd(nn.Module):
         self.register_parameter("nothing", None)
         self.tied = nn.Linear(3, 4)
         self.tied.weight = self.first.weight
+        shared = nn.Parameter(torch.randn(2))
+        self.table = nn.ModuleList(nn.Module() for _ in range(2))
+        for part in self.table:
+            part.shared = shared
         self.embedding = nn.Parameter(torch.randn(2, 3, dtype=torch.float64).T * 0.02)
         self.number, self.halved = nn.Parameter(torch.randn(())), nn.Parameter(torch.randn(5, dtype=torch.bfloat16))
         self.empty = nn.Parameter(torch.randn(0, 3), requires_grad=False)
-        self.table = nn.ParameterList([torch.randn(2), torch.randn(3)])
+        self.several = nn.ParameterList([torch.randn(2), torch.randn(3)])
         nn.init.orthogonal_(self.first.weight)
         with torch.no_grad():
             self.tied.bias.mul_(float(self.first.weight.sum()))
@@ -59,6 +63,8 @@ def test_they_have_the_bits_of_those_in_memory():
         assert found.state_dict()[name].dtype == value.dtype, name
         assert torch.equal(found.state_dict()[name], value), name
     assert found.tied.weight is found.first.weight
+    assert found.table[0].shared is found.table[1].shared
+    assert len(list(found.parameters())) == len(list(expected.parameters()))
     assert not found.empty.requires_grad
     assert found.halved.requires_grad
     assert nn.Module.register_parameter is nn.Linear.register_parameter
@@ -99,3 +105,12 @@ def test_a_full_disk_is_said_in_a_line(monkeypatch):
     with pytest.raises(StorageError, match=r"No space left.* for 48 bytes of a network .*TMPDIR"), on_disk.parameters():
         nn.Linear(3, 4)
     assert nn.Module.register_parameter is nn.Linear.register_parameter
+
+
+def test_what_has_no_rows_is_read_as_well():
+    net = nn.Module()
+    with hollow.parameters():
+        net.number, net.none = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(0, 3))
+    on_disk.fill(net, {net.none: lambda rows: torch.ones(0, 3)[rows]})
+    assert (net.number.shape, net.none.shape) == ((), (0, 3))
+    assert not hollow.is_hollow(net)

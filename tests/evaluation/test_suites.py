@@ -77,6 +77,12 @@ def test_a_name_alone_is_looked_for_below_the_root(given):
 def test_any_file_of_prompts_is_a_suite(given):
     (given / "own.jsonl").write_text('{"prompt": "a", "Type": 1}\n{"prompt": "b", "Type": null}\n')
     assert suites.read("own.jsonl", given).groups() == {"Type": {"1": [0], "(none)": [1]}}
+    (given / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "category": "x"}\n')
+    assert suites.read("own.jsonl", given).groups() == {"category": {"(none)": [0], "x": [1]}}
+    (given / "latin").mkdir()
+    (given / "latin" / "0.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8, expected UTF-8"):
+        suites.read("dpg=latin", given)
     (given / "own.txt").write_text("a\nb\n")
     assert suites.read("own.txt", given).groups() == {}
     (given / "own.jsonl").write_text('{"prompt": "a", "tag": ["x"]}\n')
@@ -90,6 +96,7 @@ def test_any_file_of_prompts_is_a_suite(given):
         ("part", "did you mean 'parti'"),
         ("part=x.tsv", "did you mean 'parti'"),
         ("nowhere.tsv", "there is no such file"),
+        ("a red cat v1.5 style", "unknown suite 'a red cat v1.5 style'"),
         ("parti=nowhere.tsv", "has no prompts: expected --suite parti=PATH"),
         ("geneval", "put it into"),
         ("parti=DrawBench.csv", "prompt 1 of 'DrawBench.csv' has Category: expected Category, Challenge, Note"),

@@ -9,10 +9,10 @@ import torch
 from processes import rlfusion
 from tiny_runs import TINY
 
-from rlfusion.agents import AGENTS
+from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.weights import read_file
-from rlfusion.config import Finetune
+from rlfusion.config import Compare, Finetune, Rollout
 from rlfusion.jobs.balance import SUM, Balance, prompts_of
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.scoring import scored
@@ -213,6 +213,31 @@ def test_a_reward_is_named_as_it_is_or_by_its_short_name_and_numbers_are_kept():
     )
     assert held.reward == {"mine.py:tidy": 1.0, "entropy": 0.0}
     assert Finetune(reward=held.reward, constraint=held.constraint) == held
+
+
+def test_a_reward_in_a_file_is_one_reward_wherever_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ink.py").write_text("def f(samples, prompts):\n    return samples.mean((1, 2, 3))\n")
+    whole = f"{tmp_path.resolve() / 'ink.py'}:f"
+    for reward in (whole, {whole: 1.0}):
+        assert Finetune(reward=reward, constraint=["ink.py:f >= base"]).reward == {whole: 1.0}
+    assert Finetune(reward="ink", constraint=["ink.py:f >= base"]).reward == {"ink": 1.0, whole: 0.0}
+
+
+def test_what_constraints_cannot_reach_is_refused():
+    with pytest.raises(ConfigError, match=r"constraint = 'ink >= 0.1': expected a list of texts"):
+        Finetune(constraint="ink >= 0.1")
+    with pytest.raises(ConfigError, match="last_step = pathwise takes the gradient of the rewards without"):
+        Finetune(reward="ink", constraint=["ink >= 0.1"], agent=ddpo.Config(last_step="pathwise"))
+
+
+def test_one_account_of_tokens_is_asked_for_where_several_would_spend():
+    judge = {"vlm_judge": {"limits": {"most_tokens": 100}}}
+    with pytest.raises(ConfigError, match="each run, and each of its restarts, would spend that"):
+        Compare(rewards=["vlm_judge"], reward_options=judge, side_by_side=2)
+    with pytest.raises(ConfigError, match="each worker and each rank would spend that"):
+        Finetune(reward="vlm_judge", reward_options=judge, rollout=Rollout(workers=2))
+    Finetune(reward="vlm_judge", reward_options={"vlm_judge": {"limits": "x"}}, rollout=Rollout(workers=2))
 
 
 def test_the_guard_looks_at_the_reward_without_the_multipliers():

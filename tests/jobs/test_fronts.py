@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from made_runs import STEPS, run
@@ -30,6 +31,14 @@ def test_the_front_is_what_nothing_dominates_by_brute_force():
         firsts = [one.point.rewards["a"] for one in front.members]
         assert firsts == sorted(firsts, reverse=True)
     assert not dominated((1, 1), (1, 1))
+
+
+def test_less_of_a_penalty_is_better():
+    points = [replace(point(n, c=5, ink=ink), lower=("ink",)) for n, ink in enumerate((0.1, 0.9))]
+    (front,) = fronts([("x", 0, points)])
+    assert [one.point.updates for one in front.members] == [0]
+    assert table(front).head[1:3] == ["c", "ink (less is better)"]
+    assert len(fronts([("x", 0, points), ("y", 0, [point(0, c=1, ink=2)])])) == 2
 
 
 def test_runs_of_the_same_rewards_share_a_front_and_alarms_do_not_count():

@@ -15,6 +15,7 @@ from tiny_runs import TINY
 from rlfusion import models
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Base
+from rlfusion.data import load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Observation
 from rlfusion.jobs.outside import Opened
@@ -191,3 +192,23 @@ def test_a_run_on_stored_images_ends_in_the_same_bits_where_it_was_stopped(tiny_
     assert weights[0] == weights[1]
     assert json.loads((tiny_root / "sft-whole" / "summary.json").read_text())["queries"] == 0
     assert set(json.loads((tiny_root / "sft-parts" / "run.json").read_text())["inputs"]) >= {"agent.data"}
+
+
+@pytest.mark.parametrize("data", ["folder", "digits"])
+def test_held_out_images_are_not_learned(data, tmp_path):
+    card = models.Card(CARD.config, (1, 8, 8), tuple("0123456789"))
+    card = card if data == "digits" else models.Card(CARD.config, (3, 8, 8), CARD.names)
+    made = opened(scrambled(card), card)
+    if data == "digits":
+        found = made.stored("digits")
+        learned, held = load("digits", 8).split(Base().held_out)
+        assert len(found.x) == len(learned) < len(learned) + len(held)
+        assert torch.equal(found.x, learned.x)
+        return
+    for part, value in (("train", 0), ("test", 255)):
+        for name in card.names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8), value).save(tmp_path / part / name / "0.png")
+    found = made.stored(str(tmp_path))
+    assert found.x.max() == -1
+    assert len(found.x) == len(card.names)

@@ -24,12 +24,14 @@ NET = "ResidualMLP(width=1024, depth=5)"
 SPLIT = ("--learner.ranks", "2", "--learner.shares", "2", "--learner.shard", "fsdp", "--device", "cpu")
 LOOKS = ("--evaluation.samples", "60")
 CHECKS = {"pretrain": pretrain.check, "distill": distill.check, "finetune": checks.check}
+ON = ("finetune", "--base", "base", "--reward", "ink")
 GIVEN = {
     "pretrain": ("pretrain", "--model.net", NET),
     "distill": ("distill", "--teacher", "base"),
     "distill, of its own teacher": ("distill", "--pretrain.model.net", NET),
     "finetune, of its own base": ("finetune", "--pretrain.model.net", NET),
-    **{agent: ("finetune", "--base", "base", "--agent", agent, "--reward", "ink") for agent in NAMES},
+    **{agent: (*ON, "--agent", agent) for agent in NAMES if agent != "sft"},  # which learns from images alone
+    "opd": (*ON, "--agent", "opd", "--agent.teacher", "base"),
 }
 
 

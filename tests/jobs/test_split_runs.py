@@ -1,11 +1,12 @@
 """Fine-tunings whose network is split over ranks end in the bits of one process, from checkpoints of any ranks."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from ranked_jobs import jobs_on_ranks
+from saved_models import scrambled
 from tiny_runs import TINY
 
 from rlfusion import models
@@ -48,7 +49,14 @@ LAGGING = (
 )
 SPLIT = ("--learner.shard", "fsdp")
 CRITIC = ("--agent", "dawr", "--agent.value_epochs", 1)
-KINDS = {"full": (*FULL, *CRITIC), "lora": (*FULL, *LAGGING), "latent": (*FULL, "--base", "latent", "--agent", "draft")}
+KINDS = {
+    "full": (*FULL, *CRITIC),
+    "lora": (*FULL, *LAGGING),
+    "latent": (*FULL, "--base", "latent", "--agent", "draft"),
+    "taught": (*FULL, "--base", "plain", "--agent", "opd", "--agent.teacher", "teacher"),
+}
+GIVEN = ("latent", "taught")
+"""Those whose models are made by the test."""
 LATENT = {"kind": "kl", "shape": [1, 8, 8], "config": asdict(autoencoder.Config(width=8)), "shift": 0.0, "scale": 1.0}
 
 
@@ -69,8 +77,11 @@ def cut(cwd: Path, name: str, new: str, step: int = 2) -> None:
 def runs(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("split")
     about = Config("ResidualMLP(width=32, depth=1)", "Cosine()", "x0")
-    card = Card(about, (1, 8, 8), tuple("0123456789"), autoencoder=LATENT)
-    models.save(cwd / "latent", models.build(card), card)
+    plain = Card(about, (1, 8, 8), tuple("0123456789"))
+    for seed, (name, card) in enumerate(
+        {"latent": replace(plain, autoencoder=LATENT), "plain": plain, "teacher": plain}.items()
+    ):
+        models.save(cwd / name, scrambled(card, seed), card)
     jobs_on_ranks(1, cwd, *((*held, "--name", kind) for kind, held in KINDS.items()))
     jobs_on_ranks(2, cwd, *((*held, *SPLIT, "--name", f"{kind}-2") for kind, held in KINDS.items()))
     return cwd
@@ -92,7 +103,7 @@ def test_each_rank_writes_its_rows_and_one_manifest_has_all(runs, kind):
 
 
 def test_checkpoints_go_on_with_other_ranks_and_without_any(runs):
-    whole = {kind: held for kind, held in KINDS.items() if kind != "latent"}
+    whole = {kind: held for kind, held in KINDS.items() if kind not in GIVEN}
     for kind in whole:
         cut(runs, f"{kind}-2", f"{kind}-1")
         cut(runs, f"{kind}-2", f"{kind}-4")

@@ -152,7 +152,9 @@ def test_what_rounded_weights_cannot_do_is_refused(changes, said, tmp_path, tiny
 def test_a_package_that_is_not_here_is_named(how, package, monkeypatch):
     for name in (package, f"{package}.nn", f"{package}.quantization"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=f"quantize = {how} needs the package {package}: pip install {package}"):
+    with pytest.raises(
+        ConfigError, match=f"quantize = {how} needs a newer package {package}: pip install -U {package}"
+    ):
         quantized.quantize(nn.Sequential(nn.Linear(2, 2)), how, torch.float32)
 
 

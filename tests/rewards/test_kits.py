@@ -382,7 +382,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(envs, capsys):
 def test_an_environment_is_made_served_and_noticed_when_it_is_outdated(envs, monkeypatch, capsys, uv):
     run: list[list[str]] = []
 
-    def made(command, name):
+    def made(command, name, folder):
         run.append(list(command))
         made_by = envs / name / "bin"
         made_by.mkdir(exist_ok=True)
@@ -405,7 +405,7 @@ def test_an_environment_is_made_served_and_noticed_when_it_is_outdated(envs, mon
     wheel = next((envs / "safety").glob("rlfusion-*.whl"))
     assert run[1][-1] == f"{wheel}[serve]"
     found = reward_kits.serving("safety", ["--port", "0"])
-    assert found[1:] == ["-m", "rlfusion", "serve-reward", KITS["safety"].reward, "--port", "0"]
+    assert found[1:] == ["-I", "-m", "rlfusion", "serve-reward", KITS["safety"].reward, "--port", "0"]
     assert found[0] == str(envs / "safety" / "bin" / "python")
     capsys.readouterr()
     assert main(["rewards", "install", "safety"]) == 0
@@ -432,7 +432,7 @@ def test_the_wheel_of_a_kit_is_one_that_pip_knows(tmp_path):
 def test_what_is_said_wrongly_is_refused(envs, capsys):
     envs.mkdir()
     (envs / "deqa").mkdir()
-    (envs / "deqa" / "mine.txt").touch()
+    (envs / "deqa" / "requirements.txt").write_text("numpy")  # of somebody's own project
     for words, said in {
         ("instal", "deqa"): "did you mean 'install'",
         ("install",): "expected the name of a kit",
@@ -444,6 +444,7 @@ def test_what_is_said_wrongly_is_refused(envs, capsys):
     }.items():
         assert main(["rewards", *words]) == 2
         assert said in capsys.readouterr().err
+    assert (envs / "deqa" / "requirements.txt").read_text() == "numpy"
     assert main(["rewards", "show", "deqa"]) == 0
     assert "transformers==4.36.1" in capsys.readouterr().out
 
@@ -451,7 +452,10 @@ def test_what_is_said_wrongly_is_refused(envs, capsys):
 def test_an_installer_that_fails_is_named_with_what_it_said(tmp_path):
     failing = [sys.executable, "-c", "import sys; sys.exit('no such package')"]
     with pytest.raises(reward_kits.KitUnavailable, match="ended with 1: no such package"):
-        reward_kits._run(failing, "it")
+        reward_kits._run(failing, "it", tmp_path)
+    told = "import os; open('here', 'w').write(os.getcwd())"
+    reward_kits._run([sys.executable, "-c", told], "it", tmp_path)
+    assert (tmp_path / "here").read_text() == str(tmp_path.resolve())
     with pytest.raises(reward_kits.KitUnavailable, match="cannot be installed: nowhere"):
-        reward_kits._run(["nowhere"], "it")
+        reward_kits._run(["nowhere"], "it", tmp_path)
     assert subprocess.run([sys.executable, "-c", ""], check=False).returncode == 0

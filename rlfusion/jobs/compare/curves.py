@@ -12,6 +12,9 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.jsonl import read_lines
 from rlfusion.evaluation.gains import gain
 from rlfusion.evaluation.images import ImageStatistics
+from rlfusion.rewards import labels
+from rlfusion.rl.constraints import Constraint
+from rlfusion.training.identity import Record
 
 IMAGES = ImageStatistics._fields
 EACH = "evaluation/reward_"
@@ -26,7 +29,8 @@ class Point:
     there is no judge either: agreement and frechet are None, and ``images`` has the means of the image statistics.
     ``frechet`` is None, too, where there are fewer samples than before and after.
     ``alarm``: the monitor has found the reward gamed, here or at an evaluation before. ``rewards`` has the mean of each
-    of several rewards, by its short name.
+    of several rewards, by its short name; ``lower`` are those of which less is better: a penalty, or one that is only
+    bound from above.
     """
 
     updates: int
@@ -41,6 +45,7 @@ class Point:
     images: dict[str, float]
     alarm: bool = False
     rewards: dict[str, float] = field(default_factory=dict)
+    lower: tuple[str, ...] = ()
 
 
 def curve(folder: Path) -> list[Point]:
@@ -57,7 +62,7 @@ def curve(folder: Path) -> list[Point]:
         raise ConfigError(
             f"{folder}: metrics.jsonl or timing.jsonl has lost what it said of update {lost[0]}; {PUT_BACK}"
         )
-    base = found[0]
+    base, lower = found[0], _lower(folder)
     return [
         Point(
             updates=step,
@@ -69,9 +74,24 @@ def curve(folder: Path) -> list[Point]:
             **_quality(e, base),
             alarm=step >= alarmed,
             rewards={name.removeprefix(EACH): e[name] for name in e if name.startswith(EACH) and name not in OTHERS},
+            lower=lower,
         )
         for step, e in sorted(found.items())
     ]
+
+
+def _lower(folder: Path) -> tuple[str, ...]:
+    """The short names of the rewards of a run of which less is better, by its settings."""
+    try:
+        held = Record.read(folder).settings
+    except FileNotFoundError:
+        return ()
+    weights = {name.removeprefix("reward."): weight for name, weight in held.items() if name.startswith("reward.")}
+    bound = [Constraint.parse(text) for text in held.get("constraint") or ()]
+    wanted = {one.name for one in bound if one.sense == ">="}
+    unwanted = {one.name for one in bound if one.sense == "<="} - wanted
+    less = [name for name, weight in weights.items() if weight < 0 or (not weight and name in unwanted)]
+    return tuple(labels(list(weights))[name] for name in less)
 
 
 def base_of(folder: Path) -> dict[str, float]:

@@ -181,7 +181,8 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
     known = state is not None and not changed
     told = [] if known else _tried(job, collector)
     job.guarded.plain = lambda: collector.plain
-    if line := job.weigh(collector.balance, state["balance"] if known else None, found.step if known else 0):
+    same = state is not None and anew.MULTIPLIERS not in _stale(job, changed)  # nor have rewards or base
+    if line := job.weigh(collector.balance, state["balance"] if same else None, found.step if same else 0):
         progress.say(line)
     job.before = dict(state["before"]) if known else job.evaluate(0)
     checkpoint.write_json_atomic(job.folder / "before.json", job.before)
@@ -229,9 +230,14 @@ def _fitting(job: Job, path: Path) -> dict[str, Any]:
     return state
 
 
+def _stale(job: Job, changed: Collection[str]) -> tuple[str, ...]:
+    """The kinds of state that do not outlive a change of these settings."""
+    return anew.stale(changed, job.run.record.settings, names_of(job.config.reward))
+
+
 def _anew(job: Job, state: dict[str, Any], changed: Collection[str]) -> str:
     """Put back to the beginning what of ``state`` does not outlive a change of these settings; the line about it."""
-    kinds = anew.stale(changed, job.run.record.settings, names_of(job.config.reward))
+    kinds = _stale(job, changed)
     begun = anew.begin_anew(state, job.state_dict(), anew.kept(job.config.agent), kinds)
     if anew.BEST in begun and (job.folder / "best").is_dir():
         checkpoint.set_aside(job.folder / "best", "before")

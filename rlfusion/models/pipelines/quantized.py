@@ -40,7 +40,7 @@ def quantize(model: nn.Module, how: str, dtype: torch.dtype) -> None:
             setattr(parent, name, make(layer, dtype).requires_grad_(False))
     except ImportError as error:
         package = how.partition("_")[0] if how.startswith("torchao") else "bitsandbytes"
-        raise ConfigError(f"quantize = {how} needs the package {package}: pip install {package}") from error
+        raise ConfigError(f"quantize = {how} needs a newer package {package}: pip install -U {package}") from error
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         message = shorten(str(error).partition("\n")[0], 200)
         raise ConfigError(f"quantize = {how}: not available here ({message}); expected none") from error
