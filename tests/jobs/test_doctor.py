@@ -16,6 +16,7 @@ from rlfusion.jobs.doctor_trial import ROWS, trial
 from rlfusion.rollout import Local
 
 ALL = ["memory", "disk", *ROWS]
+WITH = {"sft": ("--agent.data", "digits"), "opd": ("--agent.teacher_guidance", "1.0")}
 SMALL = {"network": 1000, "activations": 1000}
 
 
@@ -30,7 +31,7 @@ def rows(root: Path, *more: object) -> dict:
 @pytest.mark.parametrize("agent", NAMES)
 def test_a_fine_tuning_that_works_fails_nowhere(agent, tiny_root):
     before = {path.name for path in tiny_root.iterdir()}
-    found = rows(tiny_root, "--agent", agent)
+    found = rows(tiny_root, "--agent", agent, *WITH.get(agent, ()))
     assert list(found) == ALL
     assert {name: row for name, row in found.items() if row.verdict == "FAILS"} == {}
     assert "same bits" in found["checkpoint"].message
