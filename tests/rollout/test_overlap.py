@@ -174,7 +174,7 @@ def test_the_settings_reach_the_backend():
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"agent": AGENTS["draft"]()}, "agent 'draft', which scores as it learns, expected false"),
+        ({"agent": AGENTS["draft"]()}, "agent 'draft', which scores as it learns, sample by sample, expected false"),
         (
             {"learner": Learners(ranks=2, shares=2, shard="fsdp")},
             "learner.shard = fsdp: all ranks walk in step, expected",
