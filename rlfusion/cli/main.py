@@ -195,7 +195,8 @@ def _evaluate(arguments: list[str]) -> None:
     from rlfusion.cli.defaults import told_last
     from rlfusion.common.errors import ConfigError
 
-    told, suite = (told_last(arguments, *key) for key in (("evaluation", "samples"), ("suite",)))
+    suite = told_last(arguments, "suite") if any(word.startswith("--suite") for word in arguments) else None
+    told = told_last(arguments, "evaluation", "samples") if suite else None
     if told is not None and suite:
         raise ConfigError(
             f"evaluation.samples = {told} with suite = {suite}: all prompts of a suite are drawn, expected per_prompt, "

@@ -131,7 +131,7 @@ class Compare:
         if self.side_by_side != "auto":
             require_positive(self, "side_by_side")
         require_not_negative(self, "run_restarts")
-        if self.side_by_side != 1 or self.ray.address or self.run_restarts:
+        if self.side_by_side != 1 or self.ray.address:
             require_one_account(self.reward_options, "each run, and each of its restarts,")
         if self.ray.address and self.device.startswith("cuda") and not self.ray.gpus_per_run:
             raise ConfigError(f"ray.gpus_per_run = 0 with device = {self.device}: expected a share of a GPU above 0")

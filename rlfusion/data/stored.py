@@ -23,6 +23,7 @@ from rlfusion.data.files import METADATA
 from rlfusion.data.images import Reader
 from rlfusion.data.rows import caption_text, counted, pictures, shown
 from rlfusion.data.sources import load
+from rlfusion.data.splits import is_split
 from rlfusion.data.table import Table, located
 
 PAIRED = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("img_0", "img_1"), ("chosen", "rejected"))
@@ -66,9 +67,10 @@ def read(data: str, size: int) -> StoredImages:
         return StoredImages(load(data, size))
     column = one_of(table, SCORE, "score", settable=False)
     score = [_number(row.get(column), f"{table.where(i)}, column {column!r}") for i, row in enumerate(table.rows)]
-    if Path(data).is_dir() and load(data, size).held is not None:
+    parts = [place.name for place in Path(data).iterdir() if place.is_dir()] if Path(data).is_dir() else []
+    if part := next(filter(is_split, sorted(parts)), ""):
         raise ConfigError(
-            f"{data!r} has held-out images, by its folders, beside scores: expected a folder of those to learn from"
+            f"{data!r} has scores, and a folder {part!r}: expected a folder of the images to learn from alone"
         )
     found = Table(path=str(table.file)).load(size)
     return StoredImages(found, torch.tensor(score, dtype=torch.float64))

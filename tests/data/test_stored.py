@@ -93,6 +93,13 @@ def test_scores_go_with_their_images(column, folder):
         assert found.score.tolist() == [2.0, -0.5]
 
 
+def test_scores_beside_held_out_images_are_refused(folder):
+    table(folder, ["file_name", "caption", "score"], ["255.png", "b", "2"], ["0.png", "a", "-0.5"])
+    (folder / "test").mkdir()
+    with pytest.raises(ConfigError, match="has scores, and a folder 'test'"):
+        read(str(folder), 8)
+
+
 def test_images_without_either_are_what_pretraining_reads(folder):
     assert read(str(folder), 8).score is None
     assert torch.equal(read("digits", 32).data.x[:5], read("digits", 32).data.x[:5])
