@@ -26,6 +26,8 @@ RUN = (
     *("updates=3", "checkpoint_every=3", "evaluation.samples=60", "monitor.samples=60", "reward=ink"),
     *("rollout.prompts=4", "rollout.samples_per_prompt=6", "rollout.item=10", "agent.micro_batch=64"),
 )
+WITH = {"sft": ("agent.data=digits",), "opd": ("agent.teacher_guidance=1.0",)}
+"""What some agents cannot do without."""
 DISTILL = ("method.steps=20", "method.batch=32", "checkpoint_every=1000", "evaluation.samples=60")
 
 
@@ -63,7 +65,7 @@ def runs(root: Path) -> dict[str, Callable[[], str]]:
     base = [f"pretrain.{setting}" for setting in (*PRETRAIN[:3], small)]
     made = {"finetune": partial(run, root, "finetune", "finetune")}
     for agent in AGENTS:
-        settings = (f"agent={agent}", *RUN, *base, *CHAIN)
+        settings = (f"agent={agent}", *RUN, *base, *CHAIN, *WITH.get(agent, ()))
         made[f"agent {agent}"] = partial(run, root, "finetune", f"agent-{agent}", *settings)
     for name in PRESETS:
         settings = (f"objective={name}", small, *PRETRAIN)
