@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,14 @@ class Moments(NamedTuple):
     def of(cls, values: Tensor) -> Self:
         """Those of values (N,), in float64."""
         held = values.detach().double().cpu()
-        median = _median(held)
-        return cls(median, _median((held - median).abs()), held.mean().item(), held.std(correction=0).item(), len(held))
+        median = float(np.median(held))
+        return cls(
+            median,
+            float(np.median((held - median).abs())),
+            held.mean().item(),
+            held.std(correction=0).item(),
+            len(held),
+        )
 
     @classmethod
     def read(cls, held: Any, name: str) -> Self:
@@ -70,12 +77,6 @@ def require_spread(found: Mapping[str, Moments]) -> None:
                 f"model is 0 (median {moments.median:g}): expected a reward of which fewer than half are equal, a "
                 "larger base_samples, or reward_normalize group"
             )
-
-
-def _median(values: Tensor) -> float:
-    ordered = values.sort().values
-    low, high = (len(ordered) - 1) // 2, len(ordered) // 2
-    return ((ordered[low] + ordered[high]) / 2).item()
 
 
 def stacked(terms: Mapping[str, Tensor]) -> Tensor:

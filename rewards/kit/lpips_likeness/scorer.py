@@ -91,10 +91,15 @@ def _read(path: str) -> Tensor:
     return torch.from_numpy(held).permute(2, 0, 1)[None].float() / 255
 
 
+FAULTS = (OSError, EOFError, RuntimeError, KeyError, TypeError, IndexError, torch.serialization.pickle.UnpicklingError)
+"""What a file that holds other things brings about."""
+
+
 def _load(backbone: nn.Module, file: str) -> None:
     """torchvision's "features.3.weight" into lpips' "slice2.3.weight"."""
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)  # tensors alone: no code is run
         backbone.load_state_dict({n: held["features." + n.partition(".")[2]] for n in backbone.state_dict()})
-    except Exception as error:  # whatever a wrong file brings about is one refusal
-        raise ConfigError(f"{file!r} does not hold the weights of this backbone: {error}") from error
+    except FAULTS as error:
+        said = shorten(" ".join(str(error).split()), 200)
+        raise ConfigError(f"{file!r} does not hold the weights of this backbone: {said}") from error

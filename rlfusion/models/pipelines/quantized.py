@@ -41,7 +41,7 @@ def quantize(model: nn.Module, how: str, dtype: torch.dtype) -> None:
     except ImportError as error:
         package = how.partition("_")[0] if how.startswith("torchao") else "bitsandbytes"
         raise ConfigError(f"quantize = {how} needs a newer package {package}: pip install -U {package}") from error
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except RuntimeError as error:  # of bitsandbytes and torchao, where they have no code for this machine
         message = shorten(str(error).partition("\n")[0], 200)
         raise ConfigError(f"quantize = {how}: not available here ({message}); expected none") from error
     model.requires_grad_(False)
