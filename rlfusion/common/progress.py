@@ -1,13 +1,16 @@
-"""Live progress in the terminal: bars, tables, and lines between them."""
+"""Live progress in the terminal: bars, tables, and lines between them. Elsewhere (a file, a log) lines at times."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 from rlfusion.common.manner import manner
 
@@ -15,16 +18,59 @@ WIDTH = 80
 """Columns of a table at most."""
 
 
-class Bar:
-    """One bar: ``advance`` by a step, with the values to show beside it."""
+TENTHS, FEWEST_S, LINE_S = 10, 2.0, 30.0
+"""Outside a terminal a line is due each tenth of the way, but for so many seconds after the last; and after so many."""
+
+
+class Bar(Protocol):
+    """One bar, or what stands for it."""
+
+    def advance(self, **values: float) -> None:
+        """One step on, with these values beside the bar."""
+
+
+class Drawn:
+    """A bar in a terminal."""
 
     def __init__(self, rich: RichProgress, task: int) -> None:
         self._rich, self._task = rich, task
 
     def advance(self, **values: float) -> None:
-        """One step on, with these values beside the bar."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._rich.update(self._task, advance=1, values=shown)
+        """As ``Bar.advance``."""
+        self._rich.update(self._task, advance=1, values=worded(values))
+
+
+class Told:
+    """A bar outside a terminal: a line each tenth of the way, or each 30 seconds; none of what takes two."""
+
+    def __init__(
+        self, say: Callable[[str], None], name: str, total: int, start: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._name, self._total, self._start, self._clock = say, name, total, start, clock
+        self._done = self._told = start
+        self._begun = self._last = clock()
+
+    def advance(self, **values: float) -> None:
+        """As ``Bar.advance``."""
+        self._done += 1
+        now = self._clock()
+        further = TENTHS * self._done // self._total > TENTHS * self._told // self._total
+        if now - self._last < (FEWEST_S if further else LINE_S):
+            return
+        self._told, self._last, gone = self._done, now, now - self._begun
+        left = gone / (self._done - self._start) * (self._total - self._done)
+        share = f"{self._name} {self._done}/{self._total} ({100 * self._done // self._total} %)"
+        figures = f": {shown}" if (shown := worded(values)) else ""
+        self._say(f"{share}, {_seconds(gone)} so far, {_seconds(left)} to go{figures}")
+
+
+def worded(values: Mapping[str, float]) -> str:
+    """Figures by name, as a bar shows them."""
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def _seconds(count: float) -> timedelta:
+    return timedelta(seconds=round(count))
 
 
 class Rows:
@@ -69,16 +115,19 @@ class Progress:
     @contextmanager
     def bar(self, name: str, total: int, start: int = 0) -> Iterator[Bar]:
         """A bar over ``total`` steps of which ``start`` are done."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield Told(self.say, name, total, start)
+            return
+        whole = len(f"{total}/{total}")
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.description}", table_column=Column(min_width=len(name), no_wrap=True)),
+            BarColumn(None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=Column(min_width=whole, no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(min_width=len("0:00:00"), no_wrap=True)),
+            TextColumn("{task.fields[values]}", table_column=Column(no_wrap=True)),
         )
-        with RichProgress(*columns, console=self.console) as rich:
-            yield Bar(rich, rich.add_task(name, total=total, completed=start, values=""))
+        with RichProgress(*columns, console=self.console, expand=True) as rich:
+            yield Drawn(rich, rich.add_task(name, total=total, completed=start, values=""))
 
     @contextmanager
     def rows(self, *head: str) -> Iterator[Rows]:

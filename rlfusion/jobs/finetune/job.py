@@ -46,6 +46,8 @@ from rlfusion.training.identity import REWARD, Run
 from rlfusion.training.ranks import current
 from rlfusion.training.tracking import Tracker, grid, save_png
 
+SIGHT = ("gain", "diversity", "kl")
+"""What was won, what it cost, and how far the model has gone: the three that the terminal shows."""
 BY_NUMBER = ("frechet", "frechet_floor", "recall")
 """Figures that depend on how many samples there are: those of fewer stand in no curve of the others."""
 
@@ -72,6 +74,8 @@ class Job:
     """The folder of the base model, unless it is a pipeline."""
     opened: Mapping[str, str] = field(default_factory=dict)
     """The digests of what the learner has opened, by setting."""
+    sight: dict[str, float] = field(default_factory=dict)
+    """The newest of the figures ``SIGHT``, on the first rank: what the terminal shows beside the reward."""
 
     @property
     def folder(self) -> Path:
@@ -125,6 +129,7 @@ class Job:
         with self._averaged():
             metrics, alarms = self.monitor.probe(done)
         self.tracker.scalars(done, "monitor", metrics)
+        self.sight |= {name: metrics[name] for name in SIGHT if name in metrics}
         for message in alarms:
             progress.say(f"monitor, after {done} updates: {message}")
         return self.monitor.stops(alarms)
@@ -143,7 +148,10 @@ class Job:
             result = self._measure(self.policy, told, partial(sample_rewards.keep, self.folder, step))
             if told.samples < self.config.evaluation.samples:
                 result = {name: value for name, value in result.items() if name not in BY_NUMBER}
-            self.tracker.scalars(step, "evaluation", result | {"gain": self._gain(result)})
+            won = self._gain(result)
+            self.tracker.scalars(step, "evaluation", result | {"gain": won})
+            if step:
+                self.sight["gain"] = won
             if told.deterministic:
                 self.tracker.scalars(step, "evaluation_ode", self._ode())
         return result

@@ -303,8 +303,8 @@ def _improve(job: Job, collector: Collector, signals: Signals, progress: Progres
             if on_the_way.due(done, total) and not spent:
                 job.evaluate(done, on_the_way)
             shown = "reward" if "reward" in metrics else "grad_norm"
-            bar.advance(**{shown: metrics[shown]})
             stop = _spent(config, queries, cost) if spent else job.probe(done, progress)
+            bar.advance(**{shown: metrics[shown]} | job.sight)
             if current().of_first(bool(stop)):
                 progress.say(f"stopped after {done} updates: {stop}")
                 return done
