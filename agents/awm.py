@@ -46,7 +46,7 @@ from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import LAWS, of_chain
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.rl.advantage import Baseline, Scale, relative
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import ratio_summary, require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
@@ -57,7 +57,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of AWM.
 
     Attributes:

@@ -15,7 +15,7 @@ changed itself, as V sees it, and the tilt is that of each step and not of the w
 the kernel sets the std of the steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -26,7 +26,7 @@ from rlfusion.common.weights import require_entries
 from rlfusion.data import Dataset
 from rlfusion.rl import chain_value, weighted_settings
 from rlfusion.rl.advantage import group_moments, normalized
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Plan, Traits
 from rlfusion.rl.chain_value import ChainValue
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rl.weighted import Places, Regression, Weigh
@@ -59,10 +59,9 @@ class Config(weighted_settings.Settings, chain_value.Settings):
         """Whether advantages come from a value function that is learned."""
         return self.advantage in ("gae", "critic")
 
-    @property
-    def critic_net(self) -> str:
-        """The network of the value function that is learned; "" for none."""
-        return self.value_net if self.learns_value else ""
+    def traits(self) -> Traits:
+        """Perhaps a value function; the steps of walks on noised samples are its alone."""
+        return replace(super().traits(), critic=self.value_net if self.learns_value else "")
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates, or nothing to compare in a prompt."""

@@ -22,7 +22,7 @@ chain: FlowSDE and Langevin keep noise in other steps, and a schedule with sigma
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,7 +35,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, score_function
 from rlfusion.rl import fused
 from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
@@ -50,7 +50,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of DDPO.
 
     Attributes:
@@ -129,13 +129,12 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.form == "sf" and self.schedule != (1, 1):
-            raise ConfigError(
-                f"epochs, updates_per_epoch = {self.schedule}: "
-                "form 'sf' is on-policy and takes one step a rollout, expected 1 and 1 (or form 'is')"
-            )
+            expected = "form 'sf' is on-policy and takes one step a rollout, expected 1 and 1 (or form 'is')"
+            raise ConfigError(f"epochs, updates_per_epoch = {self.schedule}: {expected}")
         if min(self.schedule) < 1:
             raise ConfigError(f"epochs, updates_per_epoch = {self.schedule}: expected at least 1")
         require_positive(self, "lr", "clip", "advantage_window", "advantage_clip", "micro_batch", "max_grad_norm")
+        require_positive(self, "behaviour_limit")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip = {1 + self.clip}, or null")
         if not 0 < self.step_fraction <= 1:
@@ -165,7 +164,6 @@ class Config:
             )
         if self.last_step == "pathwise" and self.advantage == "prompt":
             raise ConfigError("advantage = prompt: its scale moves, expected another rule with last_step 'pathwise'")
-        require_positive(self, "behaviour_limit")
         require_pace(self.pace)
         require_not_negative(self, "kl_reward", "kl_loss", "weight_decay", "warmup")
         optimizers.settle(self)
@@ -179,6 +177,11 @@ class Config:
         if told.get("form") != "sf" and not fused.is_told(told):
             own |= {"epochs": 1, "clip": 0.01, "clip_per_dim": True, **of_pipelines(told)}
         return own
+
+    def traits(self) -> Traits:
+        """A reference for either KL; the last step may follow a reward's gradient."""
+        passes, pathwise = self.schedule[0], self.last_step == "pathwise"
+        return replace(super().traits(), passes=passes, copies=int(self.refers), pathwise=pathwise)
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for too few walks, or stale ones where the algorithm is on-policy."""
@@ -197,28 +200,28 @@ class Config:
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain is stochastic."""
-        return Learner(
-            task.policy, task.times, self, seed, PathwiseStep(task) if self.last_step == "pathwise" else None
-        )
+        last = PathwiseStep(task) if self.last_step == "pathwise" else None
+        return Learner(task.policy, task.times, self, seed, last)
+
+    @property
+    def refers(self) -> bool:
+        """Whether either KL to the base model counts."""
+        return bool(self.kl_reward or self.kl_loss)
 
     @property
     def schedule(self) -> tuple[int, int]:
         """(passes over a rollout, optimiser steps in a pass), the form's own where they are None."""
-        usual = (1, 1) if self.form == "sf" or self.fused else (2, 4)
-        return (
-            usual[0] if self.epochs is None else self.epochs,
-            usual[1] if self.updates_per_epoch is None else self.updates_per_epoch,
-        )
+        epochs, updates = (1, 1) if self.form == "sf" or self.fused else (2, 4)
+        own = self.updates_per_epoch
+        return epochs if self.epochs is None else self.epochs, updates if own is None else own
 
     def plan(self) -> str:
         """One line that says what the learner does with each rollout."""
         if self.form == "sf":
             return "on-policy: each rollout gives 1 update; the ratio is 1 by construction and nothing is clipped"
-        epochs, updates_per_epoch = self.schedule
-        updates = epochs * updates_per_epoch
-        first = (
-            "the first is on-policy (ratio 1), the others are clipped at" if updates > 1 else "on-policy, clip unused:"
-        )
+        updates = math.prod(self.schedule)
+        later = "the first is on-policy (ratio 1), the others are clipped at"
+        first = later if updates > 1 else "on-policy, clip unused:"
         return f"each rollout gives {updates} update(s): {first} +-{self.clip:g}{said(self.pace, self.lr)}"
 
 
@@ -228,16 +231,13 @@ class Learner:
     def __init__(
         self, policy: Policy, times: Tensor, config: Config, seed: int = 0, last: PathwiseStep | None = None
     ) -> None:
-        """``times`` (K+1,) is the chain's grid; ``seed`` keys the draws of steps and walks; ``last``
-        is the last step's part.
+        """Over the grid ``times`` (K+1,); ``seed`` keys draws of steps and walks, ``last`` is the last step's part.
 
         Raises:
             ConfigError: no step of the chain is stochastic.
         """
         self.policy, self.config, self.seed, self.last = policy, config, seed, last
-        self.transitions = Transitions(
-            policy, times, config.micro_batch, bool(config.kl_reward or config.kl_loss), config.step_weight
-        )
+        self.transitions = Transitions(policy, times, config.micro_batch, config.refers, config.step_weight)
         self.optimization = Optimization.of(policy, config)
         self.running = RunningAdvantage(window=config.advantage_window)
         self.pace = Pace(config.pace)
@@ -314,10 +314,10 @@ class Learner:
             return
         epochs, updates_per_epoch = self.config.schedule
         steps = max(1, round(self.config.step_fraction * len(self.transitions.steps)))
+        whole = steps == len(self.transitions.steps)
         for epoch in range(epochs):
             draw = stream(self.seed, "ddpo", self.iteration, epoch)
             for walks in current().passes(draw, len(batch), updates_per_epoch):
-                whole = steps == len(self.transitions.steps)
                 yield walks, *(self.transitions.all(walks) if whole else self.transitions.some(walks, steps, draw))
 
     @torch.no_grad()

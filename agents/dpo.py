@@ -16,7 +16,7 @@ With ``data`` it is the paper's own, offline: the pairs are stored ones, which a
 ``stored``), and the prompts' scores, where there are such, take the place of rewards. No walk is taken.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,7 +36,7 @@ from rlfusion.diffusion.schedule import level
 from rlfusion.objectives.renoise import noised, renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import pair
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.stored import Pairs
 from rlfusion.rl.transitions import require_finite
@@ -51,7 +51,7 @@ DRAWN = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of Diffusion-DPO.
 
     Attributes:
@@ -109,15 +109,9 @@ class Config:
             if not self.data:
                 raise ConfigError(f"batch = {self.batch}: pairs come from rollouts, expected null, or agent.data")
 
-    @property
-    def asks_nothing(self) -> bool:
-        """Whether it learns without a reward."""
-        return bool(self.data)
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether it has a copy of the base model's weights."""
-        return True
+    def traits(self) -> Traits:
+        """The reference; stored pairs ask for no reward."""
+        return replace(super().traits(), rewards="none" if self.data else "learned", copies=1)
 
     @property
     def drawn(self) -> int:
@@ -161,7 +155,7 @@ class Learner:
     """Diffusion-DPO. ``update`` takes the samples of a rollout; of ``stored`` pairs it looks at none."""
 
     def __init__(self, policy: Policy, config: Config, seed: int = 0, stored: Pairs | None = None) -> None:
-        self.stored, self.asks_nothing = stored, stored is not None
+        self.stored = stored
         self.policy, self.config, self.seed = policy, config, seed
         self.reference = frozen_copy(policy)
         self.times = spec.parse(config.times, TIMES, "distribution of times")

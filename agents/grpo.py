@@ -45,7 +45,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, masked_surrogate
 from rlfusion.rl import fused
 from rlfusion.rl.advantage import Baseline, Scale, relative
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.target_kl import is_beyond, require_limit
@@ -67,7 +67,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of GRPO.
 
     Attributes:

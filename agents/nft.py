@@ -13,7 +13,7 @@ separates good samples from bad. ``kl`` adds the paper's pull to the base model,
 collect, deterministic ones too; only x_0, the prompt and the reward are used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import group_relative
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
@@ -39,7 +39,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of DiffusionNFT.
 
     Attributes:
@@ -102,6 +102,10 @@ class Config:
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples and rewards."""
         return samples(steps)
+
+    def traits(self) -> Traits:
+        """theta_old, and a copy of the base model for ``kl``."""
+        return replace(super().traits(), copies=1 + (self.kl > 0))
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """The learner of ``task.policy``."""

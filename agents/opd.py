@@ -17,7 +17,7 @@ The teacher may have guidance of its own (``teacher_guidance``): a student witho
 what two did. With ``kl_std`` the chain may be deterministic, and Eq. (1) is a regression of the steps of an ODE.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ from rlfusion.common.errors import ConfigError, require_not_negative, require_po
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import moved
 from rlfusion.data import Dataset
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.reward_gradient import divergence
 from rlfusion.rl.transitions import Weighing, require_finite
@@ -39,7 +39,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of on-policy distillation.
 
     Attributes:
@@ -94,15 +94,15 @@ class Config:
         """Every transition."""
         return transitions()
 
-    @property
-    def watches_only(self) -> bool:
-        """Whether nothing is learned from the rewards that it asks for."""
-        return True
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether it has a copy of the base model's weights."""
-        return not self.teacher
+    def traits(self) -> Traits:
+        """A teacher, or a copy of the base model."""
+        return replace(
+            super().traits(),
+            rewards="watched",
+            copies=int(not self.teacher),
+            teacher=bool(self.teacher),
+            noiseless=self.kl_std > 0,
+        )
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain has a KL, or the teacher cannot be opened."""

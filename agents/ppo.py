@@ -11,7 +11,7 @@ well. Its episode of many actions is one sample here, and its V, of the observat
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +23,7 @@ from rlfusion.data import Dataset
 from rlfusion.objectives import clipped_surrogate
 from rlfusion.rl import chain_value
 from rlfusion.rl.advantage import normalized
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.chain_value import ChainValue
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
@@ -36,7 +36,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config(chain_value.Settings):
+class Config(chain_value.Settings, Defaults):
     """Settings of PPO; ``chain_value.Settings`` says those of V.
 
     Attributes:
@@ -90,10 +90,9 @@ class Config(chain_value.Settings):
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip, or null")
 
-    @property
-    def critic_net(self) -> str:
-        """The network of the value function that is learned."""
-        return self.value_net
+    def traits(self) -> Traits:
+        """A value function."""
+        return replace(super().traits(), critic=self.value_net)
 
     @staticmethod
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from rlfusion.objectives.times import TIMES
 from rlfusion.objectives.weighting import WEIGHTS
 from rlfusion.rl import qvalue
 from rlfusion.rl.advantage import group_moments
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.critic import COPY, Mean, Regression, Soft, make_critic
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, prefix, samples
@@ -55,7 +55,7 @@ ALPHA = {"score": 3.0, "noise": 50.0}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of Q-score matching.
 
     Attributes:
@@ -139,10 +139,9 @@ class Config:
         """alpha."""
         return ALPHA[self.form] if self.alpha is None else self.alpha
 
-    @property
-    def critic_net(self) -> str:
-        """The network of the critic that is learned; "" for none."""
-        return self.critic if self.q == "learned" else ""
+    def traits(self) -> Traits:
+        """A copy of the base model, and perhaps a critic."""
+        return replace(super().traits(), copies=1, critic=self.critic if self.q == "learned" else "")
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, where groups are compared, or fewer samples than updates."""

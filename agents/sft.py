@@ -13,7 +13,7 @@ no reward is asked for: the reward of the run is what evaluations and the monito
 that were preferred are learned.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -26,7 +26,7 @@ from rlfusion.common.seeding import stream
 from rlfusion.data import Dataset
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.rl.advantage import exponential_weights, normalized
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.stored import Samples
 from rlfusion.rl.weighted import OnNoised, Places
@@ -38,7 +38,7 @@ from rlfusion.training.ranks import current
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Defaults):
     """Settings of supervised fine-tuning.
 
     Attributes:
@@ -94,15 +94,9 @@ class Config:
             raise ConfigError(f"w_max = {self.w_max}: expected a finite number > 0, or null")
         _ = self.loss  # refuses what no table holds
 
-    @property
-    def asks_nothing(self) -> bool:
-        """Whether it learns without a reward."""
-        return True
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether it has a copy of the base model's weights."""
-        return self.kl > 0
+    def traits(self) -> Traits:
+        """No reward; perhaps a copy of the base model."""
+        return replace(super().traits(), rewards="none", copies=int(self.kl > 0))
 
     @cached_property
     def loss(self) -> Denoising:
@@ -132,8 +126,6 @@ class Config:
 
 class Learner:
     """SFT of the policy of a task. ``update`` takes walks that have not begun, and looks at none of them."""
-
-    asks_nothing = True
 
     def __init__(self, task: Task, config: Config, seed: int = 0) -> None:
         """``seed`` keys the order of the images and their noise.

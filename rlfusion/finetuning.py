@@ -88,7 +88,7 @@ class Run(Iterator[dict[str, float]]):
     def __init__(self, config: Finetune, begun: Model, policy: Policy, learner: AgentLearner, acting: Local) -> None:
         self.config, self.policy = config, policy
         self._begun, self._learner, self._parts = begun, learner, opened(config)
-        self._guarded = Guarded(learner, config.guard, None)
+        self._guarded = Guarded(learner, config.guard, None, config.agent.traits().rewards != "none")
         self._reward = acting.task.reward
         about = self._parts.collecting, self._parts.rewards, len(begun.names), 0, begun.device
         self._collector = Collector(acting, *about)

@@ -143,15 +143,7 @@ def _of_agent(arguments: list[str]) -> dict[str, Any]:
     for choice in CHOICES:
         told[choice] = told_last(arguments, "agent", choice)
     told["lora"] = told_last(arguments, "lora")
-    return {f"agent.{key}": value for key, value in own_of_pipelines(agent, told).items()}
-
-
-def own_of_pipelines(agent: Any, told: Mapping[str, Any]) -> dict[str, Any]:
-    """What an agent, its settings' class, says of pretrained pipelines beside the settings that are told, and the
-    adapters as "lora"; most say nothing.
-    """
-    own: dict[str, Any] = getattr(agent, "for_pipelines", lambda _: {})(told)
-    return own
+    return {f"agent.{key}": value for key, value in agent.for_pipelines(told).items()}
 
 
 def for_pipelines(text: str, lora: str = "") -> str:
@@ -162,7 +154,7 @@ def for_pipelines(text: str, lora: str = "") -> str:
     from rlfusion.config.compare import shown, written
 
     name, told = spec.split(written(text))
-    own = own_of_pipelines(spec.lookup(AGENTS, name, "agent"), {**told, "lora": lora})
+    own = spec.lookup(AGENTS, name, "agent").for_pipelines({**told, "lora": lora})
     if not set(own) - set(told):
         return text
     whole = f"{name}({', '.join(f'{key}={value!r}' for key, value in {**own, **told}.items())})"

@@ -210,7 +210,7 @@ class Compare:
         told["monitor"] = replace(watched, every=every if watched.every else 0)
         told |= {"seed": seed, "reward": reward, "reward_options": options, "updates": updates}
         told["reward_failures"] = "mask" if masked else "error"
-        if getattr(parts["agent"], "asks_nothing", False):
+        if parts["agent"].traits().rewards == "none":
             told["budget_queries"] = 0  # its updates are those of the others
         try:
             run = Finetune(**parts | told)

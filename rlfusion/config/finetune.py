@@ -147,7 +147,8 @@ class Finetune:
         if self.reward_normalize != "none" and isinstance(self.reward, str):
             raise ConfigError(f"reward_normalize = {self.reward_normalize}: there is one reward, expected none")
         unscored = not self.agent.rollout_spec(self.chain.moves).end
-        watches = getattr(self.agent, "watches_only", False)
+        traits = self.agent.traits()
+        watches = traits.rewards == "watched"
         why = f"agent {self.agent.name!r} {self._scoring()}"
         if (unscored or watches) and self.constraint:
             raise ConfigError(f"constraint = {self.constraint}: {why}, expected none")
@@ -158,7 +159,7 @@ class Finetune:
                 f"reward_normalize, reward_failures = {self.reward_normalize}, {self.reward_failures}: {why}, expected "
                 "none and error"
             )
-        if self.budget_queries and getattr(self.agent, "asks_nothing", False):
+        if self.budget_queries and traits.rewards == "none":
             raise ConfigError(
                 f"budget_queries = {self.budget_queries}: agent {self.agent.name!r} learns from stored samples and "
                 "asks for no reward, expected 0 (updates is how long it learns)"
@@ -175,7 +176,7 @@ class Finetune:
             raise ConfigError(f"rollout.overlap = True with {why}, expected false")
         self.agent.check(self._plan(r.prompts))
         self.learner.require_device(self.device)
-        self.learner.require_splittable(self.device, getattr(self.agent, "optimizer", "adamw"))
+        self.learner.require_splittable(self.device, traits.optimizer)
         require_both(self.ray.placement, self.learner.ranks, r.workers)
         workers, _ = self.settings.roles  # refuses what no backend can use
         if self.ray.placement == "colocated":
@@ -193,7 +194,7 @@ class Finetune:
             raise ConfigError(f"constraint = {self.constraint!r}: expected a list of texts, [{self.constraint!r}]")
         if not self.constraint:
             return
-        if getattr(self.agent, "last_step", "") == "pathwise":
+        if self.agent.traits().pathwise:
             raise ConfigError(
                 f"constraint = {self.constraint}: agent.last_step = pathwise takes the gradient of the rewards without "
                 "the multipliers, expected exclude"
@@ -275,15 +276,15 @@ class Finetune:
         """The rewards that one update asks for: one a walk, by what is scored as it learns one a walk and pass."""
         walks = self.rollout.prompts * self.rollout.samples_per_prompt
         scored = self.agent.rollout_spec(self.chain.moves).end
-        return walks if scored else walks * getattr(self.agent, "epochs", 1)
+        return walks if scored else walks * self.agent.traits().passes
 
     def _scoring(self) -> str:
         """What an agent does whose rollouts are not scored to be learned from."""
-        if getattr(self.agent, "asks_nothing", False):
-            return "learns from stored samples and asks for no reward"
-        if getattr(self.agent, "watches_only", False):
-            return "learns from no reward and only watches it"
-        return "scores as it learns, sample by sample"
+        return {
+            "none": "learns from stored samples and asks for no reward",
+            "watched": "learns from no reward and only watches it",
+            "learned": "scores as it learns, sample by sample",
+        }[self.agent.traits().rewards]
 
     def _plan(self, prompts: int) -> Plan:
         r, where = self.rollout, (self.learner.shares, self.rollout.workers, self.learner.ranks)

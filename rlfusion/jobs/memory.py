@@ -4,8 +4,9 @@ With n bytes of trained and f of frozen weights, and A(b) what one call of the n
 backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:
 
     (1)  weights n + f,   gradients n,   the optimiser's moments (AdamW: 2 n, in 8 bits n / 2),   their average n
-    (2)  copies of what is trained: the rollouts' in this process, the reference, the monitor's base, n each; and the
-         guard's, to undo an update: weights, moments and average (and the reference's), once, or 1 + 3 for rollback
+    (2)  copies of what is trained: the rollouts' in this process, the learner's own (a reference, older weights), the
+         monitor's base, n each; and the guard's, to undo an update: weights, moments, average and the learner's own
+         copies, once, or 1 + 3 for rollback
     (3)  A(rows) at once, of the micro-batch, or of all transitions that a fused learner takes; and where activations
          are made again (checkpointing), those of the largest part that is made again at once
     (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
@@ -43,8 +44,8 @@ class Holds(NamedTuple):
 
     Attributes:
         here: rollouts are collected in this process, with a copy of what is trained.
-        reference: so does a reference model.
-        watched: and the monitor, if the chain has noise.
+        copies: of what is trained that the learner has beside it.
+        watched: the monitor has one more, if the chain has noise.
         undo: times that all that an update changes is kept, to undo it.
         optimizer: of the learner, by its name.
         rows: samples that have activations at once.
@@ -55,7 +56,7 @@ class Holds(NamedTuple):
     """
 
     here: bool
-    reference: bool
+    copies: int
     watched: bool
     undo: int
     optimizer: str
@@ -185,8 +186,8 @@ def of_critic(holds: Holds, denoiser: Denoiser, shape: tuple[int, ...]) -> Criti
 
 def of_weights(holds: Holds, frozen: int, trained: int, moments: int, critic: CriticBytes = NO_CRITIC) -> Estimate:
     """Eq. (1), (2) and (5), of bytes of frozen and trained weights, of the optimiser's moments, and of a critic."""
-    copies = holds.here + holds.reference + holds.watched
-    undone = (2 + holds.reference) * trained + moments + sum(critic)
+    copies = holds.here + holds.copies + holds.watched
+    undone = (2 + holds.copies) * trained + moments + sum(critic)
     split = {
         "network, frozen": frozen,
         "network, trained": trained,

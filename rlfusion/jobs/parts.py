@@ -9,6 +9,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.jobs.memory import Holds
 from rlfusion.models import Arithmetic, pipelines
 from rlfusion.rewards import CallOptions, names_of
+from rlfusion.rl.agent import Clip
 from rlfusion.rl.constraints import Constraint
 from rlfusion.rl.guard import DEPTH
 from rlfusion.rollout import RolloutSpec, Settings
@@ -73,22 +74,6 @@ class RewardSpec:
         return {name: held for name, held in self.given.items() if name in names}
 
 
-class Clip(NamedTuple):
-    """The clip range of an agent's importance ratio, and whether it holds the ratio to the power 1 / d, for d numbers
-    of a latent. What has no ratio has the usual range.
-    """
-
-    range: float = 0.2
-    per_dim: bool = False
-
-    @classmethod
-    def of(cls, agent: Any) -> "Clip":
-        """That of the settings of an agent."""
-        told = [getattr(agent, name, None) for name in ("clip", "clip_low", "clip_high")]
-        found = [limit for limit in told if isinstance(limit, float)]
-        return cls(min(found, default=cls().range), getattr(agent, "clip_per_dim", False))
-
-
 @dataclass(frozen=True)
 class TaskSpec:
     """What walks are: their chain, what is collected, the reward at their end, the arithmetic of the network."""
@@ -147,28 +132,30 @@ def opened(config: Finetune) -> Parts:
         *called, c.constraints, c.constraint_rate, c.base_samples, together=c.rollout.samples_per_prompt
     )
     spec = c.agent.rollout_spec(c.chain.moves)
-    task = TaskSpec(c.chain, spec, rewards, c.arithmetic, c.lora, c.threads, c.deterministic, c.tf32, Clip.of(c.agent))
+    task = TaskSpec(
+        c.chain, spec, rewards, c.arithmetic, c.lora, c.threads, c.deterministic, c.tf32, c.agent.traits().clip
+    )
     collecting = Collecting(c.seed, c.rollout, c.updates, c.checkpoint_every)
     workers = Workers(c.rollout.workers, c.ray, c.settings)
-    decodes = not spec.end and not getattr(c.agent, "asks_nothing", False)
+    decodes = not spec.end and c.agent.traits().rewards != "none"
     return Parts(base, rewards, task, workers, collecting, _holds(c, decodes))
 
 
 def _holds(config: Finetune, decodes: bool) -> Holds:
-    agent: Any = config.agent
-    spec, rows = config.agent.rollout_spec(config.chain.moves), getattr(agent, "micro_batch", config.rollout.item)
+    agent, spec = config.agent.traits(), config.agent.rollout_spec(config.chain.moves)
+    rows = config.rollout.item if agent.rows is None else agent.rows
     if spec.trained is not None:
         steps = spec.trained.most(config.chain.moves if spec.window is None else spec.window.size)
         rows = config.rollout.prompts * config.rollout.samples_per_prompt * steps
     return Holds(
         here=config.rollout.workers == 0 and spec.trained is None,
-        reference=getattr(agent, "kl_loss", 0.0) > 0 or getattr(agent, "keeps_base", False),
+        copies=agent.copies,
         watched=config.monitor.every > 0,
         undo={"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1),
-        optimizer=getattr(agent, "optimizer", "adamw"),
+        optimizer=agent.optimizer,
         rows=rows,
         decodes=decodes,
         ranks=config.learner.ranks if config.learner.split else 1,
-        critic=getattr(agent, "critic_net", ""),
-        teacher=bool(getattr(agent, "teacher", "")),
+        critic=agent.critic,
+        teacher=agent.teacher,
     )

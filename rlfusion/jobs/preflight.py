@@ -20,10 +20,10 @@ from rlfusion.diffusion.chain import NARROW, narrow
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Observation, Policy
 from rlfusion.jobs.collector import Collector
-from rlfusion.jobs.parts import Clip, TaskSpec
+from rlfusion.jobs.parts import TaskSpec
 from rlfusion.jobs.scoring import scored
 from rlfusion.models.lora_dropout import dropped
-from rlfusion.rl.agent import AgentLearner, wrong_metrics
+from rlfusion.rl.agent import AgentLearner, Clip, wrong_metrics
 from rlfusion.rl.reward_gradient import PREFLIGHT
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.ranks import current

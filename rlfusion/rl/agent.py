@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.common.registry import lacking
@@ -104,6 +104,45 @@ class AgentLearner(Learner[Trajectory], Protocol):
         """
 
 
+class Clip(NamedTuple):
+    """The clip range of an importance ratio, and whether it holds the ratio to the power 1 / d, for d numbers of a
+    latent. What has no ratio has the usual range.
+    """
+
+    range: float = 0.2
+    per_dim: bool = False
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a run has to know of an agent, with its settings, before there is a learner.
+
+    Attributes:
+        rewards: "learned" from; only "watched"; or "none" is asked for, because all is learned from stored samples.
+        passes: over a rollout, in each of which it scores anew, where rollouts are not scored.
+        copies: of what is trained that the learner has beside it: a reference, older weights, the base model.
+        critic: network of a critic that is learned, as text; "" for none.
+        teacher: another model as large teaches.
+        noiseless: it learns from a chain without noise, also where it is given every step.
+        pathwise: it takes a reward's own gradient beside the rollout's rewards.
+        optimizer: of the policy, as text.
+        rows: samples or transitions in one call of an update; None for as many as ``rollout.item``.
+        clip: of its ratio.
+    """
+
+    rewards: Literal["learned", "watched", "none"] = "learned"
+    passes: int = 1
+    copies: int = 0
+    critic: str = ""
+    teacher: bool = False
+    noiseless: bool = False
+    pathwise: bool = False
+    optimizer: str = "adamw"
+    rows: int | None = None
+    clip: Clip = Clip()
+
+
+@dataclass(frozen=True)
 class Defaults:
     """Defaults of an agent: any plan will do, and the first line of its docstring is its description.
 
@@ -119,6 +158,26 @@ class Defaults:
 
     def plan(self) -> str:
         return (type(self).__doc__ or type(self).__name__).partition("\n")[0]
+
+    def traits(self) -> Traits:
+        """Those of settings with the usual names: ``kl_loss`` > 0 asks for one copy, ``epochs`` are passes,
+        ``micro_batch`` rows, and ``clip``, ``clip_low``, ``clip_high``, ``clip_per_dim`` and ``optimizer`` are what
+        they are called. Others are as if they were not there.
+        """
+        told = [getattr(self, name, None) for name in ("clip", "clip_low", "clip_high")]
+        clip = min((limit for limit in told if isinstance(limit, float)), default=Clip().range)
+        return Traits(
+            passes=getattr(self, "epochs", 1),
+            copies=int(getattr(self, "kl_loss", 0.0) > 0),
+            optimizer=getattr(self, "optimizer", Traits.optimizer),
+            rows=getattr(self, "micro_batch", None),
+            clip=Clip(clip, getattr(self, "clip_per_dim", False)),
+        )
+
+    @staticmethod
+    def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults where the model is a pretrained pipeline, beside the settings that are ``told``: none."""
+        return {}
 
 
 class Agent(Protocol):
@@ -136,6 +195,9 @@ class Agent(Protocol):
 
     def plan(self) -> str:
         """One line that says what the learner does with each rollout."""
+
+    def traits(self) -> Traits:
+        """What a run has to know of it before there is a learner."""
 
     def learner(self, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
         """The learner of ``task.policy``; ``data`` are the training samples of the base model, None where not known.

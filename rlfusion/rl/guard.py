@@ -98,8 +98,9 @@ class Guarded:
             those that are learned from: these change with the multipliers of constraints.
     """
 
-    def __init__(self, learner: AgentLearner, config: Config, folder: Path | None) -> None:
-        self.learner, self.config, self.folder = learner, config, folder
+    def __init__(self, learner: AgentLearner, config: Config, folder: Path | None, asks: bool = True) -> None:
+        """``asks`` says whether the walks of rollouts are scored, or for what they are asked, at all."""
+        self.learner, self.config, self.folder, self.asks = learner, config, folder, asks
         self.norms: list[float] = []
         self.first_std = self.best = math.nan
         self.bad = self.bad_in_a_row = 0
@@ -116,14 +117,13 @@ class Guarded:
             ConfigError: what the learner returns is no metrics.
         """
         before, self.told = self._before(), ""
-        asks = not getattr(self.learner, "asks_nothing", False)
-        iteration, queries = self.learner.iteration, self.learner.queries + asks * len(batch)
+        iteration, queries = self.learner.iteration, self.learner.queries + self.asks * len(batch)
         try:
             with dropped(self.learner.policy, self.learner.seed, iteration):
                 metrics = _metrics(self.learner.update(batch), batch)
             alarm = self._judge({**metrics, **self.plain()}, batch)
         except NumericalError as error:
-            metrics, alarm = {"reward": _mean_reward(batch)} if asks else {}, Alarm("finite", str(error))
+            metrics, alarm = {"reward": _mean_reward(batch)} if self.asks else {}, Alarm("finite", str(error))
         except BaseException:  # a stop, or the user's own code: as if the update had not begun
             self._put_back(before)
             raise

@@ -22,7 +22,7 @@ from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import Cond, map_cond, moved
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rollout import Task
 from rlfusion.rollout.trajectory import Trajectory
@@ -35,7 +35,7 @@ PREFLIGHT = -1
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Defaults):
     """Settings of every learner through a reward's gradient.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Settings of regression on weighted walks; the equations are those of ``weighted``."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,12 +11,12 @@ from rlfusion.common.errors import ConfigError, require_not_negative, require_po
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.losses import make
 from rlfusion.rl.advantage import exponential_weights
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.training import optimizers
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Defaults):
     """Settings of every weighted regression.
 
     Attributes:
@@ -96,6 +96,10 @@ class Settings:
         plan.require_walks(self.updates_per_epoch)
         if self.normalize == "group":
             plan.require_groups(" (or agent.normalize = batch)")
+
+    def traits(self) -> Traits:
+        """A copy of the base model for ``kl``; noised samples need no noise of the chain."""
+        return replace(super().traits(), copies=int(self.kl > 0), noiseless=self.on == "noised")
 
     def weights(self, advantage: Tensor) -> Tensor:
         """w of normalised advantages of any shape; ``advantage``, Eq. (5)."""

@@ -19,11 +19,12 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.schedule import Cosine
-from rlfusion.jobs.parts import Clip, opened
+from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import require_alike
 from rlfusion.jobs.tasks import build_task, recipe
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rewards import ink
+from rlfusion.rl.agent import Clip
 from rlfusion.rollout import Task, plan, run_item
 
 SHORT = ("--reward", "ink", "--updates", 2, "--checkpoint_every", 1, "--monitor.every", 1, "--monitor.samples", 50)

@@ -62,7 +62,7 @@ def kept(agent: Agent) -> dict[str, str]:
     Raises:
         ConfigError: a kind that is none.
     """
-    held = getattr(agent, "KEPT", {})
+    held = agent.KEPT
     for entry, kind in held.items():
         if kind not in LEARNED:
             raise unknown(f"kind of state of {entry!r}, which agent {agent.name!r} keeps,", kind, LEARNED)

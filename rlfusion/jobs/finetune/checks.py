@@ -153,7 +153,5 @@ def _require_noise(config: Finetune, card: models.Card) -> None:
     """
     outline = pipelines.outline(card.pipeline)
     policy, times = Policy(outline, config.chain.make_kernel()), config.chain.times(outline)
-    takes_none = getattr(config.agent, "on", "") == "noised"  # a walk's steps are its critic's alone
-    takes_none |= getattr(config.agent, "kl_std", 0.0) > 0  # which measures steps without noise as if they had it
-    if config.agent.rollout_spec(config.chain.moves).path and not takes_none:
+    if config.agent.rollout_spec(config.chain.moves).path and not config.agent.traits().noiseless:
         require_stochastic(policy, times)

@@ -317,7 +317,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
 
     parts_of_monitor = (monitored.draw, monitored.look, monitored.monitor, save_best, show)
     monitor = RunMonitor(config.monitor, config.updates, folder, *parts_of_monitor)
-    guarded = Guarded(learner, config.guard, folder)
+    guarded = Guarded(learner, config.guard, folder, config.agent.traits().rewards != "none")
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
     return Job(config, parts, *about, {}, base, outside.inputs)
 

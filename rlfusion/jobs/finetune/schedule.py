@@ -40,7 +40,7 @@ def schedule(config: Finetune, prompts: int) -> Schedule:
         return Schedule(told.every, told.samples, told.deterministic)
     walks = config.updates * rollout.prompts * rollout.samples_per_prompt
     walks = min(walks, config.budget_queries or walks)
-    if getattr(config.agent, "asks_nothing", False):
+    if config.agent.traits().rewards == "none":
         return Schedule(0, 0)  # there is no walk of which these could be a tenth
     affordable = walks // SHARE
     fewest = max(Evaluation.FEWEST, min(2 * prompts, told.samples))
