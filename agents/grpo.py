@@ -42,7 +42,7 @@ from rlfusion.common.weights import learned, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy
-from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, masked_surrogate
+from rlfusion.objectives import behaviour_weight, clipped_surrogate, effective_share, leads_away, masked_surrogate
 from rlfusion.rl import fused
 from rlfusion.rl.advantage import Baseline, Scale, relative
 from rlfusion.rl.agent import Defaults, Plan
@@ -55,6 +55,7 @@ from rlfusion.rl.transitions import (
     Transitions,
     Weighing,
     largest_log_ratio,
+    outside,
     require_finite,
     step_weights,
 )
@@ -261,7 +262,8 @@ class Learner:
 
         Returns:
             reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_first (before the
-            first step), log_ratio_max, clip_fraction, approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
+            first step), log_ratio_max, clip_fraction (of Eq. (5) or (6) where they hold; by (6) the share without a
+            gradient), approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
             all steps that took noise); where older walks are weighed also behaviour_ess (effective share of the trained
             transitions under p_prox / p_old).
 
@@ -323,21 +325,28 @@ class Learner:
             before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
             log_ratio, a = terms.log_ratio - before, advantage[terms.walk]
             if anchor is None:
-                loss = clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)
+                told = {"loss": clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)}
             else:
-                loss = self._anchored(terms, log_ratio, a, anchor[terms.walk, terms.step], features)
-            return loss if proximal is None else loss * behaviour_weight(before, c.behaviour_limit)
+                told = self._anchored(terms, log_ratio, a, anchor[terms.walk, terms.step], features)
+            if proximal is not None:
+                told["loss"] = told["loss"] * behaviour_weight(before, c.behaviour_limit)
+            return told
 
         return objective
 
-    def _anchored(self, terms: Terms, log_ratio: Tensor, a: Tensor, old: Tensor, features: int) -> Tensor:
-        """The loss of transitions of these advantages, by Eq. (5) and (6); ``old`` is mu_old, (N, *)."""
+    def _anchored(self, terms: Terms, log_ratio: Tensor, a: Tensor, old: Tensor, features: int) -> dict[str, Tensor]:
+        """The loss of transitions of these advantages, by Eq. (5) and (6), and which the clip or the divergence holds;
+        ``old`` is mu_old, (N, *).
+        """
         c, apart = self.config, terms.distribution.kl(Gaussian(old, terms.distribution.std))
         if self.noise is not None:
             log_ratio = moved(self.noise, log_ratio.device)[terms.step] * (log_ratio + apart)
+        log_ratio, apart = log_ratio / features, apart / features
         if c.divergence is None:
-            return clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)
-        return masked_surrogate(log_ratio / features, a, apart / features, c.divergence, c.dual_clip)
+            loss = clipped_surrogate(log_ratio, a, (c.clip_low, c.clip_high), c.dual_clip)
+            return {"loss": loss, "clip_fraction": outside(log_ratio, max(c.clip_low, c.clip_high))}
+        loss = masked_surrogate(log_ratio, a, apart, c.divergence, c.dual_clip)
+        return {"loss": loss, "clip_fraction": leads_away(log_ratio, a, apart, c.divergence).float()}
 
     def _move_reference(self, told: dict[str, float]) -> None:
         """Eq. (8), after a rollout whose updates told that."""

@@ -7,6 +7,7 @@ from rlfusion.objectives.policy_gradient import (
     behaviour_weight,
     clipped_surrogate,
     effective_share,
+    leads_away,
     masked_surrogate,
     score_function,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "clipped_surrogate",
     "effective_share",
     "gradient_penalty",
+    "leads_away",
     "masked_surrogate",
     "pull",
     "score_function",

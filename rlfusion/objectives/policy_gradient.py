@@ -64,7 +64,10 @@ def masked_surrogate(
     """Eq. (5), (N,), r held by Eq. (3) where ``dual_clip`` is given; ``divergence`` is D, a constant."""
     _same_shape(log_ratio=log_ratio, advantage=advantage, divergence=divergence)
     held = log_ratio if dual_clip is None else log_ratio.clamp(max=math.log(dual_clip))
-    a = advantage.detach()
-    loss = -held.exp() * a
-    away = (divergence.detach() > limit) & (log_ratio.detach() * a > 0)
-    return torch.where(away, loss.detach(), loss)
+    loss = -held.exp() * advantage.detach()
+    return torch.where(leads_away(log_ratio, advantage, divergence, limit), loss.detach(), loss)
+
+
+def leads_away(log_ratio: Tensor, advantage: Tensor, divergence: Tensor, limit: float) -> Tensor:
+    """Where Eq. (5) has no gradient, bool (N,)."""
+    return (divergence.detach() > limit) & (log_ratio.detach() * advantage.detach() > 0)

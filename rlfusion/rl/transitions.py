@@ -41,7 +41,8 @@ class Terms(NamedTuple):
 
 Weighing = Literal["none", "noise"]
 
-Objective = Callable[[Terms], Tensor]
+Objective = Callable[[Terms], Tensor | dict[str, Tensor]]
+"""The loss (N,) of transitions; or a record of it, ``loss``, and of what else is told of them, (N,) each."""
 """The loss of each transition, (N,)."""
 
 
@@ -107,7 +108,8 @@ class Transitions:
         network, and whatever ``micro_batch`` is.
 
         Returns:
-            Detached records of (rows,) tensors: loss, log_ratio and, with a reference, kl.
+            Detached records of (rows,) tensors: loss, what else ``objective`` tells, log_ratio and, with a reference,
+            kl.
         """
         scale = (summed or len(self.steps)) / max(1, len(walk))  # none where walks whose rewards failed are left out
 
@@ -115,7 +117,8 @@ class Transitions:
 
         def part(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             distribution, terms = self._terms(batch, walk[rows], step[rows], kept)
-            record = {"loss": objective(terms), "log_ratio": terms.log_ratio}
+            told = objective(terms)
+            record = {**(told if isinstance(told, dict) else {"loss": told}), "log_ratio": terms.log_ratio}
             if reference is not None:
                 device = reference.mean.device
                 mean = reference.mean[moved(walk[rows], device), moved(step[rows], device)]
@@ -215,17 +218,23 @@ class Transitions:
 def ratio_summary(records: list[dict[str, Tensor]], clip: float, features: int = 1) -> dict[str, float]:
     """Means over what has a ratio r, ``log_ratio`` of some records, and of what else they say; and the tail of r:
 
-    clip_fraction, the share with |r^(1/features) - 1| > clip; log_ratio_max, the largest |log r|; approx_kl, the
-    mean of r - 1 - log r; ess, the effective share (sum r)^2 / (N sum r^2) under importance weights.
+    clip_fraction, the share with |r^(1/features) - 1| > clip, unless the records say it themselves; log_ratio_max, the
+    largest |log r|; approx_kl, the mean of r - 1 - log r; ess, the effective share (sum r)^2 / (N sum r^2) under
+    importance weights.
     """
     joined = {name: torch.cat([r[name] for r in records]) for name in records[0]}
     log_ratio = joined.pop("log_ratio")
-    joined["clip_fraction"] = (((log_ratio / features).exp() - 1).abs() > clip).float()
+    joined.setdefault("clip_fraction", outside(log_ratio / features, clip))
     joined["approx_kl"] = log_ratio.expm1() - log_ratio
     weight = (log_ratio - log_ratio.max()).exp()
     means = {name: value.mean() for name, value in joined.items()}
     means["ess"] = weight.mean().square() / weight.square().mean()
     return average([means]) | {"log_ratio_max": log_ratio.abs().max().item()}
+
+
+def outside(log_ratio: Tensor, clip: float) -> Tensor:
+    """1 where |r - 1| > clip, else 0, float (N,)."""
+    return (log_ratio.detach().expm1().abs() > clip).float()
 
 
 def step_weights(policy: Policy, times: Tensor, weighing: Weighing) -> Tensor | None:

@@ -146,7 +146,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         ),
         Scalar(
             "train/clip_fraction",
-            "share of ratios outside of the clip",
+            "share of ratios outside of the clip; of `grpo` those that `agent.ratio_norm` and `agent.divergence` hold",
             "0.05 to 0.3 from the second step on",
             "higher: lower `agent.lr`",
         ),

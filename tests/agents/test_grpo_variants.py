@@ -63,7 +63,7 @@ def test_the_gradient_is_the_finite_difference_of_the_objective_in_float64(form,
     with torch.no_grad():
         for parameter, now in zip(policy.parameters(), affine(NOW, **made).parameters()):
             parameter.copy_(now)
-    learner.transitions.accumulate(batch, *learner.transitions.all(torch.arange(len(batch))), objective)
+    records = learner.transitions.accumulate(batch, *learner.transitions.all(torch.arange(len(batch))), objective)
     found = -torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).numpy()
 
     stds = policy.stds(batch.times).numpy()
@@ -84,6 +84,12 @@ def test_the_gradient_is_the_finite_difference_of_the_objective_in_float64(form,
     expected = [(value(NOW + h * e) - value(NOW - h * e)) / (2 * h) for e in np.eye(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
     assert 0 < away.mean() < 1
+
+    before = (share * (held[0] + held[1]) if settings["ratio_norm"] else held[0]) / features
+    clipped = np.abs(np.exp(before) - 1) > CLIP if settings["divergence"] is None else away & (before * a > 0)
+    assert 0 < clipped.mean() < 1
+    told = learner.transitions.summary(records, CLIP, features)
+    assert told["clip_fraction"] == pytest.approx(clipped.mean(), abs=1e-6)
 
 
 def test_a_normalised_ratio_has_no_drift_and_one_spread():
