@@ -13,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from rlfusion.jobs.compare.job import slug  # noqa: E402
 from rlfusion.models import pipelines  # noqa: E402
 
 DOC, BEGIN, END = ROOT / "docs" / "models.md", "<!-- table of benchmarks/pipelines.py -->", "<!-- end of the table -->"
+KNOWN = MAKERS | NEWER
 WALKED = "epochs=4, updates_per_epoch=1, kl_loss=0.0"
 SETTINGS = {
     "ddpo": f"ddpo(lr=@, {WALKED})",
@@ -58,7 +60,7 @@ SETTINGS = {
 RATES = {"all": ("0.002", "0.01"), "lora": ("0.01", "0.02")}
 LORA = {"all": "", "lora": "LoRA(rank=8, alpha=64.0, dropout=0.1)"}
 REWARD, PROMPTS = "tiny_pipelines:warm", ("a red cat", "two dogs, 3")
-STEPS, WALKS, UPDATES = 2, 64, 6
+STEPS, WALKS, UPDATES = 2, 32, 4
 ALIKE = 1e-4
 
 
@@ -80,7 +82,7 @@ def settings(folder: Path, family: str, agents: list[str], weights: str, root: P
         lora=LORA[weights],
         chain=Chain(**published | {"steps": STEPS, "guidance_scale": 1.5} | grid),
         rollout=Rollout(prompts=2, samples_per_prompt=WALKS // 2, item=WALKS),
-        evaluation=Evaluations(samples=64, deterministic=False),
+        evaluation=Evaluations(every=0, samples=64, deterministic=False),
     )
 
 
@@ -99,55 +101,73 @@ def difference(run: Path) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def row(folder: Path, family: str, agents: list[str], weights: str, root: Path) -> str:
-    """The row of a family and what is trained."""
+def cells(folder: Path, family: str, agents: list[str], weights: str, root: Path) -> dict[str, str]:
+    """What the learners reach on a family."""
     begin, place = time.process_time(), root / f"{family}-{weights}"
     place.mkdir()
     page = compare(settings(folder, family, agents, weights, root), place, Signals(), Progress())
-    cells = []
+    found = {}
     for agent in agents:
         run = place / slug(f"{agent}-{REWARD}-seed0")
         try:
             points, gap = curve(run), difference(run)
         except (OSError, ConfigError, NumericalError) as error:  # the table says what did not run
             print(f"{family} {weights} {agent}: {type(error).__name__}: {error}\n{page}", file=sys.stderr)
-            cells.append("-")
+            found[agent] = "-"
             continue
-        cells.append(f"{points[-1].gain:+.2f}" if gap <= ALIKE else f"export differs by {gap:.1g}")
-        print(f"{family} {weights} {agent} {cells[-1]}; ours and diffusers' latents differ by {gap:.1g}", flush=True)
+        found[agent] = f"{points[-1].gain:+.2f}" if gap <= ALIKE else f"export differs by {gap:.1g}"
+        print(f"{family} {weights} {agent} {found[agent]}; ours and diffusers' latents differ by {gap:.1g}", flush=True)
     print(f"{family} {weights}: {time.process_time() - begin:.0f} CPU s", flush=True)
-    return f"| {family} | {weights} | {' | '.join(cells)} |"
+    return found
 
 
-def table(families: list[str], agents: list[str], weights: list[str], root: Path) -> str:
-    """The table of all cells."""
-    (root / "prompts.txt").write_text("\n".join(PROMPTS))
-    lines = [f"| family | weights | {' | '.join(agents)} |", f"|---|---|{'---|' * len(agents)}"]
-    for family in families:
-        torch.manual_seed(0)
-        (MAKERS | NEWER)[family]().save_pretrained(root / family)
-        kinds = [kind for kind in weights if kind == "all" or family not in UNADAPTED]
-        lines += [row(root / family, family, agents, kind, root) for kind in kinds]
-    return "\n".join(lines)
+def table(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The cells of a table by (family, weights) and learner."""
+    lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.strip().splitlines()]
+    return {(line[0], line[1]): dict(zip(lines[0][2:], line[2:])) for line in lines[2:]}
+
+
+def written(held: dict[tuple[str, str], dict[str, str]]) -> str:
+    """The table of cells; one that was not run is empty."""
+    agents = [agent for agent in SETTINGS if any(agent in row for row in held.values())]
+    keys = sorted(held, key=lambda key: (list(KNOWN).index(key[0]), list(RATES).index(key[1])))
+    rows = [[*key, *(held[key].get(agent, "") for agent in agents)] for key in keys]
+    head = [["family", "weights", *agents], ["---"] * (2 + len(agents))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+
+
+def write(key: tuple[str, str], made: dict[str, str]) -> None:
+    """Put cells into the table in docs/models.md, whose others stay."""
+    text = DOC.read_text()
+    before, rest = text.split(BEGIN)
+    old, after = rest.split(END)
+    held = table(old)
+    held[key] = held.get(key, {}) | made
+    DOC.write_text(f"{before}{BEGIN}\n{written(held)}\n{END}{after}")
 
 
 def main() -> None:
-    """Run the cells, print the table, and write it if asked."""
+    """Run the cells, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", default=",".join(MAKERS))
+    parser.add_argument("--families", default=",".join(KNOWN))
     parser.add_argument("--agents", default=",".join(SETTINGS))
     parser.add_argument("--weights", default=",".join(RATES))
-    parser.add_argument("--write", action="store_true", help="into docs/models.md")
+    parser.add_argument("--write", action="store_true", help="into docs/models.md, row by row")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = (args.families.split(","), args.agents.split(","), args.weights.split(","))
-    with tempfile.TemporaryDirectory() as root:
-        made = table(*chosen, Path(root))
-    print(made)
-    if args.write:
-        text = DOC.read_text()
-        before, rest = text.split(BEGIN)
-        DOC.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}")
+    agents = args.agents.split(",")
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        (root / "prompts.txt").write_text("\n".join(PROMPTS))
+        for weights, family in product(args.weights.split(","), args.families.split(",")):
+            if weights == "lora" and family in UNADAPTED:
+                continue
+            if not (root / family).exists():
+                torch.manual_seed(0)
+                KNOWN[family]().save_pretrained(root / family)
+            made = cells(root / family, family, agents, weights, root)
+            if args.write:
+                write((family, weights), made)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class Chain:
                     "expected 0"
                 )
             return denoiser
-        return Guided(denoiser, self.weight, own.null, *self._interval) if self.weight else denoiser
+        return Guided(denoiser, self.weight, own.null, *self._interval, own.mix) if self.weight else denoiser
 
     @property
     def _interval(self) -> tuple[float, float, float]:

@@ -22,6 +22,10 @@ Answers = Literal["mean", "end"]
 consistency function, and of a generator that was taught by its samples."""
 
 
+Mix = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""(y_c, y_0, w) -> y: the guided answer of a network's two answers (B, ...), with gradients."""
+
+
 class Denoising(Protocol):
     """A denoiser, or a wrapper that calls one in another way."""
 
@@ -53,6 +57,10 @@ class Own(Protocol):
     @property
     def guided(self) -> bool:
         """Whether guidance by a second answer, that to a negative prompt, is its way."""
+
+    @property
+    def mix(self) -> Mix | None:
+        """How the guided answer is made of two; None for ``Guided``'s Eq. (1)."""
 
     def null(self, cond: Cond) -> Cond:
         """The conditions (B,) that guidance leads away from, for those of B samples."""
@@ -208,7 +216,8 @@ class Guided(Wrapper):
 
     y is the network's answer; Eq. (1) is affine, so it is the same in x0 and eps. y_0 is the answer to ``null``, the
     condition of one sample, batch 1, that means "no condition", or a negative one; or a function that gives each
-    sample's for its condition. Guidance acts where
+    sample's for its condition. Where a model mixes its two answers otherwise, ``mix`` takes the place of Eq. (1): y =
+    mix(y_c, y_0, w), in what the network answers. Guidance acts where
     ``low`` <= t <= ``high`` (Kynkaanniemi et al. 2024); elsewhere y = y_c. All is one network call: B rows, and one
     more for every row that is guided.
     """
@@ -221,6 +230,7 @@ class Guided(Wrapper):
         rescale: float = 0.0,
         low: float = 0.0,
         high: float = 1.0,
+        mix: Mix | None = None,
     ) -> None:
         """
         Raises:
@@ -232,7 +242,7 @@ class Guided(Wrapper):
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"guidance_low, guidance_high = {low}, {high}: expected 0 <= low <= high <= 1")
         self.weight, self.null = weight, null
-        self.rescale, self.low, self.high = rescale, low, high
+        self.rescale, self.low, self.high, self.mix = rescale, low, high, mix
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         inside = (t >= self.low) & (t <= self.high)
@@ -243,7 +253,7 @@ class Guided(Wrapper):
         return self._guided(x, t, cond, inside.nonzero().flatten().to(x.device))
 
     def _guided(self, x: Tensor, t: Tensor, cond: Cond, rows: Tensor | slice) -> Prediction:
-        """Eq. (1) and (2) in ``rows`` of the batch."""
+        """Eq. (1), or ``mix``, and (2) in ``rows`` of the batch."""
         mine = x[rows]
         null = self._null(map_cond(lambda c: c[rows], cond), mine)
         at = t if t.ndim == 0 else torch.cat([t, t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]])
@@ -251,9 +261,13 @@ class Guided(Wrapper):
         conditional = Prediction(*(half[: len(x)] for half in both))
         unconditional = Prediction(*(half[len(x) :] for half in both))
         part = Prediction(*(half[rows] for half in conditional))
-        guided = Prediction(*map(self.combine, part, unconditional))
+        time = at[len(x) :] if t.ndim else t
+        if self.mix is None:
+            guided = Prediction(*map(self.combine, part, unconditional))
+        else:
+            guided = self._mixed(self.mix, part, unconditional, level(self.schedule, time, mine), mine)
         if self.rescale:
-            guided = self._rescaled(guided, part, mine, at[len(x) :] if t.ndim else t)
+            guided = self._rescaled(guided, part, mine, time)
         if isinstance(rows, slice):
             return guided
         return Prediction(*(whole.index_copy(0, rows, new) for whole, new in zip(conditional, guided)))
@@ -268,6 +282,12 @@ class Guided(Wrapper):
     def combine(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Eq. (1): (1 + w) conditional - w unconditional."""
         return (1 + self.weight) * conditional - self.weight * unconditional
+
+    def _mixed(self, mix: Mix, conditional: Prediction, unconditional: Prediction, l: Level, x: Tensor) -> Prediction:
+        """``mix`` of the two answers, as pipelines do it."""
+        kind = self.denoiser.kind
+        y_c, y_0 = (target(kind, p.x0, p.eps, l) for p in (conditional, unconditional))
+        return predict(solve(kind, l), mix(y_c, y_0, self.weight), x)
 
     def _rescaled(self, guided: Prediction, conditional: Prediction, x: Tensor, t: Tensor) -> Prediction:
         """Eq. (2), in what the network answers, as diffusers' pipelines do."""

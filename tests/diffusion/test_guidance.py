@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from processes import rlfusion
 from tiny_runs import TINY
@@ -16,6 +17,7 @@ from rlfusion.diffusion.denoiser import Denoiser, Guided
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.schedule import DDPM, Cosine, level
+from rlfusion.models.pipelines import qwen_image
 from rlfusion.nets.mlp import ResidualMLP
 from rlfusion.rollout import Task, plan, run_item
 
@@ -124,6 +126,44 @@ def test_rows_of_different_times_are_each_guided_or_not(rescale):
         torch.testing.assert_close(together.eps[i : i + 1], alone.eps)
 
 
+def limited(y_c: torch.Tensor, y_0: torch.Tensor, w: float) -> torch.Tensor:
+    """A mixture that is not affine: a fifth of the way at most, feature by feature."""
+    return y_c + (w * (y_c - y_0)).clamp(-0.2, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_mixture_of_the_models_own_is_made_of_what_its_network_answers(kind):
+    """In the interval alone, with its rescale after it; the affine one is Eq. (1)."""
+    denoiser = random_net(kind)
+    g = torch.Generator().manual_seed(1)
+    x, label = torch.randn(4, 1, 4, 4, generator=g, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    times = torch.tensor([0.1, 0.3, 0.4, 0.9], dtype=torch.float64)
+    l = level(DDPM(), times, x)
+    y_c, y_0 = (denoiser.answer(x, times, c) for c in (label, torch.full_like(label, 2)))
+    inside = ((times >= 0.3) & (times <= 0.5))[:, None, None, None]
+    for rescale in (0.0, 0.7):
+        made = Guided(denoiser, 2.0, NULL, rescale, 0.3, 0.5, limited)(x, times, label)
+        mixed = limited(y_c, y_0, 2.0)
+        mixed = rescale_noise_cfg(mixed, y_c, guidance_rescale=rescale) if rescale else mixed
+        expected = torch.where(inside, mixed, y_c)
+        torch.testing.assert_close(target(kind, made.x0, made.eps, l), expected, rtol=1e-9, atol=1e-9)
+    affine = Guided(denoiser, 2.0, NULL, mix=lambda c, o, w: (1 + w) * c - w * o)(x, times, label)
+    torch.testing.assert_close(affine.x0, Guided(denoiser, 2.0, NULL)(x, times, label).x0, rtol=1e-9, atol=1e-9)
+
+
+def test_qwen_image_mixes_as_its_pipeline_does_and_its_gradient_is_exact():
+    """The lines of the pipeline's call on its own packed tokens; finite differences."""
+    g = torch.Generator().manual_seed(0)
+    y_c, y_0 = (torch.randn(2, 4, 4, 6, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    text, negative = (QwenImagePipeline._pack_latents(y, 2, 4, 4, 6) for y in (y_c, y_0))
+    comb = negative + 4.0 * (text - negative)
+    theirs = comb * (torch.norm(text, dim=-1, keepdim=True) / torch.norm(comb, dim=-1, keepdim=True))
+    theirs = QwenImagePipeline._unpack_latents(theirs, 4, 6, 1)[:, :, 0]
+    torch.testing.assert_close(qwen_image.mix(y_c, y_0, 3.0), theirs, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda a, b: qwen_image.mix(a, b, 3.0), (y_c, y_0))
+    torch.testing.assert_close(qwen_image.mix(y_c, y_0, 0.0), y_c)
+
+
 CHAINS = [
     Chain(steps=5, guidance=1.5),
     Chain(steps=5, guidance_scale=2.5, guidance_rescale=0.7),
@@ -135,13 +175,15 @@ CHAINS = [
 @pytest.mark.parametrize(
     "chain", CHAINS, ids=lambda c: f"{c.weight}-{c.guidance_rescale}-{c.guidance_low}-{c.negative}"
 )
-def test_the_ratio_is_one_at_the_acting_weights(chain):
+@pytest.mark.parametrize("mix", [None, limited])
+def test_the_ratio_is_one_at_the_acting_weights(chain, mix):
     """The learner merges steps of all times into one call; the rollout makes one a step."""
     torch.manual_seed(0)
     net = ResidualMLP((1, 4, 4), 2, width=16, depth=1)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
     policy = chain.policy(Denoiser(net, Cosine(), "v"), ("a", "b"))
+    policy.denoiser.mix = mix
     reward = lambda x, c: x.flatten(1).mean(1)  # noqa: E731
     task = Task(policy, TimeGrid(5), (1, 4, 4), torch.arange(2), lambda x: x.clamp(0, 1), reward, "mean")
     batch = run_item(task, plan(0, 0, 2, 8, 16, 2, 0)[0])

@@ -29,7 +29,7 @@ def side(name: str) -> int:
 def test_latents_and_images_are_those_of_the_pipelines_own_call(name, newer_pipelines):
     told, steps = about(newer_pipelines[name]), 3
     denoiser, whole = pipelines.build(told, PROMPTS), Whole(told)
-    scale = whole.known["guidance_scale"].default + denoiser.net.family.offset
+    scale = whole.known[denoiser.net.family.scale].default + denoiser.net.family.offset
     shape = denoiser.space.latent((3, side(name), side(name)))
     z = torch.randn(2, steps + 1, *shape, generator=torch.Generator().manual_seed(2))
     chain = Chain(steps=steps, spacing="model", kernel=denoiser.own.sampling.kernel, guidance_scale=scale)
@@ -91,9 +91,47 @@ def test_the_guidance_of_z_image_counts_from_one(newer_pipelines):
     assert pipelines.defaults(str(newer_pipelines["z_image"]), training=False)["guidance_scale"] == 6.0
 
 
+def test_the_guidance_of_qwen_image_leads_away_from_a_blank_unless_told_a_negative_prompt(newer_pipelines):
+    assert pipelines.defaults(str(newer_pipelines["qwen_image"]), training=False)["guidance_scale"] == 4.0
+    told = about(newer_pipelines["qwen_image"], negatives=["dark", ""])
+    denoiser, whole = pipelines.build(told, PROMPTS), Whole(told)
+    z = torch.randn(2, 3, *denoiser.space.latent((3, 16, 16)), generator=torch.Generator().manual_seed(2))
+    chain = Chain(steps=2, spacing="model", kernel="DDIM(eta=0.0)", guidance_scale=4.0)
+    ours = sample(chain.policy(denoiser, PROMPTS), z, chain.times(denoiser), torch.arange(2))
+    agree(ours, whole.latents(PROMPTS, [0, 1], z, guidance_scale=4.0))
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "true_cfg_scale": 4.0, "output_type": "latent"}
+    given = denoiser.net.family.given(z[:, 0]).split(1)
+    spaces = torch.cat([whole.pipe(p, n, latents=x, **call).images for p, n, x in zip(PROMPTS, ("dark", " "), given)])
+    agree(ours, denoiser.net.family.taken(whole.pipe, spaces, ours))
+
+
+def test_an_image_is_the_one_frame_of_a_video(newer_pipelines):
+    told = about(newer_pipelines["qwen_image"], decode=1)
+    space, vae = pipelines.build(told, PROMPTS).space, Whole(told).pipe.vae
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        z = (vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+        made = vae.decode((z * std + mean)[:, :, None]).sample[:, :, 0]
+    torch.testing.assert_close(space.encode(x), z, rtol=1e-5, atol=1e-5)
+    assert space.latent((3, 16, 16)) == z.shape[1:]
+    z.requires_grad_()
+    pixels = space.decode(z)
+    torch.testing.assert_close(pixels, made / 2 + 0.5, rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(pixels.sum(), z)[0].abs().amax((1, 2, 3)).min() > 0, "of each sample"
+
+
+def test_a_qwen_image_that_reads_its_guidance_is_refused(newer_pipelines, tmp_path):
+    folder = shutil.copytree(newer_pipelines["qwen_image"], tmp_path / "qwen_image")
+    file = Path(folder) / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"guidance_embeds": false', '"guidance_embeds": true'))
+    with pytest.raises(ConfigError, match="guidance_embeds = true: Qwen-Image is guided by two answers"):
+        pipelines.build(about(folder), PROMPTS)
+
+
 REFUSED = {
-    "QwenImagePipeline": "norm of the unguided answer",
-    "Flux2Pipeline": "Mistral 3 behind a processor of images",
+    "QwenImageEditPipeline": "unknown pipeline",
+    "QwenImageImg2ImgPipeline": "unknown pipeline",
     "StableDiffusionXLImg2ImgPipeline": "unknown pipeline",
     "AuraFlowPipelin": "did you mean 'AuraFlowPipeline'",
 }

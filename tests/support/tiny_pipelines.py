@@ -6,14 +6,11 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
-    AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
@@ -37,6 +34,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from tiny_language_models import flux_2_dev, flux_2_klein, qwen_3, qwen_image
 from transformers import (
     BertConfig,
     BertModel,
@@ -48,9 +46,6 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -268,20 +263,6 @@ def hunyuan_dit(scheduler=None) -> HunyuanDiTPipeline:
     )
 
 
-def qwen_3(make, layers: int) -> tuple[torch.nn.Module, Qwen2Tokenizer]:
-    """Bytes as tokens, and a conversation of one turn."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    tokenizer = Qwen2Tokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=512)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}:{% endfor %}"
-    config = Qwen3Config(
-        vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
-    )  # fmt: skip
-    return make(config).eval(), tokenizer
-
-
 def z_image(scheduler=None) -> ZImagePipeline:
     network = ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
@@ -294,23 +275,6 @@ def z_image(scheduler=None) -> ZImagePipeline:
         for name in ("x_pad_token", "cap_pad_token"):
             getattr(network, name).normal_()
     return ZImagePipeline(scheduler, autoencoder, encoder, tokenizer, network)
-
-
-def flux_2_klein(scheduler=None, distilled: bool = False) -> Flux2KleinPipeline:
-    network = Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=16, mlp_ratio=2.0, axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
-    ).eval()  # fmt: skip
-    autoencoder = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16, layers_per_block=1,
-    ).eval()  # fmt: skip
-    autoencoder.bn.running_mean.normal_()
-    autoencoder.bn.running_var.uniform_(0.5, 2.0)
-    encoder, tokenizer = qwen_3(Qwen3ForCausalLM, 27)
-    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    return Flux2KleinPipeline(scheduler, autoencoder, encoder, tokenizer, network, distilled)
 
 
 def pixart(scheduler=None, make=PixArtSigmaPipeline, side: int = 8):
@@ -347,6 +311,8 @@ NEWER = {
     "hunyuan_dit": hunyuan_dit,
     "z_image": z_image,
     "flux_2_klein": flux_2_klein,
+    "flux_2_dev": flux_2_dev,
+    "qwen_image": qwen_image,
 }
 
 
@@ -366,10 +332,10 @@ ABOUT = {
     "adapters": [],
 }
 SIDE = {"sana": 32, "sana_sprint": 32, "hunyuan_dit": 64}
-UNGUIDED = ("flux", "lcm", "sana_sprint")
+UNGUIDED = ("flux", "lcm", "sana_sprint", "flux_2_dev")
+"""Families whose networks read the guidance weight, and no negative prompt."""
 UNADAPTED = ("pixart", "pixart_alpha", "hunyuan_dit")
 """Families whose pipelines diffusers gives no adapters."""
-"""Families whose networks read the guidance weight, and no negative prompt."""
 ALIKE = 1e-4
 
 

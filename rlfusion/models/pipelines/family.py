@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.denoiser import Mix
 from rlfusion.models.pipelines.conditions import Conditions, Rows
 
 Shape = tuple[int, ...]
@@ -48,6 +49,9 @@ class Family:
         adaptable: whether diffusers' pipeline reads and writes adapters (LoRA).
         given: latents (B, C, h, w) as its pipeline's call takes them; parity with it alone asks for this and the next.
         taken: (pipeline, what its call returns as latents, latents of ours of that size) -> the same as ours.
+        mix: (y_c, y_0, w) -> the guided answer of the network's two, (B, C, h, w); None for (1 + w) y_c - w y_0.
+        blank: the negative prompt of those without one, of a pipeline whose call is not guided unless it is told one.
+        scale: the parameter of its pipeline's call that our guidance_scale is.
         offset: how far our guidance_scale s, y_0 + s (y - y_0), is above that of its pipeline's call.
     """
 
@@ -70,6 +74,9 @@ class Family:
     adaptable: bool = True
     given: Callable[[Tensor], Tensor] = Tensor.clone
     taken: Callable[[Any, Tensor, Tensor], Tensor] = lambda pipe, made, like: made
+    mix: Mix | None = None
+    blank: str | None = None
+    scale: str = "guidance_scale"
     offset: float = 0.0
 
 

@@ -1,10 +1,12 @@
-"""FLUX.2 Klein: a flow transformer over packed latents with four places a token, Qwen 3 for text.
+"""FLUX.2: a flow transformer over packed latents with four places a token; Mistral 3 (dev) or Qwen 3 (Klein) for text.
 
-A distilled Klein has no guidance; the base models have that of two answers, the second for no words. The autoencoder's
+To dev the guidance scale, 1 + w, is an input. A distilled Klein has no guidance; the base models have that of two
+answers, the second for no words. The autoencoder's
 latents are normalised by the running mean and variance of its batch normalisation, over patches of 2 x 2 (``space``).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from rlfusion.models.pipelines import hub, space
 from rlfusion.models.pipelines.conditions import Rows
 from rlfusion.models.pipelines.family import ATTENTION, Family, Shape
-from rlfusion.models.pipelines.flux import pack, places, unpack
+from rlfusion.models.pipelines.flux import embeds, pack, places, unpack
 
 
 def encode(
@@ -27,6 +29,13 @@ def encode(
     return {"text": text}, {"text": pipe.encode_prompt(negative or "", device=device, **sequence)[0]}
 
 
+def encode_one(
+    pipe: Any, prompt: str, negative: str | None, side: int, device: Any, **sequence: int
+) -> tuple[Rows, None]:
+    """ "text" (1, L, D), L = 512 unless told otherwise; dev has no negative prompt."""
+    return {"text": pipe.encode_prompt(prompt, device=device, **sequence)[0]}, None
+
+
 def answer(model: nn.Module, x: Tensor, t: Tensor, c: Rows) -> Tensor:
     """y (B, 32, h, w)."""
     length = torch.arange(c["text"].shape[1], device=x.device, dtype=x.dtype)[:, None]
@@ -34,7 +43,7 @@ def answer(model: nn.Module, x: Tensor, t: Tensor, c: Rows) -> Tensor:
     tokens = model(
         hidden_states=pack(x),
         timestep=t.to(x) / 1000,
-        guidance=None,
+        guidance=(1 + c["w"]).float() if "w" in c else None,
         encoder_hidden_states=c["text"],
         txt_ids=torch.cat([torch.zeros_like(length).expand(-1, 3), length], 1)[None].expand(len(x), -1, -1),
         img_ids=torch.cat([held, torch.zeros_like(held[:, :1])], 1)[None].expand(len(x), -1, -1),
@@ -81,3 +90,4 @@ KLEIN = Family(
     given=given,
     taken=taken,
 )
+DEV = replace(KLEIN, encode=encode_one, embeds=embeds, guided=False, taken=lambda pipe, made, like: unpack(made, like))

@@ -19,6 +19,7 @@ from rlfusion.common.deferred import deferred
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
+from rlfusion.models.pipelines.space import FRAMES
 from rlfusion.models.pipelines.typed import require_typed
 
 INDEX = "model_index.json"
@@ -39,6 +40,8 @@ _MODULES = {
     "HunyuanDiTPipeline": "hunyuan_dit:FAMILY",
     "ZImagePipeline": "z_image:FAMILY",
     "Flux2KleinPipeline": "flux_2:KLEIN",
+    "Flux2Pipeline": "flux_2:DEV",
+    "QwenImagePipeline": "qwen_image:FAMILY",
 }
 FAMILIES = Registry(
     "pipeline",
@@ -48,14 +51,6 @@ FAMILIES = Registry(
     also="each as --pipeline.family",
 )
 """The families by their pipeline's class."""
-UNFITTING = {
-    "QwenImagePipeline": "it scales its guided answer to the norm of the unguided answer, token by token, which is no "
-    "mixture of two answers, and its autoencoder is one of videos; expected one of another family, or an object of "
-    "yours as --pipeline.family",
-    "Flux2Pipeline": "its texts are read by a Mistral 3 behind a processor of images, which no tiny pipeline of the "
-    "tests has; expected Flux2KleinPipeline, or an object of yours as --pipeline.family",
-}
-"""Pipelines of text to image that are known and not taken, and why."""
 SINCE = {
     "HunyuanDiTPipeline": "0.28.0",
     "PixArtSigmaPipeline": "0.28.0",
@@ -66,6 +61,8 @@ SINCE = {
     "ChromaPipeline": "0.34.0",
     "ZImagePipeline": "0.36.0",
     "Flux2KleinPipeline": "0.37.0",
+    "Flux2Pipeline": "0.36.0",
+    "QwenImagePipeline": "0.35.0",
 }
 """The version of diffusers that was the first to have a pipeline."""
 RARE = ("bitsandbytes", "scipy.stats")
@@ -79,7 +76,7 @@ DAMAGED = (*REFUSALS, AttributeError, SafetensorError)
 """What the libraries raise of files that are damaged, or are of something else."""
 KINDS: dict[str, type | tuple[type, ...]] = {
     **{"in_channels": int, "sample_size": (int, list)},
-    **{"block_out_channels": list, "encoder_block_out_channels": list},
+    **{"block_out_channels": list, "encoder_block_out_channels": list, "temperal_downsample": list},
 }
 """What the settings of a component are that its shapes are read from."""
 
@@ -190,8 +187,6 @@ def family(path: Path, named: str = "") -> Family:
     name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
     if ":" in name:  # a folder names no code that is to be loaded
         raise unknown("pipeline", name, FAMILIES.names())
-    if why := UNFITTING.get(name):
-        raise ConfigError(f"pipeline {name!r} does not fit: {why}")
     found = FAMILIES.find(name).object
     if name in SINCE and class_named(name) is None:
         raise ConfigError(
@@ -299,8 +294,12 @@ def without_memory(path: Path, component: str) -> Any:
 
 
 def factor(path: Path) -> int:
-    """By how much the autoencoder reduces each side: it halves it between two blocks."""
+    """By how much the autoencoder reduces each side: it halves it between two blocks, or as often as one of videos says
+    whether it halves the number of frames as well.
+    """
     held = config(path, "vae")
+    if FRAMES in held:
+        return 2 ** len(held[FRAMES])
     blocks = "block_out_channels" if held.get("block_out_channels") else "encoder_block_out_channels"
     return 2 ** (len(held[blocks]) - 1)
 

@@ -35,7 +35,7 @@ from rlfusion.common.code_files import files_of
 from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
-from rlfusion.diffusion.denoiser import Denoiser, Denoising
+from rlfusion.diffusion.denoiser import Denoiser, Denoising, Mix
 from rlfusion.models.pipelines import attention, hub, lengths, quantized
 from rlfusion.models.pipelines.adapters import adapted, adapted_texts, merged_all, on_texts
 from rlfusion.models.pipelines.conditions import Conditions, Rows
@@ -60,6 +60,7 @@ class Published:
 
     sampling: Sampling
     conditions: Conditions
+    mix: Mix | None = None
 
     def times(self, steps: int) -> Tensor:
         return self.sampling.times(steps)
@@ -100,7 +101,7 @@ def build(
     space = Decoded(pipe.vae, family.channels(model.config), hub.factor(path), *how)
     sampling = read(pipe.scheduler, family.grid(model.config, space.latent(hub.shape(path, about["side"], family))))
     denoiser = Denoiser(Net(model, family, conditions, DTYPES[about["dtype"]]), sampling.schedule, sampling.kind)
-    denoiser.space, denoiser.own = space, Published(sampling, conditions)
+    denoiser.space, denoiser.own = space, Published(sampling, conditions, family.mix)
     if family.embeds(model.config):
         denoiser.weights = (-math.inf, math.inf)
     return denoiser

@@ -37,7 +37,7 @@ class Whole:
         """The latents (B, C, h, w) that it ends with, for the prompts of these numbers and noise z (B, K+1, C, h, w) as
         ``walk`` takes it. ``scheduler`` takes the place of its own; ``guidance`` are parameters of its call.
         """
-        negatives = [self.about["negatives"][i] for i in label]
+        negatives = [self.about["negatives"][i] or self.family.blank or "" for i in label]
         told = torch.tensor([bool(text) for text in negatives])
         if bool(told.any()) and not bool(told.all()):  # to a pipeline no negative prompt is not an empty one
             made = torch.empty_like(z[:, 0])
@@ -57,7 +57,9 @@ class Whole:
         _, height, width = hub.shape(self.path, self.about["side"], self.family)
         own = self.pipe.scheduler
         if "guidance_scale" in settings:
-            settings = settings | {"guidance_scale": settings["guidance_scale"] - self.family.offset}
+            told = settings["guidance_scale"] - self.family.offset
+            settings = {key: held for key, held in settings.items() if key != "guidance_scale"}
+            settings[self.family.scale] = told
         self.pipe.scheduler = scheduler or own
         try:
             with drawn(self.pipe.scheduler, list(z.transpose(0, 1)[1:])):

@@ -16,8 +16,8 @@ from rlfusion.models.pipelines.prompts import Prompts, read
 from rlfusion.models.pipelines.quantized import How
 from rlfusion.models.pipelines.scheduler import read as read_scheduler
 
-CALLED = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
-"""Settings of ``Chain`` and the parameters of a pipeline's call whose defaults they have."""
+STEPS = "num_inference_steps"
+"""The parameter of a pipeline's call whose default the steps of ``Chain`` have."""
 MOST_STEPS = 20
 """Steps of a chain that is trained, unless told otherwise or the pipeline's own are fewer."""
 
@@ -224,10 +224,9 @@ def defaults(name: str, training: bool, settings: Settings = UNSET, lora: str = 
     instead = settings._scheduler(name, settings.variant, lora).get("scheduler", "")
     sampling = read_scheduler(hub.scheduler(path, instead), plain_grid({}, ()))
     own = inspect.signature(hub.pipeline_class(path).__call__).parameters
-    if lacking := [name for name in ("num_inference_steps", "guidance_scale") if name not in own]:
+    if lacking := [name for name in (STEPS, family.scale) if name not in own]:
         raise ConfigError(f"pipeline {name!r}: its call takes no {' and no '.join(lacking)}, expected text to image")
-    held = {key: own[given].default for key, given in CALLED.items()}
-    held["guidance_scale"] += family.offset
+    held = {"steps": own[STEPS].default, "guidance_scale": own[family.scale].default + family.offset}
     if settings.scheduler != brought.OWN:
         held |= brought.chain(settings.adapters, lora, hub.scheduler(path))
     if not (family.guided or family.embeds(hub.config(path, family.network))):

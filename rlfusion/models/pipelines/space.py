@@ -2,7 +2,8 @@
 
     latent = (mode(encode(x)) - shift) scale / std,     sample = decode(std latent / scale + shift)
 
-shift is a number, or with std one of each channel (latents_mean, latents_std) where the pipeline undoes them.
+shift is a number, or with std one of each channel (latents_mean, latents_std) where the pipeline undoes them. An image
+is the one frame of a video to an autoencoder of videos.
 
 The autoencoder is frozen and works in float32, or decodes in ``dtype``, ``chunk`` samples at a time; where a gradient
 passes and there is more than one chunk, each is computed again for it (checkpointed), so that one chunk's activations
@@ -18,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import to_pixels
+
+FRAMES = "temperal_downsample"
+"""A setting, spelt as diffusers spells it, that autoencoders of videos have."""
 
 
 class Decoded:
@@ -41,6 +45,7 @@ class Decoded:
         if dtype == torch.float16 and config.get("force_upcast"):
             raise ConfigError("vae_dtype = float16: this autoencoder overflows in it (force_upcast), expected bfloat16")
         self.shift, self.scale = levels(vae, normalises)
+        self.frames = FRAMES in config
         self.vae = vae.float().eval().requires_grad_(False)
         self.decoding = [part for part in (vae.decoder, getattr(vae, "post_quant_conv", None)) if part is not None]
         for part in self.decoding:
@@ -54,13 +59,13 @@ class Decoded:
     def encode(self, x: Tensor) -> Tensor:
         """Samples (N, 3, H, W) in [-1, 1] -> latents."""
         self.vae.to(x.device)
-        code = torch.cat([_mode(self.vae.encode(part)) for part in x.split(self.chunk)])
+        code = torch.cat([self._code(part) for part in x.split(self.chunk)])
         return (code - tiled(self.shift, code)) * tiled(self.scale, code)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> samples in [0, 1], with gradients."""
         if next(self.vae.decoder.parameters()).device != z.device:
-            kept = torch.channels_last if z.is_cuda else torch.contiguous_format
+            kept = torch.channels_last if z.is_cuda and not self.frames else torch.contiguous_format
             for part in self.decoding:
                 part.to(z.device, memory_format=kept)
         parts = (z / tiled(self.scale, z) + tiled(self.shift, z)).split(self.chunk)
@@ -68,8 +73,13 @@ class Decoded:
         decode = (lambda part: checkpoint(self._decode, part, use_reentrant=False)) if again else self._decode
         return to_pixels(torch.cat([decode(part) for part in parts]))
 
+    def _code(self, x: Tensor) -> Tensor:
+        return _mode(self.vae.encode(x[:, :, None])).squeeze(2) if self.frames else _mode(self.vae.encode(x))
+
     def _decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(next(self.vae.decoder.parameters()).dtype)).sample.to(z)
+        z_in = z.to(next(self.vae.decoder.parameters()).dtype)
+        made = self.vae.decode(z_in[:, :, None]).sample.squeeze(2) if self.frames else self.vae.decode(z_in).sample
+        return made.to(z)
 
     def latent(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of a sample."""
@@ -94,7 +104,7 @@ def levels(vae: nn.Module, normalises: bool) -> tuple[Tensor, Tensor]:
         values = ", ".join(f"{name} = {held}" for name, held in each.items())
         raise ConfigError(f"autoencoder: {values}: pipelines of this family do not undo them, expected null")
     shift, std = each.get("latents_mean", config.get("shift_factor") or 0.0), each.get("latents_std", 1.0)
-    return _channels(shift), config["scaling_factor"] / _channels(std)
+    return _channels(shift), config.get("scaling_factor", 1.0) / _channels(std)
 
 
 def tiled(held: Tensor, like: Tensor) -> Tensor:
