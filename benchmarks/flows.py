@@ -39,6 +39,8 @@ MAKERS = {"sd3": stable_diffusion_3, "flux": flux}
 GUIDANCE = {"sd3": 4.5, "flux": 3.5}
 """Of the published settings of each family."""
 PROMPTS, STEPS, DRAWN = ("a red cat", "two dogs, 3"), 10, 48
+SIZE = 16
+"""The side of the images: FLUX's pipeline says 1,024 by itself, which its tiny scheduler cannot shift for."""
 
 
 def settings(rival: str, latent: int) -> dict[str, Any]:
@@ -87,12 +89,13 @@ def looked(images: torch.Tensor, start: torch.Tensor) -> dict[str, float]:
 def trained(family: str, rival: str, seed: int, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One run, and what it gives after each rollout, or the last."""
     chain = {"steps": STEPS, "guidance_scale": GUIDANCE[family], "kernel": "FlowSDE(noise=0.7)"}
-    given = {"pipeline": {"prompts": str(model.parent / "prompts.txt")}, "chain": chain, "root": str(model.parent)}
+    pipeline = {"prompts": str(model.parent / "prompts.txt"), "size": SIZE}
+    given = {"pipeline": pipeline, "chain": chain, "root": str(model.parent)}
     given |= {
         "rollout": {"prompts": len(PROMPTS), "samples_per_prompt": args.group},
         "lora": "LoRA(rank=32, alpha=64.0)",
     }
-    loaded = rlf.load(model, prompts=PROMPTS, chain=chain)
+    loaded = rlf.load(model, prompts=PROMPTS, chain=chain, pipeline={"size": SIZE})
     latent = loaded.denoiser.space.latent(loaded.card.shape)
     agent = settings(rival, torch.Size(latent).numel())
     run = rlf.finetune(str(model), f"{SUPPORT}/tiny_pipelines.py:warm", agent=agent, updates=10**6, seed=seed, **given)

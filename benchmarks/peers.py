@@ -18,8 +18,10 @@ diffusers' own pipeline, from one noise:
     diversity  mean distance of two images of a prompt, over the base's
 
 peak_mb is the most memory that a process had, ready_mb what it had as training began: libraries, weights and copies.
+Both, and the time until then, are of code that is compiled: the first run of an environment that uv made compiles it.
 
-``--rates 3e-4,1e-3,3e-3`` runs every rival at each of these learning rates.
+``--rates 3e-4,1e-3,3e-3`` runs every rival at each of these learning rates. ``--cost`` judges nothing, and tells time
+and memory alone: sampling is what takes longest where the latents are large (``--size large``).
 
     python benchmarks/peers.py [--seeds 0,1,2] [--queries 320] [--rlfusion "agent.lr=1e-3"] [--out FILE.json]
     python benchmarks/peers.py --rivals alignprop,draft1,draft5,draft,refl
@@ -27,6 +29,7 @@ peak_mb is the most memory that a process had, ready_mb what it had as training 
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -173,8 +176,9 @@ AGENTS: dict[str, dict[str, Any]] = {
 RIVALS = {"trl": trl, "alignprop": alignprop} | dict.fromkeys(AGENTS, rlfusion)
 RATES = {"trl": "train_learning_rate", "alignprop": "train_learning_rate"} | dict.fromkeys(AGENTS, "agent.lr")
 """The setting of each rival that is its learning rate."""
-SMALL = {"sample_size": 32, "block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 8}
-"""Settings of the U-Net of a pipeline of size small: its activations are what the memory holds."""
+WIDE = {"block_out_channels": (32, 64), "norm_num_groups": 8, "attention_head_dim": 8}
+SIZES = {"tiny": {}, "small": {"sample_size": 32, **WIDE}, "large": {"sample_size": 64, **WIDE}}
+"""Settings of the U-Net of a pipeline of each size: of the larger ones the activations are what the memory holds."""
 
 
 def base(folder: Path, size: str) -> None:
@@ -186,8 +190,8 @@ def base(folder: Path, size: str) -> None:
 
     torch.manual_seed(0)
     pipe = stable_diffusion()
-    if size == "small":
-        pipe.register_modules(unet=type(pipe.unet).from_config({**pipe.unet.config, **SMALL}))
+    if SIZES[size]:
+        pipe.register_modules(unet=type(pipe.unet).from_config({**pipe.unet.config, **SIZES[size]}))
     pipe.save_pretrained(folder)
 
 
@@ -237,26 +241,30 @@ def ran(rival: str, python: Path | str, job: dict[str, Any], folder: Path) -> di
     """One run in a process of its own."""
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(job))
-    lines = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # pip compiles what it installs; what another installer left as sources, the first run that is measured compiles
+    lines = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": ""}
     begin = time.time()
     with (folder / "log.txt").open("w") as log:
         failed = subprocess.run([python, HERE, "--run", rival, folder], env=lines, stdout=log, stderr=log).returncode
     if failed:
         sys.exit(f"{rival}, seed {job['seed']}: exit status {failed}\n{(folder / 'log.txt').read_text()[-3000:]}")
     told = json.loads((folder / "told.json").read_text())
+    if not told["points"]:
+        sys.exit(f"--queries {job['queries']}, --every {job['every']}: {rival} had no look, expected more queries")
     about = {"rival": rival, "seed": job["seed"], "rate": job["rate"], "own": job["own"]}
     return about | {"wall_s": time.time() - begin, "folder": str(folder), **told}
 
 
 def table(runs: list[dict[str, Any]], target: float) -> str:
-    """A line for each run: where it ends, and where it first has the target's gain."""
+    """A line for each run: where it ends, and where it first has the target's gain; of what was not judged, -."""
     head = ["rival", "lr", "seed", "queries", "gain", "distance", "diversity"]
     head += ["cpu_s", "ready_cpu_s", "ready_mb", "peak_mb"]
     lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 12]
     for run in runs:
-        end, first = run["points"][-1], next((p for p in run["points"] if p["gain"] >= target), None)
+        end, first = run["points"][-1], next((p for p in run["points"] if p.get("gain", -math.inf) >= target), None)
         reached = f"{first['queries']}, {first['cpu_s']:.1f}, {first['distance']:.2f}" if first else "-"
-        cells = [run["rival"], run["rate"], run["seed"], end["queries"], *(f"{end[n]:.2f}" for n in head[4:7])]
+        cells = [run["rival"], run["rate"], run["seed"], end["queries"]]
+        cells += [f"{end[name]:.2f}" if name in end else "-" for name in head[4:7]]
         cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}"]
         cells += [f"{run['ready_mb']:.0f}", f"{run['peak_mb']:.0f}", reached]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -276,12 +284,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--rivals", default="trl,rlfusion", help=", ".join(RIVALS))
     parser.add_argument("--rates", default="default", help="learning rates, or default, each rival's own")
-    parser.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the pipeline")
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="of the pipeline")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--queries", type=int, default=320)
     parser.add_argument("--every", type=int, default=48, help="queries between two looks at TRL")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--cost", action="store_true", help="judge nothing: time and memory alone")
     parser.add_argument("--target", type=float, default=1.0, help="the gain to reach")
     parser.add_argument("--trl", default="", help="settings of TRL's trainers, name=value ...")
     parser.add_argument("--rlfusion", default="", help="settings of rlfusion.finetune, name=value ...")
@@ -322,7 +331,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         runs = all_runs(args, Path(place))
-        judge(Path(place) / "model", runs, args.steps, args.guidance)
+        if not args.cost:
+            judge(Path(place) / "model", runs, args.steps, args.guidance)
     print(table(runs, args.target))
     if args.out:
         held = {"settings": {k: str(v) for k, v in vars(args).items() if k not in ("run", "out", "venv")}}

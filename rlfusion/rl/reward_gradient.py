@@ -200,11 +200,11 @@ class Learner:
         """
         part = _part(batch, torch.arange(len(batch))[: self.config.micro_batch], PREFLIGHT, 0)
         terms = self.paths(part)
-        seen = f"reward {self.task.reward_name!r} of {len(terms.reward)} samples of the base model"
-        if not _norm(terms.reward.mean(), self.policy, keep=True) > 0:
-            raise ConfigError(f"{seen}: its gradient is 0 in every weight, expected a differentiable reward")
         norm = _norm(terms.loss.mean(), self.policy)
-        if not norm > 0:
+        if not norm > 0:  # of the reward, or of the link alone: a second graph, for one that is kept holds activations
+            seen = f"reward {self.task.reward_name!r} of {len(terms.reward)} samples of the base model"
+            if not _norm(self.paths(part).reward.mean(), self.policy) > 0:
+                raise ConfigError(f"{seen}: its gradient is 0 in every weight, expected a differentiable reward")
             low, high = terms.reward.min().item(), terms.reward.max().item()
             raise ConfigError(f"{seen}: {low:.4g} to {high:.4g}, where the loss is flat: expected another link")
         return self._summary([terms]) | {"grad_norm": norm}
@@ -223,7 +223,7 @@ def _part(batch: Trajectory, walks: Tensor, iteration: int, epoch: int) -> Part:
     return Part(walks, x, begin[walks.cpu()], _conditions(batch.cond, walks), iteration, epoch)
 
 
-def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:
+def _norm(value: Tensor, module: nn.Module) -> float:
     """The norm of the gradient of ``value`` in the module's parameters.
 
     Raises:
@@ -231,12 +231,12 @@ def _norm(value: Tensor, module: nn.Module, keep: bool = False) -> float:
     """
     wanted = [p for p in module.parameters() if p.requires_grad]
     if any(map(shards.is_split, wanted)):  # autograd knows the gathered parameters alone
-        value.backward(retain_graph=keep)
+        value.backward()
         norm = current().norm([p.grad for p in wanted if p.grad is not None] or [torch.zeros(())]).item()
         for p in wanted:
             p.grad = None
     else:
-        found = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(value, wanted, allow_unused=True)
         norm = torch.stack([g.norm() for g in found if g is not None] or [torch.zeros(())]).norm().item()
     if norm != norm or norm == float("inf"):
         raise NumericalError(f"the gradient of the reward is not finite (norm {norm}): look at the reward")

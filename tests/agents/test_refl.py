@@ -186,6 +186,15 @@ def test_a_link_that_is_flat_on_the_base_is_refused():
         learner.preflight(rollout(task, learner.config, PREFLIGHT))
 
 
+def test_the_preflight_keeps_no_graph(monkeypatch):
+    """One that is kept holds the activations of every step that checkpoints make again, for the time of both passes."""
+    learner, task = mlp_learner()
+    batch, grad, kept = rollout(task, learner.config, PREFLIGHT), torch.autograd.grad, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: kept.append(k.get("retain_graph")) or grad(*a, **k))
+    learner.preflight(batch)
+    assert kept == [None]
+
+
 def test_it_moves_a_mixture_to_the_rewarded_mode_and_the_kl_keeps_its_spread():
     assert_learns(Config(lr=3e-3, updates_per_epoch=1), Config(lr=3e-3, updates_per_epoch=1, kl_loss=0.03, kl_std=STD))
 
