@@ -16,6 +16,7 @@ With ``data`` it is the paper's own, offline: the pairs are stored ones, which a
 ``stored``), and the prompts' scores, where there are such, take the place of rewards. No walk is taken.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,9 +39,10 @@ from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import pair
 from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
-from rlfusion.rl.stored import Pairs
+from rlfusion.rl.stored import Pairs, compared
 from rlfusion.rl.transitions import require_finite
 from rlfusion.rollout import RolloutSpec, Task, prefix, samples
+from rlfusion.rollout.outside import Stored
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization, average
@@ -131,6 +133,11 @@ class Config(Defaults):
             raise ConfigError(
                 f"samples_per_prompt = {plan.samples_per_prompt}: expected at least {1 / self.pairs:g}, for a pair"
             )
+
+    def check_stored(self, stored: Callable[[str], Stored]) -> None:
+        """Raises ConfigError for stored images that ``stored`` cannot open, or that give no pair."""
+        if self.data:
+            compared(stored(self.data), self.data, self.pairs)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """Samples and rewards; of stored pairs nothing, walks that stop before their first step."""

@@ -13,6 +13,7 @@ no reward is asked for: the reward of the run is what evaluations and the monito
 that were preferred are learned.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -31,6 +32,7 @@ from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.stored import Samples
 from rlfusion.rl.weighted import OnNoised, Places
 from rlfusion.rollout import RolloutSpec, Task, prefix
+from rlfusion.rollout.outside import Stored
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
 from rlfusion.training.optimization import Optimization
@@ -110,6 +112,15 @@ class Config(Defaults):
                 f"updates_per_epoch = {self.updates_per_epoch}: expected at most {most}, of batch = {self.batch} images"
             )
 
+    def check_stored(self, stored: Callable[[str], Stored]) -> None:
+        """Raises ConfigError for stored images that ``stored`` cannot open, or that have no scores for ``beta``."""
+        self.require_scores(stored(self.data))
+
+    def require_scores(self, held: Stored) -> None:
+        """Raises ConfigError where ``beta`` weighs by scores and there are none: of pairs the preferred have none."""
+        if self.beta and (held.score is None or held.pairs):
+            raise ConfigError(f"beta = {self.beta:g}: the images of {self.data!r} have no scores, expected 0")
+
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """Nothing: walks that stop before their first step."""
         return prefix(0, 0)
@@ -143,10 +154,9 @@ class Learner:
     def _weights(self) -> Tensor:
         """Eq. (2) of every stored image, (N,)."""
         c, held = self.config, self.samples.held
-        if not c.beta:
+        c.require_scores(held)
+        if held.score is None or not c.beta:
             return torch.ones(len(held.x))
-        if held.score is None:
-            raise ConfigError(f"beta = {c.beta:g}: the images of {c.data!r} have no scores, expected 0")
         group = held.prompt if c.normalize == "group" else torch.zeros_like(held.prompt)
         advantage = normalized(held.score, group, c.normalize)
         return exponential_weights(advantage, c.beta, c.w_max, mean_one=True).float()

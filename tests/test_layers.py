@@ -48,8 +48,7 @@ HOMES = {
     "pyarrow": {"rlfusion.data.columns", "rlfusion.models.pipelines.prompt_files"},
     "matplotlib": {"rlfusion.jobs.push", "rlfusion.jobs.compare.plots"},
     "jsonargparse": {"rlfusion.cli.arguments"},
-    "rich": {"rlfusion.cli.listing", "rlfusion.cli.tables", "rlfusion.common.progress"}
-    | {"rlfusion.cli.cluster_jobs", "rlfusion.cli.stored_runs"},
+    "rich": {"rlfusion.cli.shown", "rlfusion.cli.tables", "rlfusion.common.progress"},
     "PIL": {"rlfusion.data.images", "rlfusion.training.tracking", "rlfusion.rewards.adapters", "rlfusion.rewards.jpeg"}
     | {"rlfusion.rewards.kit.lpips_likeness.scorer", "rlfusion.rewards.kit.object_checks.scorer"},
     "yaml": {"rlfusion.cli.settings_text", "rlfusion.config", "rlfusion.cli.arguments", "rlfusion.jobs.resuming"}

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.cli import words
-from rlfusion.cli.defaults import for_pipelines, is_pipeline, mapping_of, model_defaults, preset_defaults, told_last
+from rlfusion.cli.defaults import (
+    data_defaults,
+    for_pipelines,
+    is_pipeline,
+    mapping_of,
+    model_defaults,
+    preset_defaults,
+    told_last,
+)
 from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree, tree
 from rlfusion.cli.unknown_settings import unknown_setting
@@ -63,7 +71,7 @@ def settings_of(kind: str, arguments: list[str]) -> Any:
         arguments = _long(arguments, "method", distill.METHODS)
         method = told_last(arguments, "method", "name")
         typed = config.with_method("cd" if method is None else str(method))
-        return parse(typed, kind, arguments, make=config.Distill)
+        return parse(typed, kind, arguments, data_defaults(kind, arguments, "teacher"), config.Distill)
     arguments = [re.sub(r"^--model(=|$)", r"--base\1", argument) for argument in arguments]
     if kind == "compare":
         made = parse(Compare, kind, arguments, model="base")

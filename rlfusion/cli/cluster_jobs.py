@@ -18,10 +18,12 @@ usage: rlfusion jobs list                              [--address URL]
        rlfusion jobs status NAME                       [--address URL]
        rlfusion jobs logs NAME [--follow]              [--address URL]
        rlfusion jobs stop NAME                         [--address URL]
-       rlfusion jobs resume NAME [--change KEY=VALUE]... [--follow] [--address URL]
+       rlfusion jobs resume NAME [--change KEY=VALUE]... [--follow]
+                                 [--address URL]
 
-The jobs that rlfusion launch has submitted to a Ray cluster (docs/cluster.md). URL is that of its dashboard; without
-it RAY_API_SERVER_ADDRESS of the environment, or http://127.0.0.1:8265. Also: --ca FILE, --timeout_s SECONDS."""
+The jobs that rlfusion launch has submitted to a Ray cluster (docs/cluster.md).
+URL is that of its dashboard; without it RAY_API_SERVER_ADDRESS of the
+environment, or http://127.0.0.1:8265. Also: --ca FILE, --timeout_s SECONDS."""
 
 STOPPED = 75
 STOPPING_S = 30.0
@@ -194,13 +196,6 @@ def _took(job: Any) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rlfusion.cli import shown
 
-    table = Table(title=title, show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    shown.texts(None, title, columns, rows)

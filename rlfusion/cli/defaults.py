@@ -9,7 +9,7 @@ from rlfusion.cli import words
 from rlfusion.cli.settings_text import load, load_file
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute
-from rlfusion.common.errors import ConfigError, shorten, unknown
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 
 PIPELINE_DEFAULTS: dict[str, dict[str, Any]] = {
     "finetune": {"evaluation.samples": 64, "monitor.samples": 64},
@@ -25,6 +25,11 @@ CHOICES = ("form", "ratio", "fused", "epochs", "updates_per_epoch")
 
 TRAINING = ("finetune", "compare", "check-model")
 """The commands whose chain is one to train."""
+DATA: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("finetune", "compare", "distill"), ("pretrain",)),
+    **dict.fromkeys(("evaluate", "check-reward"), ()),
+}
+"""The commands that read data beside a model, and the group in which their settings have them."""
 ROLLING = ("finetune", "compare")
 """The commands that have rollout.prompts."""
 
@@ -84,7 +89,39 @@ def model_defaults(command: str, arguments: list[str], option: str) -> dict[str,
         few = few | (_fitting(_prompts(arguments, card.classes) if card.pipeline else card.classes) if rolls else {})
     if few and command == "finetune":
         few = few | _of_agent(arguments)
+    few = few | ({} if pipelines.is_pipeline(name) else _of_data(command, arguments, option, name))
     return few | {f"chain.{key}": value for key, value in chain.items()}
+
+
+def data_defaults(command: str, arguments: list[str], option: str) -> dict[str, Any]:
+    """The data that the model of an option was pretrained on, as defaults; none for no model, or one of the hub."""
+    from rlfusion.models import pipelines
+
+    name = told_last(arguments, option)
+    return _of_data(command, arguments, option, name) if name and not pipelines.is_pipeline(name) else {}
+
+
+def _of_data(command: str, arguments: list[str], option: str, name: str) -> dict[str, Any]:
+    """The data that a saved model was pretrained on, where it says so and no others are told.
+
+    Raises:
+        ConfigError: they are gone.
+    """
+    from rlfusion import models
+    from rlfusion.data import sources
+
+    place = DATA.get(command)
+    if place is None or told_last(arguments, *place, "data") is not None:
+        return {}
+    held = models.load_card(Path(name)).data
+    if not held:
+        return {}
+    if gone := sources.missing(held["data"]):
+        raise ConfigError(
+            f"{option} = {shorten(repr(name))} was pretrained on {shorten(gone, LONGEST_PATH)}, which is not there any "
+            f"more: expected --{'.'.join((*place, 'data'))} of where it is now"
+        )
+    return {".".join((*place, key)): held[key] for key in ("data", "size", "held_out")}
 
 
 def _chain(card: Any, command: str, arguments: list[str]) -> Mapping[str, Any]:

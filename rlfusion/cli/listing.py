@@ -1,11 +1,9 @@
 """``rlfusion list [KIND]``: what there is of a kind, and where it comes from."""
 
 import textwrap
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from rlfusion.cli.shown import texts
 from rlfusion.common.errors import ConfigError, shorten, unknown
 from rlfusion.jobs.doors import DOORS
 
@@ -13,8 +11,9 @@ USAGE = f"""\
 usage: rlfusion list [KIND]
 
 KIND is one of
-{textwrap.fill(", ".join(DOORS), 100)}.
-Each name can also be package.module:name or path/to/file.py:name, of your own code (docs/doors.md)."""
+{textwrap.fill(", ".join(DOORS), 80)}.
+Each name can also be package.module:name or path/to/file.py:name, of your own
+code (docs/doors.md)."""
 
 
 def show(arguments: list[str]) -> None:
@@ -40,10 +39,5 @@ def _kinds() -> list[tuple[str, str, str]]:
     return [(kind, str(len(registry.names())), option) for kind, (registry, option) in DOORS.items()]
 
 
-def _print(title: str, columns: tuple[str, ...], rows: object) -> None:
-    table = Table(title=title)
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:  # type: ignore[attr-defined]
-        table.add_row(*map(escape, row))
-    Console().print(table)
+def _print(title: str, columns: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:
+    texts(None, title, columns, list(rows))

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from rlfusion.common.errors import ConfigError, unknown
 
 USAGE = """\
-usage: rlfusion rewards [list]                the kits of rewards, and which are installed
-       rlfusion rewards show NAME             what it is, its licence and its requirements
+usage: rlfusion rewards [list]
+           the kits of rewards, and which are installed
+       rlfusion rewards show NAME
+           what it is, its licence and its requirements
        rlfusion rewards install NAME [--dry_run] [--anew]
-                                              make its environment; --dry_run says how, and makes nothing
-       rlfusion rewards serve NAME [...]      serve it from its environment; further words are of serve-reward
+           make its environment; --dry_run says how, and makes nothing
+       rlfusion rewards serve NAME [...]
+           serve it from its environment; further words are of serve-reward
 
-A kit is a reward whose packages want an environment of their own. These are in ~/.cache/rlfusion/reward-envs, or where
-the environment variable RLFUSION_REWARD_ENVS says. A served reward is used by its address:
+A kit is a reward whose packages want an environment of their own. These are in
+~/.cache/rlfusion/reward-envs, or where the environment variable
+RLFUSION_REWARD_ENVS says. A served reward is used by its address:
 --reward http://127.0.0.1:8500."""
 
 OPTIONS = {"list": (), "show": (), "install": ("--dry_run", "--anew")}
@@ -27,6 +31,7 @@ def rewards(arguments: Sequence[str]) -> int:
         ConfigError: another word or option, or no such kit.
         KitUnavailable: an installer fails.
     """
+    from rlfusion.cli import shown
     from rlfusion.jobs import reward_kits
     from rlfusion.rewards.kit import find
 
@@ -43,8 +48,8 @@ def rewards(arguments: Sequence[str]) -> int:
     if action in OPTIONS and (wrong := [word for word in words if word not in OPTIONS[action]]):
         raise unknown(f"option of rlfusion rewards {action}", wrong[0], OPTIONS[action])
     if action == "list":
-        for kit, state in reward_kits.listed():
-            print(f"{kit.name:16} {state:14} {kit.gives}")
+        rows = [(kit.name, state, kit.gives) for kit, state in reward_kits.listed()]
+        shown.texts(None, "", ("kit", "state", "what it gives"), rows)
     elif action == "show":
         kit = find(names[0])
         for what in ("gives", "interface", "licence", "weights", "device", "reward"):

@@ -9,11 +9,16 @@ from typing import Any
 from rlfusion.common.errors import ConfigError, shorten, unknown
 
 USAGE = """\
-usage: rlfusion runs [list] [FOLDER...] [--json]     the runs in runs/, or in these folders
-       rlfusion runs status RUN [--json]             one run: settings that are told, its last figures
-       rlfusion runs best [FOLDER...] [--by SCALAR]  of each reward the run of the greatest gain, or SCALAR
-       rlfusion runs size [FOLDER...]                the bytes of each, the largest first
-       rlfusion runs remove RUN... [--yes]           remove runs, checkpoints and models with them; asks, unless --yes
+usage: rlfusion runs [list] [FOLDER...] [--json]
+           the runs in runs/, or in these folders
+       rlfusion runs status RUN [--json]
+           one run: settings that are told, its last figures
+       rlfusion runs best [FOLDER...] [--by SCALAR]
+           of each reward the run of the greatest gain, or SCALAR
+       rlfusion runs size [FOLDER...]
+           the bytes of each, the largest first
+       rlfusion runs remove RUN... [--yes]
+           remove runs, checkpoints and models with them; asks, unless --yes
 
 A run is a folder with run.json. One that is at work is not removed."""
 
@@ -177,13 +182,6 @@ def _bytes(count: int) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rlfusion.cli import shown
 
-    table = Table(title=escape(title), show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
+    shown.texts(None, title, columns, rows)

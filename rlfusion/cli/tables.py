@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from rlfusion import config
+from rlfusion.cli import shown
 from rlfusion.cli.ranked import ranked
 from rlfusion.common import storage
 from rlfusion.common.errors import ConfigError
@@ -36,15 +35,12 @@ REPORTED = "report.html, comparison.md, .csv and .json, plots as PNG, PDF and SV
 def run_finetune(settings: config.Finetune, folder: Path) -> None:
     """Fine-tune in ``folder``, and print the result."""
     result, seconds = timed(ranked("finetune"), settings, folder)
-    table = Table(title=f"reward {settings.reward_name}: {result['queries']} queries; {seconds:.0f} s in all")
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="right" if name else "left")
-    for name in headlines(result["after"]):
-        table.add_row(name, f"{result['before'][name]:.4g}", f"{result['after'][name]:.4g}")
     if _summed("finetune", folder, seconds, result):
         return
-    console = _console()
-    console.print(table)
+    console, held = _console(), (result["before"], result["after"])
+    rows = [[name, *(f"{one[name]:.4g}" for one in held)] for name in headlines(result["after"])]
+    title = f"reward {settings.reward_name}: {result['queries']} queries; {seconds:.0f} s in all"
+    shown.figures(console, title, ("", "before", "after"), rows)
     also = [name for name in ("best/", "diagnosis.md") if (folder / name).exists()]
     files = ("samples/before.png", "samples/after.png", "model/", *also, "summary.json", "metrics.jsonl", "config.yaml")
     _where(console, folder, ", ".join(files))
@@ -137,38 +133,40 @@ def _print_figures(settings: config.Evaluate, found: Found, result: dict[str, An
         _print_beside(console, found, settings)
     for sampler, rewards in result.get("paired", {}).items():
         first, second = short_names(found).values()
-        table = Table(title=f"{first} - {second}, sample by sample ({sampler})")
-        for name in ("", "difference", "standard error", "p", "better"):
-            table.add_column(name, justify="right" if name else "left")
-        for name, held in rewards.items():
-            row = (held.get(key) for key in ("difference", "standard_error", "p", "better"))
-            table.add_row(name, *("" if value is None else f"{value:.3g}" for value in row))
-        console.print(table)
+        keys = ("difference", "standard_error", "p", "better")
+        rows = [[name, *(_number(held.get(key), 3) for key in keys)] for name, held in rewards.items()]
+        head = ("", "difference", "standard error", "p", "better")
+        shown.figures(console, f"{first} - {second}, sample by sample ({sampler})", head, rows)
     for column, categories in result.get("suite", {}).get("categories", {}).items():
-        console.print(_by_category(f"{result['suite']['name']}, by {column}", categories, short_names(found)))
+        title = f"{result['suite']['name']}, by {column}"
+        shown.figures(console, title, *_by_category(categories, short_names(found)))
     left_out = {name: why for one in found.values() for name, why in one.left_out.items()}
     for name, why in left_out.items():
         console.print(f"{name} is left out: it takes {why}", markup=False, soft_wrap=True)
 
 
-def _by_category(title: str, categories: Mapping[str, Any], short: Mapping[str, str]) -> Table:
-    """The rewards of each category: of each model and sampler, and what two models differ by."""
-    table, first = Table(title=title), next(iter(categories.values()))
-    table.add_column("")
-    table.add_column("prompts", justify="right")
-    shown = [(m, s, r) for m, samplers in first["models"].items() for s, rewards in samplers.items() for r in rewards]
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _by_category(categories: Mapping[str, Any], short: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table: the rewards of each category, of each model and sampler, and what two models
+    differ by.
+    """
+    head, rows, first = ["", "prompts"], [], next(iter(categories.values()))
+    told = [(m, s, r) for m, samplers in first["models"].items() for s, rewards in samplers.items() for r in rewards]
     paired = [(s, r) for s, rewards in first.get("paired", {}).items() for r in rewards]
-    several = len({sampler for _, sampler, _ in shown}) > 1
-    for model, sampler, reward in shown:
+    several = len({sampler for _, sampler, _ in told}) > 1
+    for model, sampler, reward in told:
         words = (reward, short[model] if len(short) > 1 else "", sampler if several else "")
-        table.add_column(" ".join(filter(None, words)), justify="right")
+        head.append(" ".join(filter(None, words)))
     for sampler, reward in paired:
-        table.add_column(f"{reward} difference{f' {sampler}' if several else ''} (p)", justify="right")
+        head.append(f"{reward} difference{f' {sampler}' if several else ''} (p)")
     for category, held in categories.items():
-        cells = [f"{held['models'][m][s][r]:.4g}" for m, s, r in shown]
+        cells = [f"{held['models'][m][s][r]:.4g}" for m, s, r in told]
         cells += [_difference(held["paired"][s][r]) for s, r in paired]
-        table.add_row(category, str(held["prompts"]), *cells)
-    return table
+        rows.append([category, str(held["prompts"]), *cells])
+    return head, rows
 
 
 def _difference(held: Mapping[str, float]) -> str:
@@ -176,14 +174,11 @@ def _difference(held: Mapping[str, float]) -> str:
 
 
 def _print_beside(console: Console, found: Found, settings: config.Evaluate) -> None:
-    table, short = Table(title=f"{settings.evaluation.samples} samples on the same seeds"), short_names(found)
-    table.add_column("")
-    for name, sampler in found:
-        table.add_column(f"{short[name]}, {sampler}" if len(settings.samplers) > 1 else short[name], justify="right")
-    for row in dict.fromkeys(name for one in found.values() for name in one.values):
-        cells = (one.values.get(row) for one in found.values())
-        table.add_row(row, *("" if value is None else f"{value:.4g}" for value in cells))
-    console.print(table)
+    short, several = short_names(found), len(settings.samplers) > 1
+    head = ["", *(f"{short[name]}, {sampler}" if several else short[name] for name, sampler in found)]
+    names = dict.fromkeys(name for one in found.values() for name in one.values)
+    rows = [[name, *(_number(one.values.get(name), 4) for one in found.values())] for name in names]
+    shown.figures(console, f"{settings.evaluation.samples} samples on the same seeds", head, rows)
 
 
 def run_import_config(settings: config.ImportConfig) -> None:
@@ -239,15 +234,9 @@ def run_reproduce(settings: Reproduce) -> None:
 
 def _findings(what: str, findings: Iterable[Finding]) -> None:
     """Print findings as a table; one that failed is an error."""
-    table = Table(title=what)
-    for name in ("check", "", "what was seen"):
-        table.add_column(name, overflow="fold")
-    failed = []
-    for check, verdict, message in findings:
-        table.add_row(check, verdict, escape(message))
-        failed += [check] if verdict == "FAILS" else []
-    Console().print(table)
-    if failed:
+    rows = list(findings)
+    shown.texts(Console(), what, ("check", "", "what was seen"), rows)
+    if failed := [check for check, verdict, _ in rows if verdict == "FAILS"]:
         raise ConfigError(f"{what} fails: {', '.join(failed)}")
 
 
@@ -257,20 +246,14 @@ def run_doctor(settings: config.Finetune | None) -> None:
     Raises:
         ConfigError: a row of the trial fails.
     """
-    table = Table(title="what is here", show_header=False)
-    for row in doctor.environment():
-        table.add_row(*map(escape, row))
     console = Console()
-    console.print(table)
+    shown.texts(console, "what is here", ("", ""), list(doctor.environment()))
     if settings is None:
         return
     found = doctor.memory_estimate(settings)
-    table = Table(title="memory of this fine-tuning, before scratch space and the reward's own")
-    table.add_column("")
-    table.add_column("GB", justify="right")
-    for name, size in [*found.items(), ("together", sum(found.values()))]:
-        table.add_row(name, f"{size / 1e9:.3f}")
-    console.print(table)
+    sizes = [*found.items(), ("together", sum(found.values()))]
+    rows = [[name, f"{size / 1e9:.3f}"] for name, size in sizes]
+    shown.figures(console, "memory of this fine-tuning, before scratch space and the reward's own", ("", "GB"), rows)
     _findings("this fine-tuning", trial(settings, found))
 
 
@@ -285,12 +268,7 @@ def run_board(settings: config.Board) -> None:
 
 
 def _print(console: Console, result: dict[str, float], title: str) -> None:
-    table = Table(title=title)
-    table.add_column("")
-    table.add_column("value", justify="right")
-    for name, value in result.items():
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
+    shown.figures(console, title, ("", "value"), [[name, f"{value:.4g}"] for name, value in result.items()])
 
 
 def _compared(console: Console, page: str, folder: Path) -> None:
@@ -299,12 +277,7 @@ def _compared(console: Console, page: str, folder: Path) -> None:
         console.print(page, markup=False, highlight=False, soft_wrap=True)
         return
     for held in compare.brief(folder):
-        table = Table(title=escape(held.title))
-        for name in held.head:
-            table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=bool(name))
-        for row in held.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+        shown.figures(console, held.title, held.head, held.rows)
     console.print(f"all figures: {folder / 'comparison.md'}", markup=False, soft_wrap=True)
 
 

@@ -17,13 +17,16 @@ Range = Literal["auto", "-1..1", "0..1", "0..255", "0..65535"]
 
 class Pixels(NamedTuple):
     """x (N, C, H, W) float32 in [-1, 1]; ``levels``: the even steps that the values lie on (None: continuous); the
-    layout and the range that they had.
+    layout, the range, the type and the least and the greatest value that they had.
     """
 
     x: np.ndarray
     levels: int | None
     layout: str
     span: str
+    dtype: str
+    low: float
+    high: float
 
 
 def pixels(images: np.ndarray, layout: str, span: str, what: str) -> Pixels:
@@ -51,7 +54,8 @@ def pixels(images: np.ndarray, layout: str, span: str, what: str) -> Pixels:
         x -= np.float32(1)
     else:
         x[...] = images if low == -1 else images.astype(np.float64) * (2 / high) - 1
-    return Pixels(x, None if images.dtype.kind == "f" else high - low + 1, layout, span)
+    levels = None if images.dtype.kind == "f" else high - low + 1
+    return Pixels(x, levels, layout, span, str(images.dtype), float(images.min()), float(images.max()))
 
 
 def layout_of(shape: tuple[int, ...], continuous: bool, layout: str, about: str) -> str:

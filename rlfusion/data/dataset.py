@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class Dataset:
     ``captioned``: the names are captions, distinct ones, and the model is to read them. ``levels``: the values lie on
     so many even steps from -1 to 1 (256: 8 bits); None for continuous values. ``held`` (N,) bool marks the samples that
     the data themselves keep from training (a folder ``val/``, say); None where they do not say. ``summary``: in one
-    line what was read, how, and what was left out.
+    line what was read, how, and what was left out; ``unread`` are the arrays or columns beside it.
     """
 
     x: Tensor
@@ -36,6 +37,7 @@ class Dataset:
     captioned: bool = False
     held: Tensor | None = None
     summary: str = ""
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or self.label.shape != self.x.shape[:1]:
@@ -63,7 +65,7 @@ class Dataset:
         """(C, H, W)."""
         return tuple(self.x.shape[1:])
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of the samples, their labels and the names: of what a model learns from, wherever it lies."""
         digest = hashlib.sha256(json.dumps([self.names, self.shape, self.levels, self.captioned]).encode())

@@ -96,8 +96,11 @@ class HF:
         held = torch.arange(count) >= len(tables[0]) if self.held else None
         if held is not None and kind == "classes":
             require_known(names, label, held, repr(self.path))
-        parts = [line(count, Counter()), of_names(names, kind), *counted(reader.notes)]
-        return Dataset(torch.from_numpy(x), label, names, 256, kind == "captions", held, "; ".join(parts))
+        read = (self.image, self.label, self.caption)
+        unread = tuple(name for name in tables[0].column_names if name not in read)
+        left = [f"columns not read: {', '.join(unread)}"] if unread else []
+        parts = [line(count, Counter()), of_names(names, kind), *counted(reader.notes), *left]
+        return Dataset(torch.from_numpy(x), label, names, 256, kind == "captions", held, "; ".join(parts), unread)
 
     def _picture(self, table: Any, i: int, size: int, reader: Reader) -> Any:
         where = f"row {i} of {self.path!r}"

@@ -150,13 +150,16 @@ class Npz:
         data = _dataset(x, given, kind, first.images.levels)
         if mask is not None and kind == "classes":
             require_known(data.names, data.label, mask, repr(self.path))
-        low, high = (float(value) for value in torch.aminmax(x))
-        parts = [line(len(x), Counter()), of_names(data.names, kind), f"values {low:.3g}..{high:.3g} of -1..1"]
+        own = first.images
+        sides = f"{own.dtype} {'x'.join(map(str, x.shape[2:]))} of {x.shape[1]} channel{'s'[: x.shape[1] > 1]}"
+        low, high = min(part.images.low for part in read), max(part.images.high for part in read)
+        values = f"values {low:.4g}..{high:.4g} of {own.span}"
+        parts = [line(len(x), Counter()), f"{sides} ({own.layout})", of_names(data.names, kind), values]
         if len(names) > 1:
             parts.append(f"{len(first.x):,} of {names[0]!r} to train on, {len(last.x):,} of {names[1]!r} held out")
         if left:
             parts.append(f"arrays not read: {', '.join(left[:6])}{', ...' if len(left) > 6 else ''}")
-        return Dataset(data.x, data.label, data.names, data.levels, data.captioned, mask, "; ".join(parts))
+        return Dataset(data.x, data.label, data.names, data.levels, data.captioned, mask, "; ".join(parts), tuple(left))
 
 
 def _of_split(name: str) -> tuple[str, str]:

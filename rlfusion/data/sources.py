@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common import spec
+from rlfusion.common.code_files import absolute as of_file
 from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.registry import Registry
@@ -100,6 +101,24 @@ def source(data: str) -> Any:
         raise ConfigError(f"data = {data!r}: expected {_expected()}")
     near = f"; did you mean {DIGITS!r}?" if difflib.get_close_matches(data, [DIGITS]) else ""
     raise ConfigError(f"data = {data!r} does not exist: expected {_expected()}{near}")
+
+
+def absolute(data: str) -> str:
+    """What ``data`` names, with the paths in it from the root on, so that it is found from another folder too."""
+    if "(" not in data or Path(data).exists():
+        return str(Path(data).absolute()) if data != DIGITS and Path(data).exists() else of_file(data)
+    name, settings = spec.split(of_file(data))
+    there = {k: v for k, v in settings.items() if k in ("path", "root") and isinstance(v, str) and v}
+    moved = {k: str(Path(v).absolute()) for k, v in there.items() if Path(v).exists()}
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in {**settings, **moved}.items())})"
+
+
+def missing(data: str) -> str:
+    """The path that ``data``, as ``absolute`` gives it, names and that is not there; "" for none."""
+    settings = spec.split(data)[1] if "(" in data and not Path(data).exists() else {"path": data}
+    paths = [v for k, v in settings.items() if k in ("path", "root") and isinstance(v, str) and Path(v).is_absolute()]
+    named = [v.partition(":")[0] for v in paths if not Path(v).exists()]
+    return next((v for v in named if not Path(v).exists()), "")
 
 
 def _expected() -> str:

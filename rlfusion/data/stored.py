@@ -4,32 +4,38 @@ pairs    a table with two images a row: jpg_0 and jpg_1 with label_0 and label_1
          or chosen and rejected; scores of any size may stand as score_0 and score_1
 scores   a table, or a folder with a metadata table, with a column score, reward or rating
 neither  whatever else is data (``sources``)
+
+Scores and preferences where they would not be read (``hf(...)``, an ``.npz``, settings beside a path) are refused.
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, shorten
 from rlfusion.data.columns import CAPTION, SUFFIXES, Columns, one_of, read_table, split_of
 from rlfusion.data.dataset import Dataset, numbered
 from rlfusion.data.files import METADATA
+from rlfusion.data.folder import Folder
 from rlfusion.data.images import Reader
 from rlfusion.data.rows import caption_text, counted, pictures, shown
-from rlfusion.data.sources import load
+from rlfusion.data.sources import load, source
 from rlfusion.data.splits import is_split
 from rlfusion.data.table import Table, located
 
 PAIRED = (("jpg_0", "jpg_1"), ("image_0", "image_1"), ("img_0", "img_1"), ("chosen", "rejected"))
 RATED = (("label_0", "label_1"), ("score_0", "score_1"))
 SCORE = ("score", "reward", "rating")
+WITH_SETTINGS = re.compile(r"\s*(table|folder)\s*\(")
 OF_PAIRS = re.compile(r"(jpg|image|img)_[01]|chosen|rejected")
+UNREAD = re.compile(rf"{OF_PAIRS.pattern}|(label|score)_[01]|({'|'.join(SCORE)})s?")
+"""What arrays and columns are called that no source but a table reads."""
 UNSAID = ("false", "0")
 """What a column has_label (Pick-a-Pic) says of a pair that nobody has judged."""
 
@@ -51,9 +57,10 @@ def read(data: str, size: int) -> StoredImages:
     Raises:
         ConfigError: nothing there, or something that cannot be read or be understood in one way.
     """
-    table = _table(data)
+    told = _told(data)
+    table = _table(data if told is None else told.path, getattr(told, "delimiter", ""))
     if table is None:
-        return StoredImages(load(data, size))
+        return StoredImages(_without_scores(load(data, size), data))
     names = [name for name in table.names if OF_PAIRS.fullmatch(name.lower())]
     rated = [name for name in table.names if name.lower() in SCORE]
     if (names or rated) and (column := split_of(table)):
@@ -62,11 +69,16 @@ def read(data: str, size: int) -> StoredImages:
             "to learn from alone"
         )
     if names:
+        _require_usual(data, told, "preferences")
         return _pairs(table, size)
     if not rated:
         return StoredImages(load(data, size))
     column = one_of(table, SCORE, "score", settable=False)
     score = [_number(row.get(column), f"{table.where(i)}, column {column!r}") for i, row in enumerate(table.rows)]
+    if isinstance(told, Table):
+        return StoredImages(told.load(size), torch.tensor(score, dtype=torch.float64))
+    _require_usual(data, told, "scores")
+    data = data if told is None else told.path
     parts = [place.name for place in Path(data).iterdir() if place.is_dir()] if Path(data).is_dir() else []
     if part := next(filter(is_split, sorted(parts)), ""):
         raise ConfigError(
@@ -76,11 +88,47 @@ def read(data: str, size: int) -> StoredImages:
     return StoredImages(found, torch.tensor(score, dtype=torch.float64))
 
 
-def _table(data: str) -> Columns | None:
+def _told(data: str) -> Table | Folder | None:
+    """The table or folder that is told with settings, ``table(path='...')``; None for all other data."""
+    made = source(data) if WITH_SETTINGS.match(data) else None
+    return made if isinstance(made, Table | Folder) else None
+
+
+def _require_usual(data: str, told: Table | Folder | None, what: str) -> None:
+    """
+    Raises:
+        ConfigError: a setting beside the path, and the delimiter, which are all that is known of such tables.
+    """
+    if told is None:
+        return
+    usual = replace(type(told)(told.path), delimiter=told.delimiter) if isinstance(told, Table) else Folder(told.path)
+    if told != usual:
+        raise ConfigError(
+            f"{shorten(data)} has {what}, and settings beside its path: expected path alone, of a table with the usual "
+            "names of columns (docs/inputs.md)"
+        )
+
+
+def _without_scores(found: Dataset, data: str) -> Dataset:
+    """Data without a table.
+
+    Raises:
+        ConfigError: they hold scores or preferences that were not read.
+    """
+    lost = [name for name in found.unread if UNREAD.fullmatch(name.lower())]
+    if lost:
+        raise ConfigError(
+            f"{shorten(data)} holds {', '.join(lost)}, of which nothing would be learned: expected scores and "
+            "preferences in a table (docs/inputs.md)"
+        )
+    return found
+
+
+def _table(data: str, delimiter: str = "") -> Columns | None:
     """The table that a path names, or that lies in the folder that it names; None for all other data."""
     path = Path(data)
     if path.suffix.lower() in SUFFIXES and path.is_file():
-        return read_table(path)
+        return read_table(path, delimiter)
     held = [file for file in sorted(path.iterdir()) if file.name.lower() in METADATA] if path.is_dir() else []
     return read_table(held[0]) if len(held) == 1 else None
 

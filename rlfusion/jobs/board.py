@@ -13,6 +13,8 @@ from rlfusion.config.board import Board
 EVENTS = "events.out.tfevents.*"
 KEPT = "images=100,text=100"
 """Pictures and texts of a tag that TensorBoard keeps: its slider then plays a whole training."""
+ONE_COLOUR = "(.*)-seed"
+"""Runs have one colour that have this in common: all but their seeds."""
 LOOK_S = 0.2
 
 
@@ -55,4 +57,5 @@ def _launched(settings: Board, logdirs: list[Path]) -> str:
         address = server.launch()
     except program.TensorBoardServerException as error:
         raise ConfigError(f"host, port = {settings.host!r}, {settings.port}: {' '.join(str(error).split())}") from error
-    return f"{address}?tagFilter={quote(settings.filter)}#timeseries" if settings.filter else address
+    shown = f"tagFilter={quote(settings.filter)}&" if settings.filter else ""
+    return f"{address}?{shown}runColorGroup={quote(f'regex:{ONE_COLOUR}')}#timeseries"

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion import evaluation, models
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten
 from rlfusion.common.progress import Progress
 from rlfusion.common.seeding import Key
 from rlfusion.config import Evaluation, Figures
 from rlfusion.data import Dataset
+from rlfusion.data.sources import absolute
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.sampling import chain_noise, sample, walk
 from rlfusion.evaluation import classifier
@@ -148,12 +149,27 @@ class Unjudged:
 def require_models_data(name: str, data: Dataset, card: models.Card) -> None:
     """
     Raises:
-        ConfigError: the data of this name are not of the model's shape and classes.
+        ConfigError: the data of this name are not of the model's shape and classes, or no longer those of its training.
     """
+    require_unchanged("the model", card.data, {"data": absolute(name), "sha256": data.sha256})
     if (data.shape, data.names) != (card.shape, card.names):
         raise ConfigError(
             f"data = {name!r}: its samples are {data.shape} of {data.classes} classes, "
             f"the model's {card.shape} of {card.classes}"
+        )
+
+
+def require_unchanged(what: str, held: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse data under the name of those that a model was pretrained on (``Card.data``) and with other content: what
+    it has learned from would be held out, and the other way round.
+
+    Raises:
+        ConfigError: says so of ``what``.
+    """
+    if held and held["data"] == now["data"] and held["sha256"] != now["sha256"]:
+        raise ConfigError(
+            f"{what} was pretrained on {shorten(held['data'], LONGEST_PATH)}, which has changed since (SHA-256 "
+            f"{now['sha256'][:12]}, was {held['sha256'][:12]}): expected it as it was, or other data by another name"
         )
 
 

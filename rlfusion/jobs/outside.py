@@ -64,16 +64,8 @@ class Opened:
         Raises:
             ConfigError: no such data, or of a shape, a class or a prompt that the model does not have.
         """
-        if not data:
-            raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
-        shape = self.card.shape
-        found = self._to_learn(data, read(data, shape[-1]))
-        if found.data.shape != shape:
-            raise ConfigError(
-                f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(shape)}: "
-                "expected the same"
-            )
-        prompt = self._prompts(data, found.data)
+        found = self._to_learn(data, read_for(data, self.card))
+        prompt = prompts_of(data, found.data, self.card)
         say_once(f"agent.data {data!r}: {found.data.summary or f'{len(found.data):,} samples'}")
         score = b"" if found.score is None else found.score.numpy().tobytes()
         self.inputs["agent.data"] = sha256(found.data.sha256.encode() + score)
@@ -88,22 +80,6 @@ class Opened:
             return found
         learned, _ = found.data.split(self.base.pretrain.held_out)
         return replace(found, data=learned)
-
-    def _prompts(self, data: str, found: Dataset) -> Tensor:
-        """The number (N,) of each sample's prompt or class among the model's.
-
-        Raises:
-            ConfigError: the model has no such.
-        """
-        place = {unicodedata.normalize("NFC", name): i for i, name in reversed(list(enumerate(self.card.names)))}
-        there = sorted(set(found.label.tolist()))
-        if strange := [found.names[i] for i in there if found.names[i] not in place]:
-            what = "prompts (of pipeline.prompts)" if self.card.pipeline else "classes"
-            raise ConfigError(
-                f"agent.data = {data!r}: {len(strange)} of {len(there)} are none of the model's {what}: "
-                f"{unknown('prompt', strange[0], place)}"
-            )
-        return torch.tensor([place.get(name, -1) for name in found.names])[found.label]
 
     def _load(self, model: str) -> tuple[Denoiser, models.Card]:
         """The teacher, that of a pipeline with the student's prompts, size and precision and no adapters of others. It
@@ -162,6 +138,52 @@ class Opened:
         ramp = _ramp(self.card.shape)
         if not torch.allclose(space.encode(ramp), theirs.encode(ramp), rtol=1e-3, atol=1e-3):
             raise ConfigError(f"{what}: its autoencoder is another one than the student's, expected the same latents")
+
+
+def read_for(data: str, card: models.Card) -> StoredImages:
+    """The images that a learner's ``data`` names, for a model of this card.
+
+    Raises:
+        ConfigError: no such data, or of a shape, a class or a prompt that the model does not have.
+    """
+    if not data:
+        raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
+    found = read(data, card.shape[-1])
+    if found.data.shape != card.shape:
+        raise ConfigError(
+            f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(card.shape)}: "
+            "expected the same"
+        )
+    prompts_of(data, found.data, card)
+    return found
+
+
+def outline_of(data: str, card: models.Card) -> Stored:
+    """What ``Opened.stored`` gives of a pipeline's stored images, without their latents: each is one 0.
+
+    Raises:
+        ConfigError: as ``read_for``.
+    """
+    found = read_for(data, card)
+    prompt = prompts_of(data, found.data, card)
+    return Stored(torch.zeros(len(prompt), 1), prompt, found.score, found.pairs)
+
+
+def prompts_of(data: str, found: Dataset, card: models.Card) -> Tensor:
+    """The number (N,) of each sample's prompt or class among those of a model.
+
+    Raises:
+        ConfigError: the model has no such.
+    """
+    place = {unicodedata.normalize("NFC", name): i for i, name in reversed(list(enumerate(card.names)))}
+    there = sorted(set(found.label.tolist()))
+    if strange := [found.names[i] for i in there if found.names[i] not in place]:
+        what = "prompts (of pipeline.prompts)" if card.pipeline else "classes"
+        raise ConfigError(
+            f"agent.data = {data!r}: {len(strange)} of {len(there)} are none of the model's {what}: "
+            f"{unknown('prompt', strange[0], place)}"
+        )
+    return torch.tensor([place.get(name, -1) for name in found.names])[found.label]
 
 
 def guided(chain: Chain, weight: float) -> Chain:

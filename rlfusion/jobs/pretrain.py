@@ -18,12 +18,13 @@ from rlfusion.common.stops import Signals
 from rlfusion.config import Base, Evaluation, Pretrain, to_yaml
 from rlfusion.config.parts import Learners
 from rlfusion.data import Dataset, load
+from rlfusion.data.sources import absolute
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, require_readable
 from rlfusion.diffusion.policy import Policy
 from rlfusion.evaluation import bits_per_dim, require_bound
 from rlfusion.jobs import pretrain_autoencoder
-from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable
+from rlfusion.jobs.measure import GRID_COLUMNS, Judged, grid_samples, measure, require_judgeable, require_unchanged
 from rlfusion.pretrain import Learner, losses, noisy_labels
 from rlfusion.rollout.ray_address import require_cluster
 from rlfusion.training import checkpoint, identity
@@ -97,9 +98,9 @@ def card_of(config: Base, data: Dataset) -> models.Card:
             )
         about = space.about
     answers = losses.make(config.train.loss).answers
-    return models.Card(
-        config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about, answers=answers
-    )
+    card = models.Card(config.model, data.shape, data.names, captioned=data.captioned, autoencoder=about)
+    held = {"data": absolute(config.data), "size": config.size, "held_out": config.held_out, "sha256": data.sha256}
+    return replace(card, answers=answers, data=held)
 
 
 def base_model(config: Base, root: Path, device: torch.device, signals: Signals, progress: Progress) -> Path:
@@ -266,11 +267,13 @@ def seen_data(path: str, made: Base, train: Dataset) -> Dataset:
 
 
 def require_same_data(what: str, card: models.Card, made: models.Card, data: str) -> None:
-    """Refuse a model of samples or classes other than the data's, whose card is ``made``.
+    """Refuse a model of samples or classes other than the data's, whose card is ``made``; or data that are no longer
+    those that it was pretrained on.
 
     Raises:
         ConfigError: says of ``what`` it makes, and what ``data`` has.
     """
+    require_unchanged(what, card.data, made.data)
     if (made.shape, made.names) != (card.shape, card.names):
         raise ConfigError(
             f"{what} makes {card.shape} of {card.classes} classes: "

@@ -144,7 +144,7 @@ def _write(folder: Path, model: Path, about: dict[str, Any], told: Told, repo: s
 
 def _without_places(about: dict[str, Any]) -> dict[str, Any]:
     """A description without where things lie on this machine."""
-    held = {name: value for name, value in about.items() if name != "seal"}
+    held = {name: value for name, value in about.items() if name not in ("seal", "data")}
     if pipeline := held.get("pipeline"):
         name = str(pipeline.get("name", ""))
         held["pipeline"] = {**pipeline, "cache": "", "name": Path(name).name if Path(name).is_absolute() else name}

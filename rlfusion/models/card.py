@@ -9,7 +9,7 @@ from rlfusion.diffusion.denoiser import Answers
 
 KINDS: Mapping[str, type | tuple[type, ...]] = {
     **{"config": dict, "shape": list, "names": list, "chain": dict, "captioned": bool, "autoencoder": dict},
-    **{"boundary": str, "weights": list, "answers": str, "pipeline": dict},
+    **{"boundary": str, "weights": list, "answers": str, "pipeline": dict, "data": dict},
 }
 """What the entries of a card are as JSON."""
 PER_PROMPT = ("negatives", "metadata")
@@ -46,7 +46,8 @@ class Card:
     pixels). Of a distilled model also the boundary of a consistency function around it (``LCM(...)``; empty for none)
     and the range (low, high) of guidance weights that the network reads (empty for none). ``answers`` says what x0_hat
     is, the mean or the end of a walk. ``pipeline`` says which pretrained pipeline it is, if it is one
-    (``pipelines.model``); its names are prompts.
+    (``pipelines.model``); its names are prompts. ``data`` says what it was pretrained on here, as ``data``, ``size``
+    and ``held_out`` of the settings, and the SHA-256 of that (``Dataset.sha256``); empty where that is not known.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Card:
     weights: tuple[float, ...] = ()
     answers: Answers = "mean"
     pipeline: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -108,7 +110,7 @@ class Card:
             raise TypeError("expected texts in config and names, numbers in shape and weights")
         if not card["shape"] or not all(type(side) is int and side > 0 for side in card["shape"]):
             raise TypeError(f"shape = {card['shape']!r}")
-        known = ("chain", "captioned", "autoencoder", "boundary", "answers", "pipeline")
+        known = ("chain", "captioned", "autoencoder", "boundary", "answers", "pipeline", "data")
         own = {name: card[name] for name in known if name in card}
         own["weights"] = tuple(card.get("weights", ()))
         return cls(Config(**card["config"]), tuple(card["shape"]), tuple(card["names"]), **own)

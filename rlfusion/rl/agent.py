@@ -1,6 +1,6 @@
 """The interface of an algorithm: its settings, the part of a rollout that it takes, and its learner."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -9,6 +9,7 @@ from rlfusion.common.registry import lacking
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rollout import RolloutSpec, Task
+from rlfusion.rollout.outside import Stored
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import Learner, Optimization
 
@@ -174,6 +175,9 @@ class Defaults:
             clip=Clip(clip, getattr(self, "clip_per_dim", False)),
         )
 
+    def check_stored(self, stored: Callable[[str], Stored]) -> None:
+        return
+
     @staticmethod
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults where the model is a pretrained pipeline, beside the settings that are ``told``: none."""
@@ -198,6 +202,11 @@ class Agent(Protocol):
 
     def traits(self) -> Traits:
         """What a run has to know of it before there is a learner."""
+
+    def check_stored(self, stored: Callable[[str], Stored]) -> None:
+        """Raise ConfigError where the images that the settings name cannot be learned from; ``stored(data)`` gives them
+        without their latents, before the weights of a pipeline are read.
+        """
 
     def learner(self, task: Task, data: Dataset | None, seed: int) -> AgentLearner:
         """The learner of ``task.policy``; ``data`` are the training samples of the base model, None where not known.

@@ -61,18 +61,8 @@ class Pairs(Shelf):
             ConfigError: ``data`` cannot be opened, or gives no pair.
         """
         super().__init__(task, data)
-        held, self.count, self.seed = self.held, count, seed
-        if held.score is None:
-            raise ConfigError(
-                f"data = {data!r}: it holds no preferences or scores, expected columns such as jpg_0, jpg_1, label_0 "
-                "and label_1, or score"
-            )
-        self.winner, self.loser = _of_rows(held.score) if held.pairs else pair(held.score, held.prompt, share)
-        if not len(self.winner):
-            raise ConfigError(
-                f"data = {data!r}: it gives no pair, expected two images of one prompt whose scores differ, or a "
-                "larger agent.pairs"
-            )
+        self.count, self.seed = count, seed
+        self.winner, self.loser = compared(self.held, data, share)
 
     def __len__(self) -> int:
         return len(self.winner)
@@ -82,6 +72,26 @@ class Pairs(Shelf):
         rows = torch.from_numpy(batch_indices(len(self), self.count, iteration, self.seed, "stored"))
         both = torch.stack([self.winner[rows], self.loser[rows]], 1).flatten()
         return self.ends(both, torch.tensor([1.0, 0.0]).repeat(len(rows)), torch.arange(len(both)) // 2)
+
+
+def compared(held: Stored, data: str, share: float) -> tuple[Tensor, Tensor]:
+    """(winner, loser) indices (P,) each of the pairs among stored samples, as ``Pairs`` has them.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if held.score is None:
+        raise ConfigError(
+            f"data = {data!r}: it holds no preferences or scores, expected columns such as jpg_0, jpg_1, label_0 "
+            "and label_1, or score"
+        )
+    winner, loser = _of_rows(held.score) if held.pairs else pair(held.score, held.prompt, share)
+    if not len(winner):
+        raise ConfigError(
+            f"data = {data!r}: it gives no pair, expected two images of one prompt whose scores differ, or a "
+            "larger agent.pairs"
+        )
+    return winner, loser
 
 
 def _of_rows(score: Tensor) -> tuple[Tensor, Tensor]:

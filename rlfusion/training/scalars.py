@@ -264,7 +264,7 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
             "near the other",
             "far: train with less noise, or sample as in training",
         ),
-        Scalar("final/NAME", "the last evaluation, the queries and the gain, for HPARAMS"),
+        Scalar("final/NAME", "the last evaluation, the gain, the queries and the seconds of training, for HPARAMS"),
     ),
     "The monitor: what the reward does not see": (
         Scalar(

@@ -410,3 +410,22 @@ def test_commands_refuse_in_one_line_and_leave_no_run(command, tmp_path, capsys,
         assert len(lines) == 1
         assert said in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.full((4, 6, 5, 3), 9, np.uint8), "uint8 6x5 of 3 channels (NHWC); no classes; values 9..9 of 0..255"),
+        (
+            np.arange(120, dtype=np.uint8).reshape(4, 6, 5),
+            "uint8 6x5 of 1 channel (NHW); no classes; values 0..119 of 0..255",
+        ),
+        (np.full((4, 3, 6, 6), 0.5, "f4"), "float32 6x6 of 3 channels (NCHW); no classes; values 0.5..0.5 of 0..1"),
+        (np.full((4, 3, 6, 6), -0.5), "float64 6x6 of 3 channels (NCHW); no classes; values -0.5..-0.5 of -1..1"),
+    ],
+)
+def test_what_was_read_is_told_as_it_lies_in_the_file(images, said, tmp_path):
+    np.savez(tmp_path / "x.npz", images=images)
+    lines = []
+    data.load(str(tmp_path / "x.npz"), say=lines.append)
+    assert lines == [f"data {str(tmp_path / 'x.npz')!r}: 4 images; {said}"]

@@ -4,6 +4,7 @@ import csv
 import io
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -137,3 +138,34 @@ def test_an_image_that_cannot_be_read_is_named(folder):
     (folder / "0.png").write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"0.png.*cannot be read as an image"):
         read(table(folder, HEAD, ["x", "0.png", "51.png", "1", "0"]), 8)
+
+
+def test_a_table_that_is_told_with_settings_keeps_its_scores(folder):
+    head = ["picture", "caption", "score"]
+    file = table(folder, head, ["255", "b", "2"], ["0", "a", "-0.5"], name="list.csv")
+    found = read(f"table(path={file!r}, image='picture', suffix='.png')", 8)
+    assert levels(found) == [255, 0]
+    assert found.score.tolist() == [2.0, -0.5]
+    file = table(folder, HEAD, ["x", "0.png", "51.png", "0", "1"])
+    assert read(f"table(path={file!r})", 8).pairs
+    assert read(f"folder(path={str(folder)!r})", 8).pairs
+
+
+@pytest.mark.parametrize("told", ["table(path={file!r}, image='jpg_0')", "folder(path={folder!r}, background='red')"])
+def test_settings_that_pairs_do_not_know_are_refused(told, folder):
+    file = table(folder, HEAD, ["x", "0.png", "51.png", "0", "1"])
+    with pytest.raises(ConfigError, match="has preferences, and settings beside its path: expected path alone"):
+        read(told.format(file=file, folder=str(folder)), 8)
+
+
+def test_scores_that_a_source_does_not_read_are_refused(tmp_path):
+    images = np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, rewards=[1.0, 2.0])
+    with pytest.raises(ConfigError, match="holds rewards, of which nothing would be learned"):
+        read(str(tmp_path / "x.npz"), 8)
+    np.savez(tmp_path / "x.npz", images=images, other=[1.0, 2.0])
+    assert read(str(tmp_path / "x.npz"), 8).score is None
+    rows = datasets.Dataset.from_dict({"image": [picture(9)], "text": ["a"], "score": [2.0]})
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ConfigError, match="holds score, of which nothing would be learned"):
+        read(f"hf(path={str(tmp_path / 'rows')!r}, caption='text')", 8)

@@ -29,9 +29,11 @@ def test_only_what_is_unusual_is_told_and_runs_share_their_columns():
     row, first = about.columns(other), about.columns(usual)
     assert row.keys() - first.keys() == {"with agent.window"}
     assert (row["agent"], row["reward"], row["seed"], row["lr"]) == ("grpo", "class_logprob", 0, 0.5)
-    assert {"agent", "kl", "lr", "model", "reward", "seed", "steps"} == first.keys()
+    assert sorted(first) == ["agent", "kl", "lr", "reward", "seed", "start (model)", "steps"]
     both = replace(usual, reward={"ink": 2.0, "symmetry": 1.0}, base="runs/mine")
-    assert (about.columns(both)["reward"], about.columns(both)["model"]) == ("2 ink + 1 symmetry", "mine")
+    assert (about.columns(both)["reward"], about.columns(both)[about.START]) == ("2 ink + 1 symmetry", "mine")
+    cached = replace(usual, base="/runs/cache/base-0123/model")
+    assert about.columns(cached)[about.START] == "base-0123"
 
 
 def test_every_chart_shows_a_scalar_that_a_run_has(tiny_root):
@@ -39,6 +41,12 @@ def test_every_chart_shows_a_scalar_that_a_run_has(tiny_root):
     for group, charts in about.CHARTS.items():
         for chart, patterns in charts.items():
             assert chart == "failed rewards" or any(re.match(p, tag) for p in patterns for tag in tags), (group, chart)
+
+
+def test_a_run_of_a_comparison_has_the_charts_of_its_overlays(tmp_path):
+    assert about.charts(tmp_path / "it") == about.CHARTS
+    (tmp_path / "run.json").touch()
+    assert list(about.charts(tmp_path / "it")) == [*about.COMPARED, *about.CHARTS]
 
 
 def test_tensorboard_reads_the_layout(tmp_path):
@@ -78,7 +86,8 @@ def test_a_board_of_no_runs_is_refused(folder, said, tmp_path, monkeypatch, caps
 def test_a_board_answers_on_loopback_until_ctrl_c(tmp_path):
     (tmp_path / "it").mkdir()
     Tracker(tmp_path / "it").scalars(1, "evaluation", {"gain": 0.5})
-    board, told = Process(tmp_path, "board", "it"), r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain"
+    board = Process(tmp_path, "board", "it")
+    told = r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain[^ ]*&runColorGroup=regex%3A%28.%2A%29-seed#"
     answers = lambda: board.out.exists() and re.search(told, board.out.read_text())  # noqa: E731
     deadline = time.monotonic() + PATIENCE
     while not answers():

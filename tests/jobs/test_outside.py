@@ -13,11 +13,13 @@ from saved_models import CARD, scrambled
 from tiny_runs import TINY
 
 from rlfusion import models
+from rlfusion.cli.arguments import settings_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Base
 from rlfusion.data import load
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.policy import Observation
+from rlfusion.jobs import finetune
 from rlfusion.jobs.outside import Opened
 from rlfusion.jobs.parts import BaseSpec
 from rlfusion.models import Config, pipelines
@@ -212,3 +214,32 @@ def test_held_out_images_are_not_learned(data, tmp_path):
     found = made.stored(str(tmp_path))
     assert found.x.max() == -1
     assert len(found.x) == len(card.names)
+
+
+@pytest.mark.parametrize(
+    ("agent", "prompts", "settings", "said"),
+    [
+        ("sft", "c", {}, "2 of 2 are none of the model's prompts"),
+        ("dpo", "c", {}, "2 of 2 are none of the model's prompts"),
+        ("sft", "b\na", {"beta": 1.0}, "beta = 1: the images of .* have no scores"),
+        ("sft", "b\na", {"data": "nowhere.csv"}, "nowhere.csv"),
+        ("sft", "b\na", {"data": ""}, r"agent\.data = ''"),
+        ("dpo", "x", {"data": "plain.csv"}, "it holds no preferences or scores"),
+        ("dpo", "x", {"data": "scored.csv"}, "it gives no pair"),
+    ],
+)
+def test_stored_images_that_do_not_fit_a_pipeline_are_refused_before_its_weights_are_read(
+    agent, prompts, settings, said, tiny_pipelines, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings = {"data": stored_pairs(tmp_path), **settings}
+    (tmp_path / "plain.csv").write_text("file_name,caption\n0.png,x\n255.png,x")
+    (tmp_path / "scored.csv").write_text("file_name,caption,score\n0.png,x,1\n255.png,x,1")
+    (tmp_path / "prompts.txt").write_text(prompts)
+    words = ["--model", str(tiny_pipelines["sd"]), "--pipeline.prompts", "prompts.txt", "--pipeline.size", "16"]
+    words += ["--agent", agent, "--lora", "LoRA(rank=2)", "--reward", "jpeg_compressibility"]
+    told = settings_of("finetune", [*words, *(f"--agent.{name}={value}" for name, value in settings.items())])
+    for module in (models, pipelines):
+        monkeypatch.setattr(module, "build", lambda *about, **named: pytest.fail("weights are read"), raising=False)
+    with pytest.raises(ConfigError, match=said):
+        finetune.check(told)

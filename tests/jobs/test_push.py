@@ -94,6 +94,7 @@ def of_pipeline(place: Path, base: str, whole: bool = False) -> Path:
     (folder / "model" / name).write_bytes(b"weights")
     held = {"name": str(place / "sd") if Path(base).exists() else base, "cache": str(place / "runs/cache")}
     about = {"format": "x", "names": ["a red cat", "a\ndog"], "pipeline": held, "files": {}}
+    about |= {"data": {"data": str(place / "own.npz"), "size": 32, "held_out": 0.25, "sha256": "0"}}
     (folder / "model" / "model.json").write_bytes(sealed(about))
     return folder
 

@@ -150,6 +150,8 @@ def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) ->
 
 
 def _of_frechet(quality: float, price: Any, agreement: Any, runs: list[Run], looks: dict, measured: dict) -> None:
+    from matplotlib.ticker import LogFormatter
+
     base = measured[BASE]
     for agent, _, all_points in runs:
         points = [p for p in all_points if p.frechet is not None]
@@ -163,6 +165,8 @@ def _of_frechet(quality: float, price: Any, agreement: Any, runs: list[Run], loo
     for axes in (price, agreement):
         axes.axvline(quality * base["frechet"], color="0.7", linestyle=":", zorder=0)
         axes.set(xlabel="Frechet distance to held-out data", xscale="log")
+        axes.xaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     price.set(title=f"price of the reward; dotted: {quality:g} times the base's Frechet distance")
     agreement.set(ylabel="agreement with the prompt")
 

@@ -16,18 +16,31 @@ PROMPTS = 100
 LEAVES_OUT = ("name", "root", "agent.name")
 """Of the settings that are other than usual: where the run is, and what stands beside them."""
 
+START = "start (model)"
+"""The column of the model: HPARAMS shows the first five by name, among which the seed is to be."""
 BESIDE = ("reward", "seed", "base", "chain.steps", "agent.lr", "agent.kl_loss", "agent.kl", "lora")
 """Settings that are columns of HPARAMS under a shorter name. The page sorts its columns, and shows the first few."""
 
+COMPARED = {
+    "runs beside one another": {
+        "gain by queries": ["compare_.*/gain_by_queries$"],
+        "gain by CPU milliseconds of training": ["compare_.*/gain_by_cpu_milliseconds$"],
+        "gain by 100 x Frechet distance": ["compare_.*/gain_by_frechet_x100$"],
+        "diversity by queries": ["compare_.*/diversity_by_queries$"],
+    },
+}
+"""Charts that a run of a comparison has before ``CHARTS``."""
 CHARTS = {
     "how far it has come": {
-        "gain": ["evaluation/gain$", "monitor/gain$"],
-        "reward": ["train/reward$", "monitor/reward$", "evaluation/reward$"],
+        "gain, in the base's sd": ["evaluation/gain$"],
+        "reward of the rollouts": ["train/reward$"],
+        "reward of the evaluations": ["evaluation/reward$"],
     },
     "what it cost in quality": {
-        "Frechet distance": ["evaluation/frechet$", "evaluation/frechet_floor$"],
-        "diversity": ["evaluation/diversity_relative$", "monitor/diversity$"],
-        "agreement": ["evaluation/agreement$", "monitor/agreement$"],
+        "Frechet distance, and that of real data": ["evaluation/frechet$", "evaluation/frechet_floor$"],
+        "diversity over that of the data": ["evaluation/diversity_relative$"],
+        "diversity over the base's": ["monitor/diversity$"],
+        "agreement": ["evaluation/agreement$"],
     },
     "how healthy the updates are": {
         "KL to the base": ["train/kl.*", "monitor/kl$"],
@@ -41,7 +54,14 @@ CHARTS = {
         "failed rewards": [".*reward_failed$"],
     },
 }
-"""Charts of TensorBoard's CUSTOM SCALARS by group: the tags that each shows, as regular expressions."""
+"""Charts of TensorBoard's CUSTOM SCALARS by group: the tags that each shows, as regular expressions. A chart has one
+figure, so that its lines are the runs.
+"""
+
+
+def charts(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Those of a run in ``folder``."""
+    return {**(COMPARED if (folder.parent / "run.json").is_file() else {}), **CHARTS}
 
 
 def texts(config: Finetune) -> dict[str, str]:
@@ -76,12 +96,20 @@ def columns(config: Finetune) -> dict[str, bool | str | float | int]:
         "agent": label(config.agent.name),
         "reward": reward_of(config),
         "seed": config.seed,
-        "model": Path(config.base).name if config.base else f"pretrained on {config.pretrain.data}",
+        START: _start(config),
         "steps": config.chain.steps,
     }
     row |= {"kl" if name == "kl_loss" else name: agent[name] for name in ("lr", "kl_loss", "kl") if name in agent}
     row |= {"lora": config.lora} if config.lora else {}
     return row | {f"with {name}": value for name, value in other_than_usual(config).items() if name not in BESIDE}
+
+
+def _start(config: Finetune) -> str:
+    """The model that a run begins with, in a word."""
+    base = Path(config.base)
+    if not config.base:
+        return f"pretrained on {config.pretrain.data}"
+    return base.parent.name if base.name == "model" else base.name
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from rlfusion.jobs import base_model
 from rlfusion.jobs.finetune.anew import kept
 from rlfusion.jobs.groups import require_whole_groups
 from rlfusion.jobs.measure import Unjudged, require_judgeable
-from rlfusion.jobs.outside import Opened
+from rlfusion.jobs.outside import Opened, outline_of
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import card_of, require_no_class, require_same_data, require_solvable
 from rlfusion.jobs.tasks import actors_of, from_actors, make_task
@@ -133,6 +133,7 @@ def check_pretrained(config: Finetune, card: models.Card) -> None:
             f"monitor.best, monitor.frechet_base = {config.monitor.best}, {config.monitor.frechet_base}: there is no "
             "judge without data, expected another best and null"
         )
+    config.agent.check_stored(lambda data: outline_of(data, card))
     judged = Unjudged(card.shape, card.names, card.metadata)
     for name in config.monitor.held_out:
         judged.reward(name, parts.rewards.options_of(name), parts.base.root)

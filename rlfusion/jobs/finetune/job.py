@@ -130,6 +130,8 @@ class Job:
             metrics, alarms = self.monitor.probe(done)
         self.tracker.scalars(done, "monitor", metrics)
         self.sight |= {name: metrics[name] for name in SIGHT if name in metrics}
+        if alarms:
+            self.tracker.text(done, "run/diagnosis", "\n".join(f"- {message}" for message in alarms))
         for message in alarms:
             progress.say(f"monitor, after {done} updates: {message}")
         return self.monitor.stops(alarms)

@@ -45,12 +45,14 @@ from rlfusion.training.identity import Run, enter
 from rlfusion.training.loop import train
 from rlfusion.training.ranks import Ranks, current
 from rlfusion.training.stages import Stages, counting
-from rlfusion.training.timing import Stopwatch
+from rlfusion.training.timing import Stopwatch, last_of
 from rlfusion.training.trackers import Followed
 from rlfusion.training.trackers.beside import Beside, following
 from rlfusion.training.tracking import Tracker, flatten
 
 RESULT = "summary.json"
+SPENT = ("seconds", "cpu_seconds")
+"""What HPARAMS says of the time, of training alone."""
 FAILED = "failed-items"
 """The folder of the items that failed on every worker (``rollout.bundle``)."""
 
@@ -112,7 +114,7 @@ def _followed(
 
 def _tell(job: Job, start: int) -> None:
     """What TensorBoard says of the run beside its curves."""
-    job.tracker.layout(about.CHARTS)
+    job.tracker.layout(about.charts(job.folder))
     for name, text in about.texts(job.config).items():
         job.tracker.text(start, name, text)
     if job.card.pipeline:
@@ -332,6 +334,7 @@ def _finish(job: Job, total: int) -> dict[str, Any]:
         result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
     final = {f"final/{name}": after[name] for name in headlines(after)}
     final |= {"final/gain": gain(after["reward"], job.before["reward"], job.before["reward_std"])}
+    final |= {f"final/{name}": value for name, value in last_of(folder).items() if name in SPENT}
     job.tracker.hparams(about.columns(job.config), final | {"final/queries": float(job.learner.queries)})
     job.run.seal(RESULT, result)
     return result

@@ -27,7 +27,7 @@ from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten
 from rlfusion.common.hollow import Filling
 from rlfusion.common.notices import say_once
 from rlfusion.models import lora
-from rlfusion.models.pipelines import hub
+from rlfusion.models.pipelines import hub, hub_adapters
 from rlfusion.models.pipelines.family import Family
 from rlfusion.models.pipelines.hollow import merged
 
@@ -78,6 +78,8 @@ def _parsed(text: str) -> Adapter:
             scale = float(told)
         except ValueError:
             scale = math.nan
+            if hub_adapters.is_named(text):
+                place, scale = text, 1.0
         if not math.isfinite(scale) or not scale:
             raise ConfigError(f"adapters = {shorten(repr(text))}: expected FILE:STRENGTH, a finite number, not 0")
     found = located(place)
@@ -85,19 +87,21 @@ def _parsed(text: str) -> Adapter:
 
 
 def located(text: str) -> Path:
-    """The whole path of a file of adapters, or of the folder whose settings belong to it.
+    """The whole path of a file of adapters, here or on the hub, or of the folder whose settings belong to it.
 
     Raises:
         ConfigError: there is none, or it is no file of adapters.
     """
     path = Path(text).expanduser().absolute()
+    if not path.exists() and hub_adapters.is_named(text):
+        path = hub_adapters.fetched(text, (LORA, PEFT), SETTINGS)
     if path.name == PEFT and (path.parent / SETTINGS).is_file():
         path = path.parent
     file = weights(path)
     if not file.exists():
         raise ConfigError(
             f"adapters = {shorten(repr(text), LONGEST_PATH)}: there is no {file.name}, expected a .safetensors file, "
-            f"or a folder with {LORA} or {PEFT}"
+            f"a folder with {LORA} or {PEFT}, or OWNER/NAME of the hub"
         )
     _names(file)
     return path
