@@ -42,7 +42,7 @@ MADE = {
     "runs/tiny": ("train-clip", "--name", "tiny"),
 }
 """Runs that a page names and another of its commands makes; here of few steps."""
-RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0", "ddpo-left_heavy-seed0")
+RUNS = ("NAME", "TRIAL", "base", "ddpo-class_logprob-seed0", "ddpo-left_heavy-seed0", "emoji")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -102,6 +102,9 @@ def folder(tiny_root, tmp_path_factory) -> Path:
         config = (run / "config.yaml").read_text()
         (run / "config.yaml").write_text(config.replace(str(tiny_root), str(place / "runs")))
     (place / "runs" / "cache").symlink_to(tiny_root / "cache")
+    for name in ("emoji-clip", "emoji-colourful"):
+        (place / "runs" / name).mkdir()
+        (place / "runs" / name / "best").symlink_to(place / "runs" / "emoji" / "model")
     for name in PIPELINES:
         stable_diffusion().save_pretrained(place / name)
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -266,7 +269,9 @@ PROGRAMS = {
     "pip": run_pip,
     "make": run_make,
     "sh": run_script,
-    **dict.fromkeys(("cd", "git", "head", "base64", ".reward-token", "chmod", "pre-commit", "source"), run_nothing),
+    **dict.fromkeys(
+        ("cd", "git", "head", "base64", ".reward-token", "chmod", "pre-commit", "source", "npm"), run_nothing
+    ),
 }
 
 

@@ -3,11 +3,8 @@
     npm pack emoji-datasource-twitter@16.0.0
     python examples/emoji/pictures.py emoji-datasource-twitter-16.0.0.tgz --out emoji.npz
 
-A caption is a colour and a kind, "red fruit": the kind is the package's own subcategory, the colour that of most of the
-picture's pixels (Eq. 1). Twelve such captions are kept, each with its first pictures, ``MOST`` of them: few enough for
-a small network. Every caption has ``copies`` images, its pictures in turns.
-
-    (1)  colour = the word that most of the opaque pixels have, by hue, saturation and value
+``CAPTIONS`` says which pictures have which caption, by the package's own short names: four each, few enough for a small
+network. Every caption has ``copies`` images, its pictures in turns.
 
 The package is MIT; its pictures are Twemoji, (c) Twitter, Inc. and other contributors, under CC BY 4.0
 (https://creativecommons.org/licenses/by/4.0/). Pictures made from them name that source.
@@ -17,83 +14,41 @@ import argparse
 import io
 import json
 import tarfile
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 TABLE, FOLDER = "package/emoji.json", "package/img/twitter/64/"
-MOST = 4
-KINDS = {
-    "animal-bird": "bird",
-    "animal-mammal": "animal",
-    "animal-marine": "fish",
-    "cat-face": "cat",
-    "food-fruit": "fruit",
-    "food-vegetable": "vegetable",
-    "heart": "heart",
-    "plant-flower": "flower",
-    "plant-other": "plant",
-    "transport-ground": "car",
+CAPTIONS = {
+    "yellow face": ("grinning", "wink", "heart_eyes", "sunglasses"),
+    "yellow cat": ("smiley_cat", "smile_cat", "heart_eyes_cat", "smirk_cat"),
+    "red heart": ("heart", "broken_heart", "sparkling_heart", "cupid"),
+    "red fruit": ("apple", "strawberry", "cherries", "tomato"),
+    "red car": ("car", "pickup_truck", "fire_engine", "motor_scooter"),
+    "blue car": ("blue_car", "oncoming_automobile", "oncoming_police_car", "oncoming_bus"),
+    "blue fish": ("whale", "dolphin", "fish", "shark"),
+    "green fruit": ("green_apple", "pear", "melon", "lime"),
+    "green plant": ("evergreen_tree", "deciduous_tree", "palm_tree", "cactus"),
+    "pink flower": ("cherry_blossom", "lotus", "hibiscus", "tulip"),
+    "brown animal": ("bear", "horse", "hedgehog", "camel"),
+    "white bird": ("chicken", "swan", "dove_of_peace", "goose"),
 }
-CAPTIONS = (
-    *("yellow face", "red heart", "brown animal", "white bird", "blue fish", "green plant"),
-    *("red fruit", "green vegetable", "red car", "blue car", "pink flower", "yellow cat"),
-)
-HUES = ((14, "red"), (40, "orange"), (65, "yellow"), (165, "green"), (250, "blue"), (300, "purple"), (340, "pink"))
-"""Below so many degrees the hue has that word; from the last on it is red again."""
-
-
-def kind(entry: dict) -> str:
-    """The last word of the caption of an entry of the package's ``emoji.json``; empty for none of ours."""
-    return "face" if entry["subcategory"].startswith("face-") else KINDS.get(entry["subcategory"], "")
-
-
-def colour(rgba: np.ndarray) -> str:
-    """Eq. (1) of a picture (H, W, 4) uint8.
-
-    Raises:
-        ValueError: no pixel of it is opaque.
-    """
-    opaque = rgba[rgba[..., 3] > 127][:, :3]
-    if not len(opaque):
-        raise ValueError("a picture without an opaque pixel has no colour")
-    hsv = np.asarray(Image.fromarray(opaque[None]).convert("HSV"))[0] / 255.0
-    words = Counter(_word(360 * h, s, v) for h, s, v in hsv)
-    return max(sorted(words), key=words.__getitem__)
-
-
-def _word(hue: float, saturation: float, value: float) -> str:
-    if value < 0.25:
-        return "black"
-    if saturation < 0.18:
-        return "white" if value > 0.8 else "grey"
-    if hue < 40 and value < 0.8 and saturation < 0.75:
-        return "brown"
-    if saturation < 0.5 and (hue < 14 or hue >= 340):
-        return "pink"
-    return next((word for below, word in HUES if hue < below), "red")
 
 
 def read(package: Path, size: int) -> dict[str, list[np.ndarray]]:
-    """The pictures of each caption of ``CAPTIONS``, in the package's order, (size, size, 3) uint8 over white.
+    """The pictures of each caption of ``CAPTIONS``, (size, size, 3) uint8 over white.
 
     Raises:
-        SystemExit: the package has fewer than two pictures of a caption.
+        SystemExit: the package lacks one of them.
     """
     with tarfile.open(package) as archive:  # in the archive's own order, because it is unpacked from its beginning
         held = {file.name: archive.extractfile(file).read() for file in archive if wanted(file.name)}  # type: ignore[union-attr]
-    found: dict[str, list[np.ndarray]] = defaultdict(list)
-    for entry in sorted(filter(kind, json.loads(held[TABLE])), key=lambda entry: entry["sort_order"]):
-        with Image.open(io.BytesIO(held[FOLDER + entry["image"]])) as file:
-            picture = file.convert("RGBA")
-        caption = f"{colour(np.asarray(picture))} {kind(entry)}"
-        if caption in CAPTIONS and len(found[caption]) < MOST:
-            found[caption].append(over_white(picture, size))
-    if few := [caption for caption in CAPTIONS if len(found[caption]) < 2]:
-        raise SystemExit(f"{package} has fewer than two pictures of {', '.join(few)}: is it emoji-datasource-twitter?")
-    return {caption: found[caption] for caption in CAPTIONS}
+    files = {entry["short_name"]: FOLDER + entry["image"] for entry in json.loads(held.get(TABLE, b"[]"))}
+    names = [name for own in CAPTIONS.values() for name in own]
+    if missing := [name for name in names if files.get(name) not in held]:
+        raise SystemExit(f"{package} has no picture {', '.join(missing)}: is it emoji-datasource-twitter?")
+    return {caption: [over_white(held[files[name]], size) for name in own] for caption, own in CAPTIONS.items()}
 
 
 def wanted(name: str) -> bool:
@@ -101,8 +56,10 @@ def wanted(name: str) -> bool:
     return name == TABLE or name.startswith(FOLDER)
 
 
-def over_white(picture: Image.Image, size: int) -> np.ndarray:
+def over_white(png: bytes, size: int) -> np.ndarray:
     """(size, size, 3) uint8 of a picture with transparency."""
+    with Image.open(io.BytesIO(png)) as file:
+        picture = file.convert("RGBA")
     whole = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.asarray(whole.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
 
@@ -124,8 +81,8 @@ def main() -> None:
     pictures = read(asked.package, asked.size)
     images, captions = arrays(pictures, asked.copies)
     np.savez_compressed(asked.out, images=images, captions=captions)
-    print(f"{asked.out}: {len(images)} images, of so many pictures:")
-    print(", ".join(f"{len(own)} {caption}" for caption, own in pictures.items()))
+    count = sum(map(len, pictures.values()))
+    print(f"{asked.out}: {len(images)} images, of {count} pictures with {len(pictures)} captions")
 
 
 if __name__ == "__main__":
