@@ -201,7 +201,7 @@ class Learner:
         part = _part(batch, torch.arange(len(batch))[: self.config.micro_batch], PREFLIGHT, 0)
         terms = self.paths(part)
         norm = _norm(terms.loss.mean(), self.policy)
-        if not norm > 0:  # of the reward, or of the link alone: a second graph, for one that is kept holds activations
+        if not norm > 0:  # which of the two is flat needs another graph, and only where it is to be refused
             seen = f"reward {self.task.reward_name!r} of {len(terms.reward)} samples of the base model"
             if not _norm(self.paths(part).reward.mean(), self.policy) > 0:
                 raise ConfigError(f"{seen}: its gradient is 0 in every weight, expected a differentiable reward")

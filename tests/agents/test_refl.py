@@ -187,7 +187,7 @@ def test_a_link_that_is_flat_on_the_base_is_refused():
 
 
 def test_the_preflight_keeps_no_graph(monkeypatch):
-    """One that is kept holds the activations of every step that checkpoints make again, for the time of both passes."""
+    """It goes backwards once: a graph that is kept for a second pass holds its activations through both."""
     learner, task = mlp_learner()
     batch, grad, kept = rollout(task, learner.config, PREFLIGHT), torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: kept.append(k.get("retain_graph")) or grad(*a, **k))
