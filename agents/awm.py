@@ -35,7 +35,7 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.common.seeding import Key, stream
-from rlfusion.common.tensors import map_cond, mean_features, moved
+from rlfusion.common.tensors import map_cond, mean_features, moved, staged
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import answer
 from rlfusion.diffusion.parameterization import predict, solve, target
@@ -253,7 +253,7 @@ class Learner:
         """t (N, noisings) and eps (N, noisings, *) of the samples ``walks``."""
         n, shape = self.config.noisings, batch.x.shape[2:]
         t, eps = draws((len(walks) * n, *shape), self.policy.schedule, self.times, key)
-        eps = eps.to(batch.x.device, batch.x.dtype, non_blocking=True)
+        eps = staged(eps.to(batch.x.dtype), batch.x.device)
         return t.reshape(-1, n), eps.reshape(-1, n, *shape)
 
     def _compared(

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import normal
-from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.tensors import Cond, map_cond, staged
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Observation, frozen_copy
 from rlfusion.objectives.renoise import noised
@@ -128,7 +128,8 @@ class Ends:
         """The walks' own noise (n, K+1, *); not drawn where no trained step takes any, as in most last steps."""
         if not self.noisy:
             return torch.zeros_like(part.x)[:, None].expand(-1, self.steps + 1, *self.task.shape)
-        return rollout_noise(self.seed, part.iteration, part.rows.tolist(), self.steps, self.task.shape).to(part.x)
+        drawn = rollout_noise(self.seed, part.iteration, part.rows.tolist(), self.steps, self.task.shape)
+        return staged(drawn.to(part.x.dtype), part.x.device)
 
     def _step(self, x: Tensor, k: int, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Step k from x, and its D."""
@@ -142,7 +143,8 @@ class Ends:
     def _again(self, x: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """The n more ends of each walk that ended in x, (n walks, *) walk by walk, and their D; Eq. (3)."""
         n, key = self.config.renoisings, (self.seed, "draft", part.iteration, part.epoch)
-        eps, z = normal(key, part.rows.tolist(), (2, n, *self.task.shape)).to(x).unbind(1)
+        drawn = normal(key, part.rows.tolist(), (2, n, *self.task.shape))
+        eps, z = staged(drawn.to(x.dtype), x.device).unbind(1)
         x_t = noised(x[:, None], eps, self.task.times[-2], self.task.policy.schedule)
         return self._step(x_t.flatten(0, 1), self.steps - 1, _repeat(part.cond, n), z.flatten(0, 1))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond, mean_features, moved
+from rlfusion.common.tensors import map_cond, mean_features, moved, staged
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.objectives.renoise import draws, noised
@@ -163,12 +163,12 @@ class Learner:
     def accumulate(self, batch: Trajectory, optimality: Tensor, rows: Tensor, key: tuple) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself."""
         t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
-        eps = drawn.to(batch.x.device, batch.x.dtype, non_blocking=True)
+        eps = staged(drawn.to(batch.x.dtype), batch.x.device)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = moved(some, rows.device)
-            x = noised(batch.x[rows[at], -1], eps[at], t[some], self.policy.schedule)
-            record = self._loss(batch, optimality[rows[at]], rows[at], x, t[some])
+            at, times = moved(some, rows.device), t[some]
+            x = noised(batch.x[rows[at], -1], eps[at], times, self.policy.schedule)
+            record = self._loss(batch, optimality[rows[at]], rows[at], x, times)
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
 
         ranks = current()

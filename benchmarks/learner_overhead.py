@@ -1,10 +1,13 @@
-"""What a rollout and an update of each of the nine agents cost beyond the bare passes of the networks within them.
+"""What a rollout and an update of each agent cost beyond the bare passes of the networks within them.
 
     (1)  rollout   an item of the part of walks that the agent takes: noise, steps, log-probabilities, decoding, reward
     (2)  update    ``Learner.update`` behind the guards of a run, with the copy that undoes it
 
 each over its own passes of the network, the reference, the critic and the decoder, forwards and backwards, run again
 with the same inputs and nothing between them (``passes``). Ours and the floor are timed alternately in one process.
+
+The teacher of opd has the weights of the policy and a little noise, the samples of sft are noise. sft walks nothing:
+its rollout has no passes, and no ratio.
 
 "pipeline" is a tiny Stable Diffusion with 5 steps in calls of 8, "digits" the network of the default run with 20. The
 time is this process's, so that others on the machine change little. ``tests/agents/test_overhead.py`` counts
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
+from outsides import Beside
 from passes import Floor
 
 from rlfusion.agents import AGENTS
@@ -101,6 +105,7 @@ class Bench:
         spec = config.rollout_spec(case.steps)
         conditions = torch.arange(case.prompts)
         self.task = Task(policy, chain.grid(denoiser), shape, conditions, decode, ink, "ink", "cpu", spec)
+        self.task = replace(self.task, outside=Beside(policy, shape))
         self.item = plan(0, 0, case.prompts, case.walks // case.prompts, case.walks, case.prompts, 0)[0]
         self.guarded = Guarded(config.learner(self.task, None, 0), Guards(), None)
         self.batch = self.rollout()
@@ -120,6 +125,8 @@ def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
         if args.what and what != args.what:
             continue
         bare = Floor(ours, bench.kinds)
+        if not bare.passes:
+            continue
         if args.profile:
             show_profile(f"{name} {agent}: {what}", ours)
             continue

@@ -8,6 +8,7 @@
     (3)  the floating-point operations a second of the bare passes, forward alone and with the backward pass counted as
          two of them, over those of one square matrix product in bfloat16: the share of the card's measured rate
     (4)  kernels begun, and times that the CPU waits for the card, in an update, for each call of the network
+    (5)  on a card, a rollout of the digits network by CUDA graphs (--compile graphs) over one by calls as ever
 
 "sd15" is a U-Net of Stable Diffusion 1.5's size, "sd3" a transformer of Stable Diffusion 3 medium's, at 512 pixels;
 "tiny" is for trying this on a CPU. Adapters are trained over frozen weights in ``--dtype``; "all" trains every weight,
@@ -33,14 +34,17 @@ from typing import Any
 import diffusers
 import peft
 import torch
+from overhead import CASES as SMALL
+from overhead import Bench
 from timing import compare, machine, seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlfusion.agents import ddpo, draft, grpo
+from rlfusion.common.compiled import compile_calls
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.models import lora
 from rlfusion.models.pipelines import Conditions, Family, Net, stable_diffusion, stable_diffusion_3
 from rlfusion.models.pipelines.family import plain_grid
@@ -299,6 +303,17 @@ def run(name: str, whole: bool, rate: float, args: argparse.Namespace) -> dict[s
     return found | {"share_of_matrix_rate_backward": backward / rate}
 
 
+def replayed(args: argparse.Namespace) -> dict[str, float]:
+    """Eq. (5)."""
+    bench = Bench(SMALL["digits"], args.device, clock(args.device))
+    task = replace(bench.task, policy=frozen_copy(bench.task.policy))
+    compile_calls(task.policy.denoiser.net, "graphs")
+    found = compare(
+        lambda: run_item(task, bench.item), bench.rollout, args.rounds, args.device, clock(args.device), args.warm
+    )
+    return {"rollout_ms": found["floor_ms"], "replayed_share": found["ratio"]}
+
+
 def main() -> None:
     """Run the cases, print them, and write them if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -326,6 +341,8 @@ def main() -> None:
         "versions": {"diffusers": diffusers.__version__, "peft": peft.__version__},
         "settings": {k: v for k, v in vars(args).items() if k != "json"} | {"lora": ADAPTERS},
     }
+    if args.device.startswith("cuda"):
+        found["digits, graphs"] = replayed(args)
     for name in args.case.split(","):
         for weights in args.weights.split(","):
             found[f"{name}, {weights}"] = one = run(name, weights == "all", rate, args)

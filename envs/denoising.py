@@ -102,6 +102,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         }
         self.schedule = _schedule(schedule, action, policy)
         self.times = grid.times(self.schedule)
+        self._each = list(self.times)  # one tensor a time: what is made of it is made once
         self._prior_std = prior_std(self.schedule, self.times)
         self._reward, self._decode, self._policy, self._masked = reward, decode, policy, masked
         self._io = BACKENDS[backend](torch.device(device))
@@ -159,6 +160,23 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._begin()
         return self._result(reward, final | {f"_{name}": self._mask(True) for name in final})
 
+    def move(self, action: Tensor) -> Observation:
+        """A step that does not end the chain, torch in and out: what ``step`` says beside the state is known then, no
+        reward, terminations or truncations.
+
+        Raises:
+            ResetNeeded: before ``reset``.
+            ValueError: an action of another shape, or the last step, which ends the chain.
+        """
+        if self._x is None:
+            raise ResetNeeded("move() before reset(): the chain has no state yet")
+        if self._k >= len(self.times) - 2:
+            raise ValueError(
+                f"move() after {self._k} of {len(self.times) - 1} steps: call step(), which ends the chain"
+            )
+        self._advance(self._io.action(action, (self.num_envs, *self._shape), self._bound))
+        return self._observation()
+
     @torch.no_grad()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """The decoded x_t of each environment, uint8 (H', W', 3), if ``render_mode`` is "rgb_array"."""
@@ -181,7 +199,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _observation(self) -> Observation:
         return Observation(
-            self._latents, self.times[self._k], self.times[min(self._k + 1, len(self.times) - 1)], self._cond
+            self._latents, self._each[self._k], self._each[min(self._k + 1, len(self._each) - 1)], self._cond
         )
 
     def _begin(self, noise: Any = None, group: Any = None) -> None:

@@ -56,6 +56,17 @@ def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
 
 
+PINNED = ("cuda",)
+"""Devices that copy from page-locked memory of the CPU while it goes on; from any other memory it may have to wait."""
+
+
+def staged(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on another device; where it comes from the CPU to a GPU, the CPU does not wait for what the GPU is at."""
+    if x.device.type == "cpu" and torch.device(device).type in PINNED:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def moved(index: Tensor, device: torch.device) -> Tensor:
     """Numbers of rows on another device, for which the CPU does not wait."""
     return index.to(device, non_blocking=True)

@@ -8,6 +8,7 @@ from rlfusion import pretrain
 from rlfusion.agents import AGENTS, ddpo
 from rlfusion.common import spec
 from rlfusion.common.code_files import absolute, label
+from rlfusion.common.compiled import Compile
 from rlfusion.common.errors import ConfigError, require_distinct, require_not_negative, require_positive, unknown
 from rlfusion.config.parts import Evaluations, Learners, Ray, Rollout
 from rlfusion.config.pretrain import Base
@@ -45,7 +46,8 @@ class Finetune:
         precision: of the network's arithmetic, "float32" or "bfloat16" (autocast); latents, transitions,
             log-probabilities and the optimiser stay in float32.
         compile: torch.compile makes the code of the network's calls in rollouts and updates (docs/models.md), for each
-            size of a call when it first comes. Refused where the importance ratio is then not 1 at the acting weights,
+            size of a call when it first comes; "graphs" has a GPU replay the calls of rollouts as CUDA graphs, for
+            networks whose kernels are small. Refused where the importance ratio is then not 1 at the acting weights,
             with adapters that have dropout, and with learner.shard.
         channels_last: give the network of a U-Net images with their channels last in memory, as a GPU's half-precision
             convolutions want them.
@@ -101,7 +103,7 @@ class Finetune:
     deterministic: Deterministic = True
     tf32: bool = False
     precision: Precision = "float32"
-    compile: bool = False
+    compile: Compile = False
     channels_last: bool = False
     base: str = ""
     pretrain: Base = field(default_factory=lambda: Base(train=pretrain.Config(label_noise=0.6)))
@@ -225,12 +227,13 @@ class Finetune:
         for name in ("compile", "channels_last"):
             if getattr(self, name) and self.learner.split:
                 raise ConfigError(
-                    f"{name} = True with learner.shard = {self.learner.shard}: expected false, or learner.shard none"
+                    f"{name} = {getattr(self, name)} with learner.shard = {self.learner.shard}: expected false, or "
+                    "learner.shard none"
                 )
         if self.compile and adapters is not None and adapters.dropout:
             raise ConfigError(
-                f"compile = True with lora = {self.lora}: masks are drawn anew in each rollout, which is another "
-                "network to a compiler, expected dropout=0, or compile false"
+                f"compile = {self.compile} with lora = {self.lora}: masks are drawn anew in each rollout, which is "
+                "another network to a compiler, expected dropout=0, or compile false"
             )
 
     def _require_known_options(self) -> None:

@@ -1,6 +1,7 @@
 """A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 from typing import cast as cast_to
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast, cat_cond, map_cond
+from rlfusion.diffusion import rows
 from rlfusion.diffusion.kinds import Kind
 from rlfusion.diffusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
 from rlfusion.diffusion.schedule import Level, Schedule, level
@@ -92,31 +94,51 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
-        if t.ndim == 0:
-            return predict(self._shared(t, x).solution, self.answer(x, t, cond).to(x), x)
-        l = level(self.schedule, t, x)
-        return predict(solve(self.kind, l), self._called(x, *_read(self.kind, t, l, x), cond).to(x), x)
+        return predict(self._solution(t, x), self.answer(x, t, cond).to(x), x)
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of. ``forward`` looks the
-        level up by itself: a subclass that answers otherwise overrides both.
-        """
-        if t.ndim == 0:
-            shared = self._shared(t, x)
-            return self._called(x, shared.at, shared.scale, cond)
-        return self._called(x, *_read(self.kind, t, level(self.schedule, t, x), x), cond)
+        """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
+        return self._called(x, *self._reads(t, x), cond)
 
-    def _shared(self, t: Tensor, x: Tensor) -> "Shared":
-        return _shared(self.kind, self.schedule, t.item(), x.dtype, x.device)
+    def _reads(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """c_noise (B,) or (1,) and c_in, as the network reads them beside x."""
+        if shared := self._shared(t, x):
+            return shared.at, shared.scale
+        key = ("reads", self.kind, self.schedule, x.shape, x.dtype, x.device)
+        return rows.kept(t, key, lambda: _read(self.kind, t.clone(), level(self.schedule, t, x), x))
+
+    def _solution(self, t: Tensor, x: Tensor) -> Solution:
+        """How the network's answers are solved, cast."""
+        if shared := self._shared(t, x):
+            return shared.solution
+        key = ("solution", self.kind, self.schedule, x.shape, x.dtype, x.device)
+        return rows.kept(t, key, lambda: Solution(*(cast(c, x) for c in solve(self.kind, level(self.schedule, t, x)))))
+
+    def _shared(self, t: Tensor, x: Tensor) -> "Shared | None":
+        """Both where the batch shares a time, or its times are those of a chain."""
+        if t.ndim == 0:
+            return _shared(self.kind, self.schedule, t.item(), x.dtype, x.device)
+        chain = rows.chain(t)
+        if chain is None or len(t) != len(x):
+            return None
+        key = ("shared", self.kind, self.schedule, x.ndim, x.dtype, x.device)
+        return rows.kept(t, key, lambda: _gathered(self.kind, self.schedule, chain, x))
 
     def _called(self, x: Tensor, at: Tensor, scale: Tensor, cond: Cond) -> Tensor:
         """The network's answer to c_noise ``at`` (B,) or (1,) and c_in ``scale``."""
         scaled = scale * x
         if self.channels_last:
             scaled = scaled.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with _autocast(x.device.type, self.precision == "bfloat16"):
             y = self.net(scaled, at.expand(len(x)), cond)
         return y.contiguous() if self.channels_last else y
+
+
+def _autocast(device: str, wanted: bool) -> AbstractContextManager[object]:
+    """Within the context autocast is as wanted; entering one takes as long as a small operation."""
+    if not wanted and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16, enabled=wanted)
 
 
 def answer(model: Denoising, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
@@ -167,6 +189,24 @@ def _shared(kind: str | Kind, schedule: Schedule, t: float, dtype: torch.dtype, 
     l = level(schedule, time, time)
     solution = Solution(*(cast(c, like) for c in solve(kind, l)))
     return Shared(*_read(kind, time, l, like), solution)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _table(
+    kind: str | Kind, schedule: Schedule, grid: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """c_noise (K,) of the times before the steps of a chain; c_in and the solution (K, 5)."""
+    each = [_shared(kind, schedule, t, dtype, device) for t in grid[:-1]]
+    solved = [torch.stack((one.scale, *one.solution)) for one in each]
+    return torch.cat([one.at for one in each]), torch.stack(solved)
+
+
+def _gathered(kind: str | Kind, schedule: Schedule, chain: rows.Chain, x: Tensor) -> Shared:
+    """``Shared`` of rows ``x`` (N, *) of a chain."""
+    at, solved = map(chain.gather, _table(kind, schedule, chain.grid, x.dtype, x.device))
+    scale, *solution = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in solved.unbind(1))
+    return Shared(at, scale, Solution(*solution))
 
 
 class Wrapper(nn.Module):

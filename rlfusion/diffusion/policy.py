@@ -2,6 +2,7 @@
 
 import copy
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from rlfusion.common import compiled, shards
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast
+from rlfusion.diffusion import rows
 from rlfusion.diffusion.denoiser import Denoising
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.kernel import Coefficients, Kernel, apply, transition
@@ -50,6 +52,8 @@ class Policy(nn.Module):
         if t.ndim == 0:
             like = prediction.x0
             return apply(_step(self.kernel, self.schedule, t.item(), s.item(), like.dtype, like.device), prediction)
+        if chain := rows.steps(t, s):
+            return apply(_gathered(self.kernel, self.schedule, chain, prediction.x0), prediction)
         dt = (s - t).reshape(-1, *[1] * (x.ndim - 1))
         return transition(self.kernel, prediction, level(self.schedule, t, x), level(self.schedule, s, x), dt)
 
@@ -83,6 +87,21 @@ def _step(
     at, to = torch.tensor([t, s], dtype=torch.float64)
     like = torch.empty(0, dtype=dtype, device=device)
     return Coefficients(*(cast(c, like) for c in kernel.coefficients(schedule(at), schedule(to), to - at)))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _table(
+    kernel: Kernel, schedule: Schedule, grid: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The coefficients (K, 3) of the steps of a chain."""
+    return torch.stack([torch.stack(_step(kernel, schedule, t, s, dtype, device)) for t, s in pairwise(grid)])
+
+
+def _gathered(kernel: Kernel, schedule: Schedule, chain: rows.Chain, like: Tensor) -> Coefficients:
+    """The coefficients of the steps of rows of a chain, shaped and cast for ``like`` (N, *)."""
+    each = chain.gather(_table(kernel, schedule, chain.grid, like.dtype, like.device))
+    return Coefficients(*(c.reshape(-1, *[1] * (like.ndim - 1)) for c in each.unbind(1)))
 
 
 def require_stochastic(policy: Policy, times: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from rlfusion.common.compiled import Compile
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import map_cond
@@ -48,7 +49,7 @@ def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights
     batch, _ = scored(walks.to(collector.device), spec.rewards)
     found, told = preflight(learner, batch), []
     if spec.arithmetic.compile:
-        found |= require_alike(learner.policy, batch, spec.clip)
+        found |= require_alike(learner.policy, batch, spec.clip, spec.arithmetic.compile)
     if found.get("reward_std") == 0:
         told.append("warning: all rewards of the first walks are equal; while they are, there is nothing to learn from")
     if spec.rollout.path and (message := narrow(spec.chain, learner.policy.denoiser)):
@@ -57,9 +58,10 @@ def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights
 
 
 @torch.no_grad()
-def require_alike(policy: Policy, batch: Trajectory, clip: Clip) -> dict[str, float]:
+def require_alike(policy: Policy, batch: Trajectory, clip: Clip, how: Compile = True) -> dict[str, float]:
     """{"compiled_log_ratio_max": the largest |log ratio| of check (4)}, by walks of a few conditions of ``batch``. A
-    step without noise has no density of its own: its mean is held to noise of ``NARROW``.
+    step without noise has no density of its own: its mean is held to noise of ``NARROW``. ``how`` it is compiled is for
+    the error.
 
     Raises:
         ConfigError: it is not below a tenth of the clip range.
@@ -79,7 +81,7 @@ def require_alike(policy: Policy, batch: Trajectory, clip: Clip) -> dict[str, fl
     found = gap.item() / (batch.features if clip.per_dim else 1)
     if not found < clip.range / 10:
         raise ConfigError(
-            f"compile = True: compiled, the network answers rollouts and updates differently (max |log ratio| = "
+            f"compile = {how}: compiled, the network answers rollouts and updates differently (max |log ratio| = "
             f"{found:.3g} at the acting weights, expected below a tenth of the clip range, {clip.range / 10:.3g}): "
             "expected compile false"
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rlfusion.common.compiled import compile_calls
+from rlfusion.common.compiled import Compile, compile_calls
 from rlfusion.common.errors import ConfigError
 from rlfusion.diffusion.denoiser import Denoiser, Precision
 from rlfusion.models.card import Card
@@ -16,12 +16,12 @@ class Arithmetic:
 
     Attributes:
         precision: of its arithmetic (autocast).
-        compile: by torch.compile.
+        compile: by torch.compile; "graphs": calls without gradients by CUDA graphs.
         channels_last: whether images come to it with their channels last in memory.
     """
 
     precision: Precision = "float32"
-    compile: bool = False
+    compile: Compile = False
     channels_last: bool = False
 
     def act(self, denoiser: Denoiser, card: Card) -> None:
@@ -37,7 +37,7 @@ class Arithmetic:
             )
         denoiser.precision, denoiser.channels_last = self.precision, self.channels_last
         if self.compile:
-            compile_calls(_inner(denoiser, card))
+            compile_calls(_inner(denoiser, card), self.compile)
 
 
 def slides(net: nn.Module) -> bool:

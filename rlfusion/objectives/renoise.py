@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.seeding import Key, stream
-from rlfusion.common.tensors import Cond, cast, sum_features
+from rlfusion.common.tensors import Cond, cast, staged, sum_features
 from rlfusion.diffusion.policy import Policy
 from rlfusion.diffusion.schedule import Schedule, diffused, level
 from rlfusion.objectives.times import Times, Uniform
@@ -34,7 +34,7 @@ class Noised(NamedTuple):
 def renoise(x0: Tensor, schedule: Schedule, times: Times, key: tuple[Key, ...]) -> Noised:
     """Noise samples x0 (B, *): a pure function of ``key``."""
     t, eps = draws(x0.shape, schedule, times, key)
-    eps = eps.to(x0, non_blocking=True)
+    eps = staged(eps.to(x0.dtype), x0.device)
     return Noised(noised(x0, eps, t, schedule), t, eps)
 
 

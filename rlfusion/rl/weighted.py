@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond, moved
+from rlfusion.common.tensors import map_cond, moved, staged
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import answer
@@ -123,13 +123,13 @@ class OnNoised:
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
         rows = walks.repeat(self.config.noisings).to(batch.x.device)
         t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
-        eps = drawn.to(batch.x.device, batch.x.dtype, non_blocking=True)
+        eps = staged(drawn.to(batch.x.dtype), batch.x.device)
         weight = weigh(Places(rows, x=lambda: noised(batch.x[rows, -1], eps, t, self.policy.schedule), t=t))
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at = moved(some, rows.device)
-            x = noised(batch.x[rows[at], -1], eps[at], t[some], self.policy.schedule)
-            record = self._record(batch, rows[at], x, t[some], eps[at], weight[at])
+            at, times = moved(some, rows.device), t[some]
+            x = noised(batch.x[rows[at], -1], eps[at], times, self.policy.schedule)
+            record = self._record(batch, rows[at], x, times, eps[at], weight[at])
             return record["loss"].sum() / len(rows), record
 
         ranks = current()

@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.tensors import Cond, map_cond
+from rlfusion.common.tensors import Cond, map_cond, staged
 from rlfusion.diffusion.grid import Grid
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
@@ -203,7 +203,7 @@ def _walk(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
     x, log_prob, cond, action, trained = obs.x[:, None], [], obs.cond, None, rollout_spec.trained
     graphs = None if trained is None else Graphs(trained.of(noisy, item))
     for k, z in zip(range(steps), noise):
-        obs = obs if action is None else env.step(action)[0]
+        obs = obs if action is None else env.move(action)
         policy = task.ode if mixed and not noisy[k] else task.policy
         distribution = policy(obs) if graphs is None else graphs(policy, obs, k)
         action = distribution.sample(z)
@@ -243,7 +243,7 @@ def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:
     none = torch.zeros((), device=task.device)
     for takes in noisy:
         z = next(drawn, none)
-        yield z.to(task.device) if takes else none
+        yield staged(z, task.device) if takes else none
 
 
 def _room(x: Tensor, action: Tensor, steps: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlfusion.common.tensors import Cond, cat_cond, map_cond, moved
 from rlfusion.diffusion.policy import Observation
+from rlfusion.diffusion.rows import of_chain
 from rlfusion.rollout.parted import Parted, taken
 
 TENSORS = ("x", "log_prob", "reward", "group", "begin", "terms", "cached")
@@ -87,7 +88,7 @@ class Trajectory:
         """The transitions (walk[i], step[i]), i = 1..N, as one batch: the observation and the action x_s (N, *)."""
         cond = map_cond(lambda c: c[moved(walk, c.device)], self.cond)
         at, k = moved(walk, self.x.device), moved(step, self.x.device)
-        t, s = self.times[step.cpu()], self.times[step.cpu() + 1]
+        t, s = of_chain(self.times, step.cpu())
         return Observation(self.x[at, k], t, s, cond), self.x[at, k + 1]
 
     def take(self, walks: Tensor) -> Self:

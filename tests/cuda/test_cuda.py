@@ -17,6 +17,7 @@ from tiny_runs import TINY
 
 from rlfusion.agents import AGENTS
 from rlfusion.common import spec
+from rlfusion.common.compiled import compile_calls
 from rlfusion.data import Dataset
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.diffusion.policy import frozen_copy
@@ -111,9 +112,54 @@ def waits(agent: str, micro_batch: int) -> int:
     return sum(event.count for event in profiled.key_averages() if event.key == "cudaStreamSynchronize")
 
 
+def test_a_rollout_waits_no_oftener_where_its_walks_are_longer():
+    """The noise of a step crosses from page-locked memory: the CPU goes on while the GPU is at the steps before."""
+    policy, found = make_policy(1).cuda(), []
+    for steps in (3, 12):
+        task = Task(
+            policy, TimeGrid(steps), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device="cuda"
+        )
+        item = plan(3, 0, CLASSES, PER_PROMPT, 10, CLASSES, 0)[0]
+        run_item(task, item)
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profiled:
+            run_item(task, item)
+        found.append(sum(event.count for event in profiled.key_averages() if event.key == "cudaStreamSynchronize"))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("agent", ["ddpo()", "grpo()", "nft()", "draft()"])
 def test_an_update_waits_no_oftener_where_its_calls_are_smaller(agent):
     assert waits(agent, 6) <= waits(agent, 24) + 2
+
+
+def test_walks_by_cuda_graphs_have_the_bits_of_those_without_whatever_the_weights_are():
+    policy = make_policy(1).cuda()
+    task = Task(
+        policy, TimeGrid(STEPS), SHAPE, torch.arange(CLASSES), lambda x: x.sigmoid(), reward, "own", device="cuda"
+    )
+    graphed = replace(task, policy=frozen_copy(policy))
+    compile_calls(graphed.policy.denoiser.net, "graphs")
+    for iteration in range(3):
+        with torch.no_grad():
+            for one in (policy, graphed.policy):
+                for p in one.parameters():
+                    p.mul_(1.1)
+        for item in plan(3, iteration, CLASSES, PER_PROMPT, 10, CLASSES, iteration):  # the last is of another size
+            expected, found = run_item(task, item), run_item(graphed, item)
+            assert torch.equal(found.x, expected.x)
+            assert torch.equal(found.log_prob, expected.log_prob)
+
+
+@pytest.mark.parametrize("agent", ["ddpo", "nft", "draft"])
+def test_a_run_by_cuda_graphs_ends_in_the_bits_of_one_without(tmp_path, agent):
+    run = (*TINY, "--device", "cuda", "--reward", "ink", "--agent", agent, "--updates", 3)
+    for how in ("false", "graphs"):
+        ended = rlfusion(tmp_path, "finetune", *run, "--name", f"by-{how}", "--compile", how)
+        assert ended.code == 0, ended.err
+    files = [tmp_path / "runs" / f"by-{how}" / "model" / "weights.safetensors" for how in ("false", "graphs")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("agent", ["ddpo", "draft"])

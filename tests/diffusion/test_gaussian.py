@@ -52,3 +52,23 @@ def test_half_precision_is_lifted_to_float32():
     exact = Gaussian(MEAN.bfloat16().double(), torch.tensor(0.3).bfloat16().double()).log_prob(X.bfloat16().double())
     torch.testing.assert_close(low.double(), exact, rtol=1e-5, atol=1e-5)
     assert math.isfinite(low.sum())
+
+
+@pytest.mark.parametrize("std", STDS.values(), ids=STDS)
+def test_the_gradients_of_log_prob_are_those_of_finite_differences(std):
+    x, mean, s = (v.clone().requires_grad_() for v in (X, MEAN, std))
+    assert torch.autograd.gradcheck(lambda *v: Gaussian(*v[1:]).log_prob(v[0]), (x, mean, s))
+    one = MEAN[:1].clone().requires_grad_()  # of several rows of x
+    assert torch.autograd.gradcheck(lambda m: Gaussian(m, torch.tensor(0.3).double()).log_prob(X), (one,))
+
+
+def test_log_prob_and_its_gradient_have_the_bits_of_a_graph_of_their_parts():
+    mean, x = (v.float().requires_grad_() for v in (MEAN, X))
+    weight = torch.linspace(-1, 1, 5)
+    for std in (torch.tensor(0.3), torch.linspace(0.1, 2, 5)[:, None, None]):
+        z = (x - mean) / std
+        parts = -(z.square() / 2 + (std.log() + math.log(2 * math.pi) / 2)).flatten(1).sum(1)
+        found = Gaussian(mean, std).log_prob(x)
+        assert torch.equal(found, parts)
+        slopes = [torch.autograd.grad((value * weight).sum(), (mean, x)) for value in (found, parts)]
+        assert all(map(torch.equal, *slopes))

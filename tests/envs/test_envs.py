@@ -314,6 +314,23 @@ def test_order_is_enforced():
         env.step(np.zeros((2, 1, 8, 8)))
 
 
+def test_a_move_is_a_step_that_does_not_end_the_chain():
+    envs = [DenoisingVectorEnv(2, grid=TimeGrid(3), backend="torch", autoreset_mode="Disabled") for _ in range(2)]
+    with pytest.raises(ResetNeeded, match="before reset"):
+        envs[0].move(torch.zeros(2, 1, 8, 8))
+    actions = torch.randn(2, 2, 1, 8, 8)
+    for env in envs:
+        env.reset(seed=0)
+    for action in actions:
+        stepped, moved = envs[0].step(action)[0], envs[1].move(action)
+        assert all(map(torch.equal, stepped, moved))
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\) on cpu: expected \(2, 1, 8, 8\)"):
+        envs[1].step(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="after 2 of 3 steps: call step"):
+        envs[1].move(actions[0])
+    assert all(map(torch.equal, envs[0].step(actions[1])[:2][1:], envs[1].step(actions[1])[:2][1:]))
+
+
 def scalar(samples, cond):
     return samples.mean()
 

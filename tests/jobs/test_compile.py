@@ -158,13 +158,22 @@ def test_without_a_compiler_it_is_one_line(monkeypatch):
     ("settings", "word"),
     [
         ({"compile": True, "lora": "LoRA(rank=2, dropout=0.1)"}, "dropout"),
+        ({"compile": "graphs", "lora": "LoRA(rank=2, dropout=0.1)"}, "dropout"),
+        ({"compile": "graphs", "learner": Learners(ranks=2, shard="fsdp", shares=2)}, "learner.shard"),
         ({"compile": True, "learner": Learners(ranks=2, shard="fsdp", shares=2)}, "learner.shard"),
         ({"channels_last": True, "learner": Learners(ranks=2, shard="fsdp", shares=2)}, "learner.shard"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_by_name(settings, word):
-    with pytest.raises(ConfigError, match=f"(compile|channels_last) = True with .*{word}"):
+    with pytest.raises(ConfigError, match=f"(compile|channels_last) = (True|graphs) with .*{word}"):
         Finetune(device="cpu", **settings)
+
+
+def test_graphs_are_refused_where_there_is_no_gpu_before_any_work(tiny_root, capsys):
+    assert finetune(tiny_root, "graphs", "--compile", "graphs", "--device", "cpu") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "compile = graphs: only a GPU has CUDA graphs, and the device is 'cpu'" in said
+    assert not (tiny_root / "graphs").exists()
 
 
 def test_a_worker_computes_as_the_settings_say(tiny_root):

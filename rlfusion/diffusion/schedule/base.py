@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.tensors import cast
+from rlfusion.diffusion import rows
 
 
 class Level(NamedTuple):
@@ -44,6 +45,12 @@ def level(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
     """
     if t.ndim == 0:
         return _at(schedule, t.item())
+    # a copy of t: what is kept for t must hold no view of it, and a flow's sigma is one
+    return rows.kept(t, (schedule, len(like), like.ndim), lambda: _of_rows(schedule, t.clone(), like))
+
+
+def _of_rows(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
+    """The level of the times (B,) of rows."""
     t = t.double()
     if t.ndim == 1 and len(t) in (1, len(like)):
         t = t.reshape(-1, *[1] * (like.ndim - 1))

@@ -8,6 +8,7 @@ import torch
 from rlfusion import models
 from rlfusion.common import hollow
 from rlfusion.common.errors import ConfigError
+from rlfusion.common.replayed import require_graphs
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import to_pixels
 from rlfusion.config import Finetune
@@ -39,6 +40,16 @@ JUDGED = ("agreement", "frechet_base")
 """What the monitor can only say with a judge."""
 
 
+def _require_device(config: Finetune) -> None:
+    """Raise ConfigError for a device that is not here, or that cannot call the network as the settings say."""
+    if config.learner.ranks:
+        require_device(config.device)  # a head needs none of its own
+        return
+    device = pick_device(config.device)
+    if config.compile == "graphs":
+        require_graphs(device)
+
+
 def check(config: Finetune) -> None:
     """Refuse what cannot work, before any work: device, Ray cluster, base model, data, chain, learner, reward.
 
@@ -46,7 +57,7 @@ def check(config: Finetune) -> None:
         ConfigError: says which setting and why.
         RolloutError: no Ray cluster answers at its address.
     """
-    (require_device if config.learner.ranks else pick_device)(config.device)  # a head needs none of its own
+    _require_device(config)
     kept(config.agent)
     require_usable(config.track)
     if config.rollout.workers or config.learner.ranks:
