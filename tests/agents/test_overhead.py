@@ -70,19 +70,19 @@ def counts(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 ABOVE = 0.15
 RATIOS = {
-    "ddpo": (1.73, 2.71),
-    "grpo": (1.73, 2.71),
-    "ppo": (1.73, 2.71),
-    "awm": (1.53, 2.39),
-    "nft": (1.53, 2.23),
-    "dpo": (1.53, 2.43),
-    "opd": (1.73, 2.57),
-    "sft": (0.0, 1.68),
-    "draft": (1.47, 1.77),
-    "refl": (1.47, 2.02),
-    "drwr": (1.73, 2.48),
-    "qsm": (1.53, 1.74),
-    "dawr": (1.73, 2.41),
+    "ddpo": (1.64, 1.86),
+    "grpo": (1.64, 1.86),
+    "ppo": (1.64, 1.88),
+    "awm": (1.5, 2.03),
+    "nft": (1.5, 1.85),
+    "dpo": (1.5, 1.96),
+    "opd": (1.64, 1.51),
+    "sft": (0.0, 1.43),
+    "draft": (1.45, 1.77),
+    "refl": (1.45, 2.04),
+    "drwr": (1.64, 1.58),
+    "qsm": (1.5, 1.44),
+    "dawr": (1.64, 1.68),
 }
 """Operations of a rollout and of an update over those of the passes of the network in them."""
 
