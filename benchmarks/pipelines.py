@@ -62,13 +62,21 @@ LORA = {"all": "", "lora": "LoRA(rank=8, alpha=64.0, dropout=0.1)"}
 REWARD, PROMPTS = "tiny_pipelines:warm", ("a red cat", "two dogs, 3")
 STEPS, WALKS, UPDATES = 2, 32, 4
 ALIKE = 1e-4
+SIDES = {**SIDE, "lumina_2": 16}
+"""Pixels of a side, 8 of others, which the call of these families does not take."""
+NARROW = ("sd", "sdxl", "pixart", "pixart_alpha", "hunyuan_dit")
+"""Families on whose own grid the last steps have too little noise for a policy gradient."""
+TOKENS = {"qwen_image": 200, **dict.fromkeys(("lumina_2", "pixart", "z_image", "flux_2_klein", "flux_2_dev"), 64)}
+"""Tokens of a prompt where the family's default is far more than these prompts have."""
 
 
 def settings(folder: Path, family: str, agents: list[str], weights: str, root: Path) -> Compare:
     """The comparison of ``agents`` on a family."""
     published = pipelines.defaults(str(folder), training=True)
-    grid = {"spacing": "trailing"} if family in ("sd", "sdxl") else {}  # their last step has too little noise
+    grid = {"spacing": "trailing"} if family in NARROW else {}
     low, high = RATES[weights]
+    read = {"prompts": str(root / "prompts.txt"), "size": SIDES.get(family, 8)}
+    read |= {"max_sequence_length": TOKENS[family]} if family in TOKENS else {}
     return Compare(
         agents=[f"{name} = {SETTINGS[name].replace('@@', high).replace('@', low)}" for name in agents],
         rewards=[REWARD],
@@ -78,7 +86,7 @@ def settings(folder: Path, family: str, agents: list[str], weights: str, root: P
         guidance=[],
         root=str(root),
         base=str(folder),
-        pipeline=pipelines.Settings(prompts=str(root / "prompts.txt"), size=SIDE.get(family, 8)),
+        pipeline=pipelines.Settings(**read),
         lora=LORA[weights],
         chain=Chain(**published | {"steps": STEPS, "guidance_scale": 1.5} | grid),
         rollout=Rollout(prompts=2, samples_per_prompt=WALKS // 2, item=WALKS),
@@ -111,7 +119,7 @@ def cells(folder: Path, family: str, agents: list[str], weights: str, root: Path
         run = place / slug(f"{agent}-{REWARD}-seed0")
         try:
             points, gap = curve(run), difference(run)
-        except (OSError, ConfigError, NumericalError) as error:  # the table says what did not run
+        except (OSError, ValueError, ConfigError, NumericalError) as error:  # the table says what did not run
             print(f"{family} {weights} {agent}: {type(error).__name__}: {error}\n{page}", file=sys.stderr)
             found[agent] = "-"
             continue
