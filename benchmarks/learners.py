@@ -1,221 +1,131 @@
-"""Every learner on every reward, on digits: one table, and one plot of reward against Frechet distance.
+"""Every learner on every reward, on digits: the page of all, the curves of each, and the table of the winners.
 
 Each file of ``learners/`` is the ``rlfusion compare --config`` of one reward. A comparison that is in the folder is
-resumed where it was stopped and not run again where it is done; the page is made of what it holds.
+resumed where it was stopped and not run again where it is done. What the runs have found is kept in
+``results/learners.json``, and all that is drawn is drawn of it:
 
-    python benchmarks/learners.py --root runs/learners --out docs/learners.md
+    python benchmarks/learners.py --root runs/learners     # run what is not done, then draw
+    python benchmarks/learners.py --so_far --reward ink    # keep and draw what is done of a reward, run nothing
+    python benchmarks/learners.py --draw                   # draw what is kept
+
+* docs/learners.md, with docs/pictures/learners-REWARD.svg;
+* docs/algorithms/NAME.svg, the tables of runs on those pages, and that of the winners in index.md beside them.
 """
 
 import argparse
 import json
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
+import learners_page
+import learners_plots
 import torch
+from learners_record import Race, short
 
 from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.main import main as rlfusion
 from rlfusion.config import Compare
-from rlfusion.jobs.compare.curves import Point, best_within, first_at
+from rlfusion.config.compare import shown, written
+from rlfusion.jobs.compare import paired
+from rlfusion.jobs.compare.baselines import BASE
+from rlfusion.jobs.compare.curves import Point, base_of, curve
+from rlfusion.jobs.compare.members import place_of
+from rlfusion.training.identity import Record
 
-CONFIGS = Path(__file__).parent / "learners"
-REWARDS = ("ink", "jpeg_compressibility", "symmetry", "class_logprob")
-AGREEMENT = 0.9
-INTRODUCTION = CONFIGS / "introduction.md"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One reward: the settings, the runs' curves by agent, why there are none, and the baselines."""
-
-    config: Compare
-    runs: dict[str, list[list[Point]]]
-    problems: dict[str, list[str]]
-    baselines: dict[str, dict[str, float]]
-
-    @property
-    def base(self) -> dict[str, float]:
-        return self.baselines["base"]
-
-    @property
-    def limit(self) -> float:
-        """The largest Frechet distance of "quality"."""
-        return self.config.quality * self.base["frechet"]
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "benchmarks" / "learners"
+RECORD = ROOT / "benchmarks" / "results" / "learners.json"
+DOCS = ROOT / "docs"
+REWARDS = ("ink", "class_logprob", "jpeg_compressibility", "symmetry")
 
 
-def compared(reward: str, root: Path) -> Compared:
-    """The comparison of a reward, run first where it is not done.
+def raced(reward: str, root: Path, so_far: bool = False) -> Race:
+    """The comparison of a reward, run first where it is not done; or, ``so_far``, as it stands.
 
     Raises:
         SystemExit: the command failed.
     """
     path, folder = CONFIGS / f"{reward}.yaml", root / reward
-    if not (folder / "comparison.json").is_file():
+    if not so_far and not (folder / "comparison.json").is_file():
         new = ["--config", str(path), "--root", str(root), "--name", reward]
         code = rlfusion(["compare", *(["--resume", str(folder)] if folder.exists() else new)])
         if code:
             raise SystemExit(code)
-    runs: dict[str, list[list[Point]]] = {}
-    problems: dict[str, list[str]] = {}
-    for outcome in json.loads((folder / "comparison.json").read_text()):
-        runs.setdefault(outcome["agent"], []).append([Point(**p) for p in outcome["points"]])
-        problems.setdefault(outcome["agent"], []).append(outcome["problem"])
-    baselines = json.loads((folder / "baselines.json").read_text())[reward]
-    return Compared(settings_of("compare", ["--config", str(path)]), runs, problems, baselines)
+    return found(reward, folder, settings_of("compare", ["--config", str(path)]))
 
 
-def joined(points: Iterable[Point | None], say: Callable[[Point], str]) -> str:
-    """Every seed's figure."""
-    return " / ".join("-" if p is None else say(p) for p in points)
-
-
-def row(found: Compared, agent: str) -> str:
-    """A learner on one reward: the way to the target, the most at quality, the end."""
-    seeds = [points for points in found.runs[agent] if points]
-    if not seeds:
-        return f"| {agent} | {found.problems[agent][0].partition(':')[0]} | | | | | | | |"
-    reached = [first_at(points, found.config.target) for points in seeds]
-    within = [best_within(points, found.config.quality * points[0].frechet) for points in seeds]
-    ends = [points[-1] for points in seeds]
-    cells = [
-        joined(reached, lambda p: f"{p.queries:,}"),
-        joined(reached, lambda p: f"{p.cpu_seconds:.1f}"),
-        joined(reached, lambda p: f"{p.frechet:.0f}"),
-        " / ".join("-" if p is None else f"{p.frechet / s[0].frechet:.1f}" for p, s in zip(reached, seeds)),
-        joined(within, lambda p: f"{p.gain:.2f}"),
-        joined(ends, lambda p: f"{p.gain:.1f}"),
-        joined(ends, lambda p: f"{p.frechet:.0f}"),
-        joined(ends, lambda p: f"{p.agreement:.3f}"),
-    ]
-    return f"| {agent} | {' | '.join(cells)} |"
-
-
-def prompt_row(found: Compared, agent: str) -> str:
-    """A learner on the class of the prompt: the way to ``AGREEMENT``, and the end."""
-    seeds = [points for points in found.runs[agent] if points]
-    if not seeds:
-        return f"| {agent} | {found.problems[agent][0].partition(':')[0]} | | | | | | |"
-    reached = [next((p for p in points if p.agreement >= AGREEMENT), None) for points in seeds]
-    best = [max(points, key=lambda p: p.agreement) for points in seeds]
-    cells = [
-        joined(reached, lambda p: f"{p.queries:,}"),
-        joined(reached, lambda p: f"{p.cpu_seconds:.1f}"),
-        joined(reached, lambda p: f"{p.frechet:.1f}"),
-        joined(best, lambda p: f"{p.agreement:.3f}"),
-        joined(best, lambda p: f"{p.frechet:.1f}"),
-        joined(best, lambda p: f"{p.queries:,}"),
-        joined(best, lambda p: f"{p.diversity:.2f}"),
-    ]
-    return f"| {agent} | {' | '.join(cells)} |"
-
-
-def untrained(found: Compared) -> Iterable[tuple[str, float, dict[str, float]]]:
-    """(name, gain, figures) of what no training does."""
-    for name, values in found.baselines.items():
-        yield name, (values["reward"] - found.base["reward"]) / found.base["reward_std"], values
-
-
-def section(reward: str, found: Compared) -> str:
-    """The table of one reward, and how to run it."""
-    config = found.config
-    settings = f"{config.budget_queries:,} queries a run, seeds 0 to {config.seeds - 1}"
-    lines = [f"## {reward}", "", f"`rlfusion compare --config benchmarks/learners/{reward}.yaml`: {settings}.", ""]
-    if reward == "class_logprob":
-        lines += [
-            f"| learner | to agreement {AGREEMENT:g}: queries | CPU s | Frechet | best agreement | Frechet | queries "
-            "| diversity / real |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for name, _, v in untrained(found):
-            figures = f"{v['agreement']:.3f} | {v['frechet']:.1f} | - | {v['diversity_relative']:.2f}"
-            lines.append(f"| {name} (no training) | - | - | - | {figures} |")
-        return "\n".join([*lines, *(prompt_row(found, agent) for agent in found.runs)])
-    lines += [
-        f"| learner | to +{config.target:g} sd: queries | CPU s | Frechet | of the base's "
-        f"| gain up to {config.quality:g} x | end: gain | Frechet | agreement |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, gain, v in untrained(found):
-        lines.append(
-            f"| {name} (no training) | - | - | - | - | - | {gain:.1f} | {v['frechet']:.0f} | {v['agreement']:.3f} |"
-        )
-    return "\n".join([*lines, *(row(found, agent) for agent in found.runs)])
-
-
-def settings_table(all_: dict[str, Compared]) -> str:
-    """What each learner's settings are, reward by reward, where they are not its defaults."""
-    lines = ["## Settings", "", "| reward | learner | settings |", "|---|---|---|"]
-    for reward, found in all_.items():
-        for text in found.config.agents:
-            name, _, written = text.partition(" = ")
-            lines.append(f"| {reward} | {name} | `{written or text}` |")
-    return "\n".join(lines)
-
-
-def plot(all_: dict[str, Compared], path: Path) -> None:
-    """Reward against Frechet distance: a panel a reward, a colour and mark a learner, a line a seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    names = list(dict.fromkeys(agent for found in all_.values() for agent in found.runs))
-    looks = {a: {"color": f"C{i % 10}", "marker": "osv^"[i // 10 % 4], "markersize": 3.5} for i, a in enumerate(names)}
-    labelled: set[str] = set()
-    for axes, (reward, found) in zip(figure.subplots(2, 2).flat, all_.items()):
-        by_agreement = reward == "class_logprob"
-        for agent, seeds in found.runs.items():
-            for points in filter(None, seeds):
-                heights = [p.agreement if by_agreement else p.gain for p in points]
-                label = None if agent in labelled else agent
-                labelled.add(agent)
-                x = [p.frechet for p in points]
-                axes.plot(x, heights, label=label, linewidth=0.9, alpha=0.8, **looks[agent])
-        for name, gain, values in untrained(found):
-            height = values["agreement"] if by_agreement else gain
-            axes.plot(values["frechet"], height, "k*", markersize=8)
-            axes.annotate(name, (values["frechet"], height), xytext=(5, -9), textcoords="offset points", fontsize=8)
-        axes.axvline(found.limit, color="0.6", linestyle=":", zorder=0)
-        limits = (min(0.4, found.base["agreement"]), 1.01) if by_agreement else (-0.1, 1.5 * found.config.target)
-        axes.set(xscale="log", ylim=limits, title=reward, xlabel="Frechet distance to held-out digits")
-        axes.set_xlim(right=max(1.3 * found.limit, min(200.0, axes.get_xlim()[1])))
-        axes.set_ylabel("agreement with the prompt" if by_agreement else "gain (sd of the base's rewards)")
-        if not by_agreement:
-            axes.axhline(found.config.target, color="0.6", linestyle="--", zorder=0)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
-    figure.savefig(path, dpi=75)
-
-
-def page(all_: dict[str, Compared], picture: str) -> str:
-    """The whole page."""
-    bases = {reward: found.base for reward, found in all_.items()}
-    seconds = mean(points[-1].cpu_seconds for f in all_.values() for s in f.runs.values() for points in s if points)
-    made = (
-        f"`python benchmarks/learners.py` makes the tables below (torch {torch.__version__}, Python "
-        f"{platform.python_version()}, one CPU thread; a run trains for {seconds:.1f} CPU seconds on average). "
-        "Agreement and Frechet distance of the base models: "
-        + "; ".join(f"{r} {b['agreement']:.3f}, {b['frechet']:.1f}" for r, b in bases.items())
-        + "."
+def found(reward: str, folder: Path, config: Compare) -> Race:
+    """What a comparison has in its folder, of the learners that are done on every seed."""
+    curves: dict[str, list[list[Point]]] = {}
+    prompts: dict[str, list[dict[str, float]]] = {}
+    for row in config.rows():
+        places = [folder / place_of(row.name, reward, seed) for seed in range(config.seeds)]
+        if all(_finished(place) for place in places):
+            curves[row.name] = [curve(place) for place in places]
+            cells = [paired.of_run(*of) for of in zip(places, range(config.seeds), curves[row.name])]
+            prompts[row.name] = [{str(prompt): short(gain) for (_, prompt), gain in one.items()} for one in cells]
+    return Race(
+        reward=reward,
+        made={"torch": torch.__version__.partition("+")[0], "python": platform.python_version()},
+        config={
+            "budget": config.budget_queries,
+            "seeds": config.seeds,
+            "samples": config.evaluation.samples,
+            "target": config.target,
+            "quality": config.quality,
+        },
+        baselines=_baselines(reward, folder, next(iter(curves), "")),
+        agents={shown(text): written(text) for text in config.agents},
+        curves=curves,
+        prompts=prompts,
     )
-    sections = [section(reward, found) for reward, found in all_.items()]
-    head = [INTRODUCTION.read_text().strip(), made, f"![reward against Frechet distance]({picture})"]
-    return "\n\n".join([*head, *sections, settings_table(all_)]) + "\n"
+
+
+def _finished(place: Path) -> bool:
+    return (place / "run.json").is_file() and Record.read(place).sealed is not None
+
+
+def _baselines(reward: str, folder: Path, agent: str) -> dict[str, dict[str, float]]:
+    """What is said of those of a comparison; while it is not done of the base alone, by a learner's run of seed 0."""
+    if (folder / "baselines.json").is_file():
+        said = json.loads((folder / "baselines.json").read_text())[reward]
+    else:
+        said = {BASE: base_of(folder / place_of(agent, reward, 0))}
+    return {name: {key: short(value) for key, value in values.items()} for name, values in said.items()}
+
+
+def record(race: Race, file: Path) -> None:
+    """Keep what was found of a reward, and with what it was, beside what there is of others."""
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    kept[race.reward] = race.kept()
+    ordered = {reward: kept[reward] for reward in REWARDS if reward in kept}
+    file.write_text(json.dumps(ordered, separators=(",", ":")).replace("]]],", "]]],\n") + "\n")
+
+
+def draw(file: Path, docs: Path) -> None:
+    """Write the page, the figures and the table, of the record."""
+    races = [Race.read(one) for one in json.loads(file.read_text()).values()]
+    for race in races:
+        learners_plots.side_by_side(race, docs / "pictures" / f"learners-{race.reward}.svg")
+    learners_plots.of_each(races, docs / "algorithms")
+    (docs / "learners.md").write_text(learners_page.page(races, CONFIGS))
+    index = docs / "algorithms" / "index.md"
+    index.write_text(learners_page.with_winners(index.read_text(), races))
+    for page in sorted((docs / "algorithms").glob("*.md")):
+        page.write_text(learners_page.with_runs(page.read_text(), races))
 
 
 def main() -> None:
-    """Run what is not done, then write the page and the picture beside it."""
+    """Run what is not done, keep it, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/learners"))
-    parser.add_argument("--out", type=Path, default=Path("docs/learners.md"))
-    parser.add_argument("--reward", action="append", choices=REWARDS, help="default: all")
+    parser.add_argument("--reward", action="append", choices=REWARDS, help="run and keep this one; default: all")
+    parser.add_argument("--so_far", action="store_true", help="run nothing: keep the learners that are done")
+    parser.add_argument("--draw", action="store_true", help="run nothing, keep nothing: draw what is kept")
     args = parser.parse_args()
-    all_ = {reward: compared(reward, args.root) for reward in args.reward or REWARDS}
-    picture = args.out.with_suffix(".png")
-    plot(all_, picture)
-    args.out.write_text(page(all_, picture.name))
+    for reward in [] if args.draw else args.reward or REWARDS:
+        record(raced(reward, args.root, args.so_far), RECORD)
+    draw(RECORD, DOCS)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
     python benchmarks/pictures.py chain --run runs/film       # docs/pictures/chain.svg: one walk
     python benchmarks/pictures.py film --run runs/film        # docs/training.gif: a grid through training
-    python benchmarks/pictures.py record --root runs/learners # benchmarks/results/learners.json: curves
-    python benchmarks/pictures.py curves                      # docs/algorithms/NAME.svg, of that record
 
 ``film`` needs a run whose monitor looked often: rlfusion finetune --monitor.every 1 --name film.
 """
@@ -11,7 +9,6 @@
 import argparse
 import base64
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,13 +17,6 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "learners.json"
-REWARDS = {
-    "ink": ("gain", "gain in ink (sd of the base's)"),
-    "class_logprob": ("agreement", "agreement with the judge"),
-}
-"""The two panels of a learner: what is drawn, and how it is called."""
-COLOURS = ("#3f51b5", "#e08a00")
 
 
 def chain(run: Path, out: Path = ROOT / "docs" / "pictures" / "chain.svg", label: str = "0", seed: int = 4) -> None:
@@ -104,63 +94,12 @@ def _frame(picture: bytes, step: int, last: int) -> Image.Image:
     return frame.quantize(16, dither=Image.Dither.NONE)
 
 
-def record(root: Path, out: Path = RECORD) -> None:
-    """What the curves are drawn from: of every learner, its evaluations in the comparisons of the rewards so far."""
-    from rlfusion.jobs.compare.curves import curve
-
-    kept: dict[str, dict[str, list]] = {}
-    for reward, (figure, _) in REWARDS.items():
-        kept[reward] = {}
-        for folder in sorted((root / reward).glob(f"*-{reward}-seed*")):
-            points = [[point.queries, round(getattr(point, figure), 3)] for point in curve(folder)]
-            kept[reward].setdefault(folder.name.partition(f"-{reward}-seed")[0], []).append(points)
-    out.write_text(json.dumps(kept, separators=(",", ":")).replace("]]],", "]]],\n") + "\n")
-
-
-def curves(out: Path = ROOT / "docs" / "algorithms") -> None:
-    """One SVG for each learner: its curves in colour before those of all the others in grey."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "rlfusion", "font.size": 9, "svg.fonttype": "none"})
-    kept = json.loads(RECORD.read_text())
-    names = {name.split("_")[0].split("-")[0].split(" ")[0].lower() for runs in kept.values() for name in runs}
-    for name in sorted(names):
-        _learner(name, kept, out / f"{name}.svg")
-
-
-def _learner(name: str, kept: dict, out: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(7.6, 2.7), layout="constrained")
-    for panel, (reward, (kind, title)) in zip(panels, REWARDS.items()):
-        own = [agent for agent in kept[reward] if agent.lower().replace("_", " ").replace("-", " ").split()[0] == name]
-        for agent, seeds in kept[reward].items():
-            for points in [] if agent in own else seeds:
-                panel.plot(*zip(*points), color="#ccc", linewidth=0.8)
-        for agent, colour in zip(own, COLOURS):
-            for points in kept[reward][agent]:
-                panel.plot(*zip(*points), color=colour, linewidth=1.8, label=agent)
-        panel.set(title=title if own else f"{title}: of the others", xlabel="queries")
-        panel.set_ylim(*((-0.5, 6) if kind == "gain" else (0.3, 1)))
-        if own:
-            handles = dict(zip(*reversed(panel.get_legend_handles_labels())))
-            panel.legend(handles.values(), handles.keys(), frameon=False, loc="upper left")
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, metadata={"Date": None})
-    pyplot.close(figure)
-
-
 def _asked() -> tuple[Callable[..., None], dict[str, Path]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["chain", "film", "record", "curves"])
-    parser.add_argument("--run", type=Path, help="of chain and film")
-    parser.add_argument("--root", type=Path, help="of record: the root of benchmarks/learners.py")
+    parser.add_argument("what", choices=["chain", "film"])
+    parser.add_argument("--run", type=Path, required=True, help="its folder")
     asked = parser.parse_args()
-    given = {"chain": ["run"], "film": ["run"], "record": ["root"], "curves": []}[asked.what]
-    if missing := [name for name in given if getattr(asked, name) is None]:
-        parser.error(f"{asked.what}: expected --{missing[0]}")
-    return globals()[asked.what], {name: getattr(asked, name) for name in given}
+    return globals()[asked.what], {"run": asked.run}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ gain = (mean reward - mean reward of the base) / (standard deviation of the base
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from rlfusion.rl.constraints import Constraint
 from rlfusion.training.identity import Record
 
 IMAGES = ImageStatistics._fields
+GAIN: Callable[["Point"], Any] = attrgetter("gain")
 EACH = "evaluation/reward_"
 OTHERS = (f"{EACH}std", f"{EACH}failed")
 """What begins like the mean of one of several rewards, and is none."""
@@ -139,9 +142,9 @@ def _quality(found: dict[str, float], base: dict[str, float]) -> dict[str, Any]:
     return {"agreement": None, "frechet": None, "diversity": relative, "images": images}
 
 
-def first_at(points: list[Point], gain: float) -> Point | None:
-    """The first evaluation with that gain."""
-    return next((p for p in points if p.gain >= gain), None)
+def first_at(points: list[Point], least: float, of: Callable[[Point], Any] = GAIN) -> Point | None:
+    """The first evaluation whose gain, or what else of it is asked for, is that."""
+    return next((p for p in points if of(p) >= least), None)
 
 
 def sound(points: list[Point]) -> list[Point]:
@@ -149,7 +152,9 @@ def sound(points: list[Point]) -> list[Point]:
     return [p for p in points if not p.alarm]
 
 
-def best_within(points: list[Point], frechet: float) -> Point | None:
-    """The evaluation of the largest gain among those after training at a Frechet distance up to ``frechet``."""
+def best_within(points: list[Point], frechet: float, of: Callable[[Point], Any] = GAIN) -> Point | None:
+    """The evaluation of the largest gain, or what else of it is asked for, among those after training at a Frechet
+    distance up to ``frechet``.
+    """
     within = [p for p in points[1:] if p.frechet is not None and p.frechet <= frechet]
-    return max(within, key=lambda p: p.gain, default=None)
+    return max(within, key=of, default=None)

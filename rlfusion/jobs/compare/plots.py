@@ -1,6 +1,6 @@
 """The plots of a comparison: gain against queries, seconds, and what it costs in quality."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -39,7 +39,7 @@ def plot(
     figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
     by_queries, by_seconds, price, fourth = figure.subplots(2, 2).flat
-    looks = {agent: _look(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in runs))}
+    looks = {agent: style(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in runs))}
     for axes, along in ((by_queries, lambda p: p.queries), (by_seconds, lambda p: p.cpu_seconds)):
         for agent, look in looks.items():
             _gains(axes, [points for name, _, points in runs if name == agent], along, agent, look)
@@ -88,7 +88,7 @@ def plot_front(folder: Path, front: Front) -> bytes:
     pairs = list(combinations(front.rewards, 2))
     figure = Figure(figsize=(5.5 * min(len(pairs), 3), 4.5 * -(-len(pairs) // 3)), layout="constrained")
     FigureCanvasAgg(figure)
-    looks = {agent: _look(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in front.runs))}
+    looks = {agent: style(number) for number, agent in enumerate(dict.fromkeys(agent for agent, *_ in front.runs))}
     grid = list(figure.subplots(-(-len(pairs) // 3), min(len(pairs), 3), squeeze=False).flat)
     for axes in grid[len(pairs) :]:
         axes.set_visible(False)
@@ -109,9 +109,23 @@ def _gains(axes: Any, runs: list[list[Point]], along: Callable[[Point], float], 
     for points in runs:
         _line(axes, points, along, lambda p: p.gain, look | ({"alpha": 0.3} if len(runs) > 1 else {"label": label}))
     if len(runs) > 1:
-        found = band([sound(points) or points[:1] for points in runs], along, lambda p: p.gain)
-        axes.plot(found.at, found.mean, color=look["color"], linewidth=2, label=label)
-        axes.fill_between(found.at, found.low, found.high, color=look["color"], alpha=0.15, linewidth=0)
+        kept = [sound(points) or points[:1] for points in runs]
+        mean_curve(axes, kept, along, lambda p: p.gain, {"color": look["color"], "linewidth": 2, "label": label})
+
+
+def mean_curve(
+    axes: Any,
+    runs: Sequence[Sequence[Any]],
+    along: Callable[[Any], float],
+    value: Callable[[Any], float],
+    look: dict[str, Any],
+) -> None:
+    """The mean of an agent's runs and, as a band, its interval (``seeds``). ``look``: what matplotlib draws lines by,
+    with a colour.
+    """
+    found = band(runs, along, value)
+    axes.plot(found.at, found.mean, **look)
+    axes.fill_between(found.at, found.low, found.high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _line(
@@ -141,7 +155,7 @@ def _level(axes: Any, name: str, level: float) -> None:
     )
 
 
-def _stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) -> None:
+def stars(measured: dict[str, Measured | str], *drawn: tuple[Any, Any, Any]) -> None:
     """The baselines, in each of some (axes, horizontal, vertical), functions of their values."""
     for name, values in measured.items():
         for axes, x, y in drawn if not isinstance(values, str) else ():
@@ -157,7 +171,7 @@ def _of_frechet(quality: float, price: Any, agreement: Any, runs: list[Run], loo
         points = [p for p in all_points if p.frechet is not None]
         _line(price, points, lambda p: p.frechet, lambda p: p.gain, looks[agent])
         _line(agreement, points, lambda p: p.frechet, lambda p: p.agreement, looks[agent])
-    _stars(
+    stars(
         measured,
         (price, lambda v: v["frechet"], lambda v: gain(v, base)),
         (agreement, lambda v: v["frechet"], lambda v: v["agreement"]),
@@ -176,12 +190,12 @@ def _of_diversity(price: Any, by_queries: Any, runs: list[Run], looks: dict, mea
     for agent, _, points in runs:
         _line(price, points, lambda p: p.diversity, lambda p: p.gain, looks[agent])
         _line(by_queries, points, lambda p: p.queries, lambda p: p.diversity, looks[agent])
-    _stars(measured, (price, lambda v: diversity(v, base), lambda v: gain(v, base)))
+    stars(measured, (price, lambda v: diversity(v, base), lambda v: gain(v, base)))
     price.set(xlabel="diversity within a prompt / the base's", title="price of the reward")
     by_queries.set(xlabel="queries", ylabel="diversity within a prompt / the base's")
 
 
-def _look(number: int) -> dict[str, Any]:
+def style(number: int) -> dict[str, Any]:
     """How the runs of an agent are drawn: 10 colours, each with four marks."""
     return {
         "color": f"C{number % 10}",
