@@ -105,8 +105,9 @@ def record(race: Race, file: Path) -> None:
 def draw(file: Path, docs: Path) -> None:
     """Write the page, the figures and the table, of the record."""
     races = [Race.read(one) for one in json.loads(file.read_text()).values()]
+    names = list(dict.fromkeys(name for race in races for name in race.agents))
     for race in races:
-        learners_plots.side_by_side(race, docs / "pictures" / f"learners-{race.reward}.svg")
+        learners_plots.side_by_side(race, names, docs / "pictures" / f"learners-{race.reward}.svg")
     learners_plots.of_each(races, docs / "algorithms")
     (docs / "learners.md").write_text(learners_page.page(races, CONFIGS))
     index = docs / "algorithms" / "index.md"

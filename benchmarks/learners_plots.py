@@ -52,11 +52,13 @@ def _limits(race: Race) -> tuple[float, float]:
     return -0.2, min(HIGHEST * race.goal, 1.1 * max(race.goal, *ends))
 
 
-def side_by_side(race: Race, file: Path) -> None:
-    """All learners on a reward: by queries, and against the Frechet distance; each line a mean of the seeds."""
+def side_by_side(race: Race, names: list[str], file: Path) -> None:
+    """All learners on a reward: by queries, and against the Frechet distance; each line a mean of the seeds. The place
+    of a learner in ``names`` says how it looks.
+    """
     with _figure(2, (10.5, 4.6), file) as (figure, (by_queries, price)):
-        for number, (agent, seeds) in enumerate(race.curves.items()):
-            look = style(number) | {"label": agent, "linewidth": 1.3}
+        for agent, seeds in sorted(race.curves.items(), key=lambda of: names.index(of[0])):
+            look = style(names.index(agent)) | {"label": agent, "linewidth": 1.3}
             if agent not in race.groups["no reward"]:
                 mean_curve(by_queries, seeds, lambda p: p.queries, race.of, look)
             places = [sum(p.frechet or 0.0 for p in at) / len(at) for at in zip(*seeds)]

@@ -130,7 +130,7 @@ def test_what_a_learner_learns_from(learners):
 def test_figures_are_the_same_when_drawn_again(learners, tmp_path):
     race = race_of(learners, {"NFT": [run_to(100), run_to(300), run_to(200)]})
     for name in ("one.svg", "two.svg"):
-        learners.learners_plots.side_by_side(race, tmp_path / name)
+        learners.learners_plots.side_by_side(race, ["NFT"], tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
     assert drawn == (tmp_path / "two.svg").read_text()
     assert ">NFT<" in drawn
