@@ -28,8 +28,11 @@ class Gaussian(NamedTuple):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Eq. (1), (B,), in float32 or better. A point mass (std = 0) answers NaN: it has no density."""
-        lifted: Tensor = _LogProb.apply(*map(_at_least_float32, (x, self.mean, self.std)))
-        return lifted
+        x, mean, std = map(_at_least_float32, (x, self.mean, self.std))
+        if not (torch.is_grad_enabled() and (x.requires_grad or mean.requires_grad or std.requires_grad)):
+            return _summed((x - mean) / std, std)  # a node of a graph takes as long as the operations in it
+        found: Tensor = _LogProb.apply(x, mean, std)
+        return found
 
     def kl(self, other: "Gaussian") -> Tensor:
         """Eq. (2), KL(self || other), (B,). Where both have one std it is |m1 - m2|^2 / (2 s^2)."""
@@ -51,7 +54,7 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         z = (x - mean) / std
         ctx.save_for_backward(z, std)
-        return sum_features(z.square().div_(2).add_(_normaliser(std))).neg_()
+        return _summed(z, std)
 
     @staticmethod
     @once_differentiable
@@ -62,6 +65,11 @@ class _LogProb(torch.autograd.Function):
         towards = (slope * z).div_(std) if of_x or of_mean else None
         widened = (slope * (z.square() - 1) / std).sum_to_size(std.shape) if of_std else None
         return -towards if of_x and towards is not None else None, towards if of_mean else None, widened
+
+
+def _summed(z: Tensor, std: Tensor) -> Tensor:
+    """Eq. (1) of z = (x - m) / s."""
+    return sum_features(z.square().div_(2).add_(_normaliser(std))).neg_()
 
 
 def _normaliser(std: Tensor) -> Tensor:
