@@ -80,11 +80,16 @@ def test_a_package_that_is_installed_is_found_within(package):
 
 
 @pytest.mark.alone
-def test_a_pipelines_library_begins_without_what_it_seldom_uses():
+def test_a_pipelines_library_begins_without_what_it_seldom_uses(tmp_path):
     """Of a process of its own: this one has imported them long ago."""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    index = '{"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}'
+    (tmp_path / "model_index.json").write_text(index)
     code = (
         "import sys\nfrom rlfusion.models.pipelines import hub\n"
         "hub.class_named('StableDiffusionPipeline'), hub.class_named('StableDiffusion3Pipeline')\n"
+        f"from pathlib import Path\nhub.scheduler(Path({str(tmp_path)!r}))\n"
         "assert not {'bitsandbytes', 'scipy.stats'} & set(sys.modules)\n"
         "made = hub.class_named('DPMSolverMultistepScheduler')(use_beta_sigmas=True)\n"
         "made.set_timesteps(3)\nassert 'scipy.stats' in sys.modules\nimport bitsandbytes.optim\n"

@@ -231,7 +231,8 @@ def _scheduler(path: Path) -> Any:
     place = str(path / "scheduler" / "scheduler_config.json")
     try:
         require_typed(made, made.load_config(path / "scheduler"), repr(place))
-        held = made.from_pretrained(path / "scheduler")
+        with deferred(*RARE):  # it imports every class that its settings would fit
+            held = made.from_pretrained(path / "scheduler")
         held.register_to_config(**corrected(str(index(path).get("_class_name", "")), held.config))
         return held
     except ConfigError:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.code_files import files_of
+from rlfusion.common.deferred import deferred
 from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
@@ -179,15 +180,17 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: 
     """
     absent = {name: None for name in without if name in hub.index(path)}
     try:
-        pipe = hub.diffusers().DiffusionPipeline.from_pretrained(
-            path,
-            use_safetensors=True,
-            variant=about["variant"] or None,
-            dtype=DTYPES[about["dtype"]],
-            local_files_only=True,
-            **absent,
-            **given,
-        )
+        library = hub.diffusers()
+        with deferred(*hub.RARE):  # a scheduler that is read imports all that are compatible with it
+            pipe = library.DiffusionPipeline.from_pretrained(
+                path,
+                use_safetensors=True,
+                variant=about["variant"] or None,
+                dtype=DTYPES[about["dtype"]],
+                local_files_only=True,
+                **absent,
+                **given,
+            )
     except hub.DAMAGED as error:
         if isinstance(foreseen(error), OutOfMemory):
             raise
