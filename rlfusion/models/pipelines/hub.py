@@ -5,6 +5,7 @@ Weights are read from safetensors alone: never a pickle, never code from a repos
 
 import inspect
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -96,12 +97,17 @@ class Component(dict[str, Any]):
         return held
 
 
+SPEAKS = "bitsandbytes.backends.cpu.ops"
+"""A logger that warns on its import, which is the library's, of a kernel that is not used here."""
+
+
 def diffusers() -> Any:
     """The library, quiet.
 
     Raises:
         ConfigError: it is not installed.
     """
+    logging.getLogger(SPEAKS).setLevel(logging.ERROR)
     try:
         with deferred(*RARE):
             import diffusers as library
@@ -110,9 +116,9 @@ def diffusers() -> Any:
             library.DiffusionPipeline  # noqa: B018  the parts that all pipelines have are imported by this
     except ImportError as error:
         raise ConfigError(f"a pretrained pipeline needs diffusers, transformers and peft: {EXTRA}") from error
-    for logging in (library.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for log in (library.utils.logging, transformers.utils.logging):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     return library
 
 
