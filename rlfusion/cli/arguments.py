@@ -8,7 +8,7 @@ changes of the defaults is found before.
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from rlfusion.cli.defaults import (
     preset_defaults,
     told_last,
 )
+from rlfusion.cli.located import located
 from rlfusion.cli.settings_text import load
 from rlfusion.cli.settings_tree import Tree, tree
 from rlfusion.cli.unknown_settings import unknown_setting
@@ -165,7 +166,7 @@ def parse(
         made = vars(parser.instantiate(read))
         return (make or settings)(**{f.name: made[f.name] for f in fields(settings)})
     except ConfigError as error:
-        raise ConfigError(_located(str(error), read.items())) from error
+        raise ConfigError(located(str(error), settings, read.items())) from error
 
 
 def make_parser(settings: type, command: str, defaults: Mapping[str, Any]) -> Any:
@@ -266,10 +267,3 @@ def _leaves(held: Mapping[Any, Any], prefix: str, known: Tree) -> Iterator[tuple
             yield from _leaves(value, f"{key}.", known)
         elif key not in known.groups:
             yield key, value
-
-
-def _located(text: str, given: Iterable[tuple[str, Any]]) -> str:
-    """A dataclass's own "name = value: ..." with the whole dotted key, where one setting alone fits."""
-    match = re.match(r"(\w+) = (.*?): ", text)
-    fits = [key for key, value in given if match and [key.rpartition(".")[2], str(value)] == list(match.groups())]
-    return fits[0].removesuffix(match[1]) + text if match and len(fits) == 1 else text

@@ -109,7 +109,8 @@ def _replaced(part: Any, values: Mapping[str, Any], prefix: str, of: str) -> Any
     try:
         return type(part)(**held)
     except ConfigError as error:
-        raise ConfigError(f"vary {whose or prefix}: {error}") from error
+        own = not whose and str(error).partition(" = ")[0] in held
+        raise ConfigError(f"vary {prefix}.{error}" if own else f"vary {whose or prefix}: {error}") from error
 
 
 def _unknown(name: str, known: list[str]) -> ConfigError:

@@ -172,6 +172,11 @@ REFUSED = [
     (f"finetune --chain.kernel DDIM(eta={'(' * 100_000}", ["characters", "expected Name or Name(setting=value"]),
     (f"finetune --chain.kernel DDIM(eta={'[' * 900}1{']' * 900})", ["expected Name or Name(setting=value"]),
     (f"finetune --reward {'x' * 5000}", ["unknown reward 'xxx"]),
+    ("finetune --evaluation.samples 8 --monitor.samples 8", ["monitor.samples = 8", "at least 50"]),
+    ("finetune --evaluation.samples 49 --guard.patience 49 --monitor.samples 50", ["evaluation.samples = 49"]),
+    ("finetune --pretrain.train.lr 0 --agent.lr 0", [" pretrain.train.lr = 0.0"]),
+    ("finetune --threads -1 --rollout.workers -1", [" rollout.workers = -1"]),
+    ("compare --vary monitor.samples=8", ["vary monitor.samples = 8"]),
     ("compare --budget_queries 10", ["budget_queries = 10", "expected at least 240"]),
     ("fintune", ["'fintune'", "did you mean 'finetune'?"]),
 ]

@@ -89,7 +89,7 @@ def test_a_setting_of_the_agent_that_is_varied_is_no_longer_in_its_name():
         (["agent.clip=0.1"], "unknown setting of agent 'draft' to vary 'clip'"),
         (["agent.lr=a"], r"vary agent\.lr = a of agent 'ddpo': expected float"),
         (["agent.lr=-1"], "vary agent 'ddpo': lr = -1: expected a number > 0"),
-        (["chain.steps=0"], "vary chain: steps = 0"),
+        (["chain.steps=0"], "vary chain.steps = 0"),
         (["agent.lr=1e-4,0.0001"], "expected one value at least, and each once"),
         (["agent.lr"], "expected --vary SETTING=VALUE,VALUE"),
         (["agent.lr="], "expected --vary SETTING=VALUE,VALUE"),
