@@ -21,7 +21,7 @@ import torch
 from rlfusion import models
 from rlfusion.cli.main import main as rlfusion
 from rlfusion.diffusion.chain import Chain
-from rlfusion.jobs.compare.curves import curve, first_at
+from rlfusion.jobs.curves import curve, first_at
 from rlfusion.jobs.measure import draw
 from rlfusion.training.tracking import grid, save_png
 

@@ -28,8 +28,8 @@ from rlfusion.config import Compare
 from rlfusion.config.compare import shown, written
 from rlfusion.jobs.compare import paired
 from rlfusion.jobs.compare.baselines import BASE
-from rlfusion.jobs.compare.curves import Point, base_of, curve
 from rlfusion.jobs.compare.members import place_of
+from rlfusion.jobs.curves import Point, base_of, curve
 from rlfusion.training.identity import Record
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,9 @@ import numpy as np
 from learners_record import QUESTIONS, Answer, Race, agent_of, answer, times
 
 from rlfusion.jobs.compare.baselines import gain
-from rlfusion.jobs.compare.curves import Point
 from rlfusion.jobs.compare.seeds import difference, interval
 from rlfusion.jobs.compare.tables import Table
+from rlfusion.jobs.curves import Point
 
 WINNERS = re.compile(r"(<!-- winners -->\n).*?(<!-- end of winners -->)", re.DOTALL)
 RUNS = re.compile(r"(<!-- runs of (\w+) -->\n).*?(<!-- end of runs -->)", re.DOTALL)

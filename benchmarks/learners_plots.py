@@ -14,9 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from rlfusion.jobs.compare.baselines import gain
-from rlfusion.jobs.compare.curves import Point
 from rlfusion.jobs.compare.plots import mean_curve, stars, style
 from rlfusion.jobs.compare.seeds import band
+from rlfusion.jobs.curves import Point
 
 SETTINGS = {"svg.hashsalt": "rlfusion", "svg.fonttype": "none", "font.size": 9}
 PANELS = {"ink": "gain in ink (sd of the base's)", "class_logprob": "agreement with the judge"}

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from rlfusion.config.compare import make_agent
 from rlfusion.jobs.compare.baselines import BASE
-from rlfusion.jobs.compare.curves import GAIN, Point, best_within, first_at
 from rlfusion.jobs.compare.seeds import difference
+from rlfusion.jobs.curves import GAIN, Point, best_within, first_at
 
 FIGURES = ("updates", "queries", "seconds", "cpu_seconds", "gain", "reward", "agreement", "frechet", "diversity")
 """Of an evaluation."""

@@ -35,8 +35,8 @@ from rlfusion.config import (  # noqa: E402
 from rlfusion.diffusion.chain import Chain  # noqa: E402
 from rlfusion.diffusion.sampling import chain_noise, sample  # noqa: E402
 from rlfusion.jobs.compare import compare  # noqa: E402
-from rlfusion.jobs.compare.curves import curve  # noqa: E402
 from rlfusion.jobs.compare.job import slug  # noqa: E402
+from rlfusion.jobs.curves import curve  # noqa: E402
 from rlfusion.models import pipelines  # noqa: E402
 
 DOC, BEGIN, END = ROOT / "docs" / "models.md", "<!-- table of benchmarks/pipelines.py -->", "<!-- end of the table -->"

@@ -7,7 +7,7 @@ import pytest
 from house import ROOT
 
 from rlfusion.agents import NAMES
-from rlfusion.jobs.compare.curves import Point
+from rlfusion.jobs.curves import Point
 
 RECORD = ROOT / "benchmarks" / "results" / "learners.json"
 MODULES = ("learners", "learners_page", "learners_plots", "learners_record")

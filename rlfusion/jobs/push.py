@@ -16,7 +16,7 @@ from rlfusion.common import hub, storage
 from rlfusion.common.errors import ConfigError, UnavailableError
 from rlfusion.config.push import Push
 from rlfusion.jobs import stored_runs
-from rlfusion.jobs.compare.curves import Point, curve
+from rlfusion.jobs.curves import Point, curve
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.stored_runs import Stored
 from rlfusion.models.seal import require_seal, sealed

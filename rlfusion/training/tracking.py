@@ -158,14 +158,15 @@ class Tracker:
         self._events.add(step, summary=summary.text(name, text))
         self._beside.text(name, text)
 
-    def hparams(self, settings: dict[str, bool | str | float | int], metrics: dict[str, float]) -> None:
-        """The run's settings beside its final metrics, for TensorBoard's HPARAMS page."""
+    def hparams(self, settings: dict[str, bool | str | float | int], metrics: Mapping[str, float | None]) -> None:
+        """The run's settings beside its final metrics, for TensorBoard's HPARAMS page; None has a column alone."""
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(settings, metrics):
             self._events.add(None, summary=summary)
-        self._events.scalars(None, metrics)
-        self._beside.summary(metrics)
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self._events.scalars(None, known)
+        self._beside.summary(known)
 
 
 def overlay(folder: Path, curves: Mapping[str, list[tuple[int, float]]]) -> None:

@@ -94,7 +94,7 @@ def test_a_run_leaves_all_that_it_promises(tiny_root):
     assert [e.step for e in events.Scalars("train/reward")] == [1, 2, 3, 4, 5, 6]
     assert {"samples/before", "samples/after"} <= set(events.Tags()["images"])
     assert [e.step for e in events.Images("samples/training")] == [0, 4, 6]
-    assert {"final/reward", "final/gain", "final/queries"} <= set(events.Tags()["scalars"])
+    assert {"final/reward", "final/gain", "final/queries", "final/goal"} <= set(events.Tags()["scalars"])
     before, after = summary["before"], summary["after"]
     gain = (after["reward"] - before["reward"]) / before["reward_std"]
     (line,) = (line for line in metrics(run) if line["step"] == 6 and "evaluation/gain" in line)

@@ -15,10 +15,11 @@ from scipy import stats
 from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.main import main
 from rlfusion.common.errors import ConfigError
-from rlfusion.config import CompareRuns, Pretrain
+from rlfusion.config import Compare, CompareRuns, Pretrain
 from rlfusion.jobs.compare import compare_runs
-from rlfusion.jobs.compare.curves import Point, curve, sound
 from rlfusion.jobs.compare.seeds import band, difference, interval
+from rlfusion.jobs.curves import Point, curve, sound
+from rlfusion.jobs.finetune.about import at_the_goal
 from rlfusion.training import identity
 from rlfusion.training.tracking import save_png
 
@@ -114,6 +115,19 @@ def test_a_run_is_cut_at_the_first_alarm(tmp_path):
     points = curve(run(tmp_path, "it", alarm=3))
     assert [p.updates for p in sound(points)] == [0, 1, 2]
     assert len(sound(curve(run(tmp_path, "other")))) == 5
+
+
+def test_hparams_has_the_price_of_the_goal_as_the_table_of_a_comparison_has_it(tmp_path):
+    one = {"goal": 2.0, "queries to the goal": 20, "seconds to the goal": 4.0, "CPU seconds to the goal": 6.0}
+    one |= {"frechet at the goal": 10.0, "diversity at the goal": 1.0}
+    assert at_the_goal(run(tmp_path, "single")) == one
+    never = {name: None for name in one} | {"goal": 2.0}
+    assert at_the_goal(run(tmp_path, "low", gain=0.4)) == never
+    assert at_the_goal(run(tmp_path, "gamed", alarm=2)) == never
+    (tmp_path / "it").mkdir()
+    identity.enter(tmp_path / "it", "compare", Compare(target=3.5))
+    member = run(tmp_path / "it", "member")
+    assert [at_the_goal(member)[name] for name in ("goal", "queries to the goal")] == [3.5, 40]
 
 
 def test_runs_are_told_apart_by_any_setting(tmp_path):

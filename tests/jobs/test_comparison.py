@@ -23,10 +23,10 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
 from rlfusion.jobs.compare.baselines import Tries, baselines
-from rlfusion.jobs.compare.curves import Point, best_within, curve, first_at
 from rlfusion.jobs.compare.job import _overlay, check, terms
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.jobs.compare.tables import Table
+from rlfusion.jobs.curves import Point, best_within, curve, first_at
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
 from rlfusion.nets.mlp import ResidualMLP
@@ -253,7 +253,7 @@ def test_the_whole_command(tiny_root, tmp_path):
     assert all(o["points"][-1]["queries"] == 60 for o in outcomes), "two rollouts of 24, and one that is cut to 12"
     run = next(folder.glob("grpo*-ink-seed1"))
     events = EventAccumulator(str(run)).Reload()
-    shown = [(e.step, round(e.value, 4)) for e in events.Scalars("compare_ink/gain_by_queries")]
+    shown = [(e.step, round(e.value, 4)) for e in events.Scalars("compare_ink/gain by queries")]
     points = next(o for o in outcomes if "grpo" in o["agent"] and (o["reward"], o["seed"]) == ("ink", 1))["points"]
     assert shown == [(p["queries"], round(p["gain"], 4)) for p in points]
 
@@ -290,7 +290,7 @@ def test_an_agent_that_cannot_serve_is_a_cell_that_says_so(tiny_root, tmp_path):
     assert not (tmp_path / "runs" / "no").exists()
 
 
-AXES = {"gain_by_queries", "gain_by_cpu_milliseconds", "diversity_by_queries"}
+AXES = {"gain by queries", "gain by CPU seconds", "diversity by queries"}
 
 
 def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypatch, capsys):
@@ -324,7 +324,7 @@ def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypat
     assert (folder / "tiny_pipelines-warm.png").stat().st_size > 10_000
     run = next(folder.glob("DRaFT*"))
     tags = {tag.partition("/")[2] for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"]}
-    assert {tag for tag in tags if "_by_" in tag} == AXES
+    assert {tag for tag in tags if " by " in tag} == AXES
     assert (run / "model" / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -350,7 +350,7 @@ def test_the_curves_of_a_run_that_went_on_are_drawn_again(tmp_path):
         points = [Point(n, n, 1.0, 1.0, 0.1 * n, 0.5, 0.9, 3.0, 0.8, {}) for n in queries]
         _overlay(tmp_path, Outcome("ddpo", "ink", 0, points, ""))
         files = sorted(tmp_path.glob("events*"))
-        return [e.step for e in EventAccumulator(str(files[-1])).Reload().Scalars("compare_ink/gain_by_queries")]
+        return [e.step for e in EventAccumulator(str(files[-1])).Reload().Scalars("compare_ink/gain by queries")]
 
     assert drawn(0, 24) == drawn(0, 24) == [0, 24]
     assert len(list(tmp_path.glob("events*"))) == 1

@@ -11,7 +11,7 @@ from support.tiny_runs import TINY
 from rlfusion.cli.main import main
 from rlfusion.config import Finetune
 from rlfusion.config.parts import Evaluations, Rollout
-from rlfusion.jobs.compare.curves import curve
+from rlfusion.jobs.curves import curve
 from rlfusion.jobs.finetune.schedule import MOST, Schedule, schedule
 from rlfusion.rl.monitor import Config as Monitoring
 

@@ -9,8 +9,8 @@ import pytest
 from made_runs import STEPS, run
 
 from rlfusion.cli.main import main
-from rlfusion.jobs.compare.curves import Point, curve
 from rlfusion.jobs.compare.fronts import dominated, fronts, table
+from rlfusion.jobs.curves import Point, curve
 
 
 def point(updates: int, alarm: bool = False, **rewards: float) -> Point:

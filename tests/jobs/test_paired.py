@@ -66,7 +66,7 @@ def test_differences_are_of_the_same_samples():
 
 
 def test_runs_without_kept_rewards_have_no_cells(tmp_path):
-    from rlfusion.jobs.compare.curves import Point
+    from rlfusion.jobs.curves import Point
 
     points = [Point(n, n, 1.0, 1.0, 0.0, 1.0, None, None, 1.0, {}) for n in (0, 4)]
     assert of_run(tmp_path, 0, points) == {}

@@ -12,8 +12,8 @@ from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.config.compare_runs import CompareRuns
 from rlfusion.jobs.compare.baselines import BASE
-from rlfusion.jobs.compare.curves import base_of, curve
 from rlfusion.jobs.compare.report import Baselines, Outcome, Terms, Untrained, report
+from rlfusion.jobs.curves import base_of, curve
 from rlfusion.training.folders import new_folder
 from rlfusion.training.identity import Record
 from rlfusion.training.tracking import flatten

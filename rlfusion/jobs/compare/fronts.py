@@ -8,8 +8,8 @@ on do not count, and the base model is one of them.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rlfusion.jobs.compare.curves import Point, sound
 from rlfusion.jobs.compare.tables import Table
+from rlfusion.jobs.curves import Point, sound
 
 Run = tuple[str, int, list[Point]]
 """The agent, the seed and the evaluations of a run."""

@@ -189,15 +189,16 @@ def _overlay(folder: Path, outcome: Outcome) -> None:
         return
     group = f"compare_{slug(outcome.reward)}"
     axes = {
-        "gain_by_queries": [(p.queries, p.gain) for p in outcome.points],
-        "gain_by_cpu_milliseconds": [(round(1000 * p.cpu_seconds), p.gain) for p in outcome.points],
-        "diversity_by_queries": [(p.queries, p.diversity) for p in outcome.points],
+        "gain by queries": [(p.queries, p.gain) for p in outcome.points],
+        "gain by CPU seconds": [(round(p.cpu_seconds), p.gain) for p in outcome.points],
+        "diversity by queries": [(p.queries, p.diversity) for p in outcome.points],
     }
     if outcome.points[0].frechet is not None:
+        judged = [p for p in outcome.points if p.frechet is not None]
         axes |= {
-            "gain_by_frechet_x100": [(round(100 * p.frechet), p.gain) for p in outcome.points],
-            "frechet_by_queries": [(p.queries, p.frechet) for p in outcome.points],
-            "agreement_by_queries": [(p.queries, p.agreement) for p in outcome.points],
+            "gain by Frechet distance x 100": [(round(100 * p.frechet), p.gain) for p in judged],
+            "Frechet distance by queries": [(p.queries, p.frechet) for p in judged],
+            "agreement by queries": [(p.queries, p.agreement) for p in outcome.points],
         }
     drawn, marker = sha256(json.dumps(axes).encode()), folder / ".overlaid"
     if marker.is_file() and marker.read_text() == drawn:

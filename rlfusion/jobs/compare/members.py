@@ -13,8 +13,8 @@ from rlfusion.common.weights import sha256
 from rlfusion.config import Finetune, to_yaml
 from rlfusion.config.compare import Compare
 from rlfusion.jobs import finetune
-from rlfusion.jobs.compare.curves import Point, curve
 from rlfusion.jobs.compare.report import Outcome
+from rlfusion.jobs.curves import Point, curve
 from rlfusion.jobs.finetune.run import RESULT
 from rlfusion.training import checkpoint, identity
 from rlfusion.training.folders import discard

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from rlfusion.jobs.compare.baselines import BASE
-from rlfusion.jobs.compare.curves import Point
 from rlfusion.jobs.compare.seeds import difference
 from rlfusion.jobs.compare.tables import Table
+from rlfusion.jobs.curves import Point
 from rlfusion.jobs.sample_rewards import kept
 
 Cells = dict[tuple[int, int], float]

@@ -8,9 +8,9 @@ from typing import Any
 
 from rlfusion.common import storage
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
-from rlfusion.jobs.compare.curves import Point, sound
 from rlfusion.jobs.compare.fronts import Front
 from rlfusion.jobs.compare.seeds import band
+from rlfusion.jobs.curves import Point, sound
 
 SHOWN = 2.5
 """Gains are drawn up to so many times the target."""

@@ -15,12 +15,12 @@ from typing import NamedTuple
 from rlfusion.common import storage
 from rlfusion.jobs.compare import fronts, paired
 from rlfusion.jobs.compare.baselines import BASE, Measured, diversity, gain
-from rlfusion.jobs.compare.curves import IMAGES, Point, best_within, first_at, sound
 from rlfusion.jobs.compare.page import Page, Run, Section
 from rlfusion.jobs.compare.paired import Rewards
 from rlfusion.jobs.compare.plots import plot, plot_front
 from rlfusion.jobs.compare.seeds import difference
 from rlfusion.jobs.compare.tables import Table
+from rlfusion.jobs.curves import IMAGES, Point, best_within, reached, sound
 
 Baselines = dict[str, Measured | str]
 """What is said of each baseline, or why there is none, by its name."""
@@ -183,7 +183,7 @@ def _row(terms: Terms, columns: list[Column], agent: str, runs: list[Outcome]) -
     if not done:
         return [agent, runs[0].problem]
     at = {
-        "reached": [first_at(sound(points), terms.target) for points in done],
+        "reached": [reached(points, terms.target) for points in done],
         "within": [best_within(sound(points), terms.quality * (points[0].frechet or 0.0)) for points in done],
         "end": [points[-1] for points in done],
     }

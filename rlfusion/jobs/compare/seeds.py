@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rlfusion.evaluation.paired import flips
-from rlfusion.jobs.compare.curves import Point
+from rlfusion.jobs.curves import Point
 
 RESAMPLES, SHARE = 2000, 0.95
 SIGNS = 2**14

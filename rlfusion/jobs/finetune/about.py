@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion.common.code_files import label
-from rlfusion.config import Finetune, with_agent
+from rlfusion.config import Compare, Finetune, with_agent
+from rlfusion.jobs.curves import curve, reached
+from rlfusion.training.identity import Record
 from rlfusion.training.tracking import flatten
 
 PACKAGES = ("rlfusion", "torch", "numpy", "ray", "diffusers", "transformers")
@@ -21,12 +23,15 @@ START = "start (model)"
 BESIDE = ("reward", "seed", "base", "chain.steps", "agent.lr", "agent.kl_loss", "agent.kl", "lora")
 """Settings that are columns of HPARAMS under a shorter name. The page sorts its columns, and shows the first few."""
 
+SPENT = {"queries": "queries", "seconds": "seconds", "cpu_seconds": "CPU seconds"}
+"""What reaching the goal has cost, as ``Point`` and HPARAMS call it."""
+
 COMPARED = {
     "runs beside one another": {
-        "gain by queries": ["compare_.*/gain_by_queries$"],
-        "gain by CPU milliseconds of training": ["compare_.*/gain_by_cpu_milliseconds$"],
-        "gain by 100 x Frechet distance": ["compare_.*/gain_by_frechet_x100$"],
-        "diversity by queries": ["compare_.*/diversity_by_queries$"],
+        "gain by queries": ["compare_.*/gain by queries$"],
+        "gain by CPU seconds of training": ["compare_.*/gain by CPU seconds$"],
+        "gain by hundredths of the Frechet distance": ["compare_.*/gain by Frechet distance x 100$"],
+        "diversity by queries": ["compare_.*/diversity by queries$"],
     },
 }
 """Charts that a run of a comparison has before ``CHARTS``."""
@@ -102,6 +107,28 @@ def columns(config: Finetune) -> dict[str, bool | str | float | int]:
     row |= {"kl" if name == "kl_loss" else name: agent[name] for name in ("lr", "kl_loss", "kl") if name in agent}
     row |= {"lora": config.lora} if config.lora else {}
     return row | {f"with {name}": value for name, value in other_than_usual(config).items() if name not in BESIDE}
+
+
+def at_the_goal(folder: Path) -> dict[str, float | None]:
+    """What a run has spent when it first had the gain of its goal, and how good its samples then were, as the table of
+    a comparison tells it; None where it never had. The goal is that of its comparison, else the default of one.
+
+    Raises:
+        ConfigError: lines of its metrics or times are lost.
+    """
+    goal = _goal(folder)
+    point = reached(curve(folder), goal)
+    figures = {f"{name} at the goal": getattr(point, name, None) for name in ("frechet", "diversity")}
+    figures |= {f"{word} to the goal": getattr(point, name, None) for name, word in SPENT.items()}
+    return {"goal": goal, **figures}
+
+
+def _goal(folder: Path) -> float:
+    try:
+        record = Record.read(folder.parent)
+    except FileNotFoundError:
+        return Compare.target
+    return float(record.config["target"]) if record.command == "compare" else Compare.target
 
 
 def _start(config: Finetune) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfusion import models
-from rlfusion.common import shards
+from rlfusion.common import shards, storage
 from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.common.progress import Progress
@@ -109,7 +109,7 @@ def _followed(
             if ranks.of_first(bool(signals.requested)):
                 signals.check()
         publishing.clear(job.policy, bool(parts.workers.count), folder)
-        return _finish(job, done)
+        return _finish(job, done, progress)
 
 
 def _tell(job: Job, start: int) -> None:
@@ -320,7 +320,18 @@ def _spent(config: Finetune, queries: int, cost: int) -> str:
     return told if queries == config.budget_queries else f"{told}, and an update asks {cost}"
 
 
-def _finish(job: Job, total: int) -> dict[str, Any]:
+def _at_the_goal(folder: Path, progress: Progress) -> dict[str, float | None]:
+    """What HPARAMS says of the goal; of several ranks the first has the files to tell it from."""
+    if not storage.writes():
+        return {}
+    try:
+        return {f"final/{name}": value for name, value in about.at_the_goal(folder).items()}
+    except ConfigError as error:
+        progress.say(f"HPARAMS says nothing of the goal: {error}")
+        return {}
+
+
+def _finish(job: Job, total: int, progress: Progress) -> dict[str, Any]:
     """Measure, draw and save the result after ``total`` updates."""
     folder = job.folder
     after = job.evaluate(total)
@@ -332,9 +343,10 @@ def _finish(job: Job, total: int) -> dict[str, Any]:
     result = {"before": job.before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.monitor.best.step > 0:
         result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
-    final = {f"final/{name}": after[name] for name in headlines(after)}
+    final: dict[str, float | None] = {f"final/{name}": after[name] for name in headlines(after)}
     final |= {"final/gain": gain(after["reward"], job.before["reward"], job.before["reward_std"])}
     final |= {f"final/{name}": value for name, value in last_of(folder).items() if name in SPENT}
-    job.tracker.hparams(about.columns(job.config), final | {"final/queries": float(job.learner.queries)})
+    final |= {"final/queries": float(job.learner.queries)} | _at_the_goal(folder, progress)
+    job.tracker.hparams(about.columns(job.config), final)
     job.run.seal(RESULT, result)
     return result

@@ -152,6 +152,11 @@ def sound(points: list[Point]) -> list[Point]:
     return [p for p in points if not p.alarm]
 
 
+def reached(points: list[Point], goal: float) -> Point | None:
+    """The first evaluation with the gain ``goal``, where it is before the monitor's first alarm."""
+    return first_at(sound(points), goal)
+
+
 def best_within(points: list[Point], frechet: float, of: Callable[[Point], Any] = GAIN) -> Point | None:
     """The evaluation of the largest gain, or what else of it is asked for, among those after training at a Frechet
     distance up to ``frechet``.
