@@ -108,7 +108,7 @@ def test_times_that_gradients_flow_through_are_asked_each_time():
 
 def test_nothing_is_kept_longer_than_the_times():
     gc.collect()
-    before = len(rows._made), len(rows._chains)
+    before = len(rows._kept)
     policy()(observed(*rows.of_chain(TIMES, STEP)))
     for schedule in (Cosine(), Rectified()):  # whose sigma is t itself
         level(schedule, torch.rand(3, dtype=torch.float64), torch.zeros(3, 1))
@@ -116,7 +116,7 @@ def test_nothing_is_kept_longer_than_the_times():
     policy()(plain)
     del plain
     gc.collect()
-    assert (len(rows._made), len(rows._chains)) == before
+    assert len(rows._kept) == before
 
 
 def test_what_inference_made_first_serves_training():
@@ -127,3 +127,29 @@ def test_what_inference_made_first_serves_training():
         with torch.inference_mode():
             acting(one)
         acting(one).mean.square().sum().backward()
+
+
+def test_times_that_are_written_to_are_others():
+    """A sampler of one's own may hold one tensor of times and write the next into it."""
+    acting, t, s = policy(), torch.empty(3, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
+    for before, after in ((0.9, 0.6), (0.6, 0.3), (0.3, 0.1)):
+        t.fill_(before), s.fill_(after)
+        found, fresh = acting(observed(t, s)), acting(observed(t.clone(), s.clone()))
+        assert torch.equal(found.mean, fresh.mean)
+        assert torch.equal(found.std, fresh.std)
+
+
+def test_a_chain_that_is_written_to_is_none():
+    t, s = rows.of_chain(TIMES, STEP)
+    t.mul_(0.9)
+    assert rows.chain(t) is rows.steps(t, s) is None
+
+
+def test_times_of_inference_mode_are_asked_each_time():
+    """Nothing says when they are written to."""
+    with torch.inference_mode():
+        t = torch.full((3,), 0.9, dtype=torch.float64)
+        first = level(Cosine(), t, torch.zeros(3, 1)).alpha
+        t.fill_(0.2)
+        assert not torch.equal(level(Cosine(), t, torch.zeros(3, 1)).alpha, first)
+        assert rows.chain(rows.of_chain(TIMES, STEP)[0]) is None
