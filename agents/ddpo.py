@@ -40,7 +40,7 @@ from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.pace import Pace, of_pipelines, require_followed, require_pace, said
 from rlfusion.rl.pathwise import PathwiseStep
 from rlfusion.rl.target_kl import is_beyond, require_limit
-from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, require_finite
+from rlfusion.rl.transitions import Objective, Terms, Transitions, Weighing, largest_log_ratio, outside, require_finite
 from rlfusion.rollout import RolloutSpec, Task, Trained, transitions
 from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory
@@ -296,9 +296,9 @@ class Learner:
         """(B,) advantages by the configured rule, limited to +- advantage_clip unless the rule is "none"."""
         if self.config.advantage == "none":
             return reward
-        rules = {"prompt": self.running, "group": group_relative, "batch": _batch_relative}
-        limit = self.config.advantage_clip
-        return rules[self.config.advantage](reward, group).clamp(-limit, limit)
+        rule = self.running if self.config.advantage == "prompt" else group_relative
+        of, limit = torch.zeros_like(group) if self.config.advantage == "batch" else group, self.config.advantage_clip
+        return rule(reward, of).clamp(-limit, limit)
 
     def _scale(self, reward: Tensor, group: Tensor) -> Tensor:
         """The factor (B,) from reward to advantage."""
@@ -344,10 +344,12 @@ class Learner:
         if self.config.ratio == "trajectory":
             return self._whole_walks(batch, advantage, proximal, walks, features)
 
-        def objective(terms: Terms) -> Tensor:
+        def objective(terms: Terms) -> dict[str, Tensor]:
             before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
-            loss = self._clipped((terms.log_ratio - before) / features, advantage[terms.walk])
-            return loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
+            log_ratio = (terms.log_ratio - before) / features
+            loss = self._clipped(log_ratio, advantage[terms.walk])
+            loss = loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
+            return {"loss": loss, "clip_fraction": outside(log_ratio, self.config.clip)}
 
         return objective
 
@@ -365,11 +367,13 @@ class Learner:
             loss = self._clipped(total, advantage[at])
             loss = loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
             (slope,) = torch.autograd.grad(loss.sum(), total)
-        slopes, values = torch.zeros_like(advantage), torch.zeros_like(advantage)
+        slopes, values, held = (torch.zeros_like(advantage) for _ in range(3))
         slopes[at], values[at] = slope.to(slopes) / features, loss.detach().to(values) / count
+        held[at] = outside(total, self.config.clip).to(held)
 
-        def objective(terms: Terms) -> Tensor:
-            return values[terms.walk] + slopes[terms.walk] * (terms.log_prob - terms.log_prob.detach())
+        def objective(terms: Terms) -> dict[str, Tensor]:
+            own = values[terms.walk] + slopes[terms.walk] * (terms.log_prob - terms.log_prob.detach())
+            return {"loss": own, "clip_fraction": held[terms.walk]}
 
         return objective
 
@@ -393,7 +397,3 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         put_back(state, self, {"reference": self.transitions.reference}, running=self.running, **self.pace.kept())
-
-
-def _batch_relative(reward: Tensor, group: Tensor) -> Tensor:
-    return group_relative(reward, torch.zeros_like(group))

@@ -321,11 +321,11 @@ class Learner:
         c, features = self.config, batch.features if self.config.clip_per_dim else 1
         anchor = walked.refer(batch, self.policy).mean if c.anchored else None
 
-        def objective(terms: Terms) -> Tensor:
+        def objective(terms: Terms) -> dict[str, Tensor]:
             before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
             log_ratio, a = terms.log_ratio - before, advantage[terms.walk]
             if anchor is None:
-                told = {"loss": clipped_surrogate(log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)}
+                told = self._clipped(log_ratio / features, a)
             else:
                 told = self._anchored(terms, log_ratio, a, anchor[terms.walk, terms.step], features)
             if proximal is not None:
@@ -343,10 +343,15 @@ class Learner:
             log_ratio = moved(self.noise, log_ratio.device)[terms.step] * (log_ratio + apart)
         log_ratio, apart = log_ratio / features, apart / features
         if c.divergence is None:
-            loss = clipped_surrogate(log_ratio, a, (c.clip_low, c.clip_high), c.dual_clip)
-            return {"loss": loss, "clip_fraction": outside(log_ratio, max(c.clip_low, c.clip_high))}
+            return self._clipped(log_ratio, a)
         loss = masked_surrogate(log_ratio, a, apart, c.divergence, c.dual_clip)
         return {"loss": loss, "clip_fraction": leads_away(log_ratio, a, apart, c.divergence).float()}
+
+    def _clipped(self, log_ratio: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """The clipped loss, and which the clip holds."""
+        c, low, high = self.config, self.config.clip_low, self.config.clip_high
+        loss = clipped_surrogate(log_ratio, a, (low, high), c.dual_clip)
+        return {"loss": loss, "clip_fraction": outside(log_ratio, max(low, high))}
 
     def _move_reference(self, told: dict[str, float]) -> None:
         """Eq. (8), after a rollout whose updates told that."""

@@ -34,7 +34,7 @@ from rlfusion.jobs.base_model import Origin, begin
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune.job import make_learner
 from rlfusion.jobs.groups import require_whole_groups
-from rlfusion.jobs.measure import Judged, Unjudged, require_models_data
+from rlfusion.jobs.measure import Unjudged
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.pretrain import require_solvable
@@ -207,8 +207,6 @@ def finetune(
         raise ConfigError("data is given with no model: expected pretrain={'data': ...}, or rlf.load(...) as the model")
     else:
         origin = begin(opened(config).base, device, Signals(), Progress())
-        if isinstance(origin.judged, Judged):
-            require_models_data(config.pretrain.data, origin.judged.train, origin.card)
     return _run(config, origin, objects, device)
 
 

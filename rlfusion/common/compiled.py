@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from rlfusion.common.errors import ConfigError
 from rlfusion.common.replayed import Replayed
 
 BACKEND = "inductor"
@@ -23,10 +24,16 @@ SHAPES = 512
 
 
 def compile_calls(net: nn.Module, how: Compile = True) -> None:
-    """Let calls of ``net`` be compiled or replayed from here on; each shape is at its first call."""
+    """Let calls of ``net`` be compiled or replayed from here on; each shape is at its first call.
+
+    Raises:
+        ConfigError: ``how`` is neither.
+    """
     if how == "graphs":
         net._compiled_call_impl = Replayed(net)
         return
+    if how is not True:
+        raise ConfigError(f"compile = {how!r}: expected true, false or graphs")
     from torch._dynamo import config
 
     config.cache_size_limit = config.accumulated_cache_size_limit = SHAPES  # the names of torch 2.6, which last

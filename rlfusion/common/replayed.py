@@ -8,6 +8,7 @@ recorded again. Calls with gradients, of updates, are not recorded.
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,25 +49,27 @@ class Replayed:
         self.net = net
         self._recorded: dict[Hashable, Recorded] = {}
         self._places: list[Place] = []
+        self._pool: Any = None  # the memory of all its graphs: none reads what another one has left there
         self._alone = threading.Lock()  # two threads would write into the inputs of one graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
-            ConfigError: the network is on a CPU, or its calls cannot be recorded.
+            ConfigError: the network is on a CPU, or on several GPUs, or its calls cannot be recorded.
         """
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if tensors:
-            require_graphs(tensors[0].device)
-        if torch.is_grad_enabled():
+        for device in dict.fromkeys(tensor.device for tensor in tensors[:1]):
+            require_graphs(device)
+        if torch.is_grad_enabled() or not tensors:
             return self.net._call_impl(*args, **kwargs)
-        with self._alone:
+        with self._alone, _on(tensors):
             return self._answer(tensors, leaves, structure)
 
     def _answer(self, tensors: list[Tensor], leaves: list[Any], structure: TreeSpec) -> Any:
         if any(of[name].data_ptr() != at for of, name, at in self._places):
             self._recorded.clear()
+            self._pool = None
         key = (repr(structure), *map(_kind, leaves), self.net.training, _casting())
         if key not in self._recorded:
             if len(self._recorded) >= MOST:
@@ -81,9 +84,11 @@ class Replayed:
         return self.net._call_impl(*args, **kwargs)
 
     def _record(self, leaves: list[Any], structure: TreeSpec) -> Recorded:
-        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
-            answer, play = recorded(lambda: self._call(own, structure))
+            with torch.inference_mode(False), torch.no_grad():  # what is written to anew may be no tensor of inference
+                own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                self._pool = self._pool or pool()
+                answer, play = recorded(lambda: self._call(own, structure), self._pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -104,8 +109,29 @@ def require_graphs(device: torch.device) -> None:
         )
 
 
-def recorded(call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """The tensors in which ``call`` answers on a GPU, and what makes it answer again; what it reads must stay in place.
+def pool() -> Any:
+    """Memory that several graphs may share, one of which plays at a time."""
+    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+
+def _on(tensors: list[Tensor]) -> AbstractContextManager[Any]:
+    """Streams and graphs are those of the GPU where the tensors are, and not of the one that is the current.
+
+    Raises:
+        ConfigError: they are on several.
+    """
+    held = list(dict.fromkeys(tensor.device for tensor in tensors if tensor.device.type == "cuda"))
+    if len(held) > 1:
+        raise ConfigError(
+            f"compile = graphs: a call of the network takes tensors on {', '.join(map(str, held))}, expected one GPU, "
+            "or compile true or false"
+        )
+    return torch.cuda.device(held[0]) if held else nullcontext()
+
+
+def recorded(call: Callable[[], Any], memory: Any) -> tuple[Any, Callable[[], None]]:
+    """The tensors in which ``call`` answers on the current GPU, and what makes it answer again, in the ``memory`` of
+    ``pool``; what it reads must stay in place.
 
     Raises:
         RuntimeError: it does what a CUDA graph cannot hold, such as waiting for the GPU.
@@ -117,7 +143,7 @@ def recorded(call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     here.wait_stream(beside)
     torch.clear_autocast_cache()  # weights that autocast has cast are cast anew in each replay
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         answer = call()
     torch.clear_autocast_cache()
     return answer, graph.replay

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlfusion.common.tensors import sum_features
 
@@ -31,6 +30,8 @@ class Gaussian(NamedTuple):
         x, mean, std = map(_at_least_float32, (x, self.mean, self.std))
         if not (torch.is_grad_enabled() and (x.requires_grad or mean.requires_grad or std.requires_grad)):
             return _summed((x - mean) / std, std)  # a node of a graph takes as long as the operations in it
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, mean, std))):
+            return _summed((x - mean) / std, std)  # which asks for rules of its own of such a node
         found: Tensor = _LogProb.apply(x, mean, std)
         return found
 
@@ -46,20 +47,21 @@ class Gaussian(NamedTuple):
 
 
 class _LogProb(torch.autograd.Function):
-    """Eq. (1) of x and mean (B, ...), and its gradient by itself, in fewer operations than a graph of its parts and to
-    the same bits.
+    """Eq. (1) of x and mean (B, ...), and its gradient by itself, in fewer operations than a graph of its parts; that
+    of x and mean to the same bits. Gradients of it are those of these operations.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         z = (x - mean) / std
-        ctx.save_for_backward(z, std)
+        ctx.save_for_backward(x, mean, std, z)
         return _summed(z, std)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        z, std = ctx.saved_tensors
+        x, mean, std, z = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            z = (x - mean) / std
         slope = slope.reshape(-1, *[1] * (z.ndim - 1))
         of_x, of_mean, of_std = ctx.needs_input_grad
         towards = (slope * z).div_(std) if of_x or of_mean else None

@@ -16,7 +16,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.data import Dataset, load
 from rlfusion.diffusion.denoiser import Denoiser
-from rlfusion.jobs.measure import Judged, Unjudged
+from rlfusion.jobs.measure import Judged, Unjudged, require_models_data
 from rlfusion.jobs.parts import BaseSpec
 from rlfusion.jobs.pretrain import base_model, seen_data
 from rlfusion.models import pipelines
@@ -75,6 +75,7 @@ def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Prog
         else:
             denoiser, card = models.load(base)
         held = load(spec.pretrain.data, spec.pretrain.size, progress.say)
+        require_models_data(spec.pretrain.data, held, card)
         judged = Judged.of(held, spec.pretrain.held_out, spec.root, device)
         data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
     models.adapt(denoiser, card, spec.lora, spec.seed)

@@ -70,7 +70,8 @@ def require_alike(policy: Policy, batch: Trajectory, clip: Clip, how: Compile = 
     cond = map_cond(lambda c: c[:rows], batch.cond)
     noise = normal(("compiled",), range(rows), (len(times), *batch.x.shape[2:])).to(batch.x.device)
     x = policy.prior_std(times) * noise[:, 0]
-    for k, (t, s) in enumerate(pairwise(times)):
+    steps = [*enumerate(pairwise(times))]
+    for k, (t, s) in steps if len(steps) > 1 else 2 * steps:  # the second call of a kind is the first to be replayed
         acting = policy(Observation(x, t, s, cond))
         with torch.enable_grad():
             learned = policy(Observation(x, t, s, cond))

@@ -43,7 +43,6 @@ Weighing = Literal["none", "noise"]
 
 Objective = Callable[[Terms], Tensor | dict[str, Tensor]]
 """The loss (N,) of transitions; or a record of it, ``loss``, and of what else is told of them, (N,) each."""
-"""The loss of each transition, (N,)."""
 
 
 class Reference(NamedTuple):

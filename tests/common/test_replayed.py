@@ -19,7 +19,7 @@ class Graphs:
     def __init__(self):
         self.recorded = self.played = 0
 
-    def __call__(self, call):
+    def __call__(self, call, memory):
         self.recorded += 1
         answer = call()
 
@@ -88,6 +88,36 @@ def test_what_is_written_into_weights_is_replayed_and_weights_in_another_place_a
         assert graphs.recorded == 2
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_calls_in_another_precision_or_manner_are_recorded_by_themselves(graphs):
+    net = network()
+    compiled.compile_calls(net, "graphs")
+    with torch.no_grad():
+        net(*inputs(3, 0))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            net(*inputs(3, 0))
+        net.eval()
+        net(*inputs(3, 0))
+        assert graphs.recorded == 3
+        net(*inputs(3, 1))
+        assert graphs.recorded == 3
+
+
+def test_a_call_of_inference_mode_serves_those_without_gradients(graphs):
+    net, plain = network(), network()
+    compiled.compile_calls(net, "graphs")
+    with torch.inference_mode():
+        net(*inputs(3, 0))
+    with torch.no_grad():
+        assert torch.equal(net(*inputs(3, 1)), plain(*inputs(3, 1)))
+    assert graphs.recorded == 1
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ConfigError, match="compile = 'graph': expected true, false or graphs"):
+        compiled.compile_calls(network(), "graph")
+
+
 def test_no_more_kinds_of_calls_are_recorded_than_that(graphs, monkeypatch):
     monkeypatch.setattr(replayed, "MOST", 2)
     net, plain = network(), network()
@@ -123,7 +153,7 @@ def test_a_cpu_is_refused_in_one_line():
 
 
 def test_a_network_that_cannot_be_recorded_is_refused_by_its_name(graphs, monkeypatch):
-    def waits(call):
+    def waits(call, memory):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(replayed, "recorded", waits)

@@ -62,6 +62,13 @@ def test_the_gradients_of_log_prob_are_those_of_finite_differences(std):
     assert torch.autograd.gradcheck(lambda m: Gaussian(m, torch.tensor(0.3).double()).log_prob(X), (one,))
 
 
+def test_log_prob_has_second_derivatives_and_those_of_torch_func():
+    x, mean, s = (v.clone().requires_grad_() for v in (X, MEAN, torch.linspace(0.5, 2, len(X)).double()[:, None, None]))
+    assert torch.autograd.gradgradcheck(lambda *v: Gaussian(*v[1:]).log_prob(v[0]), (x, mean, s))
+    slope = torch.func.grad(lambda m: Gaussian(m, s.detach()).log_prob(X).sum())(MEAN)
+    torch.testing.assert_close(slope, ((X - MEAN) / s.square()).detach())
+
+
 def test_log_prob_and_its_gradient_have_the_bits_of_a_graph_of_their_parts():
     mean, x = (v.float().requires_grad_() for v in (MEAN, X))
     weight = torch.linspace(-1, 1, 5)

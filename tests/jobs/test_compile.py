@@ -3,6 +3,7 @@ inductor but in one test: it traces and differentiates in the same way, and need
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from rlfusion.cli import main
 from rlfusion.common import compiled
 from rlfusion.common.errors import ConfigError, foreseen
 from rlfusion.config import Finetune
-from rlfusion.config.parts import Learners
+from rlfusion.config.parts import Learners, Rollout
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.schedule import Cosine
+from rlfusion.jobs.finetune.checks import _require_device as require_device_of
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.preflight import require_alike
 from rlfusion.jobs.tasks import build_task, recipe
@@ -105,6 +107,25 @@ def test_a_network_whose_two_codes_differ_is_refused_by_a_tenth_of_the_clip(kern
     require_alike(policy, batch, Clip(11 * gap / 64, per_dim=True))
 
 
+def test_the_only_step_of_a_chain_is_asked_twice(monkeypatch):
+    """A call that is recorded and not played gives the first answer again."""
+    net = ResidualMLP((1, 8, 8), 10, width=16, depth=1)
+    torch.nn.init.normal_(net.leave.weight)
+    policy, batch = walks(net)
+    first: dict[bool, torch.Tensor] = {}
+    forward = type(net).forward
+
+    def stale(self, *args):
+        answer = forward(self, *args)
+        return answer if torch.is_grad_enabled() else first.setdefault(True, answer)
+
+    monkeypatch.setattr(type(net), "forward", stale)
+    torch.compiler.reset()
+    one = replace(batch, x=batch.x[:, :2], times=batch.times[[0, -1]])
+    with compiled.plain(policy), pytest.raises(ConfigError, match="answers rollouts and updates differently"):
+        require_alike(policy, one, Clip(0.2))
+
+
 def test_copies_are_compiled_and_what_is_measured_is_not():
     policy, _ = walks(ResidualMLP((1, 8, 8), 10, width=16, depth=1))
     copied = frozen_copy(policy)
@@ -167,6 +188,19 @@ def test_without_a_compiler_it_is_one_line(monkeypatch):
 def test_what_cannot_be_compiled_is_refused_by_name(settings, word):
     with pytest.raises(ConfigError, match=f"(compile|channels_last) = (True|graphs) with .*{word}"):
         Finetune(device="cpu", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"learner": Learners(ranks=2, shares=2)}, "with learner.gpus_per_rank = 0"),
+        ({"learner": Learners(ranks=2, shares=2, gpus_per_rank=1.0), "device": "cpu"}, "the device is 'cpu'"),
+        ({"rollout": Rollout(workers=2)}, "with ray.gpus_per_worker = 0"),
+    ],
+)
+def test_graphs_are_refused_where_workers_or_ranks_have_no_gpu(settings, word):
+    with pytest.raises(ConfigError, match=f"compile = graphs.*{word}.*expected"):
+        require_device_of(Finetune(compile="graphs", **settings))
 
 
 def test_graphs_are_refused_where_there_is_no_gpu_before_any_work(tiny_root, capsys):

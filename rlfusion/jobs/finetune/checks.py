@@ -42,12 +42,28 @@ JUDGED = ("agreement", "frechet_base")
 
 def _require_device(config: Finetune) -> None:
     """Raise ConfigError for a device that is not here, or that cannot call the network as the settings say."""
+    if config.compile == "graphs":
+        _require_gpus(config)
     if config.learner.ranks:
         require_device(config.device)  # a head needs none of its own
         return
     device = pick_device(config.device)
     if config.compile == "graphs":
         require_graphs(device)
+
+
+def _require_gpus(config: Finetune) -> None:
+    """Raise ConfigError where processes that call the network by CUDA graphs have no GPU."""
+    learner, workers = config.learner, config.rollout.workers
+    lacking = {"ray.gpus_per_worker": workers and not config.ray.gpus_per_worker}
+    lacking |= {"learner.gpus_per_rank": learner.ranks and not learner.gpus_per_rank}
+    for name in (name for name, lacks in lacking.items() if lacks):
+        raise ConfigError(
+            f"compile = graphs with {name} = 0: only a GPU has CUDA graphs, expected a GPU or a share of one for each, "
+            "or compile true or false"
+        )
+    if learner.ranks and config.device == "cpu":
+        require_graphs(torch.device("cpu"))
 
 
 def check(config: Finetune) -> None:

@@ -63,7 +63,7 @@ SINCE = {
     "ZImagePipeline": "0.36.0",
     "Flux2KleinPipeline": "0.37.0",
     "Flux2Pipeline": "0.36.0",
-    "QwenImagePipeline": "0.35.0",
+    "QwenImagePipeline": "0.37.0",
 }
 """The version of diffusers that was the first to have a pipeline."""
 RARE = ("bitsandbytes", "scipy.stats")

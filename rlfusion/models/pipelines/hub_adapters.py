@@ -1,7 +1,8 @@
 """Adapters that lie on the hub, by ``OWNER/NAME[:FILE][@REVISION]``: which file is meant, and that it is here.
 
 Without a file it is diffusers' own name, peft's, or the only ``.safetensors`` of the repository. Where the hub cannot
-be reached its cache on this machine answers (``common.hub``).
+be reached its cache on this machine answers (``common.hub``). It does not say what else the repository holds, so that
+without a file it is then diffusers' own name, or a refusal.
 """
 
 import re
@@ -39,7 +40,7 @@ def fetched(text: str, usual: tuple[str, ...], settings: str) -> Path:
     about = {"repo_id": held["repo"], "revision": held["revision"]}
     try:
         with hub.fetching():
-            name = held["file"] or _meant(text, _files(huggingface_hub, about), usual)
+            name = held["file"] or _meant(huggingface_hub, text, about, usual)
             place = Path(huggingface_hub.hf_hub_download(filename=name, **about))
             if PurePosixPath(name).name == usual[-1]:
                 huggingface_hub.hf_hub_download(filename=str(PurePosixPath(name).with_name(settings)), **about)
@@ -53,20 +54,25 @@ def fetched(text: str, usual: tuple[str, ...], settings: str) -> Path:
     return place
 
 
-def _files(library: Any, about: dict[str, Any]) -> list[str]:
-    """The names of the files of weights in a repository; of those in the cache alone, where it cannot be reached."""
-    if not hub.unreachable():
-        names = library.HfApi().list_repo_files(**about)
-    else:
-        folder = Path(library.snapshot_download(local_files_only=True, **about))
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
-    return sorted(name for name in names if name.endswith(SUFFIX))
+def _meant(library: Any, text: str, about: dict[str, Any], usual: tuple[str, ...]) -> str:
+    """The file of weights that a repository's name alone means: of the cache, where the hub cannot be reached, the one
+    that would be the first choice whatever else there is.
 
-
-def _meant(text: str, names: list[str], usual: tuple[str, ...]) -> str:
+    Raises:
+        ConfigError: it is open which.
+    """
+    what = f"adapters = {shorten(repr(text), LONGEST_PATH)}"
+    if hub.unreachable():
+        if isinstance(library.try_to_load_from_cache(filename=usual[0], **about), str):
+            return usual[0]
+        raise ConfigError(
+            f"{what}: the hub cannot be reached, and its cache here does not say which files there are: expected "
+            "OWNER/NAME:FILE, of a file that is in the cache"
+        )
+    names = sorted(name for name in library.HfApi().list_repo_files(**about) if name.endswith(SUFFIX))
     found = next((name for name in usual if name in names), names[0] if len(names) == 1 else "")
     if not found:
         some = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         held = f"it holds {some}" if names else f"it holds no {SUFFIX}"
-        raise ConfigError(f"adapters = {shorten(repr(text), LONGEST_PATH)}: {held}: expected OWNER/NAME:FILE")
+        raise ConfigError(f"{what}: {held}: expected OWNER/NAME:FILE")
     return found
