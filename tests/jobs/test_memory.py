@@ -83,7 +83,7 @@ def test_a_critic_is_counted_with_what_its_learning_and_its_undoing_take(lora, t
     size = sum(p.numel() * 4 for p in critic.parameters() if p is not critic.head.weight and p is not critic.head.bias)
     assert found["critic, its gradients and optimiser"] == 4 * size
     trained = found["network, trained"]
-    assert found["to undo an update"] == 4 * trained + 3 * size
+    assert found["to undo an update"] == 5 * trained + 3 * size  # with its copy of the base model
     least = of_finetuning(opened(config)).learner
     with_none = replace(config.agent, q="denoised")
     assert least - of_finetuning(opened(Finetune(**vars(config) | {"agent": with_none}))).learner == 7 * size

@@ -120,7 +120,7 @@ def test_an_error_in_own_code_is_the_user_s(tmp_path, monkeypatch, capsys):
     small = ("--model.net", "ResidualMLP(width=8, depth=1)", *QUICK, "--train.steps", 2)
     assert run("pretrain", "--objective", "bad.py:Absolute", *small) == 3
     said = capsys.readouterr().err
-    assert "\nrlfusion: your code failed: KeyError: 'margin' (bad.py, line 31, in __call__)\n" in said
+    assert "rlfusion: your code failed: KeyError: 'margin' (bad.py, line 31, in __call__)\n" in said
 
 
 def test_what_there_is_is_listed(own, capsys, monkeypatch):
