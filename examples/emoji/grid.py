@@ -56,8 +56,12 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=2, help="pixels of the picture for one of a sample")
     parser.add_argument("--seed", type=int, default=1, help="of the noise")
     asked = parser.parse_args()
+    if wrong := [word for word in asked.panels if not all(word.partition("="))]:
+        raise SystemExit(f"{wrong[0]!r}: expected TITLE=RUN")
     models = {title: rlf.load(run) for title, _, run in (word.partition("=") for word in asked.panels)}
     captions = list(next(iter(models.values())).names)
+    if other := [title for title, model in models.items() if list(model.names) != captions]:
+        raise SystemExit(f"{other[0]!r} has other captions than {asked.panels[0]!r}: expected models of the same ones")
     panels = {title: panel(drawn(model, asked.each, asked.seed), asked.scale) for title, model in models.items()}
     sheet(panels, captions).quantize(256, dither=Image.Dither.NONE).save(asked.out, optimize=True)
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The demonstration of docs/emoji.md from its first step to its last: pictures, base model, CLIP, two fine-tunings, sheet.
-#   bash examples/emoji/run.sh      in the folder of the checkout, with rlfusion, npm and about an hour of one core
+#   bash examples/emoji/run.sh      in the folder of the checkout, with rlfusion, npm and about fifty minutes of one core
 set -euo pipefail
 export OMP_NUM_THREADS=1
 TIMEFORMAT='%U CPU seconds'

@@ -102,7 +102,8 @@ def data_defaults(command: str, arguments: list[str], option: str) -> dict[str, 
 
 
 def _of_data(command: str, arguments: list[str], option: str, name: str) -> dict[str, Any]:
-    """The data that a saved model was pretrained on, where it says so and no others are told.
+    """The data that a saved model was pretrained on, where it says so and no others are told; where they are told, how
+    they were read and split.
 
     Raises:
         ConfigError: they are gone.
@@ -111,17 +112,17 @@ def _of_data(command: str, arguments: list[str], option: str, name: str) -> dict
     from rlfusion.data import sources
 
     place = DATA.get(command)
-    if place is None or told_last(arguments, *place, "data") is not None:
+    if place is None:
         return {}
-    held = models.load_card(Path(name)).data
-    if not held:
+    held, told = models.load_card(Path(name)).data, told_last(arguments, *place, "data")
+    if not held or (told is not None and sources.absolute(str(told)) != held["data"]):
         return {}
     if gone := sources.missing(held["data"]):
         raise ConfigError(
             f"{option} = {shorten(repr(name))} was pretrained on {shorten(gone, LONGEST_PATH)}, which is not there any "
             f"more: expected --{'.'.join((*place, 'data'))} of where it is now"
         )
-    return {".".join((*place, key)): held[key] for key in ("data", "size", "held_out")}
+    return {".".join((*place, key)): held[key] for key in ("data", "size", "held_out") if told is None or key != "data"}
 
 
 def _chain(card: Any, command: str, arguments: list[str]) -> Mapping[str, Any]:

@@ -57,9 +57,9 @@ def _parts(width: int, head: Sequence[str], rows: Rows) -> Iterator[dict[int, in
     blanks, a number not.
     """
     widths = [max([*map(cell_len, head[i].split()), *(cell_len(row[i]) for row in rows), 1]) for i in range(len(head))]
-    longest = max(NARROW, *(cell_len(row[0]) for row in rows))
+    longest = max([NARROW, *(cell_len(row[0]) for row in rows)])
     first = max(NARROW, min(widths[0], width // 3))
-    room = width - 1 - 2 * BETWEEN - first  # that of one other column
+    room = max(1, width - 1 - 2 * BETWEEN - first)  # that of one other column
     part, left = {0: first}, room + BETWEEN
     for place in range(1, len(head)):
         taken = min(widths[place], room)

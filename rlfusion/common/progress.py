@@ -115,7 +115,7 @@ class Progress:
     @contextmanager
     def bar(self, name: str, total: int, start: int = 0) -> Iterator[Bar]:
         """A bar over ``total`` steps of which ``start`` are done."""
-        if not self.console.is_terminal or self.console.quiet:
+        if self.console.quiet or not (self.console.is_terminal or self.console.is_jupyter):
             yield Told(self.say, name, total, start)
             return
         whole = len(f"{total}/{total}")

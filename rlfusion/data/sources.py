@@ -115,7 +115,8 @@ def absolute(data: str) -> str:
 
 def missing(data: str) -> str:
     """The path that ``data``, as ``absolute`` gives it, names and that is not there; "" for none."""
-    settings = spec.split(data)[1] if "(" in data and not Path(data).exists() else {"path": data}
+    whole = "(" not in data or Path(data).is_absolute()
+    settings = {"path": data} if whole else spec.split(data)[1]
     paths = [v for k, v in settings.items() if k in ("path", "root") and isinstance(v, str) and Path(v).is_absolute()]
     named = [v.partition(":")[0] for v in paths if not Path(v).exists()]
     return next((v for v in named if not Path(v).exists()), "")

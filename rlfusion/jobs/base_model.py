@@ -75,7 +75,7 @@ def begin(spec: BaseSpec, device: torch.device, signals: Signals, progress: Prog
         else:
             denoiser, card = models.load(base)
         held = load(spec.pretrain.data, spec.pretrain.size, progress.say)
-        require_models_data(spec.pretrain.data, held, card)
+        require_models_data(spec.pretrain.data, held, card, spec.pretrain.held_out)
         judged = Judged.of(held, spec.pretrain.held_out, spec.root, device)
         data = encoded(seen_data(spec.name, spec.pretrain, judged.train), denoiser.space)
     models.adapt(denoiser, card, spec.lora, spec.seed)

@@ -13,8 +13,10 @@ from rlfusion.config.board import Board
 EVENTS = "events.out.tfevents.*"
 KEPT = "images=100,text=100"
 """Pictures and texts of a tag that TensorBoard keeps: its slider then plays a whole training."""
-ONE_COLOUR = "(.*)-seed"
-"""Runs have one colour that have this in common: all but their seeds."""
+ONE_COLOUR = r"^(.*?)(?:-seed\d+.*)?$"
+"""Runs have one colour that have this in common: all but their seeds. Every name has it: TensorBoard draws what has
+none in one pale grey.
+"""
 LOOK_S = 0.2
 
 

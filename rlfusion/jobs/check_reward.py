@@ -86,7 +86,7 @@ def check_reward(settings: CheckReward) -> Iterator[Finding]:
     else:
         data = load(settings.data, settings.size, Progress().say)
         if card is not None:
-            require_models_data(settings.data, data, card)
+            require_models_data(settings.data, data, card, settings.held_out)
         else:
             samples, label = _samples(data, settings.samples, settings.seed)
         reward = make_reward(settings.reward, options, data.split(settings.held_out)[0], root, call_options)

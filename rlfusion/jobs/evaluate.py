@@ -259,7 +259,7 @@ def _data(settings: config.Evaluate, card: models.Card) -> Dataset:
         ConfigError: they are not the model's.
     """
     data = load(settings.data, settings.size, Progress().say)
-    require_models_data(settings.data, data, card)
+    require_models_data(settings.data, data, card, settings.held_out)
     return data
 
 

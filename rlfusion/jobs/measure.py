@@ -146,27 +146,37 @@ class Unjudged:
         return build(reward, options, task_info(self.names, self.shape, self.metadata), call_options, made)
 
 
-def require_models_data(name: str, data: Dataset, card: models.Card) -> None:
+def require_models_data(name: str, data: Dataset, card: models.Card, held_out: float = 0.0) -> None:
     """
     Raises:
-        ConfigError: the data of this name are not of the model's shape and classes, or no longer those of its training.
+        ConfigError: the data of this name are not of the model's shape and classes, or no longer those of its training;
+            or ``held_out`` is a larger share of them than it left out.
     """
-    require_unchanged("the model", card.data, {"data": absolute(name), "sha256": data.sha256})
     if (data.shape, data.names) != (card.shape, card.names):
         raise ConfigError(
             f"data = {name!r}: its samples are {data.shape} of {data.classes} classes, "
             f"the model's {card.shape} of {card.classes}"
         )
+    now = {"data": absolute(name), "sha256": data.sha256, "held_out": held_out if data.held is None else 0.0}
+    require_unchanged("the model", card.data, now)
 
 
 def require_unchanged(what: str, held: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse data under the name of those that a model was pretrained on (``Card.data``) and with other content: what
-    it has learned from would be held out, and the other way round.
+    """Refuse data under the name of those that a model was pretrained on (``Card.data``) and with other content, or of
+    which more is held out: what it has learned from would be held out, and the other way round. A smaller share of the
+    same data is a part of the larger one.
 
     Raises:
         ConfigError: says so of ``what``.
     """
-    if held and held["data"] == now["data"] and held["sha256"] != now["sha256"]:
+    if not held or held["data"] != now["data"]:
+        return
+    if now["held_out"] > held["held_out"]:
+        raise ConfigError(
+            f"held_out = {now['held_out']:g}: {what} was pretrained on all but {held['held_out']:g} of the same data, "
+            "expected at most that share, or samples that it has learned from count as held out"
+        )
+    if held["sha256"] != now["sha256"]:
         raise ConfigError(
             f"{what} was pretrained on {shorten(held['data'], LONGEST_PATH)}, which has changed since (SHA-256 "
             f"{now['sha256'][:12]}, was {held['sha256'][:12]}): expected it as it was, or other data by another name"

@@ -17,6 +17,7 @@ from rlfusion.common.hollow import is_hollow
 from rlfusion.common.notices import say_once
 from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset
+from rlfusion.data.sources import absolute
 from rlfusion.data.stored import StoredImages, read
 from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
@@ -75,7 +76,7 @@ class Opened:
 
     def _to_learn(self, data: str, found: StoredImages) -> StoredImages:
         """Without the samples that are held out: by the data themselves, or of the base's own data by its training."""
-        own = not self.card.pipeline and data == self.base.pretrain.data and found.score is None
+        own = not self.card.pipeline and absolute(data) == absolute(self.base.pretrain.data) and found.score is None
         if found.data.held is None and not own:
             return found
         learned, _ = found.data.split(self.base.pretrain.held_out)

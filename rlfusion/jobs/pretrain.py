@@ -273,9 +273,9 @@ def require_same_data(what: str, card: models.Card, made: models.Card, data: str
     Raises:
         ConfigError: says of ``what`` it makes, and what ``data`` has.
     """
-    require_unchanged(what, card.data, made.data)
     if (made.shape, made.names) != (card.shape, card.names):
         raise ConfigError(
             f"{what} makes {card.shape} of {card.classes} classes: "
             f"pretrain.data = {data!r} has {made.shape}, {made.classes}"
         )
+    require_unchanged(what, card.data, made.data)

@@ -15,6 +15,7 @@ from rlfusion.cli.arguments import settings_of
 from rlfusion.cli.main import main
 from rlfusion.common.errors import ConfigError
 from rlfusion.config import Board
+from rlfusion.jobs.board import ONE_COLOUR
 from rlfusion.jobs.finetune import about
 from rlfusion.training.tracking import Tracker
 
@@ -83,11 +84,28 @@ def test_a_board_of_no_runs_is_refused(folder, said, tmp_path, monkeypatch, caps
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("emoji-clip", "emoji-clip"),
+        (".", "."),
+        ("three/ddpo-ink-seed1", "three/ddpo-ink"),
+        ("ddpo-ink-seed0", "ddpo-ink"),
+        ("ddpo-ink-seed12/ranks", "ddpo-ink"),
+        ("a-seedling", "a-seedling"),
+    ],
+)
+def test_runs_have_one_colour_but_for_their_seeds_and_every_run_has_one(name, group):
+    found = re.search(ONE_COLOUR, name)
+    assert found is not None
+    assert found.groups() == (group,)
+
+
 def test_a_board_answers_on_loopback_until_ctrl_c(tmp_path):
     (tmp_path / "it").mkdir()
     Tracker(tmp_path / "it").scalars(1, "evaluation", {"gain": 0.5})
     board = Process(tmp_path, "board", "it")
-    told = r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain[^ ]*&runColorGroup=regex%3A%28.%2A%29-seed#"
+    told = r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain[^ ]*&runColorGroup=regex%3A[^ #]+#"
     answers = lambda: board.out.exists() and re.search(told, board.out.read_text())  # noqa: E731
     deadline = time.monotonic() + PATIENCE
     while not answers():

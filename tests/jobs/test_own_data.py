@@ -1,10 +1,13 @@
 """A model's card says which data it was pretrained on: what begins with it takes them from there, as they were."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlfusion import models
 from rlfusion.cli.arguments import settings_of
@@ -84,6 +87,42 @@ def test_data_that_are_gone_or_changed_are_refused_in_one_line(trained, capsys):
     assert "updates" in capsys.readouterr().err, "its own data by another name are taken"
 
 
+def test_more_held_out_than_the_model_left_out_is_refused(trained, capsys):
+    for words in (
+        ["evaluate", "--checkpoint", "runs/own", "--held_out", "0.5", "--evaluation.samples", "60"],
+        ["finetune", "--base", "runs/own", "--reward", "ink", "--pretrain.held_out", "0.5"],
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(r"held_out = 0.5: .* was pretrained on all but 0.4 of the same data", said)
+    card, data = models.load_card(Path("runs/own")), load("own.npz")
+    require_models_data("own.npz", data, card, 0.25)
+    apart = replace(data, held=torch.arange(len(data)) < 9)  # says itself what is held out
+    require_models_data("elsewhere.npz", apart, card, 0.5)
+
+
+def test_its_own_data_told_by_another_path_are_read_and_split_as_they_were(trained):
+    base = ["finetune", "--base", "runs/own", "--pretrain.data"]
+    assert told(settings_of("finetune", [*base[1:], "own.npz"]).pretrain)[1:] == (32, 0.4)
+    assert told(settings_of("finetune", [*base[1:], "./own.npz"]).pretrain)[1:] == (32, 0.4)
+    assert told(settings_of("finetune", [*base[1:], "digits"]).pretrain)[1:] == (32, 0.25)
+
+
+def test_what_it_held_out_is_not_learned_by_the_path_as_it_was_typed(trained, capsys, caplog):
+    words = ["finetune", "--base", "runs/own", "--agent", "sft", "--agent.data", "own.npz", "--reward", "ink"]
+    words += ["--updates", "1", "--monitor.every", "0", "--evaluation.samples", "60", "--chain.steps", "4"]
+    assert main([*words, "--name", "taught"]) == 0, capsys.readouterr().err
+    assert len(load("own.npz").split(0.4)[0]) == 144
+    assert "agent.data 'own.npz': 144 samples" in caplog.messages
+
+
+def test_data_of_another_shape_are_said_to_be_so(trained):
+    card = models.load_card(Path("runs/own"))
+    other = load("own.npz")
+    with pytest.raises(ConfigError, match=r"its samples are \(1, 4, 4\)"):
+        require_models_data("own.npz", replace(other, x=other.x[..., :4, :4]), card)
+
+
 def test_a_card_of_an_earlier_version_says_nothing(tiny_root):
     file = next((tiny_root / "cache").glob("base-*/model/model.json"))
     held = json.loads(file.read_text())
@@ -105,4 +144,5 @@ def test_paths_are_found_from_elsewhere(tmp_path, monkeypatch):
     for named in ("digits", "me/data", "hf(path='me/data')", absolute("pets"), absolute("own.py:made(path='pets')")):
         assert missing(named) == ""
     assert missing("/gone/a.npz") == missing("npz(path='/gone/a.npz')") == "/gone/a.npz"
+    assert missing("/gone/pets (1)") == "/gone/pets (1)"
     assert Evaluate(checkpoint="x").data == "digits"

@@ -152,7 +152,7 @@ class Job:
                 result = {name: value for name, value in result.items() if name not in BY_NUMBER}
             won = self._gain(result)
             self.tracker.scalars(step, "evaluation", result | {"gain": won})
-            if step:
+            if step and not self.config.monitor.every:  # else it is the monitor's, of samples of its own
                 self.sight["gain"] = won
             if told.deterministic:
                 self.tracker.scalars(step, "evaluation_ode", self._ode())

@@ -81,7 +81,10 @@ def _parsed(text: str) -> Adapter:
             if hub_adapters.is_named(text):
                 place, scale = text, 1.0
         if not math.isfinite(scale) or not scale:
-            raise ConfigError(f"adapters = {shorten(repr(text))}: expected FILE:STRENGTH, a finite number, not 0")
+            raise ConfigError(
+                f"adapters = {shorten(repr(text))}: expected FILE:STRENGTH, a finite number, not 0, or "
+                "OWNER/NAME[:FILE][@REVISION][:STRENGTH] of the hub"
+            )
     found = located(place)
     return Adapter(str(found), scale, digest(found))
 
