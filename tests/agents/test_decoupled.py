@@ -97,6 +97,36 @@ def gradient(module, batch, policy, iteration: int, **settings) -> tuple[torch.T
     return learner.optimization.gradients[0], metrics
 
 
+@pytest.mark.parametrize("ratio", ["step", "trajectory", "grpo"])
+def test_the_clip_fraction_is_that_of_the_ratio_to_the_weights_where_the_update_begins(ratio):
+    """After one step of two: p / p_prox of steps, or of whole walks; p / p_old is another one."""
+    batch, made = stale()
+    old, proximal, now = (log_probs(batch, made, t) for t in (OLD, PROXIMAL, NOW))
+    settings = {"clip": CLIP, "advantage": "batch", "ratio": ratio}
+    settings = {"clip_low": CLIP, "clip_high": CLIP} if ratio == "grpo" else settings
+    module = grpo if ratio == "grpo" else ddpo
+    policy = affine(PROXIMAL, **made)
+    learner = module.Learner(policy, batch.times, module.Config(**ONE, **settings, decoupled=True))
+    learner.iteration, walks = 1, torch.arange(len(batch))
+    advantage = learner.advantages(batch.reward, batch.group)
+    if ratio == "grpo":
+        held = learner._proximal(batch, learner.transitions)
+    else:
+        held = learner._proximal(batch)
+    with torch.no_grad():
+        for parameter, value in zip(policy.parameters(), affine(NOW, **made).parameters()):
+            parameter.copy_(value)
+    last = (learner.transitions, advantage, held) if ratio == "grpo" else (advantage, held, walks)
+    objective = learner._objective(batch, *last)
+    records = learner.transitions.accumulate(batch, *learner.transitions.all(walks), objective)
+    log_ratio = now - proximal
+    wanted = log_ratio.sum(1) if ratio == "trajectory" else log_ratio
+    plain = (now - old).sum(1) if ratio == "trajectory" else now - old
+    found = learner.transitions.summary(records, CLIP)["clip_fraction"]
+    assert found == pytest.approx((np.abs(np.exp(wanted) - 1) > CLIP).mean(), abs=1e-6)
+    assert found != pytest.approx((np.abs(np.exp(plain) - 1) > CLIP).mean(), abs=1e-3)
+
+
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_older_walks_are_weighed_by_themselves_and_on_policy_no_bit_moves(module):
     policy, batch = walks_of_other_weights()

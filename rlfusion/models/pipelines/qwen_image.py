@@ -50,7 +50,7 @@ def answer(model: nn.Module, x: Tensor, t: Tensor, c: Rows) -> Tensor:
 
 
 def mix(y_c: Tensor, y_0: Tensor, w: float | Tensor) -> Tensor:
-    """Eq. (1) of answers (B, C, h, w)."""
+    """Eq. (1) of answers (B, C, h, w); NaN, as in diffusers, in a token where m is 0."""
     long, mixed = flux.pack(y_c), flux.pack(y_0 + (1 + w) * (y_c - y_0))
     return flux.unpack(mixed * (long.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True)), y_c)
 
