@@ -83,12 +83,19 @@ def test_formulas_are_drawn_without_a_script(site):
         assert "<math" in text
         assert "$$" not in text
         assert "$<code>" not in text
+        assert re.findall(r'^<math[^>]*display="inline"', text, re.MULTILINE) == []  # its paragraph would end there
+
+
+def test_names_in_tables_are_broken_where_their_parts_meet_if_at_all(site):
+    text = (site / "metrics.html").read_text("utf-8")
+    assert "<code>train/reward_std</code>" in text
+    assert "<code>constraint/<wbr>NAME/<wbr>multiplier</code>" in text
 
 
 def test_a_page_that_a_sentence_names_is_a_link():
     told = HOOKS.told("see `docs/learners.md` and [`docs/x.md`](x.md)", "algorithms/ddpo.md")
     assert told == "see [Learners side by side](../learners.md) and [`docs/x.md`](x.md)"
-    assert HOOKS.told("$`x`$ costs $3", "a.md").endswith("</math> costs $3")
+    assert HOOKS.told("$`x`$ costs $3", "a.md").endswith("</math></span> costs $3")
 
 
 @pytest.mark.parametrize("name", [name for name in rlfusion.__all__ if name != "__version__"])

@@ -16,6 +16,7 @@ FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.MULTILINE | re.DOTALL)
 SYMBOL = re.compile(r"\$`([^`\n]+)`\$")
 PAGE = re.compile(r"(?<!\[)`docs/([\w/-]+\.md)`")
+CELL, CODE, JOINT = re.compile(r"<td.*?</td>", re.DOTALL), re.compile(r"(?<=<code>)[^<]{21,}"), re.compile(r"([/_.=,])")
 GROUPS = {
     "Load, sample, train, judge": "Model load sample save finetune Run evaluate make_env",
     "Data": "Dataset digits load_data",
@@ -61,8 +62,13 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 def told(text: str, page: str) -> str:
     """Text outside of code: TeX as MathML, and ``docs/NAME.md`` as a link to it."""
     text = FORMULA.sub(lambda found: mathml(found[1], "block"), text)
-    text = SYMBOL.sub(lambda found: mathml(found[1], "inline"), text)
+    text = SYMBOL.sub(lambda found: f"<span>{mathml(found[1], 'inline')}</span>", text)  # it may begin a paragraph
     return PAGE.sub(lambda found: f"[{title(found[1])}]({relpath(found[1], str(Path(page).parent))})", text)
+
+
+def on_page_content(html: str, page, config, files) -> str:
+    """Long names in tables are broken behind what joins their parts, and nowhere else."""
+    return CELL.sub(lambda cell: CODE.sub(lambda code: JOINT.sub(r"\1<wbr>", code[0]), cell[0]), html)
 
 
 def mathml(tex: str, display: str) -> str:

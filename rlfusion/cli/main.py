@@ -211,7 +211,13 @@ def _board(arguments: list[str]) -> None:
 
 def _import_config(arguments: list[str]) -> None:
     """``PROGRAM FILE ...`` as its two settings."""
-    if len(arguments) > 1 and not any(word.startswith("-") for word in arguments[:2]):
+    if len(arguments) < 2 and not any(word.startswith("-") for word in arguments):
+        from rlfusion.common.errors import ConfigError, shorten
+
+        told = "no file" if arguments else "no program and no file"
+        words = shorten(" ".join(["import-config", *arguments]))
+        raise ConfigError(f"rlfusion {words} names {told}: expected rlfusion import-config PROGRAM FILE, as trl my.py")
+    if not any(word.startswith("-") for word in arguments[:2]):
         arguments = ["--program", arguments[0], "--file", arguments[1], *arguments[2:]]
     _plain("import-config", "ImportConfig", "", "", arguments)
 

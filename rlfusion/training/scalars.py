@@ -388,8 +388,9 @@ def page() -> str:
     lines = [
         "# What every curve says",
         "",
-        "A run's scalars, in TensorBoard and, but for `timing/`, in `metrics.jsonl`. NAME stands for a name of yours. An agent of",
-        "your own adds its own under `train/`. This page is written by `make help` from `rlfusion/training/scalars.py`.",
+        "A run's scalars, in TensorBoard and, but for `timing/`, `final/` and `compare_NAME/`, in `metrics.jsonl`. NAME stands for a",
+        "name of yours. An agent of your own adds its own under `train/`. This page is written by `make help` from",
+        "`rlfusion/training/scalars.py`.",
     ]
     for title, rows in GROUPS.items():
         lines += ["", f"## {title}", "", "| scalar | meaning | healthy | otherwise |", "|---|---|---|---|"]

@@ -241,9 +241,21 @@ def test_what_is_refused_in_one_line(tmp_path, capsys, words, said):
     assert told.count("\n") == 1
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="is no file"):
-        imported("trl", str(tmp_path / "none.yaml"))
+@pytest.mark.parametrize("ending", ["yaml", "py", "sh"])
+def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path, ending):
+    with pytest.raises(ConfigError, match=rf"^'[^' ]*none.{ending}' is no file$"):
+        imported("trl", str(tmp_path / f"none.{ending}"))
+    (tmp_path / f"bytes.{ending}").write_bytes(b"ab\xff")
+    with pytest.raises(ConfigError, match=rf"^'[^' ]*bytes.{ending}' is not UTF-8: byte 2$"):
+        imported("trl", str(tmp_path / f"bytes.{ending}"))
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "no program and no file"), (["trl"], "names no file: expected")])
+def test_a_program_without_a_file_says_what_is_expected(capsys, words, said):
+    assert main(["import-config", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert "expected rlfusion import-config PROGRAM FILE" in told
 
 
 def test_the_page_has_every_setting():

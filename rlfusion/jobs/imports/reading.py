@@ -37,7 +37,7 @@ def text_of(path: Path) -> str:
     try:
         return held.decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is not UTF-8: {error}") from error
+        raise ConfigError(f"{str(path)!r} is not UTF-8: byte {error.start}") from error
 
 
 def mapping(path: Path) -> dict[str, Any]:
@@ -46,8 +46,9 @@ def mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it holds something else.
     """
+    text = text_of(path)
     try:
-        held = yaml.safe_load(text_of(path))
+        held = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {shorten(error, 200)}") from error
     if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
@@ -61,8 +62,9 @@ def words(path: Path) -> dict[str, str]:
     Raises:
         ConfigError: a word that is no option and no value of one, or an option twice.
     """
+    text = text_of(path)
     try:
-        given = shlex.split(text_of(path).replace("\\\n", " "), comments=True)
+        given = shlex.split(text.replace("\\\n", " "), comments=True)
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error}") from error
     scripts = [n for n, word in enumerate(given) if word.endswith(".py")]
@@ -181,8 +183,9 @@ class _Filled:
 
 
 def _tree(path: Path) -> ast.Module:
+    text = text_of(path)
     try:
-        return ast.parse(text_of(path))
+        return ast.parse(text, filename=path.name)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{str(path)!r} is no Python: {shorten(error, 200)}") from error
 
