@@ -1,6 +1,7 @@
 """``rlfusion jobs``: parse and print."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def jobs(arguments: list[str]) -> int:
 def at(settings: Any) -> str:
     """The options by which another command reaches the same cluster."""
     given = {"address": settings.address, "ca": settings.ca}
-    return "".join(f" --{name} {value}" for name, value in given.items() if value)
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items() if value)
 
 
 def follow(cluster: Any, job: Any, settings: Any) -> int:
@@ -102,7 +103,7 @@ def _stop(arguments: list[str]) -> int:
     patience_s = float(json.loads(job.metadata["launch"])["stop_s"])
     print(f"job {name} finishes and saves its step, for at most {patience_s:g} s", flush=True)
     ended = cluster.stop(job, patience_s + STOPPING_S)
-    print(f"job {name}: {_state(ended)}; go on with: rlfusion jobs resume {name}{at(settings)}")
+    print(f"job {name}: {_state(ended)}\ngo on with: rlfusion jobs resume {name}{at(settings)}")
     return 0
 
 
@@ -111,7 +112,7 @@ def _resume(arguments: list[str]) -> int:
 
     settings, name, more = _read("resume", arguments, ("follow", "change"))
     cluster, made = job.resume(settings, name, more.get("change", []), bool(more.get("follow")))
-    print(f"job {made.name} at {cluster.address} goes on with the run {made.metadata['folder']}", flush=True)
+    print(f"job {made.name} at {cluster.address} goes on with its run\n{made.metadata['folder']}", flush=True)
     return follow(cluster, made, settings) if more.get("follow") else 0
 
 

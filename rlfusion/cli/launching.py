@@ -104,8 +104,7 @@ def _submitted(cluster: Any, made: Any, settings: Any) -> int:
     from rlfusion.cli.cluster_jobs import at, follow
 
     where = at(settings)
-    print(f"job {made.name} at {cluster.address}: run {made.metadata['folder']}, on the cluster")
-    print(
-        f"see it: rlfusion jobs status {made.name}{where}; stop it: rlfusion jobs stop {made.name}{where}", flush=True
-    )
+    print(f"job {made.name} at {cluster.address}\nits run, on the cluster: {made.metadata['folder']}")
+    for what, action in (("see it", "status"), ("stop it", "stop")):
+        print(f"{what}: rlfusion jobs {action} {made.name}{where}", flush=True)
     return follow(cluster, made, settings) if settings.follow else 0

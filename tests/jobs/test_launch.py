@@ -384,7 +384,11 @@ def test_a_job_that_is_not_there_is_named_with_the_nearest(ray):
 def test_a_job_is_listed_followed_stopped_and_resumed(here, ray, capsys):
     """Each word of ``rlfusion jobs``, and a launch that is followed to its end."""
     assert main(["launch", "finetune", "--name", "it", "--root", "/shared/runs", "--env", "none", "--follow"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ["a line", "job it: succeeded"]
+    *_, job, run, see, stop, line, end = capsys.readouterr().out.splitlines()
+    assert (line, end) == ("a line", "job it: succeeded")
+    assert (see, stop) == ("see it: rlfusion jobs status it", "stop it: rlfusion jobs stop it")
+    assert run.endswith(": /shared/runs/it")
+    assert max(map(len, (job, run, see, stop))) <= 80
     ray.details[0].status = "RUNNING"
     for words, code, said in (
         (["list"], 0, "it"),
@@ -393,7 +397,7 @@ def test_a_job_is_listed_followed_stopped_and_resumed(here, ray, capsys):
         (["resume", "it"], 2, "job 'it' is running"),
         (["stop", "it"], 0, "go on with: rlfusion jobs resume it"),
         (["stop", "it"], 2, "job 'it' has ended already: stopped"),
-        (["resume", "it", "--follow"], 0, "goes on with the run /shared/runs/it"),
+        (["resume", "it", "--follow"], 0, "goes on with its run\n/shared/runs/it"),
         (["status", "its"], 2, "did you mean 'it'?"),
     ):
         assert main(["jobs", *words]) == code, words
