@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rlfusion.jobs.compare.job import _overlay, check, terms
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.jobs.compare.tables import Table
 from rlfusion.jobs.curves import Point, best_within, curve, first_at
+from rlfusion.jobs.finetune.about import COMPARED
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
 from rlfusion.nets.mlp import ResidualMLP
@@ -290,7 +292,8 @@ def test_an_agent_that_cannot_serve_is_a_cell_that_says_so(tiny_root, tmp_path):
     assert not (tmp_path / "runs" / "no").exists()
 
 
-AXES = {"gain by queries", "gain by CPU seconds", "diversity by queries"}
+FINE = "hundredths of a CPU second"
+AXES = {"gain by queries", f"gain by {FINE}", "diversity by queries"}
 
 
 def test_a_pretrained_pipeline_with_adapters(tiny_pipelines, tmp_path, monkeypatch, capsys):
@@ -345,10 +348,21 @@ def mean(samples, cond):
     return samples.flatten(1).mean(1)
 
 
+@pytest.mark.parametrize(("fine", "unit", "axis"), [(False, "CPU seconds", [2, 4]), (True, FINE, [152, 449])])
+def test_seconds_are_whole_and_of_short_runs_hundredths(tmp_path, fine, unit, axis):
+    points = [Point(n, n, 9.0, seconds, 0.1 * n, 0.5, 0.9, 3.0, 0.8, {}) for n, seconds in ((0, 1.519), (1, 4.49))]
+    _overlay(tmp_path, Outcome("ddpo", "ink", 0, points, ""), fine)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars(f"compare_ink/gain by {unit}")] == axis
+    assert not any(" by CPU" in tag for tag in events.Tags()["scalars"]) or not fine
+    (shown,) = COMPARED["runs beside one another"]["gain by CPU seconds of training, or hundredths"]
+    assert [tag for tag in events.Tags()["scalars"] if re.fullmatch(shown, tag)] == [f"compare_ink/gain by {unit}"]
+
+
 def test_the_curves_of_a_run_that_went_on_are_drawn_again(tmp_path):
     def drawn(*queries: int) -> list[int]:
         points = [Point(n, n, 1.0, 1.0, 0.1 * n, 0.5, 0.9, 3.0, 0.8, {}) for n in queries]
-        _overlay(tmp_path, Outcome("ddpo", "ink", 0, points, ""))
+        _overlay(tmp_path, Outcome("ddpo", "ink", 0, points, ""), fine=False)
         files = sorted(tmp_path.glob("events*"))
         return [e.step for e in EventAccumulator(str(files[-1])).Reload().Scalars("compare_ink/gain by queries")]
 

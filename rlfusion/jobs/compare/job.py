@@ -35,6 +35,9 @@ from rlfusion.training import checkpoint, identity
 from rlfusion.training.devices import pick_device, set_numerics
 from rlfusion.training.tracking import flatten, overlay
 
+SHORT_S = 100.0
+"""CPU seconds up to which whole ones are too coarse for a curve."""
+
 
 def check(config: Compare) -> list[str]:
     """Refuse what cannot work; an agent that cannot serve a reward is no error but a cell of the table that says so.
@@ -113,8 +116,9 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
             beside.run(runs, beside.room(config), folder / beside.LOGS, signals, progress, config.run_restarts, begin)
     outcomes = [member.outcome() for member in runs]
     places = {(member.agent, member.reward, member.seed): member.folder for member in runs}
+    longest = max((p.cpu_seconds for outcome in outcomes for p in outcome.points), default=0.0)
     for outcome in outcomes:
-        _overlay(places[outcome.agent, outcome.reward, outcome.seed], outcome)
+        _overlay(places[outcome.agent, outcome.reward, outcome.seed], outcome, longest < SHORT_S)
     checkpoint.write_json_atomic(folder / "baselines.json", {name: one.measured for name, one in measured.items()})
     page = report(terms(config, folder), folder, outcomes, measured, places)
     beside.require_ended(runs, folder)
@@ -183,14 +187,17 @@ def _options(config: Compare, name: str) -> dict[str, dict[str, Any]]:
     return {name: config.reward_options[name]} if name in config.reward_options else {}
 
 
-def _overlay(folder: Path, outcome: Outcome) -> None:
-    """The run's curves for TensorBoard, whose horizontal axes are whole numbers."""
+def _overlay(folder: Path, outcome: Outcome, fine: bool) -> None:
+    """The run's curves for TensorBoard, whose horizontal axes are whole numbers: of seconds, or, if ``fine``, of
+    hundredths.
+    """
     if not outcome.points:
         return
     group = f"compare_{slug(outcome.reward)}"
+    unit, parts = ("hundredths of a CPU second", 100) if fine else ("CPU seconds", 1)
     axes = {
         "gain by queries": [(p.queries, p.gain) for p in outcome.points],
-        "gain by CPU seconds": [(round(p.cpu_seconds), p.gain) for p in outcome.points],
+        f"gain by {unit}": [(round(p.cpu_seconds * parts), p.gain) for p in outcome.points],
         "diversity by queries": [(p.queries, p.diversity) for p in outcome.points],
     }
     if outcome.points[0].frechet is not None:

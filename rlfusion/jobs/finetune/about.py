@@ -29,7 +29,7 @@ SPENT = {"queries": "queries", "seconds": "seconds", "cpu_seconds": "CPU seconds
 COMPARED = {
     "runs beside one another": {
         "gain by queries": ["compare_.*/gain by queries$"],
-        "gain by CPU seconds of training": ["compare_.*/gain by CPU seconds$"],
+        "gain by CPU seconds of training, or hundredths": ["compare_.*/gain by .*CPU seconds?$"],
         "gain by hundredths of the Frechet distance": ["compare_.*/gain by Frechet distance x 100$"],
         "diversity by queries": ["compare_.*/diversity by queries$"],
     },
@@ -118,9 +118,9 @@ def at_the_goal(folder: Path) -> dict[str, float | None]:
     """
     goal = _goal(folder)
     point = reached(curve(folder), goal)
-    figures = {f"{name} at the goal": getattr(point, name, None) for name in ("frechet", "diversity")}
-    figures |= {f"{word} to the goal": getattr(point, name, None) for name, word in SPENT.items()}
-    return {"goal": goal, **figures}
+    spent = {f"{word} to the goal": getattr(point, name, None) for name, word in SPENT.items()}
+    quality = {f"{name} at the goal": getattr(point, name, None) for name in ("frechet", "diversity")}
+    return {**spent, **quality, "goal": goal}
 
 
 def _goal(folder: Path) -> float:

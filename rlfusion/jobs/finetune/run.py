@@ -343,10 +343,11 @@ def _finish(job: Job, total: int, progress: Progress) -> dict[str, Any]:
     result = {"before": job.before, "after": after, "queries": job.learner.queries, "updates": total}
     if job.monitor.best.step > 0:
         result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
-    final: dict[str, float | None] = {f"final/{name}": after[name] for name in headlines(after)}
-    final |= {"final/gain": gain(after["reward"], job.before["reward"], job.before["reward_std"])}
+    won = gain(after["reward"], job.before["reward"], job.before["reward_std"])
+    final: dict[str, float | None] = {"final/gain": won, **_at_the_goal(folder, progress)}  # in the order of the page
+    final |= {f"final/{name}": after[name] for name in headlines(after)}
     final |= {f"final/{name}": value for name, value in last_of(folder).items() if name in SPENT}
-    final |= {"final/queries": float(job.learner.queries)} | _at_the_goal(folder, progress)
+    final |= {"final/queries": float(job.learner.queries)}
     job.tracker.hparams(about.columns(job.config), final)
     job.run.seal(RESULT, result)
     return result
