@@ -267,12 +267,9 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         Scalar("final/NAME", "the last evaluation, the gain, the queries and the seconds of training, for HPARAMS"),
         Scalar("final/goal", "gain of the goal: `target` of the comparison, of any other run 2"),
         Scalar(
-            "final/queries to the goal", "queries at the first evaluation with that gain, before any alarm; else none"
+            "final/NAME to the goal", "queries, seconds or CPU seconds of training until that gain, before any alarm"
         ),
-        Scalar("final/seconds to the goal", "seconds of training at that evaluation"),
-        Scalar("final/CPU seconds to the goal", "CPU seconds of training at that evaluation"),
-        Scalar("final/frechet at the goal", "`evaluation/frechet` there, of as many samples as at the end"),
-        Scalar("final/diversity at the goal", "diversity there, over that of the data, without data over the base's"),
+        Scalar("final/NAME at the goal", "Frechet distance (of as many samples as at the end), or diversity, there"),
     ),
     "The monitor: what the reward does not see": (
         Scalar(
@@ -301,15 +298,10 @@ GROUPS: dict[str, tuple[Scalar, ...]] = {
         Scalar("monitor/kl", "KL of the walks to the base model, in nats a walk", "below `monitor.kl`, where set"),
     ),
     "Runs beside one another (TensorBoard alone, of a comparison; NAME is its reward)": (
-        Scalar("compare_NAME/gain by queries", "the gain of each evaluation; the axis is rewards asked for"),
-        Scalar("compare_NAME/gain by CPU seconds", "the same; the axis is whole CPU seconds of training"),
+        Scalar("compare_NAME/NAME by queries", "gain, diversity, Frechet distance, agreement of each evaluation"),
+        Scalar("compare_NAME/gain by CPU seconds", "the axis is whole CPU seconds of training"),
         Scalar("compare_NAME/gain by hundredths of a CPU second", "in its place where no run has taken 100 of them"),
-        Scalar(
-            "compare_NAME/gain by Frechet distance x 100", "the same; the axis is hundredths of `evaluation/frechet`"
-        ),
-        Scalar("compare_NAME/diversity by queries", "diversity, over that of the data, without data over the base's"),
-        Scalar("compare_NAME/Frechet distance by queries", "`evaluation/frechet`"),
-        Scalar("compare_NAME/agreement by queries", "`evaluation/agreement`"),
+        Scalar("compare_NAME/gain by Frechet distance x 100", "the axis is hundredths of `evaluation/frechet`"),
     ),
     "Time (TensorBoard and `timing.jsonl`, of this machine)": (
         Scalar("timing/queries", "rewards asked for so far"),
