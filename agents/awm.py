@@ -26,7 +26,7 @@ of y at x_t has no minimum, and only the clip and new samples hold it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,7 +46,7 @@ from rlfusion.objectives.renoise import draws, noised
 from rlfusion.objectives.times import LAWS, of_chain
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.rl.advantage import Baseline, Scale, relative
-from rlfusion.rl.agent import Defaults, Plan
+from rlfusion.rl.agent import Defaults, Plan, Traits
 from rlfusion.rl.kept import put_back, state_of
 from rlfusion.rl.transitions import ratio_summary, require_finite
 from rlfusion.rollout import RolloutSpec, Task, samples
@@ -141,6 +141,10 @@ class Config(Defaults):
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """The learner of ``task.policy``."""
         return Learner(task.policy, task.times, self, seed)
+
+    def traits(self) -> Traits:
+        """Its likelihood is a denoiser's loss."""
+        return replace(super().traits(), denoises=True)
 
     def plan(self) -> str:
         """One line that says what the learner does with each rollout."""

@@ -113,7 +113,7 @@ class Config(Defaults):
 
     def traits(self) -> Traits:
         """The reference; stored pairs ask for no reward."""
-        return replace(super().traits(), rewards="none" if self.data else "learned", copies=1)
+        return replace(super().traits(), rewards="none" if self.data else "learned", copies=1, denoises=True)
 
     @property
     def drawn(self) -> int:

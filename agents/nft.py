@@ -105,7 +105,7 @@ class Config(Defaults):
 
     def traits(self) -> Traits:
         """theta_old, and a copy of the base model for ``kl``."""
-        return replace(super().traits(), copies=1 + (self.kl > 0))
+        return replace(super().traits(), copies=1 + (self.kl > 0), denoises=True)
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """The learner of ``task.policy``."""

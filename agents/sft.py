@@ -98,7 +98,7 @@ class Config(Defaults):
 
     def traits(self) -> Traits:
         """No reward; perhaps a copy of the base model."""
-        return replace(super().traits(), rewards="none", copies=int(self.kl > 0))
+        return replace(super().traits(), rewards="none", copies=int(self.kl > 0), denoises=True)
 
     @cached_property
     def loss(self) -> Denoising:

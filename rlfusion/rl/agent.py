@@ -126,6 +126,7 @@ class Traits:
         teacher: another model as large teaches.
         noiseless: it learns from a chain without noise, also where it is given every step.
         pathwise: it takes a reward's own gradient beside the rollout's rewards.
+        denoises: its loss is a denoiser's, whose best answer is the mean of what x_t may have come from.
         optimizer: of the policy, as text.
         rows: samples or transitions in one call of an update; None for as many as ``rollout.item``.
         clip: of its ratio.
@@ -138,6 +139,7 @@ class Traits:
     teacher: bool = False
     noiseless: bool = False
     pathwise: bool = False
+    denoises: bool = False
     optimizer: str = "adamw"
     rows: int | None = None
     clip: Clip = Clip()

@@ -99,7 +99,8 @@ class Settings(Defaults):
 
     def traits(self) -> Traits:
         """A copy of the base model for ``kl``; noised samples need no noise of the chain."""
-        return replace(super().traits(), copies=int(self.kl > 0), noiseless=self.on == "noised")
+        noised = self.on == "noised"
+        return replace(super().traits(), copies=int(self.kl > 0), noiseless=noised, denoises=noised)
 
     def weights(self, advantage: Tensor) -> Tensor:
         """w of normalised advantages of any shape; ``advantage``, Eq. (5)."""

@@ -126,3 +126,9 @@ def test_unusual_names_are_as_if_they_were_not_there(tmp_path):
         "    def learner(self, task, data, seed): ...\n"
     )
     assert AGENTS.find(f"{file}:Bare").object().traits() == Traits()
+
+
+def test_which_losses_are_a_denoisers():
+    told = {name: AGENTS[name](**({"data": "images"} if name == "sft" else {})).traits().denoises for name in ASKED}
+    assert {name for name, denoises in told.items() if denoises} == {"awm", "nft", "dpo", "sft"}
+    assert AGENTS["drwr"](on="noised").traits().denoises

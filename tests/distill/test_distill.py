@@ -278,6 +278,12 @@ def test_the_chain_of_the_base_is_that_of_its_fine_tuning(student, tiny_root):
     assert result.code == 0, result.err
     assert Chain(**models.load_card(tiny_root / "tuned").chain) == Chain(steps=2, kernel="Renoise()")
     assert models.load_card(tiny_root / "tuned").boundary == "LCM()"
+    assert "samples of few steps may blur" not in result.err, "ddpo trains it as what it is"
+    words = ("--agent", "nft", "--updates", 1, "--name", "blurred")
+    shorter = [a for i, a in enumerate(own) if {"--updates", "--agent"}.isdisjoint((a, own[i - 1]))]
+    blurred = rlfusion(tiny_root.parent, "finetune", "--root", tiny_root, "--base", student, *words, *shorter)
+    assert blurred.code == 0, blurred.err
+    assert "and nft trains it as a denoiser, towards means: samples of few steps may blur" in blurred.err
     one = rlfusion(tiny_root.parent, "finetune", "--base", student, *own, "--chain.steps", 1)
     assert one.code == 2
     assert "last_noise" in one.err

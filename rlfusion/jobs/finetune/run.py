@@ -23,6 +23,7 @@ from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
 from rlfusion.config import Finetune
+from rlfusion.diffusion.consistency import LCM
 from rlfusion.evaluation.gains import gain
 from rlfusion.jobs.collector import Collector
 from rlfusion.jobs.finetune import about, anew
@@ -217,7 +218,20 @@ def _begin(job: Job, collector: Collector, found: Found | None, progress: Progre
 def _tried(job: Job, collector: Collector) -> list[str]:
     """What is to be told of a first few walks of the learner's present weights."""
     weights = collector.acting(job.learner.policy, job.learner.iteration)
-    return try_out(job.parts.task, job.learner, collector, weights)
+    told = try_out(job.parts.task, job.learner, collector, weights)
+    return [*([line] if (line := blurring(job)) else []), *told]
+
+
+def blurring(job: Job) -> str:
+    """The line that a learner which trains a denoiser may blur a model that answers with ends of walks; else ""."""
+    ends = job.card.answers == "end" or any(isinstance(module, LCM) for module in job.policy.modules())
+    if not ends or not job.config.agent.traits().denoises:
+        return ""
+    return (
+        f"warning: the model answers with ends of walks, as consistency models do, and {label(job.config.agent.name)} "
+        "trains it as a denoiser, towards means: samples of few steps may blur (docs/distillation.md). draft does not, "
+        "nor do ddpo and grpo from two steps on"
+    )
 
 
 def _fitting(job: Job, path: Path) -> dict[str, Any]:
