@@ -59,8 +59,8 @@ class Replayed:
         """
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for device in dict.fromkeys(tensor.device for tensor in tensors[:1]):
-            require_graphs(device)
+        if tensors:
+            require_graphs(tensors[0].device)
         if torch.is_grad_enabled() or not tensors:
             return self.net._call_impl(*args, **kwargs)
         with self._alone, _on(tensors):

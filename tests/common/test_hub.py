@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlfusion.common import hub, notices
+from rlfusion.common import hub
 from rlfusion.common.errors import ConfigError
 from rlfusion.data import load
 from rlfusion.models import pipelines
@@ -18,6 +18,7 @@ from rlfusion.rewards import build
 from rlfusion.rewards.clip.checkpoints import local_file
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+from hubs import begin_anew  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
 CONTENT = b"weights"
@@ -27,12 +28,7 @@ AT_ONCE_S = 6.0
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """No hub was tried, the cache is empty, and nothing says that we are offline."""
-    monkeypatch.setattr(hub, "_tried", {})
-    monkeypatch.setattr(notices, "_said", set())
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    begin_anew(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

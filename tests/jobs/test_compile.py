@@ -195,6 +195,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(settings, word):
     [
         ({"learner": Learners(ranks=2, shares=2)}, "with learner.gpus_per_rank = 0"),
         ({"learner": Learners(ranks=2, shares=2, gpus_per_rank=1.0), "device": "cpu"}, "the device is 'cpu'"),
+        ({"learner": Learners(ranks=2, shares=2, gpus_per_rank=1.0), "device": "cpu:0"}, "the device is 'cpu'"),
         ({"rollout": Rollout(workers=2)}, "with ray.gpus_per_worker = 0"),
     ],
 )

@@ -11,9 +11,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import safetensors.torch
 import torch
+from hubs import begin_anew
 from huggingface_hub import constants
 
-from rlfusion.common import hub, notices
+from rlfusion.common import hub
 from rlfusion.common.errors import ConfigError
 from rlfusion.models.pipelines import adapters
 from rlfusion.models.pipelines.hub_adapters import is_named
@@ -77,12 +78,7 @@ class Hub(BaseHTTPRequestHandler):
 def there(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
     """The hub, which ``shutdown`` takes away, and an empty cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "_tried", {})
-    monkeypatch.setattr(notices, "_said", set())
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    begin_anew(monkeypatch, tmp_path / "cache")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)

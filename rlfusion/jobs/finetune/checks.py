@@ -62,7 +62,7 @@ def _require_gpus(config: Finetune) -> None:
             f"compile = graphs with {name} = 0: only a GPU has CUDA graphs, expected a GPU or a share of one for each, "
             "or compile true or false"
         )
-    if learner.ranks and config.device == "cpu":
+    if learner.ranks and config.device.startswith("cpu"):
         require_graphs(torch.device("cpu"))
 
 
