@@ -142,14 +142,15 @@ class Opened:
 
 
 def read_for(data: str, card: models.Card) -> StoredImages:
-    """The images that a learner's ``data`` names, for a model of this card.
+    """The images that a learner's ``data`` names, for a model of this card; grey ones, for a model of one channel, have
+    one, though pictures are read in three.
 
     Raises:
         ConfigError: no such data, or of a shape, a class or a prompt that the model does not have.
     """
     if not data:
         raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
-    found = read(data, card.shape[-1])
+    found = _of_channels(read(data, card.shape[-1]), card.shape[0])
     if found.data.shape != card.shape:
         raise ConfigError(
             f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(card.shape)}: "
@@ -157,6 +158,13 @@ def read_for(data: str, card: models.Card) -> StoredImages:
         )
     prompts_of(data, found.data, card)
     return found
+
+
+def _of_channels(found: StoredImages, channels: int) -> StoredImages:
+    x = found.data.x
+    if channels != 1 or x.shape[1] != 3 or not bool((x == x[:, :1]).all()):
+        return found
+    return replace(found, data=replace(found.data, x=x[:, :1].contiguous()))
 
 
 def outline_of(data: str, card: models.Card) -> Stored:

@@ -124,10 +124,10 @@ def test_a_run_is_taught_by_another_and_ends_in_the_same_bits_where_it_was_stopp
     assert record["inputs"]["agent.teacher"] == models.digest(tiny_root / "first")
 
 
-def stored_pairs(folder: Path) -> str:
-    """A table of two pairs of 8x16 images, of the prompts b and a."""
-    for level in (0, 255):
-        Image.fromarray(np.full((8, 16, 3), level, dtype=np.uint8)).save(folder / f"{level}.png")
+def stored_pairs(folder: Path, red: int = 0) -> str:
+    """A table of two pairs of 8x16 images, black (or ``red``) and white, of the prompts b and a."""
+    for level, color in (0, (red, 0, 0)), (255, (255, 255, 255)):
+        Image.fromarray(np.full((8, 16, 3), color, dtype=np.uint8)).save(folder / f"{level}.png")
     rows = ("caption,jpg_0,jpg_1,label_0,label_1", "b,0.png,255.png,1,0", "a,0.png,255.png,0,1")
     (folder / "pairs.csv").write_text("\n".join(rows))
     return str(folder / "pairs.csv")
@@ -151,6 +151,12 @@ def test_stored_pairs_are_brought_to_the_model_and_to_its_prompts(tmp_path):
     assert made.inputs != digest, "another preference is other data"
 
 
+def test_grey_pictures_are_of_one_channel_for_a_model_of_one(tmp_path):
+    found = opened(models.build(CARD), CARD).stored(stored_pairs(tmp_path))
+    assert found.x.shape == (4, 1, 8, 8)
+    assert found.x[:, 0, 0, 0].tolist() == [-1, 1, -1, 1]
+
+
 @pytest.mark.parametrize(
     ("card", "said"),
     [
@@ -160,7 +166,7 @@ def test_stored_pairs_are_brought_to_the_model_and_to_its_prompts(tmp_path):
     ],
 )
 def test_stored_images_of_something_else_are_refused(card, said, tmp_path):
-    data = stored_pairs(tmp_path)
+    data = stored_pairs(tmp_path, red=9)
     with pytest.raises(ConfigError, match=said):
         opened(models.build(card), card).stored(data)
 
