@@ -40,7 +40,7 @@ HOMES = {
     **{library: {"rlfusion.jobs.launch.cluster"} for library in ("requests", "aiohttp")},
     "packaging": {"rlfusion.jobs.launch.environment"},
     "torch.utils.tensorboard": {"rlfusion.training.tracking"},
-    "tensorboard": {"rlfusion.training.tracking", "rlfusion.jobs.board"},
+    "tensorboard": {"rlfusion.training.tracking", "rlfusion.jobs.board", "rlfusion.jobs.board_columns"},
     "gymnasium": {"rlfusion.envs", "rlfusion.envs.denoising", "rlfusion.envs.interface", "rlfusion.envs.single"}
     | {"rlfusion.rollout.task"},
     "sklearn": {"rlfusion.data.dataset"},

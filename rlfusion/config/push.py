@@ -18,7 +18,8 @@ class Push:
         to: the repository, OWNER/NAME; it is made where it is not there.
         which: "model", the last one, or "best", the monitor's best so far.
         dry_run: write the folder, and upload nothing.
-        out: the folder to write, which must not be there or be empty; empty is RUN/hub.
+        out: the folder to write, empty is RUN/hub. What an earlier push of the run wrote there is written anew; what
+            else is there is refused.
         private: make a new repository a private one.
         license: of the model, in the hub's words (apache-2.0, openrail, ...); empty is that of the base where that says
             it, else unknown.

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.stops import Signals, StopRequested
 from rlfusion.config.board import Board
+from rlfusion.jobs.board_columns import plugins
 
 EVENTS = "events.out.tfevents.*"
 KEPT = "images=100,text=100"
@@ -51,7 +52,7 @@ def _launched(settings: Board, logdirs: list[Path]) -> str:
 
     one = len(logdirs) == 1
     spec = str(logdirs[0]) if one else ",".join(f"{folder.name}:{folder}" for folder in logdirs)
-    server = program.TensorBoard()
+    server = program.TensorBoard(plugins())
     words = [f"--{'logdir' if one else 'logdir_spec'}", spec, "--host", settings.host, "--samples_per_plugin", KEPT]
     words += ["--load_fast", "false"]  # the other loader says on stderr that it is one
     server.configure(argv=["tensorboard", *words, *(["--port", str(settings.port)] if settings.port else [])])

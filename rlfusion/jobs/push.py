@@ -20,11 +20,14 @@ from rlfusion.jobs.curves import Point, curve
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.stored_runs import Stored
 from rlfusion.models.seal import require_seal, sealed
+from rlfusion.training.checkpoint import write_json_atomic
 
 UNKNOWN = "unknown"
 PATHLIKE = re.compile(r"(?<![\w:/.])[~.]{0,2}/(?:[^\s/:'\",()]+/)*([^\s/:'\",()]+)")
 """A path in a setting: its last name alone is told to others."""
 PICTURES = ("before", "after")
+WRITTEN = "pushed.json"
+"""What pushes have written, in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def push(settings: Push, say: Callable[[str], None]) -> Path:
     """Write the folder and, unless it is a dry run, upload it; the folder.
 
     Raises:
-        ConfigError: no such model, a damaged one, or a folder that is not empty.
+        ConfigError: no such model, a damaged one, or a folder that is not empty and not of an earlier push.
         UnavailableError: the hub refuses, or is not there.
     """
     run = stored_runs.one(settings.run)
@@ -69,13 +72,43 @@ def push(settings: Push, say: Callable[[str], None]) -> Path:
     require_seal(about, model / "model.json")
     told = _told(settings, run, model, about, api)
     folder = Path(settings.out) if settings.out else run.folder / "hub"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"out = {str(folder)!r} is there already: remove it, or say another --out")
+    _make_room(run.folder, folder)
     _write(folder, model, about, told, settings.to)
+    write_json_atomic(run.folder / WRITTEN, _written(run.folder) | {str(folder.resolve()): _files(folder)})
     say(f"{folder}: README.md, {', '.join(sorted(f.name for f in folder.iterdir() if f.name != 'README.md'))}")
     if api is not None:
         say(f"uploaded: {_upload(api, settings, folder)}")
     return folder
+
+
+def _make_room(run: Path, folder: Path) -> None:
+    """Remove what an earlier push of the run wrote, a dry one or one that the hub refused, where nothing changed it.
+
+    Raises:
+        ConfigError: the folder is of something else, or was changed.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    made = _written(run).get(str(folder.resolve()))
+    if folder.is_symlink() or not folder.is_dir() or made != _files(folder):
+        changed = "is not as push wrote it" if made else "was not written by a push of this run"
+        raise ConfigError(f"out = {str(folder)!r} is there already, and {changed}: remove it, or say another --out")
+    with storage.stored(folder):
+        shutil.rmtree(folder)
+
+
+def _written(run: Path) -> dict[str, Any]:
+    """The folders that pushes of a run have written, with the size and the time of each file."""
+    try:
+        held = json.loads((run / WRITTEN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    files = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    return {str(file.relative_to(folder)): [file.lstat().st_size, file.lstat().st_mtime_ns] for file in files}
 
 
 def _told(settings: Push, run: Stored, model: Path, about: Mapping[str, Any], api: Any) -> Told:

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from rlfusion.common.jsonl import read_lines
 from rlfusion.training.trackers.beside import Beside
 
 BINS = 30
+Cells = dict[str, bool | str | float | int]
+"""Plain values by name."""
 
 
 class Events:
@@ -158,12 +160,23 @@ class Tracker:
         self._events.add(step, summary=summary.text(name, text))
         self._beside.text(name, text)
 
-    def hparams(self, settings: dict[str, bool | str | float | int], metrics: Mapping[str, float | None]) -> None:
-        """The run's settings beside its final metrics, for TensorBoard's HPARAMS page; None has a column alone."""
+    def row(self, settings: Cells, columns: Cells, metrics: Iterable[str]) -> None:
+        """The run's row of TensorBoard's HPARAMS, without its metrics: ``columns`` are those of the page by name, each
+        with a value of its kind, ``metrics`` the names of those to come (``results``).
+        """
         from torch.utils.tensorboard.summary import hparams
 
-        for summary in hparams(settings, metrics):
+        page, _, _ = hparams(columns, dict.fromkeys(metrics))
+        _, start, _ = hparams(settings, {})
+        for summary in (page, start):
             self._events.add(None, summary=summary)
+
+    def results(self, metrics: Mapping[str, float | None]) -> None:
+        """The metrics of the run's row of HPARAMS, which is done; None for what has no value."""
+        from torch.utils.tensorboard.summary import hparams
+
+        _, _, end = hparams({}, {})
+        self._events.add(None, summary=end)
         known = {name: value for name, value in metrics.items() if value is not None}
         self._events.scalars(None, known)
         self._beside.summary(known)
@@ -205,9 +218,9 @@ def save_png(path: Path, picture: Tensor) -> None:
     storage.write(path, png.getvalue())
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, bool | str | float | int]:
+def flatten(config: dict, prefix: str = "") -> Cells:
     """Nested settings as dotted names with plain values, as TensorBoard's hparams want them."""
-    flat: dict[str, bool | str | float | int] = {}
+    flat: Cells = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from processes import rlfusion
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import TINY
 
 from rlfusion.agents import ddpo, grpo
@@ -28,7 +30,7 @@ from rlfusion.jobs.compare.job import _overlay, check, terms
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
 from rlfusion.jobs.compare.tables import Table
 from rlfusion.jobs.curves import Point, best_within, curve, first_at
-from rlfusion.jobs.finetune.about import COMPARED
+from rlfusion.jobs.finetune.about import COLUMNS, COMPARED
 from rlfusion.jobs.measure import Judged, Scored, Unjudged
 from rlfusion.models import pipelines
 from rlfusion.nets.mlp import ResidualMLP
@@ -258,6 +260,11 @@ def test_the_whole_command(tiny_root, tmp_path):
     shown = [(e.step, round(e.value, 4)) for e in events.Scalars("compare_ink/gain by queries")]
     points = next(o for o in outcomes if "grpo" in o["agent"] and (o["reward"], o["seed"]) == ("ink", 1))["points"]
     assert shown == [(p["queries"], round(p["gain"], 4)) for p in points]
+    told = HParamsPluginData.FromString(events.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content).experiment
+    columns, metrics = ({info.name for info in told.hparam_infos}, [info.name.tag for info in told.metric_infos])
+    assert {*COLUMNS, "with agent.window", "with agent.advantage"} <= columns, "those of the other runs, too"
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("final/")} <= set(metrics)
+    assert metrics[0] == "final/gain"
 
     before = {file: file.read_bytes() for file in folder.glob("*/metrics.jsonl")}
     again = rlfusion(tmp_path, "compare", "--resume", "runs/it")

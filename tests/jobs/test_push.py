@@ -73,8 +73,6 @@ def test_a_run_of_ours(tiny_root, tmp_path, hub, capsys):
     assert str(tiny_root) not in text
     _, card = models.load(tmp_path / "out")  # what was pushed is the model, whole
     assert card.names == models.load_card(run / "model").names
-    assert main(words) == 2
-    assert "is there already" in capsys.readouterr().err
     words[-1] = str(tmp_path / "again")
     assert main([*words, "--private", "true", "--license", "mit"]) == 0
     assert hub.calls[0] == ("create", "me/digits", True, True)
@@ -116,6 +114,42 @@ def test_adapters_of_a_pipeline_of_the_hub(tmp_path, hub, base, license, base_mo
     assert told["pipeline"] == {"name": base, "cache": ""}
     assert str(tmp_path) not in json.dumps(told)
     assert json.loads((run / "model" / "model.json").read_text())["pipeline"]["cache"]  # the run's own stays
+
+
+def test_what_a_push_wrote_is_written_anew_and_anything_else_is_refused(tmp_path, hub, capsys):
+    run = of_pipeline(tmp_path, "them/sd")
+    words, folder = ["push", str(run), "--to", "me/it"], run / "hub"
+    assert main([*words, "--dry_run", "true"]) == 0
+    (run / "model" / "more.bin").write_bytes(b"of a later checkpoint")
+    assert main([*words, "--license", "mit"]) == 0  # after the dry run, with other words
+    assert parts(folder)[0]["license"] == "mit"
+    assert "more.bin" in hub.calls[1][2]
+    (run / "model" / "more.bin").unlink()
+    assert main(words) == 0
+    assert not (folder / "more.bin").exists(), "nothing of the last time stays"
+    capsys.readouterr()
+    card = (folder / "README.md").read_text()
+    for change in (
+        lambda: (folder / "README.md").write_text(f"{card}By hand.\n"),
+        lambda: (folder / "notes.txt").write_text("mine"),
+        lambda: (folder / "model.json").unlink(),
+    ):
+        change()
+        held = sorted(file.name for file in folder.iterdir())
+        assert main(words) == 2
+        assert "and is not as push wrote it: remove it, or say another --out" in capsys.readouterr().err
+        assert sorted(file.name for file in folder.iterdir()) == held
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert main([*words, "--out", str(other)]) == 2
+    assert "was not written by a push of this run" in capsys.readouterr().err
+    assert (other / "thesis.txt").read_text() == "mine"
+    link = tmp_path / "link"
+    assert main([*words, "--out", str(tmp_path / "there")]) == 0
+    link.symlink_to(tmp_path / "there")
+    assert main([*words, "--out", str(link)]) == 2
+    assert (tmp_path / "there" / "README.md").exists()
 
 
 def test_a_base_in_a_folder_says_its_licence_itself(tmp_path, hub):

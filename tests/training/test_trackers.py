@@ -61,7 +61,7 @@ def write(tracker: Tracker) -> None:
     tracker.timing(1, {"seconds": 2.0})
     tracker.scalars(2, "train", {"reward": 0.7, "queries": 48})
     tracker.scalars(2, "evaluation", {"reward": 0.8, "gain": 1.0})
-    tracker.hparams({"agent": "ddpo"}, {"final/reward": 0.8})
+    tracker.results({"final/reward": 0.8})
 
 
 def calls(package: str) -> list:

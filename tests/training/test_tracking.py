@@ -89,13 +89,16 @@ def test_tensorboard_reads_the_picture_that_was_given(tmp_path):
 def test_tensorboard_reads_settings_and_their_final_metrics(tmp_path):
     tracker = Tracker(tmp_path)
     settings = {"agent.lr": 1e-3, "reward": "ink", "guided": True}
-    tracker.hparams(settings, {"final/reward": 0.5, "final/queries to the goal": None})
+    tracker.row(settings, settings | {"with window": 3}, ["final/reward", "final/queries to the goal"])
+    tracker.results({"final/reward": 0.5, "final/queries to the goal": None})
     events = read(tmp_path)
     columns = HParamsPluginData.FromString(events.SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content)
     assert [info.name.tag for info in columns.experiment.metric_infos] == ["final/reward", "final/queries to the goal"]
+    assert {info.name for info in columns.experiment.hparam_infos} == {*settings, "with window"}
     assert events.Tags()["scalars"] == ["final/reward"]  # what was never reached has a column, and no value
     content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
     held = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert held.keys() == settings.keys()
     assert held["agent.lr"].number_value == pytest.approx(1e-3)
     assert held["reward"].string_value == "ink"
     assert held["guided"].number_value == 1  # torch writes a bool as a number

@@ -27,6 +27,7 @@ from rlfusion.jobs.compare import beside, placed
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.members import members, place_of, slug, with_settings
 from rlfusion.jobs.compare.report import Outcome, Terms, Untrained, report
+from rlfusion.jobs.finetune import about
 from rlfusion.jobs.measure import Scored
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.pretrain import base_model
@@ -104,6 +105,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
     runs = list(members(config, base, folder))
+    checkpoint.write_json_atomic(folder / about.FILE, about.shared(about.columns(member.settings) for member in runs))
     if config.side_by_side == 1 and not config.ray.address:
         for member in runs:
             progress.say(str(member))

@@ -1,16 +1,19 @@
 """What a run tells TensorBoard of itself: what it is, the layout of its scalars, and its row of HPARAMS."""
 
+import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rlfusion.common.code_files import label
+from rlfusion.common.errors import ConfigError
 from rlfusion.config import Compare, Finetune, with_agent
 from rlfusion.jobs.curves import curve, reached
 from rlfusion.training.identity import Record
-from rlfusion.training.tracking import flatten
+from rlfusion.training.tracking import Cells, flatten
 
 PACKAGES = ("rlfusion", "torch", "numpy", "ray", "diffusers", "transformers")
 PROMPTS = 100
@@ -20,11 +23,17 @@ LEAVES_OUT = ("name", "root", "agent.name")
 
 START = "start (model)"
 """The column of the model: HPARAMS shows the first five by name, among which the seed is to be."""
+COLUMNS: Cells = {"agent": "", "reward": "", "seed": 0, START: "", "steps": 0, "lr": 0.0, "kl": 0.0}
+"""The columns that every run has, each with a value of its kind."""
+FILE = "columns.json"
+"""Those of all runs of a comparison, in its folder."""
 BESIDE = ("reward", "seed", "base", "chain.steps", "agent.lr", "agent.kl_loss", "agent.kl", "lora")
 """Settings that are columns of HPARAMS under a shorter name. The page sorts its columns, and shows the first few."""
 
 SPENT = {"queries": "queries", "seconds": "seconds", "cpu_seconds": "CPU seconds"}
 """What reaching the goal has cost, as ``Point`` and HPARAMS call it."""
+QUALITY = ("frechet", "diversity")
+"""How good the samples were there."""
 
 COMPARED = {
     "runs beside one another": {
@@ -94,7 +103,7 @@ def reward_of(config: Finetune) -> str:
     return " + ".join(f"{weight:g} {label(name)}" for name, weight in config.reward.items())
 
 
-def columns(config: Finetune) -> dict[str, bool | str | float | int]:
+def columns(config: Finetune) -> Cells:
     """A run's row of HPARAMS: what one compares runs by, the same columns for all; then what is unusual of this one."""
     agent = asdict(config.agent)
     row: dict[str, Any] = {
@@ -109,6 +118,38 @@ def columns(config: Finetune) -> dict[str, bool | str | float | int]:
     return row | {f"with {name}": value for name, value in other_than_usual(config).items() if name not in BESIDE}
 
 
+def shared(rows: Iterable[Cells]) -> Cells:
+    """The columns of several rows, each with a value of its kind: a text, where one of them has one."""
+    found = dict(COLUMNS)
+    for row in rows:
+        found |= {name: value for name, value in row.items() if not isinstance(found.get(name), str)}
+    return found
+
+
+def beside(folder: Path) -> Cells:
+    """The columns of the comparison of which the run in ``folder`` is one; none where it is of no comparison.
+
+    Raises:
+        ConfigError: their file is damaged.
+    """
+    file = folder.parent / FILE
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}); a comparison that goes on writes it again") from error
+    if not isinstance(held, dict) or not all(isinstance(value, str | int | float) for value in held.values()):
+        raise ConfigError(f"{file} holds no columns; a comparison that goes on writes it again")
+    return held
+
+
+def results(figures: Iterable[str]) -> list[str]:
+    """The names of a run's metrics in the order of HPARAMS; ``figures`` are those of an evaluation."""
+    goal = [*(f"{word} to the goal" for word in SPENT.values()), *(f"{name} at the goal" for name in QUALITY), "goal"]
+    return [f"final/{name}" for name in ("gain", *goal, *figures, "seconds", "cpu_seconds", "queries")]
+
+
 def at_the_goal(folder: Path) -> dict[str, float | None]:
     """What a run has spent when it first had the gain of its goal, and how good its samples then were, as the table of
     a comparison tells it; None where it never had. The goal is that of its comparison, else the default of one.
@@ -119,7 +160,7 @@ def at_the_goal(folder: Path) -> dict[str, float | None]:
     goal = _goal(folder)
     point = reached(curve(folder), goal)
     spent = {f"{word} to the goal": getattr(point, name, None) for name, word in SPENT.items()}
-    quality = {f"{name} at the goal": getattr(point, name, None) for name in ("frechet", "diversity")}
+    quality = {f"{name} at the goal": getattr(point, name, None) for name in QUALITY}
     return {**spent, **quality, "goal": goal}
 
 

@@ -106,6 +106,7 @@ def _followed(
             collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device, folder)
             publishing.clear(job.policy, bool(parts.workers.count), folder)
             _begin(job, collector, found, progress)
+            _row(job, progress)
             done = _improve(job, collector, signals, progress)
             if ranks.of_first(bool(signals.requested)):
                 signals.check()
@@ -276,6 +277,17 @@ def _load(job: Job, state: dict[str, Any], found: Found) -> list[Weights]:
         return [job.repacked(version, tensors) for version, tensors in sorted(older.items())]
 
 
+def _row(job: Job, progress: Progress) -> None:
+    """Its row of HPARAMS, whose metrics come at its end."""
+    row = about.columns(job.config)
+    try:
+        known = about.beside(job.folder)
+    except ConfigError as error:
+        progress.say(f"HPARAMS has the columns of this run alone: {error}")
+        known = {}
+    job.tracker.row(row, about.shared([known, row]), about.results(headlines(job.before)))
+
+
 def _improve(job: Job, collector: Collector, signals: Signals, progress: Progress) -> int:
     """The training loop, from the updates done to all, or to where the monitor stops it. Returns the updates done."""
     config, start, total = job.config, collector.start, job.config.updates
@@ -358,10 +370,9 @@ def _finish(job: Job, total: int, progress: Progress) -> dict[str, Any]:
     if job.monitor.best.step > 0:
         result["best"] = {"updates": job.monitor.best.step, job.monitor.best.name: job.monitor.best.value}
     won = gain(after["reward"], job.before["reward"], job.before["reward_std"])
-    final: dict[str, float | None] = {"final/gain": won, **_at_the_goal(folder, progress)}  # in the order of the page
+    final: dict[str, float | None] = {"final/gain": won, **_at_the_goal(folder, progress)}
     final |= {f"final/{name}": after[name] for name in headlines(after)}
     final |= {f"final/{name}": value for name, value in last_of(folder).items() if name in SPENT}
-    final |= {"final/queries": float(job.learner.queries)}
-    job.tracker.hparams(about.columns(job.config), final)
+    job.tracker.results(final | {"final/queries": float(job.learner.queries)})
     job.run.seal(RESULT, result)
     return result
