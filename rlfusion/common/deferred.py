@@ -7,11 +7,21 @@ library keeps it, under the package's name, and its first use imports the packag
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+SPEAK = ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree")
+"""Loggers that warn as diffusers or peft imports bitsandbytes and torchao, of what is not used here."""
+
+
+def quieten() -> None:
+    """Let them warn no more."""
+    for name in SPEAK:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Deferred(ModuleType):

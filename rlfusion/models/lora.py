@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common import shards, spec, storage, streamed
+from rlfusion.common.deferred import quieten
 from rlfusion.common.errors import ConfigError, require_positive, shorten, unknown
 from rlfusion.common.hollow import standing_in
 from rlfusion.common.seeding import integer
@@ -107,6 +108,7 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
         return
     if settings.file:
         raise ConfigError(f"lora = {text!r}: only a pretrained pipeline has adapters in a file, expected LoRA(rank=8)")
+    quieten()
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

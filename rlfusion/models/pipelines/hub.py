@@ -5,7 +5,6 @@ Weights are read from safetensors alone: never a pickle, never code from a repos
 
 import inspect
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlfusion.common import hub, spec
-from rlfusion.common.deferred import deferred
+from rlfusion.common.deferred import deferred, quieten
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
@@ -97,28 +96,24 @@ class Component(dict[str, Any]):
         return held
 
 
-SPEAKS = "bitsandbytes.backends.cpu.ops"
-"""A logger that warns on its import, which is the library's, of a kernel that is not used here."""
-
-
 def diffusers() -> Any:
     """The library, quiet.
 
     Raises:
         ConfigError: it is not installed.
     """
-    logging.getLogger(SPEAKS).setLevel(logging.ERROR)
+    quieten()
     try:
         with deferred(*RARE):
             import diffusers as library
             import transformers
 
+            for log in (library.utils.logging, transformers.utils.logging):
+                log.set_verbosity_error()
+                log.disable_progress_bar()
             library.DiffusionPipeline  # noqa: B018  the parts that all pipelines have are imported by this
     except ImportError as error:
         raise ConfigError(f"a pretrained pipeline needs diffusers, transformers and peft: {EXTRA}") from error
-    for log in (library.utils.logging, transformers.utils.logging):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
     return library
 
 
