@@ -57,13 +57,15 @@ FORMS = {
 """Ranks, whether sums are exact, and whether networks are split."""
 
 
-SETTINGS = {"qsm": "critic_updates=5"}
-"""Of agents, where they are not the defaults."""
+SETTINGS = {"qsm": "critic_updates=5", "dpo of stored pairs": "data='x'"}
+"""Of agents, where they are not the defaults. What is stored the tests' own ``Beside`` has, whatever it is called."""
+STORED = "dpo of stored pairs"
 
 
 def names() -> list[str]:
     """The rows."""
-    agents = [f"agent {name}, {trained}" for name in AGENTS for trained in ("all weights", "LoRA")]
+    every = [name for agent in AGENTS for name in ([agent, STORED] if agent == "dpo" else [agent])]
+    agents = [f"agent {name}, {trained}" for name in every for trained in ("all weights", "LoRA")]
     fits = [f"pretrain {fit}" for fit in ranked_fits.FITS]
     return [*agents, *fits, *(f"method {method}" for method in ranked_fits.METHODS)]
 
@@ -130,7 +132,7 @@ def trained(name: str, split: bool, folder: Path) -> tuple[str, list[float]]:
     kind, _, what = name.partition(" ")
     if kind == "agent":
         agent, _, form = what.partition(", ")
-        text = f"{agent}({SETTINGS.get(agent, '')})"
+        text = f"{agent.partition(' ')[0]}({SETTINGS.get(agent, '')})"
         weights, _ = ranked.trained(text, split, adapters=LORA if form == "LoRA" else "")
         return ranked.digest(weights), torch.cat([w.flatten() for w in weights]).tolist()
     if kind == "pretrain":
@@ -210,11 +212,11 @@ def main() -> None:
     ranked.PATIENCE = PATIENCE_S
     ranked.CONTEXT.set_forkserver_preload(["ranked_fits", "peft", "torch.distributed.fsdp"])
     wanted = [name for name in names() if not given.only or name.startswith(tuple(given.only))]
-    about = {"torch": torch.__version__, "python": platform.python_version(), "shares": SHARES}
-    new = {one["row"]: one for one in table(wanted, given.ranks)}
+    about = {"torch": torch.__version__, "python": platform.python_version()}
+    new = {one["row"]: one | about for one in table(wanted, given.ranks)}
     before = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     rows = sorted(({one["row"]: one for one in before} | new).values(), key=lambda one: names().index(one["row"]))
-    given.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    given.out.write_text(json.dumps({"shares": SHARES, "rows": rows}, indent=1) + "\n")
     told(rows)
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 OPENED = "from rlfusion.models.pipelines import hub; hub.diffusers(); import bitsandbytes, torchao.quantization"
-ADAPTED = "from torch import nn; from rlfusion.models import lora; lora.attach(nn.Sequential(nn.Linear(4, 4)), 'LoRA(rank=2)')"
+NET = "nn.Sequential(nn.Linear(4, 4))"
+ADAPTED = f"from torch import nn; from rlfusion.models import lora; lora.attach({NET}, 'LoRA(rank=2)')"
 
 
 @pytest.mark.parametrize("code", [OPENED, ADAPTED])
