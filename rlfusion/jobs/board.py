@@ -18,6 +18,8 @@ ONE_COLOUR = r"^(.*?)(?:-seed\d+.*)?$"
 """Runs have one colour that have this in common: all but their seeds. Every name has it: TensorBoard draws what has
 none in one pale grey.
 """
+AS_IS = "smoothing=0"
+"""Lines go through the values: of a few evaluations TensorBoard's own smoothing shows less than half of a rise."""
 LOOK_S = 0.2
 
 
@@ -61,4 +63,4 @@ def _launched(settings: Board, logdirs: list[Path]) -> str:
     except program.TensorBoardServerException as error:
         raise ConfigError(f"host, port = {settings.host!r}, {settings.port}: {' '.join(str(error).split())}") from error
     shown = f"tagFilter={quote(settings.filter)}&" if settings.filter else ""
-    return f"{address}?{shown}runColorGroup={quote(f'regex:{ONE_COLOUR}')}#timeseries"
+    return f"{address}?{shown}{AS_IS}&runColorGroup={quote(f'regex:{ONE_COLOUR}')}#timeseries"

@@ -105,7 +105,7 @@ def test_a_board_answers_on_loopback_until_ctrl_c(tmp_path):
     (tmp_path / "it").mkdir()
     Tracker(tmp_path / "it").scalars(1, "evaluation", {"gain": 0.5})
     board = Process(tmp_path, "board", "it")
-    told = r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain[^ ]*&runColorGroup=regex%3A[^ #]+#"
+    told = r"TensorBoard of it: (http://127.0.0.1:\d+/)\?tagFilter=gain[^ ]*&smoothing=0&runColorGroup=regex%3A[^ #]+#"
     answers = lambda: board.out.exists() and re.search(told, board.out.read_text())  # noqa: E731
     deadline = time.monotonic() + PATIENCE
     while not answers():
