@@ -3,8 +3,9 @@
     trl         DDPOTrainer              rlfusion                    agent ddpo
     alignprop   AlignPropTrainer         draft1, draft5, draft, refl  agent draft with K = 1, K = 5 and full, agent refl
 
-All are given the same folder, reward (red above blue), steps and guidance, train all weights on one CPU thread, and
-otherwise have their own defaults, or the settings of ``--trl`` and ``--rlfusion``. Each run is a process; rivals take
+All are given the same folder, reward (red above blue), steps and guidance, train all weights on one CPU thread, or with
+``--lora`` adapters of rank 4 as TRL has them, and otherwise have their own defaults, or the settings of ``--trl`` and
+``--rlfusion``. Each run is a process; rivals take
 turns. TRL has a virtual environment of its own, which is made once, with the torch and the diffusers of this one.
 
 AlignPropTrainer's defaults are of 50 steps: the range from which it draws where the gradient begins, (0, 50), is here
@@ -28,6 +29,7 @@ and memory alone: sampling is what takes longest where the latents are large (``
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -45,6 +47,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 SUPPORT = HERE.parent.parent / "tests" / "support"
+TARGETS = "to_k,to_q,to_v,to_out.0"
+"""Layers that TRL's pipeline gives adapters."""
 PROMPTS, DRAWN = ("a red cat", "two dogs, 3"), 32
 SAME = ("torch", "diffusers", "transformers", "accelerate", "peft")
 """Packages of which TRL's environment has the versions of this one."""
@@ -94,7 +98,7 @@ def setting(job: dict[str, Any], config: Callable[..., Any], **more: Any) -> tup
     how = {"sample_num_steps": job["steps"], "sample_guidance_scale": job["guidance"], "seed": job["seed"]}
     how |= {"mixed_precision": "no", "save_freq": 10**9, "train_use_8bit_adam": False, **more, **job["own"]}
     random.seed(job["seed"])
-    return config(**how), DefaultDDPOStableDiffusionPipeline(job["model"], use_lora=False)
+    return config(**how), DefaultDDPOStableDiffusionPipeline(job["model"], use_lora=job["lora"])
 
 
 def prompt() -> tuple[str, dict[str, Any]]:
@@ -111,7 +115,18 @@ def epochs(trainer: Any, pipe: Any, each: int, job: dict[str, Any], clock: Clock
         step = trainer.step(epoch, step)
         if (epoch + 1) * each >= done + job["every"]:
             done = (epoch + 1) * each
-            clock.point(done, lambda to: trainer.accelerator.unwrap_model(pipe.unet).save_pretrained(to))
+            clock.point(done, lambda to: merged(trainer.accelerator.unwrap_model(pipe.unet)).save_pretrained(to))
+
+
+def merged(unet: Any) -> Any:
+    """A U-Net with its adapters merged into its weights; itself where it has none."""
+    layers = [name for name, layer in unet.named_modules() if hasattr(layer, "get_base_layer")]
+    plain = copy.deepcopy(unet) if layers else unet
+    for name in layers:
+        layer = plain.get_submodule(name)
+        layer.merge()
+        plain.set_submodule(name, layer.get_base_layer())
+    return plain
 
 
 def warm(samples: Any, cond: Any) -> Any:
@@ -154,13 +169,14 @@ def rlfusion(job: dict[str, Any], clock: Clock) -> None:
     torch.set_num_threads(1)
     chain = {"steps": job["steps"], "guidance_scale": job["guidance"]}
     given = {"pipeline": {"prompts": job["prompts"]}, "chain": chain, "root": job["root"], "device": "cpu"}
+    given |= {"lora": f"LoRA(rank=4, targets='{TARGETS}')"} if job["lora"] else {}
     own = {"updates": 10**6, "agent": "ddpo"} | AGENTS[job["rival"]] | job["own"]
     run = rlf.finetune(job["model"], f"{HERE}:warm", seed=job["seed"], **given, **own)
     each = run.config.rollout.prompts * run.config.rollout.samples_per_prompt
     clock.begin()
     for metrics in run:
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}), file=sys.stderr)
-        clock.point(run.queries, lambda to: run.model.denoiser.net.model.save_pretrained(to))
+        clock.point(run.queries, lambda to: merged(run.model.denoiser.net.model).save_pretrained(to))
         if run.queries + each > job["queries"]:
             return
 
@@ -290,6 +306,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=48, help="queries between two looks at TRL")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--lora", action="store_true", help="train adapters, as TRL's own pipeline does by default")
     parser.add_argument("--cost", action="store_true", help="judge nothing: time and memory alone")
     parser.add_argument("--target", type=float, default=1.0, help="the gain to reach")
     parser.add_argument("--trl", default="", help="settings of TRL's trainers, name=value ...")
@@ -309,7 +326,7 @@ def all_runs(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     base(root / "model", args.size)
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     same = {"model": str(root / "model"), "prompts": str(root / "prompts.txt"), "root": str(root / "runs")}
-    same |= {name: getattr(args, name) for name in ("queries", "every", "steps", "guidance")}
+    same |= {name: getattr(args, name) for name in ("queries", "every", "steps", "guidance", "lora")}
     runs = []
     for seed, rate, rival in product(map(int, args.seeds.split(",")), args.rates.split(","), rivals):
         own = settings(args.rlfusion if rival in AGENTS else args.trl)

@@ -173,7 +173,7 @@ def _sizes(command: str, arguments: list[str], about: Mapping[str, Any]) -> dict
 
 
 def _of_agent(arguments: list[str]) -> dict[str, Any]:
-    """The defaults that an agent has of its own where the model is a pretrained pipeline."""
+    """The defaults that an agent has of its own, and of its rollouts, where the model is a pretrained pipeline."""
     from rlfusion.agents import AGENTS
 
     name, told = told_last(arguments, "agent", "name"), {}
@@ -181,18 +181,20 @@ def _of_agent(arguments: list[str]) -> dict[str, Any]:
     for choice in CHOICES:
         told[choice] = told_last(arguments, "agent", choice)
     told["lora"] = told_last(arguments, "lora")
-    return {f"agent.{key}": value for key, value in agent.for_pipelines(told).items()}
+    own = agent.for_pipelines(told)
+    return {key if "." in key else f"agent.{key}": value for key, value in own.items()}
 
 
 def for_pipelines(text: str, lora: str = "") -> str:
     """An agent as a comparison has it, ``ddpo`` or ``high = ddpo(lr=0.01)``, with its own defaults of pretrained
-    pipelines written down where it says nothing else, under the name that it had.
+    pipelines written down where it says nothing else, under the name that it had. Its rollouts are those of all.
     """
     from rlfusion.agents import AGENTS
     from rlfusion.config.compare import shown, written
 
     name, told = spec.split(written(text))
     own = spec.lookup(AGENTS, name, "agent").for_pipelines({**told, "lora": lora})
+    own = {key: value for key, value in own.items() if "." not in key}
     if not set(own) - set(told):
         return text
     whole = f"{name}({', '.join(f'{key}={value!r}' for key, value in {**own, **told}.items())})"

@@ -182,7 +182,9 @@ class Defaults:
 
     @staticmethod
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
-        """Defaults where the model is a pretrained pipeline, beside the settings that are ``told``: none."""
+        """Defaults where the model is a pretrained pipeline, beside the settings that are ``told``: none. A name with a
+        dot is that of another setting of a fine-tuning, as ``rollout.samples_per_prompt``.
+        """
         return {}
 
 

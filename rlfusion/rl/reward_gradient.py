@@ -9,9 +9,9 @@ R must be differentiable. ``to_pixels`` limits samples to [0, 1]: a pixel beyond
 has no effect on the image; it comes back only through the pixels that it shares weights with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from rlfusion.training.ranks import current
 
 PREFLIGHT = -1
 """The iteration of the walks on which a job checks its learner."""
+WALKS, ADAPTERS = 4, 1e-3
+"""Walks of a prompt and the learning rate of adapters, on a pretrained pipeline; the rate is TRL's for AlignProp."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class Settings(Defaults):
         require_positive(self, "lr", "epochs", "updates_per_epoch", "kl_std", "micro_batch", "max_grad_norm")
         require_not_negative(self, "kl_loss", "weight_decay", "warmup")
         optimizers.settle(self)
+
+    @staticmethod
+    def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults where the model is a pretrained pipeline: few walks of a prompt, as each has a gradient of its own
+        and none is compared with others, and for adapters the learning rate that is usual for them (docs/models.md).
+        """
+        return {"rollout.samples_per_prompt": WALKS} | ({"lr": ADAPTERS} if told.get("lora") else {})
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for fewer walks than updates."""

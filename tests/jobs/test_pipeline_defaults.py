@@ -47,6 +47,22 @@ def test_forms_that_do_not_go_with_them_have_their_own(words, without, tiny_pipe
     assert (agent.pace is None) == (without == "pace")
 
 
+@pytest.mark.parametrize("agent", ["draft", "refl"])
+def test_rewards_gradients_have_few_walks_of_a_prompt_and_adapters_a_rate(agent, tiny_pipelines):
+    """A comparison, which gives all agents the same rollouts, takes the rate alone."""
+    model, lora = ["--model", str(tiny_pipelines["sd"])], ["--lora", "LoRA(rank=4)"]
+    plain, adapted = (settings_of("finetune", [*model, "--agent", agent, *more]) for more in ([], lora))
+    assert (plain.agent.lr, plain.rollout.samples_per_prompt) == (1e-4, 4)
+    assert (adapted.agent.lr, adapted.rollout.samples_per_prompt) == (1e-3, 4)
+    told = ["--agent.lr", "2e-4", "--rollout.samples_per_prompt", "7"]
+    held = settings_of("finetune", [*model, *lora, "--agent", agent, *told])
+    assert (held.agent.lr, held.rollout.samples_per_prompt) == (2e-4, 7)
+    assert settings_of("finetune", ["--agent", agent]).rollout.samples_per_prompt == 24, "of a model of one's own"
+    made = settings_of("compare", [*model, *lora, "--agents", f"{agent},ddpo"])
+    assert made.rollout.samples_per_prompt == 24
+    assert next(settings.agent.lr for name, *_, settings in made.runs() if name == agent) == 1e-3
+
+
 def test_a_comparison_writes_them_down(tiny_pipelines):
     texts = "ddpo,draft,short = grpo(kl_loss=0.04),grpo(window=2),grpo(window = 3)"
     made = settings_of("compare", ["--model", str(tiny_pipelines["sd"]), "--agents", texts])
