@@ -29,6 +29,10 @@ def copied(state: Any, kept: Any = None) -> Any:
 def _twin(value: Any, kept: Any, pairs: Pairs) -> Any:
     """``value`` with other tensors in it, which ``pairs`` says how to fill."""
     kind = type(value)
+    if kind is Tensor and not value.requires_grad and value.layout is torch.strided:
+        twin = kept if type(kept) is Tensor and _fits(kept, value) else torch.empty_like(value)
+        pairs.append((twin, value))
+        return twin
     if kind in PLAIN:
         return value
     if kind in (dict, OrderedDict):
@@ -39,28 +43,21 @@ def _twin(value: Any, kept: Any, pairs: Pairs) -> Any:
     if kind in (list, tuple):
         held = kept if isinstance(kept, list | tuple) else ()
         return kind(_twin(item, held[i] if i < len(held) else None, pairs) for i, item in enumerate(value))
-    if not _is_data(value):
+    if not (shards.is_split(value) and not value.requires_grad):
         return copy.deepcopy(value)
-    twin = kept if _fits(kept, value) else torch.empty_like(value)
+    twin = kept if type(kept) is kind and _fits(kept, value) else torch.empty_like(value)
     pairs.append((shards.own(twin), shards.own(value)))
     return twin
 
 
-def _is_data(value: Any) -> bool:
-    """Whether a value is a tensor of numbers alone, dense, and whole or split over the ranks."""
-    plain = type(value) is Tensor or shards.is_split(value)
-    return plain and not value.requires_grad and value.layout is torch.strided
-
-
-def _fits(kept: Any, value: Tensor) -> bool:
-    """Whether ``value`` can be copied into ``kept``, as an equal one of its kind."""
-    if type(kept) is not type(value) or kept is value:
-        return False
-    return (kept.shape, kept.dtype, kept.device, kept.stride()) == (
-        value.shape,
-        value.dtype,
-        value.device,
-        value.stride(),
+def _fits(kept: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` can be copied into ``kept``, of its class, as an equal one of its kind."""
+    return (
+        kept is not value
+        and kept.shape == value.shape
+        and kept.dtype == value.dtype
+        and kept.stride() == value.stride()
+        and kept.device == value.device
     )
 
 

@@ -76,6 +76,8 @@ class Ranks:
 
     def share(self, walk: Tensor, walks: int) -> Tensor:
         """The share (N,) of walks (N,) of a rollout of so many."""
+        if self.shares == 1:
+            return torch.zeros(len(walk), dtype=torch.int64)
         parts = torch.arange(walks).tensor_split(self.shares)
         return torch.repeat_interleave(torch.arange(self.shares), torch.tensor([len(p) for p in parts]))[walk.cpu()]
 
@@ -118,10 +120,9 @@ class Ranks:
         Raises:
             NumericalError: ``body`` did, on this rank or another.
         """
-        split = bool(shards.roots(module))
+        calls, split = calls_of(share, self.shares, micro_batch), bool(shards.roots(module))
         if self.shares == 1 and not split:
-            return [backward(rows, body) for rows in calls_of(torch.ones(len(share)), micro_batch)]
-        calls = [calls_of(share.cpu() == v, micro_batch) for v in range(self.shares)]
+            return [backward(rows, body) for rows in calls[0]]
         records: dict[tuple[int, int], Record] = {}
         with self._apart(module) as own, self.alike(), self._by_itself():
             for v, found in self._in_step(module, calls, body) if split else self._by_share(calls, body):
@@ -166,7 +167,7 @@ class Ranks:
         """What ``body`` says of the rows of this rank, in the micro-batches of ``accumulate``, by share and number:
         ``gather`` gives those of all ranks. Of a network that is split, all ranks call it equally often.
         """
-        calls, split = [calls_of(share.cpu() == v, micro_batch) for v in range(self.shares)], bool(shards.roots(module))
+        calls, split = calls_of(share, self.shares, micro_batch), bool(shards.roots(module))
         found: dict[tuple[int, int], Record] = {}
         with self._by_itself():
             for n, v in enumerate(range(self.rank, self.shares, self.count) if split else self.mine):
@@ -297,8 +298,7 @@ class Ranks:
         group = self._beside if beside else None
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         torch.distributed.all_gather(sizes, torch.tensor([len(blob)]), group=group)
-        longest = max(int(size) for size in sizes)
-        own = torch.zeros(longest, dtype=torch.uint8)
+        own = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         own[: len(blob)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if blob else own[:0]
         parts = [torch.empty_like(own) for _ in range(self.count)]
         torch.distributed.all_gather(parts, own, group=group)

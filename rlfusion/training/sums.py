@@ -22,10 +22,13 @@ BUCKET = 2**24
 """Elements of gradients that are reduced at a time."""
 
 
-def calls_of(wanted: Tensor, micro_batch: int) -> list[Tensor]:
-    """The micro-batches of the rows that are ``wanted``."""
-    rows = wanted.nonzero().flatten()
-    return list(rows.split(micro_batch)) if len(rows) else []
+def calls_of(share: Tensor, shares: int, micro_batch: int) -> list[list[Tensor]]:
+    """The micro-batches of each share, of rows whose ``share`` (N,) is given."""
+    if shares == 1:
+        rows = [torch.arange(len(share))]
+    else:
+        rows = [(share.cpu() == v).nonzero().flatten() for v in range(shares)]
+    return [list(some.split(micro_batch)) if len(some) else [] for some in rows]
 
 
 def backward(rows: Tensor, body: Body) -> Record:

@@ -70,19 +70,19 @@ def counts(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 ABOVE = 0.15
 RATIOS = {
-    "ddpo": (1.64, 1.86),
-    "grpo": (1.64, 1.86),
-    "ppo": (1.64, 1.88),
-    "awm": (1.5, 2.03),
-    "nft": (1.5, 1.85),
-    "dpo": (1.5, 1.96),
-    "opd": (1.64, 1.51),
-    "sft": (0.0, 1.43),
-    "draft": (1.45, 1.77),
-    "refl": (1.45, 2.04),
-    "drwr": (1.64, 1.58),
-    "qsm": (1.5, 1.44),
-    "dawr": (1.64, 1.68),
+    "ddpo": (1.64, 1.75),
+    "grpo": (1.64, 1.75),
+    "ppo": (1.64, 1.74),
+    "awm": (1.5, 1.9),
+    "nft": (1.5, 1.75),
+    "dpo": (1.5, 1.85),
+    "opd": (1.64, 1.4),
+    "sft": (0.0, 1.41),
+    "draft": (1.45, 1.49),
+    "refl": (1.45, 1.76),
+    "drwr": (1.64, 1.53),
+    "qsm": (1.5, 1.36),
+    "dawr": (1.64, 1.6),
 }
 """Operations of a rollout and of an update over those of the passes of the network in them."""
 

@@ -64,9 +64,13 @@ CRITIC: list[dict[str, Any]] = []
 """Of the last one: the digest of its weights, and the bytes that this rank has of them and of their moments."""
 
 
+def _moments(optimization: Optimization) -> list[Tensor]:
+    state = optimization.optimizer.state_dict()["state"]
+    return [m for name in optimization.named for m in state[name].values() if m.ndim]
+
+
 def _of_critic(optimization: Optimization) -> dict[str, Any]:
-    weights = list(optimization.named.values())
-    moments = [m for p in weights for m in optimization.optimizer.inner.state[p].values() if m.ndim]
+    weights, moments = list(optimization.named.values()), _moments(optimization)
     whole = digest([shards.whole(p).detach() for p in weights])
     return {"digest": whole, "parameters": _bytes(weights), "moments": _bytes(moments)}
 
@@ -146,8 +150,11 @@ def held(split: bool) -> dict[str, int]:
     current().reduce(optimization.named.values())
     gradients = _bytes([p.grad for p in optimization.named.values()])
     optimization.step()
-    moments = [m for p in optimization.named.values() for m in optimization.optimizer.inner.state[p].values() if m.ndim]
-    about = {"parameters": list(module.parameters()), "moments": moments, "average": optimization.ema.shadow.values()}
+    about = {
+        "parameters": list(module.parameters()),
+        "moments": _moments(optimization),
+        "average": optimization.ema.shadow.values(),
+    }
     return {"gradients": gradients} | {name: _bytes(tensors) for name, tensors in about.items()}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlfusion.common import shards
 from rlfusion.common.errors import StateError
 from rlfusion.common.weights import require_entries
+from rlfusion.training.optimizers.packed import Packed
 from rlfusion.training.optimizers.recipe import Recipe
 
 
@@ -19,7 +20,9 @@ class NamedOptimizer:
     def __init__(self, recipe: Recipe, named: Mapping[str, nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
         """Raises ConfigError as ``Recipe.build``."""
         self.recipe, self.named, self.weight_decay = recipe, dict(named), weight_decay
-        self.inner = recipe.build(list(self.named.values()), lr, weight_decay)
+        parameters = list(self.named.values())
+        self.inner = recipe.build(parameters, lr, weight_decay)
+        self._packed = Packed(self.inner, parameters) if recipe.listed(parameters) else None
         self._start = copy.deepcopy(_settings(self.inner))
 
     @property
@@ -35,17 +38,22 @@ class NamedOptimizer:
     def step(self) -> None:
         """One step on the gradients that are there."""
         with self.recipe.running():
-            self.inner.step()
+            (self._packed or self.inner).step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.inner.zero_grad()
+        if self.recipe.foreign:  # its own way of it may be another
+            self.inner.zero_grad()
+            return
+        for p in self.named.values():
+            p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state by the parameters' names, no copy; and what the optimiser has changed of its groups' settings. The
         learning rate is not in it: it is of the settings and of its course.
         """
-        held = {name: self.inner.state.get(p) for name, p in self.named.items()}
+        state_of = self._packed.state_of if self._packed else self.inner.state.get
+        held = {name: state_of(p) for name, p in self.named.items()}
         groups = [
             {key: value for key, value in now.items() if key not in before or not _same(value, before[key])}
             for now, before in zip(_settings(self.inner), self._start)
@@ -66,6 +74,8 @@ class NamedOptimizer:
             raise StateError(f"the optimiser has {len(state['groups'])} groups, expected {len(self._start)}")
         loaded = {name: self._fitted(name, held) for name, held in state["state"].items()}
         self._load_groups(state["groups"])
+        if self._packed:
+            self._packed.forget()
         self.inner.state.clear()
         for name, held in loaded.items():
             self.inner.state[self.named[name]] = held

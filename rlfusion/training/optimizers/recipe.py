@@ -16,8 +16,9 @@ from rlfusion.common.user_code import running
 
 FUSED = ("cuda",)
 """Devices where AdamW is fused unless told otherwise. On a CPU it takes the parameters as lists (foreach), which gives
-the bits of the plain step in half of its time where tensors are small. ``adamw(fused=True)`` takes a third to a sixth
-and is no less exact, but rounds otherwise: runs made before would not repeat to the bit."""
+the bits of the plain step in half of its time where tensors are small, and small ones as one (``packed``).
+``adamw(fused=True)`` takes a third to a sixth and is no less exact, but rounds otherwise: runs made before would not
+repeat to the bit."""
 LISTED = 2**24
 """Elements up to which that is so: the lists' scratch is as large as the parameters, and large tensors gain nothing."""
 
@@ -51,12 +52,21 @@ class Recipe:
             arguments["weight_decay"] = weight_decay
         elif weight_decay:
             raise ConfigError(f"weight_decay = {weight_decay:g}: optimizer {self.name!r} has none, expected 0")
-        if self.kind is torch.optim.AdamW and not {"fused", "foreach"} & self.settings.keys():
+        if self._chooses:
             arguments["fused"] = all(p.device.type in FUSED for p in parameters)
-            arguments["foreach"] = as_lists(parameters) or None
+            arguments["foreach"] = self.listed(parameters) or None
         with self.refusing(f"with {shorten(arguments)}"):
             kind = without_compiler(self.kind)  # type: ignore[arg-type]  # mypy reads the __hash__ of its instances
             return kind(parameters, **arguments)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the way of the step is chosen here: AdamW's, where its settings do not say."""
+        return self.kind is torch.optim.AdamW and not {"fused", "foreach"} & self.settings.keys()
+
+    def listed(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether it takes these parameters as lists."""
+        return self._chooses and as_lists(parameters)
 
     def running(self) -> AbstractContextManager[None]:
         """Within the context the optimiser's own code runs; what a user's raises is said to be theirs."""
