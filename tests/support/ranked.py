@@ -66,7 +66,7 @@ CRITIC: list[dict[str, Any]] = []
 
 def _moments(optimization: Optimization) -> list[Tensor]:
     state = optimization.optimizer.state_dict()["state"]
-    return [m for name in optimization.named for m in state[name].values() if m.ndim]
+    return [m for name in optimization.named for m in state.get(name, {}).values() if m.ndim]
 
 
 def _of_critic(optimization: Optimization) -> dict[str, Any]:
