@@ -130,9 +130,13 @@ def test_a_qwen_image_that_reads_its_guidance_is_refused(newer_pipelines, tmp_pa
 
 
 REFUSED = {
-    "QwenImageEditPipeline": "unknown pipeline",
-    "QwenImageImg2ImgPipeline": "unknown pipeline",
-    "StableDiffusionXLImg2ImgPipeline": "unknown pipeline",
+    "QwenImageEditPipeline": "unknown pipeline 'QwenImageEditPipeline'.*It does not fit: it is given an image",
+    "QwenImageImg2ImgPipeline": "unknown pipeline.*It does not fit: it is given an image",
+    "StableDiffusionXLImg2ImgPipeline": "unknown pipeline.*It does not fit: it is given an image",
+    "WanPipeline": "unknown pipeline 'WanPipeline'.*It does not fit: it draws videos",
+    "HunyuanVideoPipeline": "unknown pipeline.*It does not fit: it draws videos",
+    "StableCascadeDecoderPipeline": "unknown pipeline.*It does not fit: two networks",
+    "KolorsPipeline": r"unknown pipeline 'KolorsPipeline'.*rlfusion.families\)$",
     "AuraFlowPipelin": "did you mean 'AuraFlowPipeline'",
 }
 
@@ -144,6 +148,10 @@ def test_a_family_that_does_not_fit_is_refused_with_its_reason(name, tiny_pipeli
     file.write_text(file.read_text().replace("StableDiffusionPipeline", name))
     with pytest.raises(ConfigError, match=REFUSED[name]):
         pipelines.family_of(folder)
+
+
+def test_no_family_that_there_is_has_a_reason_not_to_fit():
+    assert not any(hub._why_not(name) for name in hub.FAMILIES)
 
 
 def test_a_family_that_the_installed_diffusers_lacks_is_refused_with_the_version(newer_pipelines, monkeypatch):

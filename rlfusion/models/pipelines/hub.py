@@ -65,6 +65,19 @@ SINCE = {
     "QwenImagePipeline": "0.37.0",
 }
 """The version of diffusers that was the first to have a pipeline."""
+UNFIT = {
+    r"Img2Img|Inpaint|Edit|Kontext|Fill|Redux|Pix2Pix|Upscale|Control|Adapter|IPAdapter|Layered": (
+        "it is given an image beside the prompt, and a walk here begins with noise and a prompt alone"
+    ),
+    r"Video|^Wan|^LTX|CogVideoX|Mochi|Allegro|Latte|Cosmos|SkyReels|AnimateDiff|Motion": (
+        "it draws videos, whose latents have a time beside height and width"
+    ),
+    r"Cascade|Wuerstchen|Kandinsky|^IF|UnCLIP|Prior": (
+        "two networks make its images, one after the other, and one is trained here"
+    ),
+    r"Audio|Music|StableAudio": "it makes sounds, which no reward here can judge",
+}
+"""Of classes of diffusers by what their names hold: why they do not fit."""
 RARE = ("bitsandbytes", "scipy.stats")
 """What diffusers imports wherever it is installed, and seldom uses."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
@@ -188,13 +201,22 @@ def family(path: Path, named: str = "") -> Family:
     name = str(index(path).get("_class_name", ""))  # a list where the class comes with code of its own
     if ":" in name:  # a folder names no code that is to be loaded
         raise unknown("pipeline", name, FAMILIES.names())
-    found = FAMILIES.find(name).object
+    try:
+        found = FAMILIES.find(name).object
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_why_not(name)}") from error
     if name in SINCE and class_named(name) is None:
         raise ConfigError(
             f"pipeline {name!r} is not in diffusers {diffusers().__version__}, which is installed: expected "
             f"{SINCE[name]} or newer"
         )
     return replace(found, guided=False) if index(path).get("is_distilled") else found  # which has one answer
+
+
+def _why_not(name: str) -> str:
+    """The reason why a pipeline of the library's does not fit; "" where none is known."""
+    why = next((why for held, why in UNFIT.items() if re.search(held, name)), "")
+    return f". It does not fit: {why}" if why else ""
 
 
 def scheduler(path: Path, instead: str = "") -> Any:
