@@ -16,7 +16,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def load(model: str, checkpoint: str = "") -> Opened:
     clip = _created(name, tag, file, what).eval().requires_grad_(False)
     config = _open_clip().get_model_config(name)
     preprocess = Preprocess.of(_open_clip().get_model_preprocess_cfg(clip))
-    return _opened(clip, config, preprocess, _encoder(clip, _tokenizer(name, what)))
+    return _opened(clip, config, preprocess, _encoder(clip, _tokenizer(name, config, what)))
 
 
 def blank(architecture: Mapping[str, Any]) -> Opened:
@@ -216,6 +216,8 @@ def _load(clip: nn.Module, file: Path, what: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within the context open_clip's log is silent, and an activation that is not the weights' own is an error."""
+    root = logging.getLogger()
+    held = list(root.handlers)
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -223,11 +225,17 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        root.handlers[:] = held  # by ``logging.info`` open_clip gives the root logger one, in a form of its own
 
 
-def _tokenizer(name: str, what: str) -> Callable[[Sequence[str]], Tensor]:
+def _tokenizer(name: str, config: Mapping[str, Any], what: str) -> Callable[[Sequence[str]], Tensor]:
+    """That of a CLIP of this configuration: the hub's own, or that of transformers which an architecture names; else
+    it comes with open_clip or lies in the folder.
+    """
+    named = not name.startswith("local-dir:") and bool(config["text_cfg"].get("hf_tokenizer_name"))
+    asks = name.startswith(HUB) or named
     try:
-        with hub.fetching(), _quiet():
+        with hub.fetching() if asks else nullcontext(), _quiet():
             return _open_clip().get_tokenizer(name)
     except Exception as error:  # of many libraries below open_clip
         raise ConfigError(f"{what}: no tokenizer ({short(error)})") from error

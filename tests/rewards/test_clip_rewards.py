@@ -1,6 +1,7 @@
 """CLIP rewards against open_clip's own towers and transforms, transformers' CLIP, finite differences; files, errors."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from rounding import ROUNDING
 from torch import nn
 
+from rlfusion.common import hub
 from rlfusion.common.errors import ConfigError
 from rlfusion.evaluation import require_independent
 from rlfusion.evaluation.classifier import JUDGE
@@ -423,6 +425,14 @@ def test_damage_and_what_is_missing_are_named(folder, tmp_path):
     (copy / towers.DESCRIPTION).write_text("{")
     with pytest.raises(ConfigError, match=r"open_clip_config\.json"):
         towers.load(str(tmp_path / "run"))
+
+
+def test_a_folder_of_weights_does_not_ask_the_hub_and_leaves_the_log_as_it_is(folder, monkeypatch):
+    """open_clip's first line would give the root logger a handler, which writes ours in a form of its own."""
+    monkeypatch.setattr(hub, "unreachable", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    towers.load(str(folder), "")
+    assert logging.getLogger().handlers == []
 
 
 def test_without_network_the_error_says_what_to_provide(monkeypatch):
