@@ -4,7 +4,8 @@
     (2)  update    ``Learner.update`` behind the guards of a run, with the copy that undoes it
 
 each over its own passes of the network, the reference, the critic and the decoder, forwards and backwards, run again
-with the same inputs and nothing between them (``passes``). Ours and the floor are timed alternately in one process.
+with the same inputs and nothing between them (``passes``). Beside ours stands "plain": the same passes with the least
+that a loop has to do between them, by hand (``plain_loops``). All three are timed alternately in one process.
 
 The teacher of opd has the weights of the policy and a little noise, the samples of sft are noise. sft walks nothing:
 its rollout has no passes, and no ratio.
@@ -18,6 +19,8 @@ operations.
 
 import argparse
 import json
+import os
+import statistics
 import sys
 import time
 from argparse import Namespace
@@ -28,13 +31,14 @@ from typing import Any
 
 import torch
 from overhead import RESULTS, show_profile
-from timing import compare, machine
+from timing import alternate, machine, over
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))
 
 from outsides import Beside
 from passes import Floor
+from plain_loops import Rollout, Update, recorded
 
 from rlfusion.agents import AGENTS
 from rlfusion.common.tensors import to_pixels
@@ -72,7 +76,7 @@ def tiny_pipeline() -> tuple[Denoiser, tuple[int, ...], Callable[[Tensor], Tenso
 
     settings = Namespace(dtype="float32", device="cpu", checkpointing=False, decode=8)
     denoiser = build(CASES["tiny"], True, settings)
-    kinds = (type(denoiser.net), type(denoiser.space.vae.decoder))  # type: ignore[attr-defined]
+    kinds = (type(denoiser.net), ResidualMLP, type(denoiser.space.vae.decoder))  # type: ignore[attr-defined]
     return denoiser, (4, 8, 8), denoiser.space.decode, kinds
 
 
@@ -93,15 +97,15 @@ CASES = {
 class Bench:
     """The functions of one agent in one case, and their floors."""
 
-    def __init__(self, name: str, agent: str) -> None:
-        case = CASES[name]
+    def __init__(self, name: str, agent: str, optimizer: str = "adamw") -> None:
+        self.agent, case = agent, CASES[name]
         torch.manual_seed(0)
         denoiser, shape, decode, self.kinds = case.make()
         chain = Chain(steps=case.steps, kernel="DDIM(eta=1.0)", spacing=case.spacing)
         policy = chain.policy(denoiser, [str(i) for i in range(case.prompts)])
         usual = {field.name: field.default for field in fields(AGENTS[agent])}["micro_batch"]
         given = {"micro_batch": min(case.micro_batch, usual), **OF_AGENT[name].get(agent, {})}
-        config = AGENTS[agent](**LEARNED, **given)
+        config = AGENTS[agent](**LEARNED, **given, optimizer=optimizer)
         spec = config.rollout_spec(case.steps)
         conditions = torch.arange(case.prompts)
         self.task = Task(policy, chain.grid(denoiser), shape, conditions, decode, ink, "ink", "cpu", spec)
@@ -109,6 +113,15 @@ class Bench:
         self.item = plan(0, 0, case.prompts, case.walks // case.prompts, case.walks, case.prompts, 0)[0]
         self.guarded = Guarded(config.learner(self.task, None, 0), Guards(), None)
         self.batch = self.rollout()
+        self.decoder = self.kinds[-1] if len(self.kinds) > 1 else None
+
+    def plain(self, what: str) -> Callable[[], None]:
+        """The plain loop of a rollout or an update."""
+        done = recorded(getattr(self, what), self.kinds)
+        spec = self.task.rollout_spec
+        if what == "rollout":
+            return Rollout(done, self.decoder, spec.path, spec.end)  # type: ignore[arg-type]
+        return Update(self.agent, done, self.decoder, tuple(self.guarded.learner.optimization.named.values()))
 
     def rollout(self) -> Any:
         return run_item(self.task, self.item)
@@ -119,8 +132,8 @@ class Bench:
 
 def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
     """The record of one agent in one case."""
-    bench = Bench(name, agent)
-    record: dict[str, Any] = {"case": name, "agent": agent}
+    bench = Bench(name, agent, args.optimizer)
+    record: dict[str, Any] = {"case": name, "agent": agent, "rounds": args.rounds, "load": round(os.getloadavg()[0])}
     for what, ours in (("rollout", bench.rollout), ("update", bench.update)):
         if args.what and what != args.what:
             continue
@@ -130,11 +143,19 @@ def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
         if args.profile:
             show_profile(f"{name} {agent}: {what}", ours)
             continue
-        m = compare(ours, bare, args.rounds, "cpu", time.process_time) | {"passes": len(bare.passes)}
-        record[what] = m
+        functions = {"floor": bare, "plain": bench.plain(what), "ours": ours}
+        found = alternate(functions, args.rounds, "cpu", time.process_time)
+        floor = found["floor"]
+        record[what] = m = {
+            "passes": len(bare.passes),
+            "floor_ms": 1e3 * statistics.median(floor),
+            **over(found["ours"], floor),
+            "plain": over(found["plain"], floor)["ratio"],
+            "over_plain": over(found["ours"], found["plain"])["ratio"],
+        }
         print(
-            f"{name:10}{agent:6}{what:9}{m['passes']:6} passes{m['floor_ms']:9.1f} ms"
-            f"{m['ratio']:8.3f}   {m['q1']:.3f} .. {m['q3']:.3f}",
+            f"{name:10}{agent:6}{what:9}{m['passes']:6} passes{m['floor_ms']:9.1f} ms{m['ratio']:8.3f}"
+            f"   {m['q1']:.3f} .. {m['q3']:.3f}   plain{m['plain']:7.3f}   ours / plain{m['over_plain']:7.3f}",
             flush=True,
         )
     return record
@@ -147,14 +168,24 @@ def main() -> None:
     parser.add_argument("--agents", default=",".join(AGENTS))
     parser.add_argument("--what", choices=("rollout", "update"), help="default: both")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", metavar="NAME", help="also write benchmarks/results/NAME.json")
+    parser.add_argument("--optimizer", default="adamw", help="of the agents; default: adamw")
+    parser.add_argument("--json", metavar="NAME", help="also into benchmarks/results/NAME.json")
     parser.add_argument("--profile", action="store_true", help="print where the time of one call goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    records = [measure(name, agent, args) for name in args.case or CASES for agent in args.agents.split(",")]
-    if args.json:
-        held = {"machine": machine("cpu"), "rounds": args.rounds, "cpu_time": True, "records": records}
-        (RESULTS / f"{args.json}.json").write_text(json.dumps(held, indent=1) + "\n")
+    for name in args.case or CASES:
+        for agent in args.agents.split(","):
+            record = measure(name, agent, args)
+            if args.json:
+                write(RESULTS / f"{args.json}.json", record, args.optimizer)
+
+
+def write(file: Path, record: dict[str, Any], optimizer: str) -> None:
+    """Write a record in the place of one of the same case and agent."""
+    told = json.loads(file.read_text())["records"] if file.exists() else []
+    found = {(one["case"], one["agent"]): one for one in [*told, record]}
+    held = {"machine": machine("cpu"), "optimizer": optimizer, "cpu_time": True, "records": list(found.values())}
+    file.write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

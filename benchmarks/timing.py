@@ -19,15 +19,27 @@ def compare(
     """Median floor in ms; median and quartiles of ours / floor, after ``warm`` rounds that are not counted. The order
     within a pair alternates.
     """
-    for function in (floor, ours) * warm:
-        function()
-    floors, ratios = [], []
-    for i in range(rounds):
-        pair = {f: seconds(f, device, clock) for f in ((floor, ours) if i % 2 else (ours, floor))}
-        floors.append(pair[floor])
-        ratios.append(pair[ours] / pair[floor])
-    low, middle, high = (float(q) for q in np.quantile(ratios, (0.25, 0.5, 0.75)))
-    return {"floor_ms": 1e3 * statistics.median(floors), "ratio": middle, "q1": low, "q3": high}
+    found = alternate({"floor": floor, "ours": ours}, rounds, device, clock, warm)
+    return {"floor_ms": 1e3 * statistics.median(found["floor"]), **over(found["ours"], found["floor"])}
+
+
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: int, device: str, clock: Callable[[], float], warm: int = 2
+) -> dict[str, list[float]]:
+    """The seconds of each function in each round, by name, in the other order each second round."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(warm + rounds):
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            taken = seconds(functions[name], device, clock)
+            if i >= warm:
+                found[name].append(taken)
+    return found
+
+
+def over(ours: list[float], floor: list[float]) -> dict[str, float]:
+    """Median and quartiles of ours / floor over rounds."""
+    low, middle, high = (float(q) for q in np.quantile([a / b for a, b in zip(ours, floor)], (0.25, 0.5, 0.75)))
+    return {"ratio": middle, "q1": low, "q3": high}
 
 
 def seconds(function: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
