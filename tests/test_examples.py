@@ -78,7 +78,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
         before, after = names["before"], names["after"]
     else:
         notebook = nbformat.read(NOTEBOOK, as_version=4)
-        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
         last = next(cell for cell in reversed(notebook.cells) if cell.cell_type == "code")
         before, after = json.loads(last.outputs[-1]["data"]["text/plain"].replace("(", "[").replace(")", "]"))
     assert after > before + 0.03

@@ -12,8 +12,8 @@ class CompareRuns:
     Attributes:
         runs: folders of finetune, and of compare, which stands for all of its runs; patterns like 'runs/sd-*' are
             followed.
-        by: the settings by which runs are told apart, the seed aside: agent, reward, agent.lr, ...; a group such as
-            agent stands for its name and for what differs in it.
+        by: the settings by which runs are told apart, the seed aside: agent, reward, lr, chain.steps, ...; a group such
+            as agent stands for its name and for what differs in it, and lr for agent.lr.
         out: the folder to write; empty makes compare-BY beside the first run.
         target: gain, in standard deviations of the base's rewards, whose price in queries and seconds is told.
         quality: the gain at fixed quality is the largest at a Frechet distance up to so many times the base's, where

@@ -184,6 +184,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             compare_runs(CompareRuns(list(map(str, runs)), [by]))
+    for by in ("lr", "agent.lr"):
+        assert "| lr=0.001 |" in compare_runs(CompareRuns([str(one)], [by]))[0]
     page, _ = compare_runs(CompareRuns([str(one), str(empty)], ["seed"]))
     assert "| seed=7 | no evaluation yet |" in page
 

@@ -123,17 +123,18 @@ def _read(folder: Path, record: Record | None) -> Earlier:
 
 
 def labels(runs: list[Earlier], by: list[str]) -> list[str]:
-    """What each run is called: its values of the settings ``by``.
+    """What each run is called: its values of the settings ``by``, those of the agent with or without ``agent.``.
 
     Raises:
         ConfigError: no run has such a setting.
     """
     known = {name for run in runs for name in run.settings}
     groups = {name.rpartition(".")[0] for name in known if "." in name}
-    for name in by:
-        if name not in known | groups:
+    names = [name if name in known | groups else f"agent.{name}" for name in by]
+    for name, whole in zip(by, names):
+        if whole not in known | groups:
             raise unknown("setting of the runs", name, sorted(known | groups))
-    return [" ".join(_label(run, runs, name) for name in by) for run in runs]
+    return [" ".join(_label(run, runs, name) for name in names) for run in runs]
 
 
 def _label(run: Earlier, runs: list[Earlier], name: str) -> str:
