@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import NET, random_backbone
+from house import ROOT
 from kit_packages import PACKAGES, PROMPTS, installed, light, unified_reward
 from PIL import Image
 from reward_servers import FAULTS, IDENTITY, Faulty, client, http, serving
@@ -248,6 +249,15 @@ def test_options_of_kits_that_cannot_be_are_refused(white):
             build(reward, None, KNOWN)
         with pytest.raises(ConfigError, match="is no image that can be read"):
             build(reward, {reward: {"reference": __file__}}, KNOWN)
+
+
+def test_what_was_run_of_the_kits_is_of_their_pins():
+    record = json.loads((ROOT / "benchmarks" / "results" / "kits.json").read_text())
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    for name, run in record.items():
+        assert run["versions"] == dict(line.split("==") for line in KITS[name].requirements.split()), name
+        assert run["check-reward"] == 0
+        assert any(line.startswith(f"| `{name}` | {run['versions']['torch']}, ") for line in page.splitlines()), name
 
 
 # --- LPIPS, for real ---
