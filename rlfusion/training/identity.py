@@ -242,6 +242,11 @@ class Run:
         made = {name: sha256(file.read_bytes()) for name in names if (file := self.folder / name).is_file()}
         self._write(sealed=made)
 
+    def reopen(self) -> None:
+        """Something of a finished run is to be done again."""
+        if self.record.sealed is not None:
+            self._write(sealed=None)
+
     def result(self, name: str) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not finished, or its files not what was written."""
         if not intact(self.folder, self.record, name):

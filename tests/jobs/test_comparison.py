@@ -25,6 +25,7 @@ from rlfusion.diffusion.chain import Chain
 from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.schedule import Cosine
 from rlfusion.evaluation.classifier import JUDGE, Classifier
+from rlfusion.jobs import stored_runs
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.job import _overlay, check, terms
 from rlfusion.jobs.compare.report import Outcome, _baseline, _columns, _head, _row
@@ -266,11 +267,13 @@ def test_the_whole_command(tiny_root, tmp_path):
     assert {tag for tag in events.Tags()["scalars"] if tag.startswith("final/")} <= set(metrics)
     assert metrics[0] == "final/gain"
 
+    assert {run.state for run in stored_runs.found([str(folder)])} == {"finished"}
     before = {file: file.read_bytes() for file in folder.glob("*/metrics.jsonl")}
     again = rlfusion(tmp_path, "compare", "--resume", "runs/it")
     assert again.code == 0, again.err
     assert {file: file.read_bytes() for file in folder.glob("*/metrics.jsonl")} == before
     assert (folder / "comparison.md").read_text() == page
+    assert stored_runs.read(folder).state == "finished"
 
 
 def test_a_run_that_fails_keeps_the_evaluations_that_it_had(tiny_root, tmp_path):

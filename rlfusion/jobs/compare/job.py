@@ -26,7 +26,7 @@ from rlfusion.jobs import finetune
 from rlfusion.jobs.compare import beside, placed
 from rlfusion.jobs.compare.baselines import Tries, baselines
 from rlfusion.jobs.compare.members import members, place_of, slug, with_settings
-from rlfusion.jobs.compare.report import Outcome, Terms, Untrained, report
+from rlfusion.jobs.compare.report import DATA, Outcome, Terms, Untrained, report
 from rlfusion.jobs.finetune import about
 from rlfusion.jobs.measure import Scored
 from rlfusion.jobs.parts import opened
@@ -99,13 +99,16 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
         UnavailableError, UserCodeError: of runs side by side some died; the others are in the report.
     """
     set_numerics(config.threads, pick_device(config.device), config.deterministic, config.tf32)
-    for note in identity.enter(folder, "compare", config).notes:
+    run = identity.enter(folder, "compare", config)
+    for note in run.notes:
         progress.say(note)
     for agent in config.unmasked():
         progress.say(f"{agent} scores as it learns, sample by sample: for it a reward that fails is an error")
     base = _base(config, signals, progress)
     runs = list(members(config, base, folder))
     checkpoint.write_json_atomic(folder / about.FILE, about.shared(about.columns(member.settings) for member in runs))
+    if not all(member.done for member in runs):
+        run.reopen()
     if config.side_by_side == 1 and not config.ray.address:
         for member in runs:
             progress.say(str(member))
@@ -124,6 +127,7 @@ def compare(config: Compare, folder: Path, signals: Signals, progress: Progress)
     checkpoint.write_json_atomic(folder / "baselines.json", {name: one.measured for name, one in measured.items()})
     page = report(terms(config, folder), folder, outcomes, measured, places)
     beside.require_ended(runs, folder)
+    run.finish(DATA)
     return page
 
 

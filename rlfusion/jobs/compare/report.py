@@ -33,6 +33,10 @@ class Untrained(NamedTuple):
     rewards: Rewards = MappingProxyType({})
 
 
+DATA = "comparison.json"
+"""Every evaluation of every run."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of one run: its evaluations, or the reason why there are none."""
@@ -98,7 +102,7 @@ def report(
     text = f"# Comparison\n\n{head}\n\n" + "\n\n".join(table.markdown() for table in texts) + "\n"
     storage.write(folder / "comparison.md", text)
     storage.write(folder / "comparison.csv", "\n".join(table.csv() for table in texts))
-    storage.write(folder / "comparison.json", json.dumps([asdict(o) for o in outcomes], indent=1))
+    storage.write(folder / DATA, json.dumps([asdict(o) for o in outcomes], indent=1))
     storage.write(folder / "report.html", Page(folder.name, head, terms.command, sections, terms.differing).html())
     return text
 
