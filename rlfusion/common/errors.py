@@ -199,6 +199,18 @@ ALIASES = {
 }
 """Words of the papers and of other libraries, as ``_plain`` has them, and what such a thing is called here."""
 
+VARIANTS = {
+    "rloo": ("grpo", "baseline = leave_one_out and std = none"),
+    "drgrpo": ("grpo", "std = none"),
+    "mixgrpo": ("grpo", "outside = ode and a window, such as window = 2"),
+    "flashgrpo": ("grpo", "step_draws = 1"),
+    "tempflowgrpo": ("grpo", "step_weight = noise"),
+    "grpoguard": ("grpo", "ratio_norm = true"),
+    "flowdppo": ("grpo", "a limit as divergence"),
+    "gardo": ("grpo", "a limit as reference_kl"),
+}
+"""Papers' names, as ``_plain`` has them without ``_``, of what is a setting here: of which thing, and the setting."""
+
 
 def near(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.55) -> list[str]:
     """The ``count`` names nearest to ``name``, nearest first, none where none is near.
@@ -237,6 +249,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     known = list(known)
     found = near(name, known)
     hint = f"; did you mean {found[0]!r}?" if found else ""
+    thing, setting = VARIANTS.get(_plain(name).replace("_", ""), ("", ""))
+    if thing in known:
+        hint = f"; did you mean {thing!r} with {setting}?"
     expected = f"expected one of {listed(known, name)}" if known else "there is none"
     return ConfigError(f"unknown {what} {shorten(repr(name))}: {expected}{hint}")
 

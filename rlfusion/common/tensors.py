@@ -45,6 +45,13 @@ def mean_features(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def grey(x: Tensor, channels: int) -> Tensor:
+    """Images (B, 3, ...) for a model of so many channels: one channel (B, 1, ...) where it has one and all three are
+    equal, as grey pictures of files are; else as they are.
+    """
+    return x[:, :1].contiguous() if channels == 1 and x.shape[1] == 3 and bool((x == x[:, :1]).all()) else x
+
+
 def cast(coefficient: Tensor, like: Tensor) -> Tensor:
     """A float64 coefficient, made on the CPU, in the dtype and on the device of ``like``, without a device sync; itself
     where it is there already.

@@ -11,7 +11,7 @@ from rlfusion import config
 from rlfusion.common import spec
 from rlfusion.common.code_files import label as short
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.tensors import to_pixels
+from rlfusion.common.tensors import grey, to_pixels
 from rlfusion.data import load
 from rlfusion.diffusion.space import Pixels
 from rlfusion.evaluation import class_spread, frechet_distance, precision_recall
@@ -73,10 +73,14 @@ def beside_of(settings: config.Evaluate, shape: tuple[int, ...], say: Callable[[
     held = Beside()
     if settings.real:
         extractor = make_extractor(settings.features)
-        data = load(settings.real, shape[-1], say)
-        if data.shape != shape:
-            raise ConfigError(f"real = {settings.real!r}: its images are {data.shape}, the model's samples {shape}")
-        real = extracted(settings.features, extractor, to_pixels(data.x))
+        x = grey(load(settings.real, shape[-1], say).x, shape[0])
+        if x.shape[1:] != shape:
+            expected = "grey images" if shape[0] == 1 else f"images of {shape[0]} channels"
+            raise ConfigError(
+                f"real = {settings.real!r}: its images are {tuple(x.shape[1:])}, the model's samples {shape}: "
+                f"expected {expected}"
+            )
+        real = extracted(settings.features, extractor, to_pixels(x))
         held = Beside(settings.features, extractor, real)
     if not settings.diversity:
         return held

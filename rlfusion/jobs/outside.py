@@ -15,6 +15,7 @@ from rlfusion.common import shards
 from rlfusion.common.errors import ConfigError, shorten, unknown
 from rlfusion.common.hollow import is_hollow
 from rlfusion.common.notices import say_once
+from rlfusion.common.tensors import grey
 from rlfusion.common.weights import sha256
 from rlfusion.data import Dataset
 from rlfusion.data.sources import absolute
@@ -150,7 +151,8 @@ def read_for(data: str, card: models.Card) -> StoredImages:
     """
     if not data:
         raise ConfigError("agent.data = '': expected a folder or a table of images to learn from")
-    found = _of_channels(read(data, card.shape[-1]), card.shape[0])
+    found = read(data, card.shape[-1])
+    found = replace(found, data=replace(found.data, x=grey(found.data.x, card.shape[0])))
     if found.data.shape != card.shape:
         raise ConfigError(
             f"agent.data = {data!r} holds samples of {_sides(found.data.shape)}, the model draws {_sides(card.shape)}: "
@@ -158,13 +160,6 @@ def read_for(data: str, card: models.Card) -> StoredImages:
         )
     prompts_of(data, found.data, card)
     return found
-
-
-def _of_channels(found: StoredImages, channels: int) -> StoredImages:
-    x = found.data.x
-    if channels != 1 or x.shape[1] != 3 or not bool((x == x[:, :1]).all()):
-        return found
-    return replace(found, data=replace(found.data, x=x[:, :1].contiguous()))
 
 
 def outline_of(data: str, card: models.Card) -> Stored:

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from backbones import NET, random_backbone
+from PIL import Image
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from rlfusion.cli.main import main
@@ -215,10 +216,24 @@ def test_extractors_that_cannot_be_are_refused(tmp_path, monkeypatch, features, 
 
 
 def test_real_images_of_other_channels_are_refused(tmp_path):
-    np.savez(tmp_path / "real.npz", images=np.zeros((10, 3, 8, 8), np.uint8))
-    with pytest.raises(ConfigError, match=r"its images are \(3, 8, 8\), the model's samples \(1, 8, 8\)"):
+    np.savez(tmp_path / "real.npz", images=np.arange(1920).reshape(10, 3, 8, 8).astype(np.uint8))
+    said = r"its images are \(3, 8, 8\), the model's samples \(1, 8, 8\): expected grey images"
+    with pytest.raises(ConfigError, match=said):
         beside_of(settings(real=str(tmp_path / "real.npz"), features="thumbnails"), (1, 8, 8), print)
     assert Beside().figures(images(1, 1, 8, 8), torch.zeros(1)) == ({}, {})
+
+
+def test_a_folder_of_grey_pictures_is_held_against_a_model_of_one_channel(tmp_path):
+    grey = (images(10, 1, 8, 8).numpy() * 255).astype(np.uint8)
+    np.savez(tmp_path / "real.npz", images=grey)
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(grey):
+        Image.fromarray(image[0]).save(tmp_path / "real" / f"{i:02}.png")
+    held, stored = (
+        beside_of(settings(real=str(tmp_path / name), features="thumbnails"), (1, 8, 8), print).real
+        for name in ("real", "real.npz")
+    )
+    assert torch.equal(held, stored)
 
 
 # --- the command ---
