@@ -74,7 +74,7 @@ def push(settings: Push, say: Callable[[str], None]) -> Path:
     folder = Path(settings.out) if settings.out else run.folder / "hub"
     _make_room(run.folder, folder)
     _write(folder, model, about, told, settings.to)
-    write_json_atomic(run.folder / WRITTEN, _written(run.folder) | {str(folder.resolve()): _files(folder)})
+    _note(run.folder, folder, say)
     say(f"{folder}: README.md, {', '.join(sorted(f.name for f in folder.iterdir() if f.name != 'README.md'))}")
     if api is not None:
         say(f"uploaded: {_upload(api, settings, folder)}")
@@ -97,6 +97,14 @@ def _make_room(run: Path, folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _note(run: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Keep in the run's folder what was written; one that cannot be written to is pushed all the same."""
+    try:
+        write_json_atomic(run / WRITTEN, _written(run) | {str(folder.resolve()): _files(folder)})
+    except OSError as error:
+        say(f"{run / WRITTEN} cannot be written ({error}): another push will not write {folder} anew")
+
+
 def _written(run: Path) -> dict[str, Any]:
     """The folders that pushes of a run have written, with the size and the time of each file."""
     try:
@@ -107,8 +115,13 @@ def _written(run: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, list[int]]:
-    files = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
-    return {str(file.relative_to(folder)): [file.lstat().st_size, file.lstat().st_mtime_ns] for file in files}
+    """What lies in a folder: each file, or link, with its size and time, and each folder in it."""
+    return {str(one.relative_to(folder)): _dated(one) for one in sorted(folder.rglob("*"))}
+
+
+def _dated(one: Path) -> list[int]:
+    about = one.lstat()
+    return [about.st_size, about.st_mtime_ns] if one.is_symlink() or not one.is_dir() else []
 
 
 def _told(settings: Push, run: Stored, model: Path, about: Mapping[str, Any], api: Any) -> Told:

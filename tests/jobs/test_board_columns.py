@@ -20,6 +20,7 @@ from rlfusion.cli.arguments import settings_of
 from rlfusion.common.errors import ConfigError
 from rlfusion.jobs.board_columns import Together, plugins
 from rlfusion.jobs.finetune import about
+from rlfusion.training.identity import Record
 from rlfusion.training.tracking import Events, Tracker
 
 
@@ -141,9 +142,15 @@ def test_runs_of_a_comparison_share_their_columns():
     ("held", "said"), [("{", "is damaged"), ("[]", "holds no columns"), ('{"lr": null}', "holds no columns")]
 )
 def test_columns_that_are_damaged_are_said_to_be(tmp_path, held, said):
-    assert about.beside(tmp_path / "it") == {}
     (tmp_path / about.FILE).write_text('{"with lora": "LoRA(rank=2)"}')
+    assert about.beside(tmp_path / "it") == {}, "a file of that name, which is of no comparison"
+    Record("compare", "it", {}, {}, ()).write(tmp_path)
     assert about.beside(tmp_path / "it") == {"with lora": "LoRA(rank=2)"}
     (tmp_path / about.FILE).write_text(held)
     with pytest.raises(ConfigError, match=f"{os.fspath(tmp_path)}.*{said}"):
+        about.beside(tmp_path / "it")
+    (tmp_path / about.FILE).unlink()
+    assert about.beside(tmp_path / "it") == {}
+    (tmp_path / about.FILE).mkdir()
+    with pytest.raises(ConfigError, match="cannot be read"):
         about.beside(tmp_path / "it")

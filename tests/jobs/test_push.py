@@ -1,6 +1,7 @@
 """``rlfusion push`` against a stand-in of the hub's client: what the card says, what is uploaded, what is not told."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -133,7 +134,12 @@ def test_what_a_push_wrote_is_written_anew_and_anything_else_is_refused(tmp_path
         lambda: (folder / "README.md").write_text(f"{card}By hand.\n"),
         lambda: (folder / "notes.txt").write_text("mine"),
         lambda: (folder / "model.json").unlink(),
+        lambda: (folder / "mine").mkdir(),
+        lambda: (folder / "elsewhere").symlink_to(tmp_path),
     ):
+        shutil.rmtree(folder)
+        assert main(words) == 0
+        capsys.readouterr()
         change()
         held = sorted(file.name for file in folder.iterdir())
         assert main(words) == 2

@@ -53,6 +53,55 @@ def test_the_bits_are_those_of_each_parameter_by_itself(dtype, without):
         assert all(torch.equal(v, other.state[theirs[name]][key]) for key, v in held.items())
 
 
+@pytest.mark.parametrize("way", ["state", "object"])
+def test_a_copy_goes_on_as_it_would_have_where_some_have_had_fewer_steps(way):
+    """Each parameter counts its own steps, and what a copy steps are its own parameters."""
+    named = parameters()
+    one = NamedOptimizer(parse("adamw"), named, 1e-2, 0.1)
+    for step, without in enumerate([(), ("p3",)]):
+        give(named, step, without)
+        one.step()
+    twins, other = copy.deepcopy((named, one))
+    if way == "state":
+        other = NamedOptimizer(parse("adamw"), twins, 1e-2, 0.1)
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in (2, 3):
+        for each, optimizer in ((named, one), (twins, other)):
+            give(each, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(named.values(), twins.values()))
+    counts = [{name: float(held["step"]) for name, held in o.state_dict()["state"].items()} for o in (one, other)]
+    assert counts[0] == counts[1] == {name: 3.0 if name == "p3" else 4.0 for name in named}
+
+
+def test_a_copy_made_while_all_are_stepped_as_one_steps_its_own():
+    named = parameters()
+    one = NamedOptimizer(parse("adamw"), named, 1e-2, 0.1)
+    give(named, 0)
+    one.step()
+    twins, other = copy.deepcopy((named, one))
+    for each, optimizer in ((named, one), (twins, other)):
+        give(each, 1)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(named.values(), twins.values()))
+
+
+def test_parameters_of_one_memory_are_each_stepped():
+    def tied() -> dict[str, nn.Parameter]:
+        whole = torch.ones(4)
+        return {"a": nn.Parameter(whole), "b": nn.Parameter(whole), "c": nn.Parameter(torch.ones(3))}
+
+    ours, theirs = tied(), tied()
+    one = NamedOptimizer(parse("adamw"), ours, 1e-2, 0.1)
+    other = torch.optim.AdamW(theirs.values(), 1e-2, weight_decay=0.1, foreach=True)
+    for step in range(3):
+        give(ours, step)
+        give(theirs, step)
+        one.step()
+        other.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.values(), theirs.values()))
+
+
 def test_a_step_is_of_one_parameter_and_the_large_ones():
     named = parameters()
     optimizer = NamedOptimizer(parse("adamw"), named, 1e-2)

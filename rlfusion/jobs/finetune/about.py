@@ -133,10 +133,14 @@ def beside(folder: Path) -> Cells:
         ConfigError: their file is damaged.
     """
     file = folder.parent / FILE
+    if _comparison(folder) is None:
+        return {}
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}); a comparison that goes on writes it again") from error
     if not isinstance(held, dict) or not all(isinstance(value, str | int | float) for value in held.values()):
@@ -165,11 +169,17 @@ def at_the_goal(folder: Path) -> dict[str, float | None]:
 
 
 def _goal(folder: Path) -> float:
+    comparison = _comparison(folder)
+    return float(comparison.config["target"]) if comparison else Compare.target
+
+
+def _comparison(folder: Path) -> Record | None:
+    """The record of the comparison of which the run in ``folder`` is one; None where it is of none."""
     try:
         record = Record.read(folder.parent)
     except FileNotFoundError:
-        return Compare.target
-    return float(record.config["target"]) if record.command == "compare" else Compare.target
+        return None
+    return record if record.command == "compare" else None
 
 
 def _start(config: Finetune) -> str:

@@ -66,16 +66,16 @@ SINCE = {
 }
 """The version of diffusers that was the first to have a pipeline."""
 UNFIT = {
-    r"Img2Img|Inpaint|Edit|Kontext|Fill|Redux|Pix2Pix|Upscale|Control|Adapter|IPAdapter|Layered": (
-        "it is given an image beside the prompt, and a walk here begins with noise and a prompt alone"
-    ),
-    r"Video|^Wan|^LTX|CogVideoX|Mochi|Allegro|Latte|Cosmos|SkyReels|AnimateDiff|Motion": (
+    r"Audio|Music": "it makes sounds, which no reward here can judge",
+    r"Video|T2V|I2V|^Wan|^LTX|CogVideoX|Mochi|Allegro|Latte|Cosmos(?!.*TextToImage)|SkyReels|AnimateDiff|Motion": (
         "it draws videos, whose latents have a time beside height and width"
     ),
-    r"Cascade|Wuerstchen|Kandinsky|^IF|UnCLIP|Prior": (
+    r"2Img|Inpaint|(?<!Model)Edit|Kontext|Fill|Redux|Pix2Pix(?!Zero)|Upscale|SuperResolution|Control|Adapter|Layered": (
+        "it is given an image beside the prompt, and a walk here begins with noise and a prompt alone"
+    ),
+    r"Cascade|Wuerstchen|^Kandinsky(V22|Prior|Pipeline|Combined)|^IF|UnCLIP|Prior": (
         "two networks make its images, one after the other, and one is trained here"
     ),
-    r"Audio|Music|StableAudio": "it makes sounds, which no reward here can judge",
 }
 """Of classes of diffusers by what their names hold: why they do not fit."""
 RARE = ("bitsandbytes", "scipy.stats")

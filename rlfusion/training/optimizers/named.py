@@ -25,6 +25,12 @@ class NamedOptimizer:
         self._packed = Packed(self.inner, parameters) if recipe.listed(parameters) else None
         self._start = copy.deepcopy(_settings(self.inner))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of it is made of: each parameter by itself, as what is packed is views of one memory."""
+        if self._packed:
+            self._packed.unpack()
+        return self.__dict__.copy()
+
     @property
     def lr(self) -> float:
         """The learning rate; it may be set between steps."""
