@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import RlfusionError, UserCodeError
+from rlfusion.common.errors import NumericalError, RlfusionError, UserCodeError
 from rlfusion.common.nested import flatten
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
@@ -215,7 +215,11 @@ def _apart(one: Tensor, two: Tensor) -> str:
 def _gradient(held: Trial) -> Finding:
     held.saved = checkpoint.save(held.folder, 0, {"learner": held.learner.state_dict()})
     before = [p.detach().clone() for p in held.parameters()]
-    metrics = held.timed("update", lambda: held.learner.update(held.batch))
+    try:
+        metrics = held.timed("update", lambda: held.learner.update(held.batch))
+    except NumericalError as error:
+        exact = "" if held.config.precision == "float32" else ", or precision = float32"
+        return Finding("gradient", "FAILS", f"{error}: expected a smaller agent.lr{exact}")
     moved = sum(not torch.equal(p, old) for p, old in zip(held.parameters(), before))
     told = f"norm {metrics['grad_norm']:.3g}; {moved} of {len(before)} trained tensors moved"
     if not moved or not metrics["grad_norm"] > 0:

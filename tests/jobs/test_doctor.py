@@ -57,6 +57,14 @@ def test_equal_rewards_are_a_note_and_then_teach_nothing(tiny_root, tmp_path, mo
     assert "checkpoint" not in found
 
 
+def test_a_step_that_is_too_large_is_told_what_to_do(tiny_root):
+    found = rows(tiny_root, "--agent.lr", 1e30)
+    assert found["gradient"].verdict == "FAILS"
+    assert "not finite" in found["gradient"].message
+    assert found["gradient"].message.endswith("expected a smaller agent.lr")
+    assert list(found)[-1] == "gradient"
+
+
 def test_a_reward_that_is_not_finite_ends_the_trial(tiny_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("nan.py").write_text("def nan(samples, cond):\n    return samples.mean((1, 2, 3)) * float('nan')\n")
