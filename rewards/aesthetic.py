@@ -25,7 +25,8 @@ HEAD = "hf-hub:trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 
 
 class Aesthetic(ClipReward):
-    """
+    """How much people like the image, as a head on a CLIP's embedding predicts. Differentiable.
+
     Args:
         model, checkpoint: the CLIP that the head was trained on, as ``openclip.load``.
         head: the file of the head's weights, or hf-hub:OWNER/REPO/FILE; or the widths of its layers, from the

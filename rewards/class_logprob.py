@@ -16,7 +16,7 @@ from rlfusion.rewards.base import Learned, require_labels
 
 
 class ClassLogProb(Learned):
-    """The reward as a module whose state dict holds the classifier.
+    """Log-probability of the sample's class for a small classifier, which the state dict holds. Differentiable.
 
     Args:
         weights: a file that ``rlfusion.classifier.save`` wrote; None for an untrained MLP, to be given its weights by

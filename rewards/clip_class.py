@@ -14,7 +14,8 @@ from rlfusion.rewards.clip.reward import ClipText, Source
 
 
 class ClipClass(ClipText):
-    """
+    """A CLIP's zero-shot probability of the sample's class among all prompts. Differentiable.
+
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; a run without a model trains a small one on its data.
         template: text with ``{}`` for the prompt or ``{word}`` for the prompt with numerals spelled out; of several

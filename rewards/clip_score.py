@@ -15,7 +15,8 @@ from rlfusion.rewards.clip.reward import ClipText, Source
 
 
 class ClipScore(ClipText):
-    """
+    """Does the image suit its text, for a CLIP? Differentiable.
+
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; a run without a model trains a small one on its data.
         template: text with ``{}`` for the prompt or ``{word}`` for the prompt with numerals spelled out; of several

@@ -17,7 +17,8 @@ from rlfusion.rewards.clip.reward import ClipReward, Source
 
 
 class ClipSimilarity(ClipReward):
-    """
+    """Likeness to a reference image in the eyes of a CLIP. Differentiable.
+
     Args:
         reference: the file of the reference image, or one for each condition, in their order.
         model, checkpoint: the CLIP, as ``openclip.load``; a run without a model trains a small one on its data.

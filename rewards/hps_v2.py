@@ -19,7 +19,8 @@ PUBLISHED = {
 
 
 class HPSv2(ClipText):
-    """
+    """Human Preference Score v2 and v2.1: a CLIP that was trained on which image people prefer. Differentiable.
+
     Args:
         version: of the published weights, "2.0" or "2.1", where there is no ``checkpoint``.
         model, checkpoint: the CLIP, as ``openclip.load``.

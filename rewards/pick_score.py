@@ -17,7 +17,8 @@ PUBLISHED = "hf-hub:yuvalkirstain/PickScore_v1/model.safetensors"
 
 
 class PickScore(ClipText):
-    """
+    """PickScore: a CLIP that was trained on which image people picked. Differentiable.
+
     Args:
         model, checkpoint: the CLIP, as ``openclip.load``; without a checkpoint the published weights.
         template: text with ``{}`` for the prompt.

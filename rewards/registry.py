@@ -281,7 +281,8 @@ def _require_options(name: str, options: Mapping[str, Any], settings: list[inspe
             raise unknown(f"option of reward {name!r}", option, known)
     missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
     if missing:
-        raise ConfigError(
-            f"reward {name!r} needs the options {missing}, if it makes a reward{remedy(inspect.Signature(settings))}"
-        )
+        expected = f": expected {{{', '.join(f'{one}: ...' for one in missing)}}} among its options"
+        if name not in REWARDS:
+            expected = f", if it makes a reward{remedy(inspect.Signature(settings))}"
+        raise ConfigError(f"reward {name!r} needs the options {missing}{expected}")
     spec.require_fit(known, options, f"reward {name!r}")

@@ -102,7 +102,7 @@ class Spent:
 
 
 class VlmJudge:
-    """The judge; a callable reward without gradient."""
+    """The answer of a vision-language model, at an OpenAI-compatible endpoint, about each sample. No gradient."""
 
     def __init__(
         self,

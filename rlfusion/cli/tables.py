@@ -178,7 +178,8 @@ def _print_beside(console: Console, found: Found, settings: config.Evaluate) -> 
     head = ["", *(f"{short[name]}, {sampler}" if several else short[name] for name, sampler in found)]
     names = dict.fromkeys(name for one in found.values() for name in one.values)
     rows = [[name, *(_number(one.values.get(name), 4) for one in found.values())] for name in names]
-    shown.figures(console, f"{settings.evaluation.samples} samples on the same seeds", head, rows)
+    count = next(iter(found.values())).values["count"]
+    shown.figures(console, f"{count:.0f} samples on the same seeds", head, rows)
 
 
 def run_import_config(settings: config.ImportConfig) -> None:

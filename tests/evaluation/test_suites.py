@@ -141,6 +141,8 @@ def test_figures_by_category_of_one_model_and_of_two(given, tiny_pipelines, caps
     assert rewards["single_object"]["reward_objects"] == (expected[0] + expected[2]) / 2
     mean = (2 * rewards["single_object"]["reward_dark"] + rewards["counting"]["reward_dark"]) / 3
     assert mean == pytest.approx(one["reward_dark"], abs=1e-6)
+    evaluated(*common, "--against", tiny_pipelines["sd"])
+    assert "6 samples on the same seeds" in capsys.readouterr().out
 
 
 def test_two_models_are_paired_within_a_category(given):

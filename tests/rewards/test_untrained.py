@@ -62,7 +62,7 @@ WRONG = [
     *((name, {"model": "", "checkpoint": "x"}, "without a model") for name in ("clip_score", "clip_class")),
     ("clip_score", {"scale": "2"}, "scale = '2' of reward 'clip_score': expected float"),
     ("clip_score", {"template": "no place for it"}, "template"),
-    ("clip_similarity", {}, "needs the options ['reference']"),
+    ("clip_similarity", {}, "needs the options ['reference']: expected {reference: ...} among its options"),
     ("clip_similarity", {"reference": "no-such.png"}, "no-such.png"),
     ("class_logprob", {"shape": [1, 2]}, "shape"),
 ]
