@@ -92,7 +92,7 @@ class NamedOptimizer:
             raise StateError(f"the optimiser has moments of {name!r}, which is not trained here")
         like: dict[str, Any] = next(iter(self.recipe.stepped(self.named[name]).state.values()), {})
         require_entries(held, like, f"moments of {name!r}")
-        return {k: shards.like(v, like[k]).to(like[k].device) if isinstance(v, Tensor) else v for k, v in held.items()}
+        return {k: _owned(shards.like(v, like[k]), like[k]) if isinstance(v, Tensor) else v for k, v in held.items()}
 
     def _load_groups(self, saved: list[Any]) -> None:
         new = _settings(self.recipe.stepped(next(iter(self.named.values())))) if any(saved) else []
@@ -100,6 +100,13 @@ class NamedOptimizer:
             keys = given if isinstance(given, Mapping) else ()
             require_entries(given, {k: like[k] for k in keys if k in like}, "the optimiser's settings")
             group.update(copy.deepcopy(start) | given)
+
+
+def _owned(held: Tensor, like: Tensor) -> Tensor:
+    """A tensor of a state on the device of ``like``. A number, such as the count of steps, is copied: parameters that
+    were stepped as one have one, and each that has its own counts on by itself.
+    """
+    return held.to(like.device, copy=not held.ndim)
 
 
 def state_bytes(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> int:

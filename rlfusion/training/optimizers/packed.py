@@ -26,7 +26,7 @@ class Packed:
         self.flat = nn.Parameter(torch.empty(0))
         self.places: dict[nn.Parameter, slice] = {}
         self.own, self.of_flat = list[Tensor](), list[Tensor]()  # a member's part of it and of its gradient
-        self.states: dict[nn.Parameter, dict[str, Tensor]] = {}  # and of its moments, once asked for
+        self.states: dict[nn.Parameter, dict[str, Any]] = {}  # and of its state, once asked for
 
     def step(self) -> None:
         """One step on the gradients that are there."""
@@ -58,17 +58,17 @@ class Packed:
             group["params"] = held
 
     def state_of(self, p: nn.Parameter) -> Mapping[str, Any]:
-        """The state of a parameter, no copy of its moments; empty before its first step. The count of steps is one of
-        its own: kept by all as one, it would be counted on once for each.
+        """The state of a parameter, no copy; empty before its first step. The count of steps is that of all, which who
+        loads it has to copy.
         """
         if p not in self.places:
             return self.inner.state.get(p, {})
-        whole = self.inner.state.get(self.flat, {})
-        if not self.states and whole:
-            moments = {name: v for name, v in whole.items() if v.ndim}
-            self.states = {q: {name: v[at].view_as(q) for name, v in moments.items()} for q, at in self.places.items()}
-        parts = self.states.get(p, {})
-        return {name: parts[name] if v.ndim else v.clone() for name, v in whole.items()}
+        if not self.states and (whole := self.inner.state.get(self.flat)):
+            self.states = {
+                q: {name: v[at].view_as(q) if v.ndim else v for name, v in whole.items()}
+                for q, at in self.places.items()
+            }
+        return self.states.get(p, {})
 
     def unpack(self) -> None:
         """Let each parameter be by itself again, with its state."""
