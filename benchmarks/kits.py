@@ -1,20 +1,18 @@
-"""Every kit of rewards for real: installed, given tiny random weights, served, and checked over HTTP.
+"""Kits of rewards for real: installed, given tiny random weights, served, and checked over HTTP.
 
-    python benchmarks/kits.py [NAME ...] [--keep] [--out benchmarks/results/kits.json]
+    python benchmarks/kits.py [NAME ...] [--envs FOLDER] [--out benchmarks/results/kits.json]
 
-An environment is made by ``rlfusion rewards install`` (5 to 6 GB, most of it CUDA's libraries, which uv links from its
-cache), asked which versions it has, and removed afterwards unless ``--keep``. In it ``kits_tiny.py`` makes weights.
-``rlfusion rewards serve`` serves them, and ``rlfusion check-reward URL`` asks about samples of a tiny pipeline. The
-published weights were not there: no score says anything, but that the packages, as they are pinned, do what the scorer
-asks of them.
+An environment is made as by ``rlfusion rewards install`` (6 GB, most of it CUDA's libraries, which uv links from its
+cache) in a folder that is removed at the end, or in ``--envs``, and asked which versions it has. In it ``kits_tiny.py``
+makes weights. ``rlfusion rewards serve`` serves them, and ``rlfusion check-reward URL`` asks about samples of a tiny
+pipeline. The published weights were not there: no score says anything, but that the packages, as they are pinned, do
+what the scorer asks of them.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +51,12 @@ def versions(made: Environment) -> dict[str, str]:
     names = [line.partition("==")[0] for line in made.kit.requirements.split()]
     code = "import json, sys, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     return json.loads(subprocess.check_output([str(made.python), "-c", code, *names], text=True))
+
+
+def python(made: Environment) -> str:
+    """The version of its interpreter."""
+    code = "import platform; print(platform.python_version())"
+    return subprocess.check_output([str(made.python), "-c", code], text=True).strip()
 
 
 def checked(made: Environment, folder: Path, drawn: list[str]) -> dict[str, Any]:
@@ -97,21 +101,20 @@ def main() -> None:
     """Run all, print what they say, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(KITS)}; default: all")
-    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--envs", type=Path, help="where environments are made, and stay")
     parser.add_argument("--side", type=int, default=64, help="of the images, in pixels")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kits.json")
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as place:
         drawn = pipeline(Path(place), args.side)
+        os.environ["RLFUSION_REWARD_ENVS"] = str(args.envs or Path(place) / "envs")
         for name in args.names or KITS:
             made = install(name, dry=False, say=print)
             told = checked(made, Path(place), drawn)
-            found[name] = {"python": platform.python_version(), "versions": versions(made), **told}
+            found[name] = {"python": python(made), "versions": versions(made), **told}
             print(name, json.dumps(found[name], indent=1), flush=True)
             args.out.write_text(json.dumps(found, indent=1) + "\n")
-            if not args.keep:
-                shutil.rmtree(made.folder)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
             "passes": len(bare.passes),
             "floor_ms": 1e3 * statistics.median(floor),
             **over(found["ours"], floor),
-            "plain": over(found["plain"], floor)["ratio"],
+            **{"plain" if k == "ratio" else f"plain_{k}": v for k, v in over(found["plain"], floor).items()},
             "over_plain": over(found["ours"], found["plain"])["ratio"],
         }
         print(

@@ -4,7 +4,7 @@ Tiny random pipelines of the tests, reward red above blue. For each family one `
 all weights and one on adapters; the gain is that of the evaluation on fixed seeds, in standard deviations of the base
 model's rewards. Every run exports its model, which diffusers reads back before it counts; and then the export is
 loaded anew, by us and by diffusers, and both sample from the same noise: a cell in which their latents differ by more
-than 1e-4 of the largest says so in the place of its gain.
+than 1e-4 of the largest says so beside its gain.
 
 sft and the stored dpo learn from pairs of a red and a blue image for each prompt, opd from the model that draft has
 made in the same row. What was found is kept in ``results/families.json``, and the table is drawn of that:
@@ -187,9 +187,8 @@ def shown(cell: dict[str, Any] | None) -> str:
         return ""
     if "ended" in cell:
         return "-"
-    if cell["difference"] > ALIKE:
-        return f"export differs by {cell['difference']:.1g}"
-    return f"{statistics.fmean(cell['gain']):+.2f}"
+    gain = f"{statistics.fmean(cell['gain']):+.2f}"
+    return gain if cell["difference"] <= ALIKE else f"{gain}, export differs by {cell['difference']:.1g}"
 
 
 def draw(kept: dict[str, dict[str, dict[str, Any]]]) -> None:

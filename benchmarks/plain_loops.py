@@ -6,7 +6,8 @@ and no update can be without.
     (2)  update    a loss (below) and its gradient for each pass; and for each step of an optimiser
                    ``torch.nn.utils.clip_grad_norm_``, ``torch.optim.AdamW(fused=True)`` and ``zero_grad``
 
-The passes are those of a call of ours, run again with their own inputs. The losses are the shortest of their kind:
+The passes are those of a call of ours, run again with their own inputs. The losses are one of each kind; those of opd,
+drwr and dawr are a little shorter than that of their kind:
 
     walks      (ddpo, grpo, ppo, opd, drwr, dawr)  mean, log-probability, clipped ratio and KL of the step of each row
     noisings   (awm, nft, dpo, sft, qsm)           noise and times drawn, x_t, and a weighted squared error a row
