@@ -247,11 +247,16 @@ def _doctor(arguments: list[str]) -> None:
     from rlfusion.cli import tables
     from rlfusion.cli.arguments import settings_of
     from rlfusion.jobs import finetune
+    from rlfusion.rewards import RewardError
 
     settings = settings_of("finetune", arguments) if arguments else None
+    unscored = None
     if settings is not None:
-        finetune.check(settings)
-    tables.run_doctor(settings)
+        try:
+            finetune.check(settings)
+        except RewardError as error:
+            unscored = error
+    tables.run_doctor(settings, unscored)
 
 
 def _supervise(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from rlfusion import config
 from rlfusion.cli import shown
 from rlfusion.cli.ranked import ranked
 from rlfusion.common import storage
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.common.manner import manner
 from rlfusion.config import CheckAgent, CheckModel, CheckReward, Reproduce, Serve
 from rlfusion.jobs import compare, doctor, imports, train_clip
@@ -20,7 +20,7 @@ from rlfusion.jobs.board import board
 from rlfusion.jobs.check_agent import check_agent
 from rlfusion.jobs.check_model import check_model
 from rlfusion.jobs.check_reward import Finding, check_reward
-from rlfusion.jobs.doctor_trial import trial
+from rlfusion.jobs.doctor_trial import failing, trial
 from rlfusion.jobs.evaluate import Found, evaluate, short_names
 from rlfusion.jobs.measure import headlines
 from rlfusion.jobs.push import push
@@ -241,8 +241,9 @@ def _findings(what: str, findings: Iterable[Finding]) -> None:
         raise ConfigError(f"{what} fails: {', '.join(failed)}")
 
 
-def run_doctor(settings: config.Finetune | None) -> None:
-    """Print what is here and, for settings, the memory that they need and what a trial of them finds.
+def run_doctor(settings: config.Finetune | None, unscored: NumericalError | None = None) -> None:
+    """Print what is here and, for settings, the memory that they need and what a trial of them finds; where the reward
+    has failed already, that alone.
 
     Raises:
         ConfigError: a row of the trial fails.
@@ -251,6 +252,8 @@ def run_doctor(settings: config.Finetune | None) -> None:
     shown.texts(console, "what is here", ("", ""), list(doctor.environment()))
     if settings is None:
         return
+    if unscored is not None:
+        _findings("this fine-tuning", [failing(unscored)])
     found = doctor.memory_estimate(settings)
     sizes = [*found.items(), ("together", sum(found.values()))]
     rows = [[name, f"{size / 1e9:.3f}"] for name, size in sizes]

@@ -38,6 +38,7 @@ from rlfusion.jobs.finetune.job import Found, find, make_learner
 from rlfusion.jobs.parts import Parts, opened
 from rlfusion.jobs.preflight import try_out
 from rlfusion.jobs.tasks import actors_of, cluster_of, make_task, recipe
+from rlfusion.rewards import RewardError
 from rlfusion.rl.agent import AgentLearner
 from rlfusion.rollout import Keep, Local, make_backend
 from rlfusion.rollout.trajectory import Trajectory
@@ -177,9 +178,17 @@ def _disk(folder: Path) -> Finding:
     return Finding("disk", "ok", told) if same else Finding("disk", "FAILS", f"{folder.parent} alters what it holds")
 
 
+def failing(error: NumericalError) -> Finding:
+    """The row of a reward that gives no numbers to learn from."""
+    return Finding("reward", "FAILS", f"{error}: rlfusion check-reward tells more of it")
+
+
 def _reward(held: Trial) -> Finding:
     held.collector.publish(held.collector.acting(held.learner.policy, 0))
-    batch = held.batch = held.timed("rollout", lambda: held.collector.batch(0))
+    try:
+        batch = held.batch = held.timed("rollout", lambda: held.collector.batch(0))
+    except RewardError as error:
+        return failing(error)
     if batch.reward is None:
         return Finding("reward", "ok", f"{len(batch)} walks; the agent asks for rewards as it learns")
     told = f"of {len(batch)} walks {batch.reward.mean():.4g} +- {batch.reward.std(correction=0):.3g}"

@@ -1,5 +1,6 @@
 """The trial of ``rlfusion doctor``: its rows on a fine-tuning that works, and on each way in which one does not."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -65,13 +66,18 @@ def test_a_step_that_is_too_large_is_told_what_to_do(tiny_root):
     assert list(found)[-1] == "gradient"
 
 
-def test_a_reward_that_is_not_finite_ends_the_trial(tiny_root, tmp_path, monkeypatch):
+def test_a_reward_that_is_not_finite_ends_the_trial(tiny_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("nan.py").write_text("def nan(samples, cond):\n    return samples.mean((1, 2, 3)) * float('nan')\n")
     found = rows(tiny_root, "--reward", "nan.py:nan")
     assert found["reward"].verdict == "FAILS"
     assert "not finite for" in found["reward"].message
     assert list(found)[-1] == "reward"
+    capsys.readouterr()
+    assert main(["doctor", *map(str, TINY), "--root", str(tiny_root), "--reward", "nan.py:nan"]) == 2
+    said = capsys.readouterr()
+    assert "what is here" in said.out
+    assert re.search(r"FAILS .*check-reward", " ".join(said.out.replace("│", " ").split()))
 
 
 def test_a_reward_that_raises_is_the_users(tiny_root, tmp_path, monkeypatch, capsys):
