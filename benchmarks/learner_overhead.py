@@ -170,14 +170,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--optimizer", default="adamw", help="of the agents; default: adamw")
     parser.add_argument("--json", metavar="NAME", help="also into benchmarks/results/NAME.json")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print the table of --json")
     parser.add_argument("--profile", action="store_true", help="print where the time of one call goes")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads((RESULTS / f"{args.json}.json").read_text())["records"]))
+        return
     torch.set_num_threads(1)
     for name in args.case or CASES:
         for agent in args.agents.split(","):
             record = measure(name, agent, args)
             if args.json:
                 write(RESULTS / f"{args.json}.json", record, args.optimizer)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Ours and plain over the floor, a column each agent, as docs/results.md has it."""
+    found = {(one["case"], one["agent"]): one for one in records}
+    agents = [name for name in AGENTS if ("digits", name) in found or ("pipeline", name) in found]
+    lines = [["", *agents], ["---"] * (1 + len(agents))]
+    for case, called in (("pipeline", "tiny pipeline"), ("digits", "digits net")):
+        for what in ("rollout", "update"):
+            for key, title in (("ratio", f"{called}: {what}"), ("plain", "the same, plain")):
+                held = [found.get((case, name), {}).get(what) for name in agents]
+                lines.append([title, *(f"{one[key]:.2f}" if one else "-" for one in held)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(file: Path, record: dict[str, Any], optimizer: str) -> None:
