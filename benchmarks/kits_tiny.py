@@ -23,6 +23,7 @@ Made = dict[str, dict[str, Any]]
 
 
 def safety(folder: Path) -> Made:
+    """A ViT of one small layer, random, with the classes normal and nsfw."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     size: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
@@ -33,6 +34,7 @@ def safety(folder: Path) -> Made:
 
 
 def object_checks(folder: Path) -> Made:
+    """A tiny Mask2Former and a random CLIP for the colours."""
     import open_clip
     from transformers import (
         Mask2FormerConfig,
@@ -58,6 +60,7 @@ def object_checks(folder: Path) -> Made:
 
 
 def lpips_likeness(folder: Path) -> Made:
+    """A random AlexNet below the package's own linear weights, and a picture to be like."""
     from PIL import Image
     from torchvision.models import alexnet
 
@@ -148,6 +151,7 @@ def _whole(model: Any) -> dict[str, torch.Tensor]:
 
 
 def hpsv3(folder: Path) -> Made:
+    """A tiny Qwen2-VL as the reward model of the package, random."""
     from hpsv3.model.qwen2vl_trainer import Qwen2VLRewardModelBT
     from safetensors.torch import save_file
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
@@ -202,6 +206,7 @@ class Model(PreTrainedModel):
 
 
 def deqa(folder: Path) -> Made:
+    """A network with the weights repository's ``score(images)``, in place of its code."""
     from safetensors.torch import save_file
 
     (folder / "modeling.py").write_text(DEQA)
