@@ -4,6 +4,7 @@ With n bytes of trained and f of frozen weights, and A(b) what one call of the n
 backward pass, each storage once, measured at b = 1 and 2 and a straight line from there:
 
     (1)  weights n + f,   gradients n,   the optimiser's moments (AdamW: 2 n, in 8 bits n / 2),   their average n
+         (none where its decay is 0)
     (2)  copies of what is trained: the rollouts' in this process, the learner's own (a reference, older weights), the
          monitor's base, n each; and the guard's, to undo an update: weights, moments, average and the learner's own
          copies, once, or 1 + 3 for rollback
@@ -53,6 +54,7 @@ class Holds(NamedTuple):
         ranks: over which all but activations is split (these are then not measured); 1 for none.
         critic: the network of a critic that is learned, by its text; "" for none.
         teacher: another model teaches, which counts as much as the one that learns.
+        averaged: an average of what is trained is kept.
     """
 
     here: bool
@@ -65,6 +67,7 @@ class Holds(NamedTuple):
     ranks: int = 1
     critic: str = ""
     teacher: bool = False
+    averaged: bool = True
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -187,12 +190,13 @@ def of_critic(holds: Holds, denoiser: Denoiser, shape: tuple[int, ...]) -> Criti
 def of_weights(holds: Holds, frozen: int, trained: int, moments: int, critic: CriticBytes = NO_CRITIC) -> Estimate:
     """Eq. (1), (2) and (5), of bytes of frozen and trained weights, of the optimiser's moments, and of a critic."""
     copies = holds.here + holds.copies + holds.watched
-    undone = (2 + holds.copies) * trained + moments + sum(critic)
+    average = holds.averaged * trained
+    undone = (1 + holds.copies) * trained + average + moments + sum(critic)
     split = {
         "network, frozen": frozen,
         "network, trained": trained,
         "gradients and optimiser": trained + moments,
-        "average": trained,
+        "average": average,
         "copies of what is trained": copies * trained,
         "critic, its gradients and optimiser": 2 * critic.weights + critic.moments,
         "to undo an update": holds.undo * undone,

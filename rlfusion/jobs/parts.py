@@ -158,4 +158,5 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         ranks=config.learner.ranks if config.learner.split else 1,
         critic=agent.critic,
         teacher=agent.teacher,
+        averaged=agent.averaged,
     )

@@ -128,6 +128,7 @@ class Traits:
         pathwise: it takes a reward's own gradient beside the rollout's rewards.
         denoises: its loss is a denoiser's, whose best answer is the mean of what x_t may have come from.
         optimizer: of the policy, as text.
+        averaged: an average of what is trained is kept beside it.
         rows: samples or transitions in one call of an update; None for as many as ``rollout.item``.
         clip: of its ratio.
     """
@@ -141,6 +142,7 @@ class Traits:
     pathwise: bool = False
     denoises: bool = False
     optimizer: str = "adamw"
+    averaged: bool = False
     rows: int | None = None
     clip: Clip = Clip()
 
@@ -164,8 +166,8 @@ class Defaults:
 
     def traits(self) -> Traits:
         """Those of settings with the usual names: ``kl_loss`` > 0 asks for one copy, ``epochs`` are passes,
-        ``micro_batch`` rows, and ``clip``, ``clip_low``, ``clip_high``, ``clip_per_dim`` and ``optimizer`` are what
-        they are called. Others are as if they were not there.
+        ``micro_batch`` rows, an ``ema_decay`` > 0 averages, and ``clip``, ``clip_low``, ``clip_high``, ``clip_per_dim``
+        and ``optimizer`` are what they are called. Others are as if they were not there.
         """
         told = [getattr(self, name, None) for name in ("clip", "clip_low", "clip_high")]
         clip = min((limit for limit in told if isinstance(limit, float)), default=Clip().range)
@@ -173,6 +175,7 @@ class Defaults:
             passes=getattr(self, "epochs", 1),
             copies=int(getattr(self, "kl_loss", 0.0) > 0),
             optimizer=getattr(self, "optimizer", Traits.optimizer),
+            averaged=getattr(self, "ema_decay", 0.0) > 0,
             rows=getattr(self, "micro_batch", None),
             clip=Clip(clip, getattr(self, "clip_per_dim", False)),
         )

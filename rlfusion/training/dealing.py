@@ -1,12 +1,21 @@
 """Rows of tensors brought from the ranks that have them to those that want them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def parts_of(orders: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
+    """The walks of each share in ``steps`` parts; what is left over is dealt on from where the share before ended."""
+    at = 0
+    for order in orders:
+        parts = order.tensor_split(steps)
+        yield [parts[(i - at) % steps] for i in range(steps)]
+        at += len(order)
 
 
 def deal(rank: int, rows: Tensor, at: Sequence[Tensor], to: Sequence[Tensor]) -> tuple[Tensor, int]:

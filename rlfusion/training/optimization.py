@@ -102,19 +102,28 @@ EMA_RULES: Mapping[str, Callable[..., Decay]] = {"Constant": Constant, "Power": 
 
 
 class EMA:
-    """A moving average of a module's trained parameters, Eq. (1); ``decay`` is a rule, or a number for ``Constant``."""
+    """A moving average of a module's trained parameters, Eq. (1); ``decay`` is a rule, or a number for ``Constant``.
+
+    With a decay of 0 the parameters are their own average: nothing is kept beside them.
+    """
 
     def __init__(self, module: nn.Module, decay: Decay | float) -> None:
         self.decay, self.count = _rule(decay), 0
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.shadow = {name: p.detach().clone() for name, p in self.trained.items()}
+        averages = self.decay != Constant(0)
+        self._kept = {name: p.detach().clone() for name, p in self.trained.items()} if averages else {}
+
+    @property
+    def shadow(self) -> dict[str, Tensor]:
+        """The averages by the parameters' names, no copy."""
+        return self._kept or {name: p.detach() for name, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the parameters as they are now."""
-        decay = self.decay(self.count)
-        if self.trained:
-            mine = [shards.own(self.shadow[name]) for name in self.trained]
+        if self._kept:
+            mine = [shards.own(self._kept[name]) for name in self.trained]
+            decay = self.decay(self.count)
             torch._foreach_lerp_(mine, [shards.own(p) for p in self.trained.values()], 1 - decay)
         self.count += 1
 
@@ -130,26 +139,32 @@ class EMA:
     @torch.no_grad()
     def settle(self) -> None:
         """Let the parameters be the averages from here on."""
-        for name, p in self.trained.items():
-            p.copy_(self.shadow[name])
+        for name, average in self._kept.items():
+            self.trained[name].copy_(average)
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, p in self.trained.items():
+        for name, average in self._kept.items():
+            p = self.trained[name]
             held = p.clone()
-            p.copy_(self.shadow[name])
-            self.shadow[name].copy_(held)
+            p.copy_(average)
+            average.copy_(held)
 
     def state_dict(self) -> dict:
-        return {"count": self.count, "shadow": self.shadow}
+        return {"count": self.count, "shadow": self._kept}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises StateError where it is of other parameters."""
+        """Averages that were none, of a decay of 0, are the parameters as they are now.
+
+        Raises StateError where it is of other parameters.
+        """
         require_entries(state, self.state_dict(), "the averages")
-        require_entries(state["shadow"], self.shadow, "the averages' shadow")
+        saved = state["shadow"]
+        if saved:
+            require_entries(saved, self.shadow, "the averages' shadow")
         self.count = state["count"]
-        for name, value in state["shadow"].items():
-            shards.put(value, self.shadow[name])
+        for name, average in self._kept.items():
+            shards.put(saved[name] if saved else self.trained[name].detach(), average)
 
 
 def _rule(decay: Decay | float) -> Decay:
@@ -236,7 +251,7 @@ class Optimization:
             RanksDiffer: the ranks' parameters are not the same any more.
         """
         current().reduce(self.named.values())
-        norm = current().clip(self.named.values(), self.max_grad_norm).item()
+        norm = current().clip(self.named.values(), self.max_grad_norm)
         if norm != norm or norm == float("inf"):
             bad = [name for name, p in self.named.items() if p.grad is not None and not p.grad.isfinite().all()]
             self.clear()

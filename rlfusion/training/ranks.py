@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rlfusion.common import shards
 from rlfusion.common.errors import NumericalError, RlfusionError
 from rlfusion.common.weights import pack, unpack
-from rlfusion.training.dealing import Shelf, deal
+from rlfusion.training.dealing import Shelf, deal, parts_of
 from rlfusion.training.sums import IDLE, Body, Record, Round, Sums, backward, buckets, calls_of
 
 PATIENCE = timedelta(days=30)
@@ -109,7 +109,7 @@ class Ranks:
         wanted = torch.arange(walks if taken is None else taken).tensor_split(self.shares)
         held = torch.arange(walks).tensor_split(self.shares)
         orders = [own[torch.from_numpy(draw.permutation(len(own)))][: len(some)] for own, some in zip(held, wanted)]
-        return [torch.cat(parts) for parts in zip(*_dealt(orders, steps))]
+        return [torch.cat(parts) for parts in zip(*parts_of(orders, steps))]
 
     def accumulate(self, module: nn.Module, share: Tensor, micro_batch: int, body: Body) -> list[Record]:
         """Accumulate the gradient of all rows in ``module``, those of this rank here; ``share`` (N,) is each row's.
@@ -250,17 +250,15 @@ class Ranks:
             yield from (part.view_as(tensor) for part, tensor in zip(flat.split(sizes), bucket))
 
     @torch.no_grad()
-    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
         """Scale the gradients down to the norm ``most``; their norm before, of what is split over all ranks."""
         wanted = [p for p in parameters if p.grad is not None]
-        if not any(shards.is_split(p) for p in wanted):
-            return nn.utils.clip_grad_norm_(wanted, most)
         gradients = [p.grad for p in wanted if p.grad is not None]
-        norm = self.norm(gradients)
-        for p, gradient in zip(wanted, gradients):
-            own = nn.Parameter(shards.own(p))
-            own.grad = shards.own(gradient)
-            nn.utils.clip_grads_with_norm_(own, most, norm)
+        split = any(map(shards.is_split, wanted))
+        total = self.norm(gradients) if split else nn.utils.get_total_norm(gradients)
+        norm = total.item()
+        if not norm + 2e-6 < most:  # else torch's factor, at most most / (norm + 1e-6), is 1
+            nn.utils.clip_grads_with_norm_([_rows(p) for p in wanted] if split else wanted, most, total)
         return norm
 
     @torch.no_grad()
@@ -364,13 +362,11 @@ class Ranks:
                 )
 
 
-def _dealt(orders: list[Tensor], steps: int) -> Iterator[list[Tensor]]:
-    """The walks of each share in ``steps`` parts; what is left over is dealt on from where the share before ended."""
-    at = 0
-    for order in orders:
-        parts = order.tensor_split(steps)
-        yield [parts[(i - at) % steps] for i in range(steps)]
-        at += len(order)
+def _rows(p: nn.Parameter) -> nn.Parameter:
+    """This rank's rows of a parameter, with those of its gradient."""
+    own = nn.Parameter(shards.own(p))
+    own.grad = None if p.grad is None else shards.own(p.grad)
+    return own
 
 
 def _mark(p: Tensor) -> Tensor:

@@ -89,6 +89,13 @@ def test_a_critic_is_told_where_there_is_one(name, settings):
     assert bool(traits.critic) == (getattr(learner, "critic", None) is not None)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_an_average_is_told_where_one_is_kept(name, settings, decay):
+    traits, learner, _ = made(name, {**settings, "ema_decay": decay})
+    assert traits.averaged == bool(learner.optimization.ema.state_dict()["shadow"]) == (decay > 0)
+
+
 def test_what_is_learned_from():
     told = {name: AGENTS[name]().traits().rewards for name in agents.NAMES if name != "sft"}
     assert told == {name: "watched" if name == "opd" else "learned" for name in told}
@@ -105,13 +112,14 @@ def test_the_usual_names_of_a_stranger_are_read(tmp_path):
         "    epochs: int = 3\n"
         "    micro_batch: int = 5\n"
         "    optimizer: str = 'sgd()'\n"
+        "    ema_decay: float = 0.5\n"
         "    clip_low: float = 0.1\n"
         "    clip_high: float = 0.3\n"
         "    def rollout_spec(self, steps): ...\n"
         "    def learner(self, task, data, seed): ...\n"
     )
     stranger = AGENTS.find(f"{file}:Mine").object()
-    assert stranger.traits() == Traits(passes=3, copies=1, rows=5, optimizer="sgd()", clip=Clip(0.1))
+    assert stranger.traits() == Traits(passes=3, copies=1, rows=5, optimizer="sgd()", averaged=True, clip=Clip(0.1))
     assert stranger.for_pipelines({}) == {}
 
 

@@ -6,7 +6,7 @@ import torch
 from counted import counting
 
 from rlfusion.common import spec
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, StateError
 from rlfusion.training.optimization import EMA, EMA_RULES, Constant, Optimization, Power, exponent
 
 
@@ -123,6 +123,38 @@ def test_an_average_takes_one_call_however_many_parameters_there_are():
         held.lerp_(p.detach(), 1 - Constant(0.5)(0))
     assert all(torch.equal(a, b) for a, b in zip(average.shadow.values(), expected, strict=True))
     assert ops == {"aten._foreach_lerp_": 1}
+
+
+def test_without_a_decay_the_parameters_are_their_average_and_nothing_is_kept():
+    module = torch.nn.Linear(3, 2)
+    average = EMA(module, 0.0)
+    with counting() as ops:
+        average.update()
+    assert not ops
+    torch.nn.init.normal_(module.weight)
+    before = module.weight.detach().clone()
+    assert torch.equal(average.shadow["weight"], before)
+    with average.averaged():
+        assert torch.equal(module.weight, before)
+    average.settle()
+    assert torch.equal(module.weight, before)
+    assert average.state_dict() == {"count": 1, "shadow": {}}
+
+
+def test_an_average_begins_at_the_parameters_where_there_was_none():
+    module = torch.nn.Linear(3, 2)
+    none, some = EMA(module, 0.0), EMA(module, 0.5)
+    some.update()
+    torch.nn.init.normal_(module.weight)
+    some.load_state_dict(none.state_dict())
+    assert some.count == 0
+    assert torch.equal(some.shadow["weight"], module.weight)
+    some.shadow["weight"].zero_()
+    none.load_state_dict(some.state_dict())  # a file of before has an average that nobody reads
+    assert torch.equal(none.shadow["weight"], module.weight)
+    assert module.weight.count_nonzero()
+    with pytest.raises(StateError, match="the averages' shadow has no 'bias'"):
+        none.load_state_dict({"count": 0, "shadow": {"weight": module.weight.detach()}})
 
 
 def test_a_module_without_trained_parameters_has_an_average():

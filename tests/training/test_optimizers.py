@@ -124,10 +124,10 @@ def alike(a: dict, b: dict) -> bool:
 
 
 TORCHS = {
-    "adamw": (torch.optim.AdamW, {"fused": False}),
+    "adamw": (torch.optim.AdamW, {}),
     "adamw(fused=True)": (torch.optim.AdamW, {"fused": True}),
     "adamw(fused=False)": (torch.optim.AdamW, {}),
-    "AdamW(betas=(0.8, 0.95), eps=1e-6)": (torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-6, "fused": False}),
+    "AdamW(betas=(0.8, 0.95), eps=1e-6)": (torch.optim.AdamW, {"betas": (0.8, 0.95), "eps": 1e-6}),
     "sgd": (torch.optim.SGD, {}),
     "sgd(momentum=0.9, nesterov=True)": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "torch.optim:NAdam(momentum_decay=0.01)": (torch.optim.NAdam, {"momentum_decay": 0.01}),
@@ -141,9 +141,14 @@ def test_a_step_is_torchs_own_bit_for_bit(text, weight_decay):
     ours, theirs = network(), network()
     kind, settings = TORCHS[text]
     mine = named(ours, text, 1e-2, weight_decay)
-    reference = kind(theirs.parameters(), lr=1e-2, weight_decay=weight_decay, **settings)
+    groups = [*theirs.parameters()]
+    if "dam" in text and "fused" not in text and "torch" not in text:  # rows of whole lines are fused, the others not
+        groups = [{"params": groups[::2], "fused": True}, {"params": groups[1::2]}]
+    reference = kind(groups, lr=1e-2, weight_decay=weight_decay, **settings)
     for i, rate in enumerate([1e-2, 3e-3, 5e-2, 1e-4]):
-        mine.lr = reference.param_groups[0]["lr"] = rate
+        mine.lr = rate
+        for group in reference.param_groups:
+            group["lr"] = rate
         assert mine.lr == rate
         descend(ours, mine, range(i, i + 1), skip=(0, 2))
         descend(theirs, reference, range(i, i + 1), skip=(0, 2))
@@ -170,7 +175,92 @@ def test_a_cpu_takes_small_parameters_as_lists_with_the_same_bits(most, listed, 
         assert ("aten.addcdiv_" not in ops) is listed
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     kept = optimizer.state_dict()
-    assert kept["groups"] == [{}]  # a checkpoint does not know of it
+    assert kept["groups"] == [{}, {}]  # a checkpoint does not know of it
+
+
+WIDTHS = {torch.float32: 48, torch.float64: 24, torch.bfloat16: 96}
+"""Of rows of three lines each."""
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_rows_of_whole_lines_are_fused_and_give_the_same_bits_however_they_are_cut(dtype):
+    torch.manual_seed(0)
+    start = torch.randn(37, WIDTHS[dtype]).to(dtype)
+    gradients = [(torch.randn_like(start) * 10.0 ** torch.randint(-5, 2, start.shape)).to(dtype) for _ in range(30)]
+
+    def stepped(pieces: list[int], threads: int = 1, text: str = "adamw") -> torch.Tensor:
+        held = {str(i): nn.Parameter(p.clone()) for i, p in enumerate(start.split(pieces))}
+        optimizer, before = NamedOptimizer(parse(text), held, 1e-2, 0.1), torch.get_num_threads()
+        assert text != "adamw" or [len(group["params"]) for group in optimizer.inner.param_groups] == [len(pieces), 0]
+        torch.set_num_threads(threads)
+        for gradient in gradients:
+            for p, piece in zip(held.values(), gradient.split(pieces)):
+                p.grad = piece.clone()
+            optimizer.step()
+        torch.set_num_threads(before)
+        return torch.cat([p.detach() for p in held.values()])
+
+    whole = stepped([37])
+    assert torch.equal(whole, stepped([37], 1, "adamw(fused=True)"))
+    for pieces in ([10, 10, 10, 7], [1] * 37, [19, 18]):
+        assert torch.equal(whole, stepped(pieces))
+    assert torch.equal(whole, stepped([37], 3))
+
+
+@pytest.mark.parametrize(
+    ("p", "wide"),
+    [
+        (torch.zeros(3, 16), True),
+        (torch.zeros(2, 4, 2, 2), True),
+        (torch.zeros(3, 8, dtype=torch.float64), True),
+        (torch.zeros(3, 16, dtype=torch.bfloat16), False),
+        (torch.zeros(16), False),
+        (torch.zeros(16, 3), False),
+        (torch.zeros(16, 3).T, False),
+        (torch.zeros(0, 16), False),
+        (torch.zeros(3, 0), False),
+        (torch.zeros(()), False),
+        (torch.zeros(3, 8, dtype=torch.complex64), False),
+        (torch.zeros(3, 16, device="meta"), False),
+    ],
+)
+def test_which_rows_are_whole_lines(p, wide):
+    assert recipe.is_wide(p) == wide
+
+
+@pytest.mark.parametrize("text", ["adamw", "adamw(fused=True)"])
+def test_gradients_and_moments_that_lie_otherwise_are_stepped_as_if_they_did_not(text):
+    """A fused step goes through the memory of all of them side by side."""
+    torch.manual_seed(0)
+    plain, twin = (nn.Parameter(torch.ones(4, 16, 2, 2)) for _ in range(2))
+    other = nn.Parameter(torch.ones(4, 16, 2, 2).to(memory_format=torch.channels_last))
+    optimizers_ = [NamedOptimizer(parse(text), {"p": p}, 1e-2, 0.1) for p in (plain, twin, other)]
+    for step in range(4):
+        gradient = torch.randn(4, 16, 2, 2)
+        plain.grad, other.grad = gradient.clone(), gradient.clone()
+        twin.grad = gradient.to(memory_format=torch.channels_last)
+        if step == 2:  # as a file holds them
+            state = copy.deepcopy(optimizers_[2].state_dict())
+            held = {name: v.contiguous() for name, v in state["state"]["p"].items()}
+            optimizers_[2].load_state_dict({**state, "state": {"p": held}})
+        for optimizer in optimizers_:
+            optimizer.step()
+    assert torch.equal(plain, twin)
+    if text == "adamw":
+        torch.testing.assert_close(plain, other)  # the last is taken as a list
+    else:
+        assert torch.equal(plain, other)
+
+
+def test_a_state_of_when_there_was_one_group_is_gone_on_from():
+    net = network()
+    optimizer = named(net, "adamw")
+    descend(net, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["groups"] == [{}, {}]
+    again = named(net, "adamw")
+    again.load_state_dict({**state, "groups": [{}]})
+    assert alike(again.state_dict(), state)
 
 
 def test_the_fused_step_is_as_near_to_exact_arithmetic_as_the_plain_one():
@@ -245,10 +335,10 @@ def bent(change) -> dict:
         (lambda s: s.pop("state"), "the optimiser has no 'state'"),
         (lambda s: s.update(more=1), "the optimiser has 'more'"),
         (lambda s: s.update(kind="SGD"), "of the kind 'SGD', expected 'AdamW'"),
-        (lambda s: s.update(groups=[]), "the optimiser has 0 groups, expected 1"),
+        (lambda s: s.update(groups=[]), "the optimiser has 0 groups, expected 2"),
         (lambda s: s["groups"][0].update(k=1), "settings has 'k'"),
         (lambda s: s["groups"][0].update(eps="x"), "'eps' is str, expected float"),
-        (lambda s: s.update(groups=[3]), "settings is int"),
+        (lambda s: s.update(groups=[3, {}]), "settings is int"),
         (lambda s: s["state"].update(x=s["state"].pop("0.weight")), "moments of 'x', which is not trained here"),
         (lambda s: s["state"]["0.weight"].pop("exp_avg"), "moments of '0.weight' has no 'exp_avg'"),
         (lambda s: s["state"]["0.weight"].update(step=3), "moments of '0.weight': 'step' is int, expected Tensor"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import ranked
 import torch
+from counted import counting
 from ranked import alone, on_ranks
 from torch import nn
 
@@ -253,3 +254,19 @@ def test_walks_are_enough_for_every_step_in_every_share():
     plan.require_walks(2)
     with pytest.raises(ConfigError, match=r"at most the 2 walks of a rollout, in each of learner.shares = 4"):
         plan.require_walks(3)
+
+
+@pytest.mark.parametrize("most", [0.5, 1.0, 2.0, 1e9, "the norm", "a little more"])
+def test_gradients_are_clipped_with_torchs_bits_and_left_where_its_factor_is_one(most):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(7, 5) for _ in range(2))
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        p.grad = 0.2 * torch.randn_like(p)
+        q.grad = p.grad.clone()
+    norm = nn.utils.get_total_norm([p.grad for p in theirs.parameters()]).item()
+    most = {"the norm": norm, "a little more": norm + 5e-7}.get(most, most)
+    with counting() as ops:
+        assert Ranks().clip(ours.parameters(), most) == norm
+    nn.utils.clip_grad_norm_(theirs.parameters(), most)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
+    assert ("aten._foreach_mul_" in ops) == (most < norm + 2e-6)

@@ -22,7 +22,8 @@ class NamedOptimizer:
         self.recipe, self.named, self.weight_decay = recipe, dict(named), weight_decay
         parameters = list(self.named.values())
         self.inner = recipe.build(parameters, lr, weight_decay)
-        self._packed = Packed(self.inner, parameters) if recipe.listed(parameters) else None
+        listed = recipe.chooses and self.inner.param_groups[-1]["foreach"]
+        self._packed = Packed(self.inner) if listed else None
         self._start = copy.deepcopy(_settings(self.inner))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,6 +44,9 @@ class NamedOptimizer:
 
     def step(self) -> None:
         """One step on the gradients that are there."""
+        for p in (p for group in self.inner.param_groups if group.get("fused") for p in group["params"]):
+            if p.grad is not None and p.grad.stride() != p.stride():  # a fused step goes through both as they lie
+                p.grad = torch.empty_like(p).copy_(p.grad)
         with self.recipe.running():
             (self._packed or self.inner).step()
 
@@ -76,7 +80,8 @@ class NamedOptimizer:
         kind = self.recipe.kind.__qualname__
         if state["kind"] != kind:
             raise StateError(f"the optimiser is of the kind {state['kind']!r}, expected {kind!r}")
-        if len(state["groups"]) != len(self._start):
+        former = self.recipe.chooses and state["groups"] == [{}]  # of when it had one group
+        if len(state["groups"]) != len(self._start) and not former:
             raise StateError(f"the optimiser has {len(state['groups'])} groups, expected {len(self._start)}")
         loaded = {name: self._fitted(name, held) for name, held in state["state"].items()}
         self._load_groups(state["groups"])
@@ -103,9 +108,11 @@ class NamedOptimizer:
 
 
 def _owned(held: Tensor, like: Tensor) -> Tensor:
-    """A tensor of a state on the device of ``like``. A number, such as the count of steps, is copied: parameters that
-    were stepped as one have one, and each that has its own counts on by itself.
+    """A tensor of a state on the device of ``like``, in memory as that is. A number, such as the count of steps, is
+    copied: parameters that were stepped as one have one, and each that has its own counts on by itself.
     """
+    if held.stride() != like.stride():
+        return torch.empty_like(like, dtype=held.dtype).copy_(held)
     return held.to(like.device, copy=not held.ndim)
 
 

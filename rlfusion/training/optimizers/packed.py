@@ -15,13 +15,14 @@ SMALL = 2**15
 
 
 class Packed:
-    """The small parameters of an optimiser with one group, laid end to end in one that stands for them in its steps.
+    """The small parameters of an optimiser's last group, laid end to end in one that stands for them in its steps.
 
     In a step are those that have a gradient, if all of them have had as many steps; where not, each is by itself.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.members = inner, list[nn.Parameter]()
+        parameters = inner.param_groups[-1]["params"]
         self.small = [p for p in parameters if _fits(p, parameters[0])]
         self.flat = nn.Parameter(torch.empty(0))
         self.places: dict[nn.Parameter, slice] = {}
@@ -49,7 +50,7 @@ class Packed:
     @contextmanager
     def _standing_in(self) -> Iterator[None]:
         """Within the context the optimiser has the flat parameter in the place of those that are in it."""
-        (group,) = self.inner.param_groups
+        group = self.inner.param_groups[-1]
         held = group["params"]
         group["params"] = [self.flat, *(p for p in held if p not in self.places)]
         try:

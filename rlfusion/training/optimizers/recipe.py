@@ -15,10 +15,11 @@ from rlfusion.common.errors import ConfigError, RlfusionError, shorten
 from rlfusion.common.user_code import running
 
 FUSED = ("cuda",)
-"""Devices where AdamW is fused unless told otherwise. On a CPU it takes the parameters as lists (foreach), which gives
-the bits of the plain step in half of its time where tensors are small, and small ones as one (``packed``).
-``adamw(fused=True)`` takes a third to a sixth and is no less exact, but rounds otherwise: runs made before would not
-repeat to the bit."""
+"""Devices where AdamW is fused for every parameter, unless its settings say otherwise."""
+WIDE = 64
+"""On a CPU it is fused where the rows of a parameter, its entries along the first dimension, are whole lines of so many
+bytes. What lies behind the last whole line is rounded otherwise there; so an element's step depends neither on where it
+lies nor on which ranks hold which rows. The others are taken as lists (foreach), the small ones as one (``packed``)."""
 LISTED = 2**24
 """Elements up to which that is so: the lists' scratch is as large as the parameters, and large tensors gain nothing."""
 
@@ -52,21 +53,17 @@ class Recipe:
             arguments["weight_decay"] = weight_decay
         elif weight_decay:
             raise ConfigError(f"weight_decay = {weight_decay:g}: optimizer {self.name!r} has none, expected 0")
-        if self._chooses:
-            arguments["fused"] = all(p.device.type in FUSED for p in parameters)
-            arguments["foreach"] = self.listed(parameters) or None
+        groups = _ways(parameters) if self.chooses and parameters else parameters
         with self.refusing(f"with {shorten(arguments)}"):
             kind = without_compiler(self.kind)  # type: ignore[arg-type]  # mypy reads the __hash__ of its instances
-            return kind(parameters, **arguments)
+            return kind(groups, **arguments)
 
     @property
-    def _chooses(self) -> bool:
-        """Whether the way of the step is chosen here: AdamW's, where its settings do not say."""
+    def chooses(self) -> bool:
+        """Whether the way of the step is chosen here: AdamW's, where its settings do not say. It has two groups then:
+        what is fused everywhere, and the rest.
+        """
         return self.kind is torch.optim.AdamW and not {"fused", "foreach"} & self.settings.keys()
-
-    def listed(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether it takes these parameters as lists."""
-        return self._chooses and as_lists(parameters)
 
     def running(self) -> AbstractContextManager[None]:
         """Within the context the optimiser's own code runs; what a user's raises is said to be theirs."""
@@ -98,6 +95,21 @@ class Recipe:
         except _UNUSABLE as error:
             said = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
             raise ConfigError(f"optimizer {self.name!r} cannot be used {how}: {said}") from error
+
+
+def _ways(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """The two groups of an AdamW whose way is chosen here."""
+    wide = [p for p in parameters if is_wide(p)]
+    rest = [p for p in parameters if not is_wide(p)]
+    fused = all(p.device.type in FUSED for p in rest)
+    listed = not fused and as_lists(rest)
+    return [{"params": wide, "fused": True}, {"params": rest, "fused": fused, "foreach": listed or None}]
+
+
+def is_wide(p: Tensor) -> bool:
+    """Whether the rows of a parameter are whole lines (``WIDE``), of numbers that the fused step takes."""
+    plain = p.device.type in ("cpu", "cuda") and p.is_floating_point() and p.is_contiguous() and p.ndim > 1
+    return plain and p.numel() > 0 and p.numel() // len(p) * p.element_size() % WIDE == 0
 
 
 def as_lists(tensors: Sequence[Tensor]) -> bool:
