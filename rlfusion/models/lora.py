@@ -9,7 +9,9 @@ it in peft's own format.
 import copy
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common import shards, spec, storage, streamed
-from rlfusion.common.deferred import quieten
+from rlfusion.common.deferred import imported_lean, quieten
 from rlfusion.common.errors import ConfigError, require_positive, shorten, unknown
 from rlfusion.common.hollow import standing_in
 from rlfusion.common.seeding import integer
@@ -30,6 +32,8 @@ from rlfusion.models.lora_dropout import Acting, Dropout
 Whole = TypeVar("Whole", bound=nn.Module)
 BASE = "base_layer."
 """What the names of a layer's own tensors begin with once it has adapters."""
+ASKS = re.compile(r"is_bnb(_\w+)?_available").fullmatch
+"""Matches the functions by which peft asks whether bitsandbytes is here."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
         raise ConfigError(f"lora = {text!r}: only a pretrained pipeline has adapters in a file, expected LoRA(rank=8)")
     quieten()
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        with imported_lean():
+            from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(f"lora = {text!r} needs the package peft: pip install 'rlfusion[lora]'") from error
     layers = [name for name in _layers(net, settings.targets or targets) if name not in idle]
@@ -121,10 +126,25 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
         target_modules="|".join(map(re.escape, layers)),  # a list would mean ends of names
     )
-    with standing_in(net), torch.random.fork_rng(devices=[]):
+    with standing_in(net), without_bitsandbytes(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(seed, "adapters"))
         inject_adapter_in_model(config, net)
     finish(net, settings)
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Within, peft does not import bitsandbytes (a second, and 50 MB) to ask whether a layer is one of its: none can be
+    where nothing has imported it yet.
+    """
+    from peft.tuners.lora import model
+
+    asks = {} if "bitsandbytes" in sys.modules else {name: held for name, held in vars(model).items() if ASKS(name)}
+    vars(model).update(dict.fromkeys(asks, lambda: False))
+    try:
+        yield
+    finally:
+        vars(model).update(asks)
 
 
 def finish(net: nn.Module, settings: LoRA) -> None:

@@ -1,13 +1,14 @@
 """Packages that are imported at their first use."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
-from rlfusion.common.deferred import Deferred, deferred
+from rlfusion.common.deferred import Deferred, deferred, uncollected
 
-CODE = "import sys\nloaded = True\nclass Thing: pass\n"
+CODE = "import sys\nloaded = True\nclass Thing: pass\ndef double(x, *, plus=0): return 2 * x + plus\n"
 
 
 @pytest.fixture
@@ -79,6 +80,47 @@ def test_a_package_that_is_installed_is_found_within(package):
     assert found.origin.endswith("__init__.py")
 
 
+def test_a_function_is_imported_as_it_is_called(package):
+    with deferred(f"{package}:double"):
+        from heavy_thing import double
+    assert package not in sys.modules
+    assert double(2, plus=1) == 5
+    assert sys.modules[package].loaded
+
+
+def test_another_name_of_its_package_imports_it(package):
+    with deferred(f"{package}:double"):
+        from heavy_thing import Thing
+    assert Thing is sys.modules[package].Thing
+
+
+def test_no_garbage_is_looked_for_while_a_library_is_imported():
+    looked = []
+    gc.collect()
+    gc.callbacks.append(lambda phase, about: looked.append(about["generation"]))
+    try:
+        with uncollected():
+            held = [[] for _ in range(10 * gc.get_threshold()[0])]
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert not looked
+        assert gc.get_freeze_count() == 0
+        assert gc.get_count()[0] < gc.get_threshold()[0]
+        assert any(held[0] is one for one in gc.get_objects(generation=2))  # it is old, and still looked at
+    finally:
+        gc.callbacks.pop()
+
+
+def test_what_was_off_stays_off():
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.alone
 def test_a_pipelines_library_begins_without_what_it_seldom_uses(tmp_path):
     """Of a process of its own: this one has imported them long ago."""
@@ -90,7 +132,7 @@ def test_a_pipelines_library_begins_without_what_it_seldom_uses(tmp_path):
         "import sys\nfrom rlfusion.models.pipelines import hub\n"
         "hub.class_named('StableDiffusionPipeline'), hub.class_named('StableDiffusion3Pipeline')\n"
         f"from pathlib import Path\nhub.scheduler(Path({str(tmp_path)!r}))\n"
-        "assert not {'bitsandbytes', 'scipy.stats'} & set(sys.modules)\n"
+        "assert not {'bitsandbytes', 'scipy.stats', 'scipy.integrate', 'scipy.optimize'} & set(sys.modules)\n"
         "made = hub.class_named('DPMSolverMultistepScheduler')(use_beta_sigmas=True)\n"
         "made.set_timesteps(3)\nassert 'scipy.stats' in sys.modules\nimport bitsandbytes.optim\n"
     )

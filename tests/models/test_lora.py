@@ -1,6 +1,8 @@
 """Adapters: nothing changes at the start, only they are trained and travel, and what is saved needs no peft."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def test_the_scaling_is_that_of_peft(text, scaling):
     net = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3)})
     lora.attach(net, text)
     assert net["a"].scaling == {"default": scaling}
+
+
+@pytest.mark.alone
+def test_bitsandbytes_is_not_imported_for_adapters_of_plain_layers():
+    """Of a process of its own: this one may have imported it long ago."""
+    code = (
+        "import sys\nfrom torch import nn\nfrom rlfusion.models import lora\n"
+        "net = nn.Sequential(nn.Linear(2, 2))\nlora.attach(net, 'LoRA(rank=1)')\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
+        "from peft.tuners.lora import model\nassert model.is_bnb_available() and model.is_bnb_4bit_available()\n"
+    )
+    pytest.importorskip("bitsandbytes")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-2000:]
 
 
 @pytest.mark.parametrize("alpha", ["0", "-1"])

@@ -244,7 +244,8 @@ def put_on(pipe: Any, held: Held, family: Family, name: str | None = None) -> No
 
 def _load(pipe: Any, folder: Path, adapter: Adapter, name: str | None) -> None:
     try:
-        pipe.load_lora_weights(str(folder), weight_name=LORA, adapter_name=name)
+        with lora.without_bitsandbytes():
+            pipe.load_lora_weights(str(folder), weight_name=LORA, adapter_name=name)
     except FAULTS as error:
         raise ConfigError(
             f"adapters {shorten(repr(str(weights(Path(adapter.file)))), LONGEST_PATH)} cannot be loaded into "

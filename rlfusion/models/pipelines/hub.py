@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlfusion.common import hub, spec
-from rlfusion.common.deferred import deferred, quieten
+from rlfusion.common.deferred import RARE, deferred, imported_lean, quieten
 from rlfusion.common.errors import LONGEST_PATH, ConfigError, shorten, unknown
 from rlfusion.common.registry import Registry
 from rlfusion.models.pipelines.family import Family
@@ -78,8 +78,6 @@ UNFIT = {
     ),
 }
 """Of classes of diffusers by what their names hold: why they do not fit."""
-RARE = ("bitsandbytes", "scipy.stats")
-"""What diffusers imports wherever it is installed, and seldom uses."""
 CORRECTED: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False}}
 """What a pipeline itself changes in the settings of its scheduler, where they are there: older files have others."""
 
@@ -117,7 +115,7 @@ def diffusers() -> Any:
     """
     quieten()
     try:
-        with deferred(*RARE):
+        with imported_lean():
             import diffusers as library
             import transformers
 
@@ -133,7 +131,7 @@ def diffusers() -> Any:
 def class_named(name: str) -> Any:
     """The library's class of that name; None where it has none."""
     library = diffusers()
-    with deferred(*RARE):
+    with imported_lean():
         return getattr(library, name, None)
 
 

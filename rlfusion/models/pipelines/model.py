@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.code_files import files_of
-from rlfusion.common.deferred import deferred
+from rlfusion.common.deferred import RARE, deferred
 from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
@@ -181,7 +181,7 @@ def load(path: Path, about: dict[str, Any], without: Sequence[str] = (), given: 
     absent = {name: None for name in without if name in hub.index(path)}
     try:
         library = hub.diffusers()
-        with deferred(*hub.RARE):  # a scheduler that is read imports all that are compatible with it
+        with deferred(*RARE):  # a scheduler that is read imports all that are compatible with it
             pipe = library.DiffusionPipeline.from_pretrained(
                 path,
                 use_safetensors=True,
