@@ -6,13 +6,15 @@
     (3)  lv (K = 1, lower variance):  the mean of -R over x_0 and n more ends
              x_t' = alpha x_0 + sigma eps',   x_0' = the last step from x_t',        x_0 in it a constant
     (4)  with ``recompute`` the backward pass computes each step's activations again: a walk of K steps then holds K
-         latents and the activations of one step, for a third more time
+         latents and the activations of one step, for a third more time; "halves" makes the two answers of guidance one
+         after the other, and holds the activations of one of them (K = 1, too)
 
 The learner's steps take the noise that sampling would, so their end is that of the worker's own walk. Any kernel will
 do, DDIM(eta=0) too: a pathwise gradient needs no density.
 """
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,12 +25,15 @@ from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import Cond, map_cond, staged
 from rlfusion.data import Dataset
+from rlfusion.diffusion.denoiser import apart, guidance_in
 from rlfusion.diffusion.policy import Observation, frozen_copy
 from rlfusion.objectives.renoise import noised
 from rlfusion.rl import reward_gradient
-from rlfusion.rl.agent import Plan
+from rlfusion.rl.agent import Plan, Traits
 from rlfusion.rl.reward_gradient import Learner, Part, Terms, divergence
 from rlfusion.rollout import RolloutSpec, Task, prefix, rollout_noise
+
+HALVES = "halves"
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,21 @@ class Config(reward_gradient.Settings):
             ("lv").
         steps: K, the steps of form "last".
         renoisings: n, the further ends of form "lv"; each asks for one more reward a walk.
-        recompute: make the activations of a step again in the backward pass, where more than one step has gradients.
+        recompute: make the activations of a step again in the backward pass, where more than one step has gradients;
+            "halves" those of each of the two answers of guidance by itself, for half of the memory.
     """
 
     name: Literal["draft"] = "draft"
     form: Literal["last", "full", "lv"] = "last"
     steps: int = 1
     renoisings: int = 2
-    recompute: bool = True
+    recompute: bool | Literal["halves"] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "steps", "renoisings")
+        if self.recompute not in (True, False, HALVES):
+            raise ConfigError(f"recompute = {self.recompute!r}: expected true, false or {HALVES}")
         if self.form != "last" and self.steps != 1:
             raise ConfigError(f"steps = {self.steps}: form {self.form!r} has its own, expected form 'last' or 1")
 
@@ -71,6 +79,10 @@ class Config(reward_gradient.Settings):
         """The number of steps with gradients in a chain of ``steps`` steps."""
         return steps if self.form == "full" else self.steps
 
+    def traits(self) -> Traits:
+        """The usual ones; and whether the answers of guidance have their activations one after the other."""
+        return replace(super().traits(), halves=self.recompute == HALVES)
+
     def rollout_spec(self, steps: int) -> RolloutSpec:
         """The state before the trained steps."""
         begin = steps - self.trained(steps)
@@ -86,7 +98,12 @@ class Config(reward_gradient.Settings):
         )
 
     def learner(self, task: Task, data: Dataset, seed: int) -> Learner:
-        """Raises ConfigError where the reward has no gradient."""
+        """Raises ConfigError where the reward has no gradient, or there are no halves."""
+        if self.recompute == HALVES and guidance_in(task.policy) is None:
+            raise ConfigError(
+                f"recompute = {HALVES}: this chain has no guidance by two answers, expected true or false (and a "
+                "smaller micro_batch)"
+            )
         return Learner(task, self, Ends(task, self, seed), seed)
 
 
@@ -97,10 +114,15 @@ class Ends:
         self.task, self.config, self.seed = task, config, seed
         self.steps = len(task.times) - 1
         self.first = self.steps - config.trained(self.steps)
+        self.each = config.recompute is True and config.trained(self.steps) > 1
         self.noisy = bool((task.policy.stds(task.times)[self.first :] > 0).any())
         self.reference = frozen_copy(task.policy) if config.kl_loss else None
 
     def __call__(self, part: Part) -> Terms:
+        with apart(self.task.policy, self.reference) if self.config.recompute == HALVES else nullcontext():
+            return self._terms(part)
+
+    def _terms(self, part: Part) -> Terms:
         x, kl = self.walk(part)
         if self.config.form != "lv":
             reward = self.task.score(x, part.cond)
@@ -117,7 +139,7 @@ class Ends:
         noise = self._noise(part)
         x, kl = part.x, part.x.new_zeros(len(part.x))
         for k in range(self.first, self.steps):
-            if self.config.recompute and self.first < self.steps - 1:
+            if self.each:
                 x, more = checkpoint(self._step, x, k, part.cond, noise[:, k + 1], use_reentrant=False)
             else:
                 x, more = self._step(x, k, part.cond, noise[:, k + 1])

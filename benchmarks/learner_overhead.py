@@ -14,11 +14,17 @@ its rollout has no passes, and no ratio.
 time is this process's, so that others on the machine change little. ``tests/agents/test_overhead.py`` counts
 operations.
 
+``--check`` measures ours over the floor by few rounds, the pipeline's unless told otherwise, and holds each against its
+ratio in benchmarks/results/NAME.json. What is worse by more than ``SLACK`` is tried again, twice at most. Exit status 1
+where one is still worse, or has more passes than it had. Two minutes for all agents.
+
     python benchmarks/learner_overhead.py [--rounds 9] [--case pipeline] [--agents ddpo,nft] [--json NAME]
+    python benchmarks/learner_overhead.py --check [NAME] [--case digits]
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -51,6 +57,9 @@ from rlfusion.rl.guard import Config as Guards
 from rlfusion.rl.guard import Guarded
 from rlfusion.rollout import Task, plan, run_item
 
+RECORDED = "learner-overhead-cpu"
+"""The file whose table docs/results.md shows."""
+SLACK, TRIES = 0.15, 3
 LEARNED = {"lr": 1e-7}
 OF_AGENT: dict[str, dict[str, dict[str, Any]]] = {
     "pipeline": {"qsm": {"q": "denoised", "noisings": 1}},
@@ -161,15 +170,51 @@ def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
     return record
 
 
+def check(args: Namespace) -> list[str]:
+    """The cells that are worse than their record, each of which has its line printed."""
+    told = json.loads((RESULTS / f"{args.check}.json").read_text())
+    held = {(one["case"], one["agent"]): one for one in told["records"]}
+    worse = []
+    for name in args.case or ["pipeline"]:
+        for agent in args.agents.split(","):
+            bench = Bench(name, agent, told["optimizer"])
+            for what in (args.what,) if args.what else ("rollout", "update"):
+                recorded = held.get((name, agent), {}).get(what)
+                if found := held_against(recorded, getattr(bench, what), bench.kinds, args.rounds or 3):
+                    print(f"{name:10}{agent:6}{what:9}{found}", flush=True)
+                    worse += [f"{name} {agent} {what}"] if "WORSE" in found else []
+    return worse
+
+
+def held_against(recorded: dict[str, Any] | None, ours: Callable[[], Any], kinds: Any, rounds: int) -> str:
+    """What a cell is beside its record, in words; "" where it has no passes."""
+    bare = Floor(ours, kinds)
+    if not bare.passes:
+        return ""
+    if recorded is None:
+        return "   WORSE: it has no record, --json writes one"
+    limit, found = recorded["ratio"] + SLACK, [math.inf]
+    while min(found) > limit and len(found) <= TRIES:
+        timed = alternate({"floor": bare, "ours": ours}, rounds * len(found), "cpu", time.process_time, 1)
+        found.append(over(timed["ours"], timed["floor"])["ratio"])
+    said = f"{min(found):8.3f}   recorded{recorded['ratio']:7.3f}   "
+    if len(bare.passes) > recorded["passes"]:
+        return f"{said}WORSE: {len(bare.passes)} passes, recorded {recorded['passes']}"
+    if min(found) > limit:
+        return f"{said}WORSE by {min(found) - recorded['ratio']:.3f}, in {TRIES} tries"
+    return f"{said}holds" + (f", at try {len(found) - 1}" if len(found) > 2 else "")
+
+
 def main() -> None:
     """Read the arguments, measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=sorted(CASES), action="append", help="default: all")
     parser.add_argument("--agents", default=",".join(AGENTS))
     parser.add_argument("--what", choices=("rollout", "update"), help="default: both")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, help="default: 9; with --check 3, and more where it tries again")
     parser.add_argument("--optimizer", default="adamw", help="of the agents; default: adamw")
     parser.add_argument("--json", metavar="NAME", help="also into benchmarks/results/NAME.json")
+    parser.add_argument("--check", nargs="?", const=RECORDED, metavar="NAME", help=f"default: {RECORDED}")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the table of --json")
     parser.add_argument("--profile", action="store_true", help="print where the time of one call goes")
     args = parser.parse_args()
@@ -177,6 +222,11 @@ def main() -> None:
         print(table(json.loads((RESULTS / f"{args.json}.json").read_text())["records"]))
         return
     torch.set_num_threads(1)
+    if args.check:
+        if worse := check(args):
+            sys.exit(f"worse than recorded: {', '.join(worse)}")
+        return
+    args.rounds = args.rounds or 9
     for name in args.case or CASES:
         for agent in args.agents.split(","):
             record = measure(name, agent, args)

@@ -1,13 +1,14 @@
 """A denoiser: a network, the schedule that says what its time means, and the kind of thing that it predicts."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 from typing import cast as cast_to
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast, cat_cond, map_cond
@@ -259,7 +260,7 @@ class Guided(Wrapper):
     sample's for its condition. Where a model mixes its two answers otherwise, ``mix`` takes the place of Eq. (1): y =
     mix(y_c, y_0, w), in what the network answers. Guidance acts where
     ``low`` <= t <= ``high`` (Kynkaanniemi et al. 2024); elsewhere y = y_c. All is one network call: B rows, and one
-    more for every row that is guided.
+    more for every row that is guided. Where gradients pass, ``apart`` makes two calls of it.
     """
 
     def __init__(
@@ -283,11 +284,12 @@ class Guided(Wrapper):
             raise ConfigError(f"guidance_low, guidance_high = {low}, {high}: expected 0 <= low <= high <= 1")
         self.weight, self.null = weight, null
         self.rescale, self.low, self.high, self.mix = rescale, low, high, mix
+        self.apart = False
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         inside = (t >= self.low) & (t <= self.high)
         if not bool(inside.any()):
-            return self.denoiser(x, t, cond)
+            return self._again(x, t, cond) if self.apart and torch.is_grad_enabled() else self.denoiser(x, t, cond)
         if bool(inside.all()):
             return self._guided(x, t, cond, slice(None))
         return self._guided(x, t, cond, inside.nonzero().flatten().to(x.device))
@@ -296,12 +298,15 @@ class Guided(Wrapper):
         """Eq. (1), or ``mix``, and (2) in ``rows`` of the batch."""
         mine = x[rows]
         null = self._null(map_cond(lambda c: c[rows], cond), mine)
-        at = t if t.ndim == 0 else torch.cat([t, t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]])
-        both = self.denoiser(torch.cat([x, mine]), at, cat_cond([cond, null]))
-        conditional = Prediction(*(half[: len(x)] for half in both))
-        unconditional = Prediction(*(half[len(x) :] for half in both))
+        time = t if t.ndim == 0 else t[rows] if isinstance(rows, slice) else t[rows.to(t.device)]
+        if self.apart and torch.is_grad_enabled():
+            conditional, unconditional = self._again(x, t, cond), self._again(mine, time, null)
+        else:
+            at = torch.cat([t, time]) if t.ndim else t
+            both = self.denoiser(torch.cat([x, mine]), at, cat_cond([cond, null]))
+            conditional = Prediction(*(half[: len(x)] for half in both))
+            unconditional = Prediction(*(half[len(x) :] for half in both))
         part = Prediction(*(half[rows] for half in conditional))
-        time = at[len(x) :] if t.ndim else t
         if self.mix is None:
             guided = Prediction(*map(self.combine, part, unconditional))
         else:
@@ -311,6 +316,10 @@ class Guided(Wrapper):
         if isinstance(rows, slice):
             return guided
         return Prediction(*(whole.index_copy(0, rows, new) for whole, new in zip(conditional, guided)))
+
+    def _again(self, x: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """An answer whose activations are not kept, but made again in the backward pass."""
+        return checkpoint(self.denoiser, x, t, cond, use_reentrant=False)
 
     def _null(self, cond: Cond, x: Tensor) -> Cond:
         """The condition of y_0 for the rows ``x`` of condition ``cond``."""
@@ -336,3 +345,24 @@ class Guided(Wrapper):
         ratio = y_c.flatten(1).std(1) / y.flatten(1).std(1)
         f = (self.rescale * ratio + 1 - self.rescale).reshape(-1, *[1] * (x.ndim - 1))
         return predict(solve(kind, l), f * y, x)
+
+
+@contextmanager
+def apart(*modules: nn.Module | None) -> Iterator[None]:
+    """Within, the guidance in these modules makes its two answers one after the other where gradients pass, and the
+    backward pass makes each again: it holds the activations of one of them, with the rows of one.
+    """
+    guided = [m for one in modules if one is not None for m in one.modules() if isinstance(m, Guided)]
+    before = [m.apart for m in guided]
+    for m in guided:
+        m.apart = True
+    try:
+        yield
+    finally:
+        for m, was in zip(guided, before):
+            m.apart = was
+
+
+def guidance_in(module: nn.Module) -> Guided | None:
+    """The guidance by two answers within it; None for none."""
+    return next((m for m in module.modules() if isinstance(m, Guided)), None)

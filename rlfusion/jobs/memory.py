@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from rlfusion import models
 from rlfusion.common import hollow, layers, shards
 from rlfusion.common.weights import ADAPTER
-from rlfusion.diffusion.denoiser import Denoiser
+from rlfusion.diffusion.denoiser import Denoiser, guidance_in
 from rlfusion.diffusion.policy import Policy
 from rlfusion.rl.critic import COPY
 from rlfusion.training import optimizers
@@ -50,6 +50,7 @@ class Holds(NamedTuple):
         undo: times that all that an update changes is kept, to undo it.
         optimizer: of the learner, by its name.
         rows: samples that have activations at once.
+        halves: guidance makes its two answers one after the other.
         decodes: samples are decoded with a gradient, which is the reward's own.
         ranks: over which all but activations is split (these are then not measured); 1 for none.
         critic: the network of a critic that is learned, by its text; "" for none.
@@ -68,6 +69,7 @@ class Holds(NamedTuple):
     critic: str = ""
     teacher: bool = False
     averaged: bool = True
+    halves: bool = False
 
 
 def kept(call: Callable[[], Tensor], module: nn.Module) -> int:
@@ -98,14 +100,15 @@ def line(measured: Callable[[int], int], count: int) -> int:
     return max(0, one + (count - 1) * (two - one))
 
 
-def activations(policy: Policy, times: Tensor, shape: tuple[int, ...], count: int) -> int:
-    """Eq. (3): bytes that one step of ``count`` samples of latents (*shape) keeps."""
+def activations(policy: Policy, times: Tensor, shape: tuple[int, ...], count: int, halves: bool = False) -> int:
+    """Eq. (3): bytes that one step of ``count`` samples of latents (*shape) keeps; with ``halves`` one answer of it."""
+    asked = ((guidance_in(policy) if halves else None) or policy).denoiser
     device, t = next(policy.parameters()).device, times[len(times) // 2]
 
     def measured(rows: int) -> int:
         x, label = torch.zeros(rows, *shape, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-        part = _largest_part(policy, lambda: policy.denoiser(x, t, label))
-        return part + kept(lambda: policy.denoiser(x, t, label).x0, policy)
+        part = _largest_part(policy, lambda: asked(x, t, label))
+        return part + kept(lambda: asked(x, t, label).x0, policy)
 
     return line(measured, count)
 
@@ -156,10 +159,12 @@ def estimate(holds: Holds, denoiser: Denoiser, policy: Policy, times: Tensor, sh
     for net in shards.roots(denoiser):
         found["layers that are gathered"] = 2 * layers.largest(net)
         return found
-    found[f"activations of {rows} samples"] = activations(policy, times, shape, rows)
+    more = {f"activations of {rows} samples": activations(policy, times, shape, rows, holds.halves)}
     if holds.decodes:
-        found[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
-    return found
+        more[f"decoding {rows} samples with a gradient"] = decoding(policy, shape, rows)
+    if holds.halves:  # a step has its activations once those of decoding are gone
+        more = dict([max(more.items(), key=lambda held: held[1])])
+    return found | more
 
 
 class CriticBytes(NamedTuple):

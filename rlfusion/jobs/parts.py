@@ -154,6 +154,7 @@ def _holds(config: Finetune, decodes: bool) -> Holds:
         undo={"warn": 0, "rollback": 1 + DEPTH}.get(config.guard.action, 1),
         optimizer=agent.optimizer,
         rows=rows,
+        halves=agent.halves,
         decodes=decodes,
         ranks=config.learner.ranks if config.learner.split else 1,
         critic=agent.critic,

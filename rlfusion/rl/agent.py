@@ -130,6 +130,7 @@ class Traits:
         optimizer: of the policy, as text.
         averaged: an average of what is trained is kept beside it.
         rows: samples or transitions in one call of an update; None for as many as ``rollout.item``.
+        halves: where it has a gradient, the two answers of guidance are made one after the other.
         clip: of its ratio.
     """
 
@@ -144,6 +145,7 @@ class Traits:
     optimizer: str = "adamw"
     averaged: bool = False
     rows: int | None = None
+    halves: bool = False
     clip: Clip = Clip()
 
 

@@ -204,7 +204,7 @@ def test_recomputing_changes_no_bit_of_the_gradient(kl_loss):
     assert torch.equal(*gradients)
 
 
-def saved_bytes(steps: int, recompute: bool) -> int:
+def saved_bytes(steps: int, recompute: bool | str) -> int:
     """Bytes that a full walk keeps for its backward pass, each tensor once, weights left out."""
     task, kept = guided_task(steps), {}
     weights = {p.untyped_storage().data_ptr() for p in task.policy.parameters()}
@@ -216,8 +216,8 @@ def saved_bytes(steps: int, recompute: bool) -> int:
 
     ends, part = Ends(task, Config(form="full", recompute=recompute), SEED), start(task)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        held = ends.walk(part)
-    assert held[0].requires_grad
+        held = ends(part)
+    assert held.loss.requires_grad
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
@@ -226,6 +226,44 @@ def test_a_recomputed_walk_keeps_only_its_states():
     grown = (saved_bytes(20, True) - saved_bytes(10, True)) / 10
     assert grown <= 2 * latent
     assert (saved_bytes(20, False) - saved_bytes(10, False)) / 10 > 10 * latent
+
+
+@pytest.mark.parametrize(("form", "interval"), [("full", (0.0, 1.0)), ("full", (0.3, 0.7)), ("last", (0.0, 1.0))])
+def test_halves_give_the_same_gradient_from_calls_of_half_the_rows(form, interval):
+    gradients, kls, calls = [], [], []
+    for recompute in (False, "halves"):
+        task = guided_task(5)
+        task.policy.double()
+        task.policy.denoiser.low, task.policy.denoiser.high = interval
+        ends = Ends(task, Config(form=form, kl_loss=0.1, recompute=recompute), SEED)
+        with torch.no_grad():
+            task.policy.denoiser.denoiser.net.register_forward_pre_hook(
+                lambda net, given, how=recompute: calls.append((how, len(given[0]), torch.is_grad_enabled()))
+            )
+            for p in ends.reference.parameters():
+                p.mul_(0.9)
+        part = start(task)
+        terms = ends(part._replace(x=part.x.double()))
+        (terms.loss + 0.1 * terms.kl).sum().backward()
+        gradients.append(flat_gradient(task.policy))
+        kls.append(terms.kl)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*kls, rtol=1e-9, atol=1e-12)
+    assert {n for how, n, graph in calls if how == "halves" and graph} == {8}
+    assert 16 in {n for how, n, graph in calls if not how and graph}
+    assert not task.policy.denoiser.apart
+
+
+def test_halves_keep_only_states():
+    latent = 8 * 6 * 4
+    assert (saved_bytes(20, "halves") - saved_bytes(10, "halves")) / 10 <= 4 * latent
+
+
+def test_halves_need_guidance_by_two_answers():
+    with pytest.raises(ConfigError, match=r"recompute = halves: this chain has no guidance.*expected true or false"):
+        mlp_learner(recompute="halves")
+    with pytest.raises(ConfigError, match=r"recompute = 'half': expected true, false or halves"):
+        Config(recompute="half")
 
 
 @pytest.mark.parametrize("direction", range(2))

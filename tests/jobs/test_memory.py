@@ -41,13 +41,22 @@ def begun(config: Finetune, root):
     return memory.estimate(opened(config).holds, denoiser, policy, config.chain.times(denoiser), shape), card, policy
 
 
-@pytest.mark.parametrize(("agent", "lora"), [("ddpo", LORA), ("ddpo", ""), ("draft", "")])
+HALVES = {"recompute": "halves"}
+
+
+@pytest.mark.parametrize(
+    ("agent", "lora", "more"), [("ddpo", LORA, {}), ("ddpo", "", {}), ("draft", "", {}), ("draft", "", HALVES)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_an_update_is_near_its_measured_peak(agent, lora, checkpointing, tiny_pipelines, tmp_path):
+def test_the_estimate_of_an_update_is_near_its_measured_peak(
+    agent, lora, more, checkpointing, tiny_pipelines, tmp_path
+):
     (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\n")
     config = settings(tiny_pipelines["sd"], agent, tmp_path, lora=lora)
     pipeline = config.pipeline.__class__(**vars(config.pipeline) | {"checkpointing": checkpointing, "decode": 4})
-    small = config.agent.__class__(**vars(config.agent) | {"micro_batch": 12, "updates_per_epoch": 1, "epochs": 1})
+    small = config.agent.__class__(
+        **vars(config.agent) | {"micro_batch": 12, "updates_per_epoch": 1, "epochs": 1, **more}
+    )
     config = Finetune(**vars(config) | {"pipeline": pipeline, "agent": small})
     found, card, policy = begun(config, tmp_path)
     task = make_task(opened(config).task, card, policy, lambda samples, cond: samples.mean((1, 2, 3)))
