@@ -20,7 +20,7 @@ from typing import Any
 SPEAK = ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree")
 """Loggers that warn as diffusers or peft imports bitsandbytes and torchao, of what is not used here."""
 
-RARE = ("bitsandbytes", "scipy.stats", "scipy.integrate", "scipy.optimize:linear_sum_assignment")
+RARE = ("bitsandbytes", "onnxruntime", "scipy.stats", "scipy.integrate", "scipy.optimize:linear_sum_assignment")
 """What diffusers, transformers and peft import wherever it is installed, and seldom use."""
 
 
