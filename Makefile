@@ -1,7 +1,7 @@
 # The commands that one types. PYTHON is that of the environment: `make setup` makes it, or say make test PYTHON=python.
 PYTHON ?= .venv/bin/python
 
-.PHONY: setup test quick lint types docs help faults bench
+.PHONY: setup test quick lint types docs help faults bench overheads
 
 setup:  ## the environment, with everything that the tests and the checks need
 	test -x $(PYTHON) || python3 -m venv .venv
@@ -34,6 +34,9 @@ faults:  ## what goes wrong on a cluster, for real, and the table of it
 bench:  ## what rollout and update cost beyond the network's own passes: some minutes
 	$(PYTHON) benchmarks/overhead.py --quick --cpu-time --threads 1
 	$(PYTHON) benchmarks/learner_overhead.py --rounds 5
+
+overheads:  ## the same of every agent on a tiny pipeline, held against what is recorded; fails where one is worse by more than .15
+	$(PYTHON) benchmarks/learner_overhead.py --check
 
 FAULTS = tests/faults/test_checkpoint_kills.py tests/faults/test_fault_runs.py tests/faults/test_fault_table.py \
 	tests/faults/test_lost_ranks.py tests/faults/test_lost_trainings.py

@@ -10,7 +10,7 @@ backward pass, each storage once, measured at b = 1 and 2 and a straight line fr
          copies, once, or 1 + 3 for rollback
     (3)  A(rows) at once, of the micro-batch, or of all transitions that a fused learner takes; and where activations
          are made again (checkpointing), those of the largest part that is made again at once
-    (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most
+    (4)  decoding with a gradient: what the space keeps, by sample, of one chunk at most; the same of its largest part
     (5)  a critic of c bytes: its weights and gradients, 2 c, its optimiser's moments, and what undoes an update of it
     (6)  of a network that is split over N ranks, (1), (2) and (5) / N; and its largest layer whole, twice: that which
          computes, and the next, which is gathered meanwhile. (3) and (4) are not measured
@@ -139,7 +139,7 @@ def decoding(policy: Policy, shape: tuple[int, ...], count: int) -> int:
 
     def measured(rows: int) -> int:
         z = torch.zeros(rows, *shape, device=device, requires_grad=True)
-        return kept(lambda: policy.space.decode(z), held)
+        return _largest_part(held, lambda: policy.space.decode(z)) + kept(lambda: policy.space.decode(z), held)
 
     return line(measured, min(count, policy.space.chunk))
 

@@ -31,6 +31,7 @@ from rlfusion.diffusion.denoiser import Denoiser
 from rlfusion.diffusion.kinds import Timed
 from rlfusion.diffusion.sampling import sample
 from rlfusion.diffusion.schedule import Between, Rectified, ScaledLinear, SquaredCosine, UnitPrior, ZeroSNR, prior_std
+from rlfusion.jobs.memory import kept
 from rlfusion.models import pipelines
 from rlfusion.models.pipelines import flux, hub
 from rlfusion.models.pipelines.family import plain_grid
@@ -335,6 +336,20 @@ def test_an_autoencoder_decodes_in_the_precision_that_it_is_told(tiny_pipelines)
     half.decode(leaf).mean().backward()
     assert bool(leaf.grad.any())
     assert torch.equal(half.encode(images), whole.encode(images))
+
+
+def test_an_autoencoder_can_make_its_activations_again(tiny_pipelines):
+    """To the same bits, with less kept for the backward pass."""
+    gradients, held = [], []
+    for again in (False, True):
+        space = pipelines.build(about(tiny_pipelines["sd"], checkpointing=again, decode=3), PROMPTS).space
+        z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        held.append(kept(lambda space=space, z=z: space.decode(z), space.vae))
+        space.decode(z).square().mean().backward()
+        gradients.append(z.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+    assert 2 * held[1] < held[0]
 
 
 def test_an_autoencoder_that_overflows_in_half_precision_is_refused(tmp_path):

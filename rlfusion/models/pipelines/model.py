@@ -96,6 +96,8 @@ def build(
     quantized.quantize(model, about.get("quantize", "none"), DTYPES[about["dtype"]])
     if about["checkpointing"]:
         model.enable_gradient_checkpointing()
+        if pipe.vae._supports_gradient_checkpointing:
+            pipe.vae.enable_gradient_checkpointing()
     if told := about.get("attention"):
         attention.choose(model, told, device, DTYPES[about["dtype"]])
     how = (about["decode"], family.normalises, DTYPES[about.get("vae_dtype", "float32")])

@@ -42,8 +42,8 @@ class Settings:
         vae_dtype: in which the autoencoder decodes: on a GPU bfloat16 takes a sixth of float32's time. Null for what
             a saved pipeline has, else float32.
         variant: of the weights' files, such as fp16.
-        checkpointing: compute activations again in the backward pass, for less memory. Null for what a saved pipeline
-            has, else false.
+        checkpointing: compute activations again in the backward pass, block by block, for less memory; those of the
+            autoencoder too, where it can. Null for what a saved pipeline has, else false.
         attention: the back end of diffusers that computes the network's attention ("native", "flash", "_native_flash",
             ...), of networks whose attention diffusers dispatches (FLUX); null for what a saved pipeline has, else
             diffusers' own choice.
