@@ -1,5 +1,6 @@
 """Small tensor helpers that every other module may use."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,11 @@ def sum_features(x: Tensor) -> Tensor:
 def mean_features(x: Tensor) -> Tensor:
     """(B, ...) -> (B,): the mean over everything but the batch."""
     return x.flatten(1).mean(1)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether all numbers of ``x`` are finite: then their sum is, unless it overflows. One wait for a GPU."""
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def grey(x: Tensor, channels: int) -> Tensor:

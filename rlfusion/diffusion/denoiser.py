@@ -95,23 +95,23 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Prediction:
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
-        return predict(self._solution(t, x), self.answer(x, t, cond).to(x), x)
+        shared = self._shared(t, x)
+        y = self._called(x, *self._reads(t, x, shared), cond)
+        return predict(self._solution(t, x) if shared is None else shared.solution, y.to(x), x)
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
-        return self._called(x, *self._reads(t, x), cond)
+        return self._called(x, *self._reads(t, x, self._shared(t, x)), cond)
 
-    def _reads(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _reads(self, t: Tensor, x: Tensor, shared: "Shared | None") -> tuple[Tensor, Tensor]:
         """c_noise (B,) or (1,) and c_in, as the network reads them beside x."""
-        if shared := self._shared(t, x):
+        if shared is not None:
             return shared.at, shared.scale
         key = ("reads", self.kind, self.schedule, x.shape, x.dtype, x.device)
         return rows.kept(t, key, lambda: _read(self.kind, t.clone(), level(self.schedule, t, x), x))
 
     def _solution(self, t: Tensor, x: Tensor) -> Solution:
-        """How the network's answers are solved, cast."""
-        if shared := self._shared(t, x):
-            return shared.solution
+        """How the network's answers are solved, cast, where the times have nothing in common."""
         key = ("solution", self.kind, self.schedule, x.shape, x.dtype, x.device)
         return rows.kept(t, key, lambda: Solution(*(cast(c, x) for c in solve(self.kind, level(self.schedule, t, x)))))
 
@@ -206,7 +206,7 @@ def _table(
 def _gathered(kind: str | Kind, schedule: Schedule, chain: rows.Chain, x: Tensor) -> Shared:
     """``Shared`` of rows ``x`` (N, *) of a chain."""
     at, solved = map(chain.gather, _table(kind, schedule, chain.grid, x.dtype, x.device))
-    scale, *solution = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in solved.unbind(1))
+    scale, *solution = solved.reshape(*solved.shape, *[1] * (x.ndim - 1)).unbind(1)
     return Shared(at, scale, Solution(*solution))
 
 

@@ -36,9 +36,13 @@ class Gaussian(NamedTuple):
         return found
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Eq. (2), KL(self || other), (B,). Where both have one std it is |m1 - m2|^2 / (2 s^2)."""
-        v1, v2 = _at_least_float32(self.std).square(), _at_least_float32(other.std).square()
-        gap = _at_least_float32(self.mean) - _at_least_float32(other.mean)
+        """Eq. (2), KL(self || other), (B,). Where both have one std, in one tensor, it is |m1 - m2|^2 / (2 s^2), which
+        keeps the bits of a small gap.
+        """
+        gap, v1 = _at_least_float32(self.mean) - _at_least_float32(other.mean), _at_least_float32(self.std).square()
+        if self.std is other.std:
+            return sum_features(gap.square()) / (2 * (v1.flatten() if v1.ndim else v1))
+        v2 = _at_least_float32(other.std).square()
         return sum_features((gap.square() + v1) / v2 - 1 - (v1 / v2).log()) / 2
 
     def entropy(self) -> Tensor:
@@ -75,18 +79,17 @@ def _summed(z: Tensor, std: Tensor) -> Tensor:
 
 
 def _normaliser(std: Tensor) -> Tensor:
-    """log s + log(2 pi) / 2; NaN where s = 0."""
+    """log s + log(2 pi) / 2; -inf where s = 0, and z^2 / 2 + this is NaN, whether z is infinite or 0 / 0."""
     if std.ndim == 0 and std.device.type == "cpu":
         return _normaliser_of(std.item(), std.dtype)
-    return (std.log() + math.log(2 * math.pi) / 2).masked_fill(std == 0, math.nan)
+    return std.log() + math.log(2 * math.pi) / 2
 
 
 @lru_cache(maxsize=4096)
 @torch.inference_mode(False)
 def _normaliser_of(std: float, dtype: torch.dtype) -> Tensor:
     """That of a step that a whole batch takes: the same few in every rollout."""
-    held = torch.tensor([std], dtype=dtype)
-    return (held.log() + math.log(2 * math.pi) / 2).masked_fill(held == 0, math.nan)[0]
+    return _normaliser(torch.tensor([std], dtype=dtype))[0]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.registry import Registry
-from rlfusion.common.tensors import cast
-from rlfusion.diffusion.kinds import Kind, Plain, Solution
+from rlfusion.common.tensors import all_finite, cast
+from rlfusion.diffusion.kinds import Kind, Plain, Solution, Timed
 from rlfusion.diffusion.schedule import Level
 
 PLAIN: Mapping[str, Plain] = {
@@ -68,7 +68,11 @@ def _built_in(kind: str) -> Kind:
 
 def target(kind: str | Kind, x0: Tensor, eps: Tensor, l: Level) -> Tensor:
     """Eq. (1): what a network of this kind should answer for the pair (x0, eps), each (B, ...)."""
-    a, b = named(kind).row(l)
+    of = named(kind)
+    of = of.kind if isinstance(of, Timed) else of
+    if of in (PLAIN["x0"], PLAIN["eps"]):  # 1 and 0 times the two
+        return x0 if of == PLAIN["x0"] else eps
+    a, b = of.row(l)
     return cast(a, x0) * x0 + cast(b, x0) * eps
 
 
@@ -79,7 +83,7 @@ def solve(kind: str | Kind, l: Level) -> Solution:
         ValueError: the kind does not determine (x0, eps) at this level (det = 0, or an infinite row).
     """
     solution = named(kind).solution(l)
-    if l.alpha.device.type == "cpu" and not all(bool(c.isfinite().all()) for c in solution):
+    if l.alpha.device.type == "cpu" and not all(map(all_finite, solution)):
         raise ValueError(
             f"kind {kind!r} does not determine x0 and eps for alpha in {_range(l.alpha)}, sigma in {_range(l.sigma)}: "
             "use another kind or leave out that time"
@@ -113,7 +117,7 @@ def conditioning(kind: str | Kind, t: Tensor, l: Level) -> Tensor:
         ValueError: the kind gives its network no finite time at ``t``.
     """
     time = named(kind).time(t, l)
-    if time.device.type == "cpu" and not bool(time.isfinite().all()):
+    if time.device.type == "cpu" and not all_finite(time):
         raise ValueError(
             f"kind {kind!r} has no finite time input for alpha in {_range(l.alpha)}, sigma in {_range(l.sigma)}: "
             "use another kind or leave out that time"

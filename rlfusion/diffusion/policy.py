@@ -101,7 +101,7 @@ def _table(
 def _gathered(kernel: Kernel, schedule: Schedule, chain: rows.Chain, like: Tensor) -> Coefficients:
     """The coefficients of the steps of rows of a chain, shaped and cast for ``like`` (N, *)."""
     each = chain.gather(_table(kernel, schedule, chain.grid, like.dtype, like.device))
-    return Coefficients(*(c.reshape(-1, *[1] * (like.ndim - 1)) for c in each.unbind(1)))
+    return Coefficients(*each.reshape(*each.shape, *[1] * (like.ndim - 1)).unbind(1))
 
 
 def require_stochastic(policy: Policy, times: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def of_chain(times: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """The times (N,) before and after the steps (N,) int64 of a chain of ``times`` (K+1,) float64, all on the CPU."""
-    t, s, grid = times[step], times[step + 1], tuple(times.tolist())
+    t, s, grid = times.index_select(0, step), times.index_select(0, step + 1), tuple(times.tolist())
     for one, ahead in ((t, 0), (s, 1)):
         if not one.is_inference():
             _kept[one] = Kept(one._version, Chain(grid, step, ahead), {})

@@ -17,6 +17,7 @@ A is a constant: no gradient flows into it. At theta = theta_old both have the g
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +53,32 @@ def clipped_surrogate(
     (c_low, c_high).
     """
     _same_shape(log_ratio=log_ratio, advantage=advantage)
-    held = log_ratio if dual_clip is None else log_ratio.clamp(max=math.log(dual_clip))
-    ratio, a = held.exp(), advantage.detach()
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    return -(ratio * a).minimum(ratio.clamp(1 - low, 1 + high) * a)
+    most = math.inf if dual_clip is None else math.log(dual_clip)
+    found: Tensor = _Clipped.apply(log_ratio, advantage, 1 - low, 1 + high, most)
+    return found
+
+
+class _Clipped(torch.autograd.Function):
+    """Eq. (2) and (3) of log r and A, r in [low, high], log r <= ``most``; its slope in log r is -r A where the minimum
+    is not what the clip holds: in fewer operations than a graph of the parts, and to the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: float, high: float, most: float) -> Tensor:
+        ratio, ctx.most = log_ratio.clamp(max=most).exp(), most
+        clipped = ratio.clamp(low, high)
+        own, held = ratio * advantage, clipped * advantage
+        free = ((ratio == clipped) | (own < held)) & (log_ratio <= most)
+        ctx.save_for_backward(log_ratio, ratio, advantage * free)
+        return own.minimum(held).neg_()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        log_ratio, ratio, advantage = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            ratio = log_ratio.clamp(max=ctx.most).exp()
+        return -slope * advantage * ratio, None, None, None, None
 
 
 def masked_surrogate(

@@ -93,10 +93,11 @@ def chain_advantages(reward: Tensor, value: Tensor, gamma: float, lam: float) ->
         raise ValueError(f"reward (B,), value (B, K): got {tuple(reward.shape)} and {tuple(value.shape)}")
     error = gamma * torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1) - value
     error[:, -1] += reward
-    advantage = error.clone()
-    for k in range(value.shape[1] - 2, -1, -1):
-        advantage[:, k] += gamma * lam * advantage[:, k + 1]
-    return advantage
+    *before, last = error.unbind(1)
+    advantages = [last]
+    for each in reversed(before):
+        advantages.append(each + gamma * lam * advantages[-1])
+    return torch.stack(advantages[::-1], 1)
 
 
 def exponential_weights(advantage: Tensor, beta: float, w_max: float | None, mean_one: bool) -> Tensor:
@@ -121,14 +122,13 @@ def pair(reward: Tensor, group: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """(winner, loser) indices (P,) each: in every group the k-th best with the k-th worst, k up to ``share`` of it,
     where their rewards differ.
     """
-    winners, losers = [], []
-    for g in group.unique():
-        rows = (group == g).nonzero().flatten()
-        order = rows[reward[rows].argsort(descending=True, stable=True)]
-        count = int(share * len(rows))
-        winners.append(order[:count])
-        losers.append(order.flip(0)[:count])
-    winner, loser = torch.cat(winners), torch.cat(losers)
+    _, inverse, count = group.unique(return_inverse=True, return_counts=True)
+    best = reward.argsort(descending=True, stable=True)
+    order = best[inverse[best].argsort(stable=True)]  # group by group, the best of each first
+    of, first = inverse[order], count.cumsum(0) - count
+    place = torch.arange(len(order), device=order.device) - first[of]
+    taken = place < (share * count.double()).long()[of]
+    winner, loser = order[taken], order[((first + count - 1)[of] - place)[taken]]
     differ = reward[winner] > reward[loser]
     return winner[differ], loser[differ]
 

@@ -29,6 +29,17 @@ def test_kl(std, factor):
     torch.testing.assert_close(Gaussian(MEAN, std).kl(Gaussian(OTHER, std * factor)), truth)
 
 
+@pytest.mark.parametrize("std", STDS.values(), ids=STDS)
+def test_the_kl_of_one_std_keeps_a_small_gap_and_has_the_gradient_of_any_two(std):
+    std = std.float()
+    near = (MEAN.float() + 1e-4 * std).requires_grad_()
+    found = Gaussian(near, std).kl(Gaussian(MEAN.float(), std))
+    gap = (near.detach().double() - MEAN.float().double()) / std.double()
+    torch.testing.assert_close(found, (gap.square().sum((1, 2)) / 2).float(), rtol=1e-5, atol=0.0)
+    two = Gaussian(near, std).kl(Gaussian(MEAN.float(), std.clone()))
+    assert torch.equal(*(torch.autograd.grad(kl.sum(), near)[0] for kl in (found, two)))
+
+
 def test_score_is_the_gradient_of_log_prob_in_the_mean():
     mean = MEAN.clone().requires_grad_()
     Gaussian(mean, STDS["per row"]).log_prob(X).sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlfusion.objectives import clipped_surrogate, score_function, weighted_mse
-from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize
+from rlfusion.rl.advantage import RunningAdvantage, group_moments, group_relative, normalize, pair
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -118,6 +118,44 @@ def test_dual_clip_by_hand(ratio, a, loss, slope):
     assert got.item() == pytest.approx(loss)
     got.backward()
     assert log_ratio.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_the_slope_of_the_clipped_surrogate_is_that_of_its_parts_to_the_bit(dual_clip):
+    g = torch.Generator().manual_seed(0)
+    log_ratio = 0.3 * torch.randn(400, generator=g)
+    log_ratio[:50], log_ratio[50:60] = 0.0, torch.tensor(1.2).log()  # on policy, and where the clip begins
+    a, weight = torch.randn(400, generator=g), torch.randn(400, generator=g)
+    a[60:70] = 0.0
+
+    def parts(x: torch.Tensor) -> torch.Tensor:
+        ratio = (x if dual_clip is None else x.clamp(max=math.log(dual_clip))).exp()
+        return -(ratio * a).minimum(ratio.clamp(0.8, 1.1) * a)
+
+    log_ratio.requires_grad_()
+    both = [clipped_surrogate(log_ratio, a, (0.2, 0.1), dual_clip), parts(log_ratio)]
+    assert torch.equal(*both)
+    assert torch.equal(*(torch.autograd.grad((weight * loss).sum(), log_ratio)[0] for loss in both))
+
+
+def test_the_second_derivative_of_the_clipped_surrogate_is_its_finite_difference():
+    x = torch.linspace(-0.9, 0.95, 12, dtype=torch.float64).requires_grad_()
+    a = torch.tensor([1.0, -2.0], dtype=torch.float64).repeat(6)
+    assert torch.autograd.gradgradcheck(lambda y: clipped_surrogate(y, a, 0.2, 2.0), x)
+
+
+def test_pairs_are_those_of_each_prompt_by_itself():
+    g = torch.Generator().manual_seed(1)
+    group = torch.tensor([7, 2, 2, 7, 5, 2, 7, 7, 5, 2, 2, 9])[torch.randperm(12, generator=g)]
+    for share in (0.2, 0.34, 0.5):
+        reward = torch.randint(0, 4, (12,), generator=g).float()
+        expected = []
+        for prompt in (2, 5, 7, 9):
+            rows = [i for i in range(12) if group[i] == prompt]
+            order = sorted(rows, key=lambda i: -reward[i])
+            expected += list(zip(order, order[::-1]))[: int(share * len(rows))]
+        found = [part.tolist() for part in pair(reward, group, share)]
+        assert list(zip(*found)) == [(w, l) for w, l in expected if reward[w] > reward[l]]
 
 
 @pytest.mark.parametrize("loss", [score_function, lambda x, a: clipped_surrogate(x, a, 0.2)])

@@ -56,7 +56,7 @@ def _of_rows(schedule: Schedule, t: Tensor, like: Tensor) -> Level:
         t = t.reshape(-1, *[1] * (like.ndim - 1))
     else:
         raise ValueError(f"times are () or (B,): got {tuple(t.shape)} for a batch {tuple(like.shape)}")
-    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
+    if t.device.type == "cpu" and not torch.equal(t, t.clamp(0, 1)):
         raise ValueError(f"times lie in [0, 1]: got {t.min().item():g} to {t.max().item():g}")
     return schedule(t)
 

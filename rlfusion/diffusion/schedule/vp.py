@@ -131,8 +131,9 @@ class Cosine:
     def __call__(self, t: Tensor) -> Level:
         rate = math.pi / 2 / (1 + self.offset)
         phi, scale = (t + self.offset) * rate, 1 / math.cos(self.offset * rate)
-        alpha = torch.where(t == 1, torch.zeros_like(t), phi.cos() * scale)
+        end = t == 1
+        alpha = (phi.cos() * scale).masked_fill(end, 0)
         # sin^2(phi - phi0) form of 1 - alpha^2: exact near t = 0, where 1 - alpha^2 would cancel
-        sigma = (((t * rate).sin() * (phi + self.offset * rate).sin()).sqrt() * scale).where(t != 1, torch.ones_like(t))
+        sigma = (((t * rate).sin() * (phi + self.offset * rate).sin()).sqrt() * scale).masked_fill(end, 1)
         d_alpha = -rate * scale * phi.sin()
         return Level(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
