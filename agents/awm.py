@@ -35,14 +35,14 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, NumericalError, require_not_negative, require_positive
 from rlfusion.common.seeding import Key, stream
-from rlfusion.common.tensors import map_cond, mean_features, moved, staged
+from rlfusion.common.tensors import map_cond, mean_features, moved
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import answer
 from rlfusion.diffusion.parameterization import predict, solve, target
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
 from rlfusion.objectives import clipped_surrogate
-from rlfusion.objectives.renoise import draws, noised
+from rlfusion.objectives.renoise import fresh, noised
 from rlfusion.objectives.times import LAWS, of_chain
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.rl.advantage import Baseline, Scale, relative
@@ -255,10 +255,9 @@ class Learner:
 
     def _noise(self, batch: Trajectory, walks: Tensor, key: tuple[Key, ...]) -> tuple[Tensor, Tensor]:
         """t (N, noisings) and eps (N, noisings, *) of the samples ``walks``."""
-        n, shape = self.config.noisings, batch.x.shape[2:]
-        t, eps = draws((len(walks) * n, *shape), self.policy.schedule, self.times, key)
-        eps = staged(eps.to(batch.x.dtype), batch.x.device)
-        return t.reshape(-1, n), eps.reshape(-1, n, *shape)
+        n = self.config.noisings
+        t, eps = fresh(batch.x, len(walks) * n, self.policy.schedule, self.times, key)
+        return t.reshape(-1, n), eps.reshape(-1, n, *eps.shape[1:])
 
     def _compared(
         self, batch: Trajectory, walks: Tensor, some: Tensor, noise: tuple[Tensor, Tensor]

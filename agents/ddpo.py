@@ -344,11 +344,12 @@ class Learner:
         if self.config.ratio == "trajectory":
             return self._whole_walks(batch, advantage, proximal, walks, features)
 
-        def objective(terms: Terms) -> dict[str, Tensor]:
-            before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
-            log_ratio = (terms.log_ratio - before) / features
-            loss = self._clipped(log_ratio, advantage[terms.walk])
-            loss = loss if proximal is None else loss * behaviour_weight(before, self.config.behaviour_limit)
+        def objective(terms: Terms) -> Tensor | dict[str, Tensor]:
+            own = advantage[terms.walk]
+            if proximal is None:
+                return self._clipped(terms.log_ratio / features, own)
+            log_ratio = (terms.log_ratio - (before := proximal[terms.walk, terms.step])) / features
+            loss = self._clipped(log_ratio, own) * behaviour_weight(before, self.config.behaviour_limit)
             return {"loss": loss, "clip_fraction": outside(log_ratio, self.config.clip)}
 
         return objective

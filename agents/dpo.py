@@ -34,7 +34,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
-from rlfusion.objectives.renoise import noised, renoise
+from rlfusion.objectives.renoise import fresh, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import pair
 from rlfusion.rl.agent import Defaults, Plan, Traits
@@ -193,7 +193,7 @@ class Learner:
             draw = stream(self.seed, "dpo", self.iteration, epoch)
             parts = current().passes(draw, len(winner), min(self.config.updates_per_epoch, len(winner)))
             for part, rows in enumerate(parts):
-                at = rows.repeat(self.config.noisings).to(winner.device)
+                at = rows.expand(self.config.noisings, -1).flatten().to(winner.device)
                 key = (self.seed, "dpo noise", self.iteration, epoch, part)
                 records += self.accumulate(batch, winner[at], loser[at], key)
                 norms.append(self.optimization.step())
@@ -210,18 +210,14 @@ class Learner:
 
     def accumulate(self, batch: Trajectory, winner: Tensor, loser: Tensor, key: tuple) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of Eq. (2), the mean over the pairs (winner[i], loser[i]), each noised by itself."""
-        good, bad, schedule = batch.x[winner, -1], batch.x[loser, -1], self.policy.schedule
-        _, t, eps = renoise(good, schedule, self.times, key)
+        good, bad = batch.x[winner, -1], batch.x[loser, -1]
+        t, eps = fresh(batch.x, len(winner), self.policy.schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             at = moved(some, winner.device)
-            x0, noise, times = (
-                torch.cat([good[at], bad[at]]),
-                eps[at].repeat(2, *[1] * (eps.ndim - 1)),
-                t[some].repeat(2),
-            )
-            cond = map_cond(lambda held: held[winner[at]].repeat(2, *[1] * (held.ndim - 1)), batch.cond)
-            gap = self._gap(x0, noise, times, cond)
+            x0, prompts = torch.cat([good[at], bad[at]]), torch.cat([winner[at]] * 2)
+            cond = map_cond(lambda held: held[moved(prompts, held.device)], batch.cond)
+            gap = self._gap(x0, torch.cat([eps[at]] * 2), torch.cat([t[some]] * 2), cond)
             margin = -self.config.beta * (gap[: len(some)] - gap[len(some) :])
             loss = -logsigmoid(margin)
             record = {"loss": loss, "accuracy": (margin > 0).float(), "margin": margin}

@@ -321,9 +321,12 @@ class Learner:
         c, features = self.config, batch.features if self.config.clip_per_dim else 1
         anchor = walked.refer(batch, self.policy).mean if c.anchored else None
 
-        def objective(terms: Terms) -> dict[str, Tensor]:
+        def objective(terms: Terms) -> Tensor | dict[str, Tensor]:
+            a = advantage[terms.walk]
+            if anchor is None and proximal is None:
+                return clipped_surrogate(terms.log_ratio / features, a, (c.clip_low, c.clip_high), c.dual_clip)
             before = 0.0 if proximal is None else proximal[terms.walk, terms.step]
-            log_ratio, a = terms.log_ratio - before, advantage[terms.walk]
+            log_ratio = terms.log_ratio - before
             if anchor is None:
                 told = self._clipped(log_ratio / features, a)
             else:

@@ -22,10 +22,10 @@ from torch import Tensor
 from rlfusion.common import spec
 from rlfusion.common.errors import ConfigError, require_not_negative, require_positive
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond, mean_features, moved, staged
+from rlfusion.common.tensors import map_cond, mean_features, moved
 from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import Policy, frozen_copy
-from rlfusion.objectives.renoise import draws, noised
+from rlfusion.objectives.renoise import fresh, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.rl.advantage import group_relative
 from rlfusion.rl.agent import Defaults, Plan, Traits
@@ -146,7 +146,8 @@ class Learner:
             draw = stream(self.seed, "nft", self.iteration, epoch)
             for part, rows in enumerate(current().passes(draw, len(batch), c.updates_per_epoch)):
                 key = (self.seed, "nft noise", self.iteration, epoch, part)
-                records += self.accumulate(batch, optimality, rows.repeat(c.noisings).to(batch.x.device), key)
+                again = rows.expand(c.noisings, -1).flatten().to(batch.x.device)
+                records += self.accumulate(batch, optimality, again, key)
                 norms.append(self.optimization.step())
         eta = min(c.eta_rate * self.iteration, c.eta_max)
         self._follow(eta)
@@ -162,22 +163,20 @@ class Learner:
 
     def accumulate(self, batch: Trajectory, optimality: Tensor, rows: Tensor, key: tuple) -> list[dict[str, Tensor]]:
         """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself."""
-        t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
-        eps = staged(drawn.to(batch.x.dtype), batch.x.device)
+        t, eps = fresh(batch.x, len(rows), self.policy.schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at, times = moved(some, rows.device), t[some]
-            x = noised(batch.x[rows[at], -1], eps[at], times, self.policy.schedule)
-            record = self._loss(batch, optimality[rows[at]], rows[at], x, times)
+            at = moved(some, rows.device)
+            record = self._loss(batch, optimality, rows[at], eps[at], t[some])
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
 
         ranks = current()
         return ranks.accumulate(self.trained, ranks.share(rows, len(batch)), self.config.micro_batch, part)
 
-    def _loss(self, batch: Trajectory, r: Tensor, rows: Tensor, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Eq. (2) and (3) of each row, (N,)."""
-        c, x0 = self.config, batch.x[rows, -1]
-        cond = map_cond(lambda held: held[rows], batch.cond)
+    def _loss(self, batch: Trajectory, optimality: Tensor, rows: Tensor, eps: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Eq. (2) and (3) of each row, (N,), noised by ``eps`` at the times ``t``."""
+        c, x0, r = self.config, batch.x[rows, -1], optimality[rows]
+        x, cond = noised(x0, eps, t, self.policy.schedule), map_cond(lambda held: held[rows], batch.cond)
         f = self.trained.denoiser(x, t, cond).x0
         with torch.no_grad():
             old = self.policy.denoiser(x, t, cond).x0
@@ -193,8 +192,9 @@ class Learner:
 
     def _error(self, f: Tensor, x0: Tensor) -> Tensor:
         """|f - x_0|^2 / w, the mean over features, (N,)."""
-        error = mean_features((f - x0).square())
-        return error / mean_features((f - x0).abs()).detach().clamp(min=1e-5) if self.config.adaptive else error
+        apart = f - x0
+        error = mean_features(apart.square())
+        return error / mean_features(apart.detach().abs()).clamp(min=1e-5) if self.config.adaptive else error
 
     @torch.no_grad()
     def _follow(self, eta: float) -> None:

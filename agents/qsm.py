@@ -37,7 +37,7 @@ from rlfusion.data import Dataset
 from rlfusion.diffusion.policy import frozen_copy
 from rlfusion.diffusion.schedule import level
 from rlfusion.objectives import weighted_mse
-from rlfusion.objectives.renoise import Noised, divergence, renoise
+from rlfusion.objectives.renoise import divergence, fresh, noised, renoise
 from rlfusion.objectives.times import TIMES
 from rlfusion.objectives.weighting import WEIGHTS
 from rlfusion.rl import qvalue
@@ -219,7 +219,8 @@ class Learner:
             draw = stream(self.seed, "qsm", self.iteration, epoch)
             for part, rows in enumerate(current().passes(draw, len(batch), self.config.updates_per_epoch)):
                 key = (self.seed, "qsm noise", self.iteration, epoch, part)
-                records += self.accumulate(batch, unit, rows.repeat(self.config.noisings).to(batch.x.device), key)
+                again = rows.expand(self.config.noisings, -1).flatten().to(batch.x.device)
+                records += self.accumulate(batch, unit, again, key)
                 norms.append(self.optimization.step())
         found |= {**average(records), "kl": self._divergence(batch), "grad_norm": sum(norms) / len(norms)}
         self.iteration += 1
@@ -257,12 +258,13 @@ class Learner:
         """Accumulate the gradient of Eq. (3), the mean over ``rows`` of the batch, each noised by itself; ``unit`` (B,)
         is one of Q's in those of alpha.
         """
-        noise = renoise(batch.x[rows, -1], self.trained.schedule, self.times, key)
+        t, eps = fresh(batch.x, len(rows), self.trained.schedule, self.times, key)
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             at = moved(some, rows.device)
-            noised, cond = Noised(noise.x[at], noise.t[some], noise.eps[at]), _rows(batch, rows[at])[1]
-            record = self._loss(noised, cond, unit[rows[at]])
+            times, (x0, cond) = t[some], _rows(batch, rows[at])
+            x = noised(x0, eps[at], times, self.trained.schedule)
+            record = self._loss(x, times, cond, unit[rows[at]])
             return record["loss"].sum() / len(rows), {name: value.mean() for name, value in record.items()}
 
         ranks = current()
@@ -270,22 +272,26 @@ class Learner:
         self.queries += 0 if self.critic else len(rows)  # of a reward, each is a query
         return [{**record, "q_gradient": record["q_gradient"].sqrt()} for record in records]
 
-    def _loss(self, noised: Noised, cond: Cond, unit: Tensor) -> dict[str, Tensor]:
+    def _loss(self, x: Tensor, t: Tensor, cond: Cond, unit: Tensor) -> dict[str, Tensor]:
         """Eq. (3) of each row, Q, and the mean square of alpha dQ/dx, (N,) each."""
-        l = level(self.trained.schedule, noised.t, noised.x)
-        value, gradient = qvalue.gradient(self.q, noised.x, noised.t, cond)
-        step = self.config.strength * unit.reshape(-1, *[1] * (noised.x.ndim - 1)) * gradient
-        aim = self._anchor(noised, cond) - (cast(l.sigma, step) * step if self.config.form == "score" else step)
+        l = level(self.trained.schedule, t, x)
+        value, gradient, anchor = self._looked(x, t, cond)
+        step = self.config.strength * unit.reshape(-1, *[1] * (x.ndim - 1)) * gradient
+        aim = anchor - (cast(l.sigma, step) * step if self.config.form == "score" else step)
         weight = cast(self.weight("eps", l).flatten(), step)
-        loss = weighted_mse(self.trained.denoiser(noised.x, noised.t, cond).eps, aim, weight)
+        loss = weighted_mse(self.trained.denoiser(x, t, cond).eps, aim, weight)
         return {"loss": loss, "q": value, "q_gradient": mean_features(step.square())}
 
-    @torch.no_grad()
-    def _anchor(self, noised: Noised, cond: Cond) -> Tensor:
-        """anchor eps_base."""
-        if not self.config.anchor:
-            return torch.zeros_like(noised.x)
-        return self.config.anchor * self.base.denoiser(noised.x, noised.t, cond).eps
+    def _looked(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """Q (N,), dQ/dx_t and anchor eps_base (N, *); of one call of the base, where Q looks through it."""
+        anchor = self.config.anchor
+        if anchor and isinstance(self.q, qvalue.Denoised) and self.q.denoiser is self.base.denoiser:
+            value, gradient, seen = qvalue.through(self.q, x, t, cond)
+            return value, gradient, anchor * seen.eps
+        value, gradient = qvalue.gradient(self.q, x, t, cond)
+        with torch.no_grad():
+            base = anchor * self.base.denoiser(x, t, cond).eps if anchor else torch.zeros_like(x)
+        return value, gradient, base
 
     def _divergence(self, batch: Trajectory) -> float:
         """Eq. (5), by one noising of each sample."""

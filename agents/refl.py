@@ -25,6 +25,7 @@ from rlfusion.common.errors import ConfigError, require_not_negative, require_po
 from rlfusion.data import Dataset
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import frozen_copy
+from rlfusion.diffusion.rows import of_chain
 from rlfusion.pretrain.losses import make
 from rlfusion.pretrain.pretraining_term import PretrainingTerm
 from rlfusion.rl import reward_gradient
@@ -143,7 +144,7 @@ class Jumps:
         self.reference = frozen_copy(task.policy) if config.kl_loss else None
 
     def __call__(self, part: Part) -> Terms:
-        t = self.task.times[part.begin]
+        t, _ = of_chain(self.task.times, part.begin)
         x0 = self.task.policy.denoiser(part.x, t, part.cond).x0
         reward = self.task.score(x0, part.cond)
         kl = None

@@ -33,9 +33,14 @@ class Noised(NamedTuple):
 
 def renoise(x0: Tensor, schedule: Schedule, times: Times, key: tuple[Key, ...]) -> Noised:
     """Noise samples x0 (B, *): a pure function of ``key``."""
-    t, eps = draws(x0.shape, schedule, times, key)
-    eps = staged(eps.to(x0.dtype), x0.device)
+    t, eps = fresh(x0[:, None], len(x0), schedule, times, key)
     return Noised(noised(x0, eps, t, schedule), t, eps)
+
+
+def fresh(x: Tensor, count: int, schedule: Schedule, times: Times, key: tuple[Key, ...]) -> tuple[Tensor, Tensor]:
+    """``draws`` for ``count`` of the walks x (B, K+1, *): the noise (count, *) in their precision, on their device."""
+    t, eps = draws((count, *x.shape[2:]), schedule, times, key)
+    return t, staged(eps.to(x.dtype), x.device)
 
 
 def draws(shape: Sequence[int], schedule: Schedule, times: Times, key: tuple[Key, ...]) -> tuple[Tensor, Tensor]:

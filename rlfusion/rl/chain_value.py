@@ -12,6 +12,7 @@ For gamma = 1 the limit of V is E[R | x_t, c] under the policy that acts.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import stream
 from rlfusion.common.tensors import cast, moved
 from rlfusion.common.weights import require_entries
-from rlfusion.diffusion.schedule import Schedule, level
+from rlfusion.diffusion import rows
+from rlfusion.diffusion.schedule import Level, Schedule, level
 from rlfusion.rl.advantage import chain_advantages
 from rlfusion.rollout import Task
+from rlfusion.rollout.parted import at_steps
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.devices import place_beside
 from rlfusion.training.optimization import Optimization
@@ -73,10 +76,26 @@ class Value(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         own = x.to(self.head.weight)
-        l = level(self.schedule, t, own)
-        scale = (l.alpha.square() + l.sigma.square()).rsqrt()
-        answer = self.net(cast(scale, own) * own, cast(t.reshape(-1), own).expand(len(own)), prompt)
+        scale = cast(self._scale(t, own), own)
+        answer = self.net(scale * own, cast(t.reshape(-1), own).expand(len(own)), prompt)
         return self.mean + self.std * self.head(answer.flatten(1)).squeeze(1)
+
+    def _scale(self, t: Tensor, x: Tensor) -> Tensor:
+        """The factor of x, float64; of rows of a chain, gathered from those of its steps."""
+        if chain := rows.chain(t):
+            return chain.gather(_scales(self.schedule, chain.grid)).reshape(-1, *[1] * (x.ndim - 1))
+        return _inverse_size(level(self.schedule, t, x))
+
+
+def _inverse_size(l: Level) -> Tensor:
+    return (l.alpha.square() + l.sigma.square()).rsqrt()
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _scales(schedule: Schedule, grid: tuple[float, ...]) -> Tensor:
+    """The factors (K,) of the states before the steps of a chain."""
+    return _inverse_size(schedule(torch.tensor(grid[:-1], dtype=torch.float64)))
 
 
 class ChainValue:
@@ -106,8 +125,8 @@ class ChainValue:
     @torch.no_grad()
     def at(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
         """V of states (N, *) at times (N,) and prompts (N,), (N,)."""
-        rows = torch.arange(len(x)).split(4 * self.config.value_batch)
-        return torch.cat([self.value(x[moved(r, x.device)], t[r], prompt[moved(r, prompt.device)]) for r in rows])
+        parts = torch.arange(len(x)).split(4 * self.config.value_batch)
+        return torch.cat([self.value(x[moved(r, x.device)], t[r], prompt[moved(r, prompt.device)]) for r in parts])
 
     def along(self, batch: Trajectory) -> Tensor:
         """V of the states before each step of stored walks, (B, K)."""
@@ -134,10 +153,11 @@ class ChainValue:
         scale = self.value.std.clamp(min=1e-12)
         for epoch in range(self.config.value_epochs):
             order = stream(self.seed, "value", iteration, epoch).permutation(len(walk))
-            for rows in torch.from_numpy(order).split(self.config.value_batch):
-                at, k = walk[moved(rows, walk.device)], step[moved(rows, walk.device)]
-                found = self.value(batch.x[at, k], self.times[k.cpu()], batch.group[at])
-                loss = ((found - returns[moved(rows, returns.device)]) / scale).square().mean()
+            for some in torch.from_numpy(order).split(self.config.value_batch):
+                at, k = walk[moved(some, walk.device)], step[moved(some, walk.device)]
+                t, _ = rows.of_chain(self.times, k.cpu())
+                found = self.value(at_steps(batch.x, at, k), t, batch.group[at])
+                loss = ((found - returns[moved(some, returns.device)]) / scale).square().mean()
                 loss.backward()
                 self.optimization.step()
                 losses.append(loss.detach())

@@ -20,7 +20,7 @@ from rlfusion import models
 from rlfusion.common import on_disk, shards
 from rlfusion.common.errors import ConfigError, require_positive
 from rlfusion.common.seeding import Key, integer, stream
-from rlfusion.common.tensors import Cond
+from rlfusion.common.tensors import Cond, map_cond, moved
 from rlfusion.common.weights import require_entries
 from rlfusion.diffusion.consistency import LCM
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Embedded, Guided
@@ -110,9 +110,11 @@ class Regression:
         return explained_variance(self.critic(noise.x, noise.t, new.cond), new.scored)
 
     def _update(self, held: Trajectory, key: tuple[Key, ...]) -> Tensor:
-        rows = held.take(torch.from_numpy(stream(*key).integers(0, len(held), self.batch)))
-        noise = renoise(rows.x[:, -1], self.critic.schedule, self.times, (*key, "noise"))
-        loss = self.value(self.critic(noise.x, noise.t, rows.cond), rows.scored).mean()
+        rows = torch.from_numpy(stream(*key).integers(0, len(held), self.batch))
+        at, cond = moved(rows, held.x.device), map_cond(lambda c: c[moved(rows, c.device)], held.cond)
+        noise = renoise(held.x[at, -1], self.critic.schedule, self.times, (*key, "noise"))
+        reward = held.scored[moved(rows, held.scored.device)]
+        loss = self.value(self.critic(noise.x, noise.t, cond), reward).mean()
         loss.backward()
         self.optimization.step()
         return loss.detach()

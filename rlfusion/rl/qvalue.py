@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.tensors import Cond
+from rlfusion.diffusion.parameterization import Prediction
 from rlfusion.rollout import Task
 
 
@@ -47,8 +48,19 @@ class Denoised:
         return self.task.score(self.denoiser(x, t, cond).x0, cond)
 
 
+def through(q: Denoised, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Prediction]:
+    """``gradient``, and the prediction that Q looked at, a constant too."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        seen = q.denoiser(x, t, cond)
+        value = q.task.score(seen.x0, cond)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0], Prediction(seen.x0.detach(), seen.eps.detach())
+
+
 def gradient(q: Q, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
     """(Q (B,), dQ/dx (B, *)), constants."""
+    if isinstance(q, Denoised):
+        return through(q, x, t, cond)[:2]
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         value = q(x, t, cond)

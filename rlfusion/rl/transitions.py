@@ -23,7 +23,7 @@ from rlfusion.common.tensors import moved
 from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.policy import Policy, frozen_copy, require_stochastic
 from rlfusion.rollout.graphed import Graphed
-from rlfusion.rollout.parted import moves_like
+from rlfusion.rollout.parted import at_steps, moves_like
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.optimization import average
 from rlfusion.training.ranks import current
@@ -83,7 +83,7 @@ class Transitions:
 
     def all(self, walks: Tensor) -> tuple[Tensor, Tensor]:
         """(walk, step) of every stochastic transition of ``walks``, walk by walk."""
-        return walks.repeat_interleave(len(self.steps)), self.steps.repeat(len(walks))
+        return walks[:, None].expand(-1, len(self.steps)).flatten(), self.steps.expand(len(walks), -1).flatten()
 
     def some(self, walks: Tensor, count: int, draw: np.random.Generator) -> tuple[Tensor, Tensor]:
         """(walk, step) of ``count`` stochastic steps of each walk, drawn for each by ``draw``."""
@@ -119,8 +119,7 @@ class Transitions:
             told = objective(terms)
             record = {**(told if isinstance(told, dict) else {"loss": told}), "log_ratio": terms.log_ratio}
             if reference is not None:
-                device = reference.mean.device
-                mean = reference.mean[moved(walk[rows], device), moved(step[rows], device)]
+                mean = at_steps(reference.mean, terms.walk, terms.step)
                 record["kl"] = distribution.kl(Gaussian(mean, distribution.std))
                 record["loss"] = record["loss"] + kl * record["kl"]
             if self.weight is not None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from rlfusion.common import spec
 from rlfusion.common.seeding import stream
-from rlfusion.common.tensors import map_cond, moved, staged
+from rlfusion.common.tensors import map_cond, moved
 from rlfusion.common.weights import learned, require_entries, restore
 from rlfusion.data import Dataset
 from rlfusion.diffusion.denoiser import answer
@@ -40,7 +40,7 @@ from rlfusion.diffusion.gaussian import Gaussian
 from rlfusion.diffusion.parameterization import target
 from rlfusion.diffusion.policy import Policy, frozen_copy
 from rlfusion.diffusion.schedule import level
-from rlfusion.objectives.renoise import draws, noised
+from rlfusion.objectives.renoise import fresh, noised
 from rlfusion.objectives.times import TIMES
 from rlfusion.pretrain.denoising import Denoising
 from rlfusion.pretrain.pretraining_term import PretrainingTerm
@@ -121,27 +121,24 @@ class OnNoised:
         pass
 
     def accumulate(self, batch: Trajectory, walks: Tensor, weigh: Weigh, *key: int | str) -> list[dict[str, Tensor]]:
-        rows = walks.repeat(self.config.noisings).to(batch.x.device)
-        t, drawn = draws((len(rows), *batch.x.shape[2:]), self.policy.schedule, self.times, key)
-        eps = staged(drawn.to(batch.x.dtype), batch.x.device)
+        rows = walks.expand(self.config.noisings, -1).flatten().to(batch.x.device)
+        t, eps = fresh(batch.x, len(rows), self.policy.schedule, self.times, key)
         weight = weigh(Places(rows, x=lambda: noised(batch.x[rows, -1], eps, t, self.policy.schedule), t=t))
 
         def part(some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            at, times = moved(some, rows.device), t[some]
-            x = noised(batch.x[rows[at], -1], eps[at], times, self.policy.schedule)
-            record = self._record(batch, rows[at], x, times, eps[at], weight[at])
+            at = moved(some, rows.device)
+            record = self._record(batch, rows[at], t[some], eps[at], weight[at])
             return record["loss"].sum() / len(rows), record
 
         ranks = current()
         return ranks.accumulate(self.policy, ranks.share(rows, len(batch)), self.config.micro_batch, part)
 
-    def _record(
-        self, batch: Trajectory, rows: Tensor, x: Tensor, t: Tensor, eps: Tensor, weight: Tensor
-    ) -> dict[str, Tensor]:
-        cond = map_cond(lambda c: c[moved(rows, c.device)], batch.cond)
-        l, model, loss = level(self.policy.schedule, t, x), self.policy.denoiser, self.config.loss
+    def _record(self, batch: Trajectory, rows: Tensor, t: Tensor, eps: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        x0, cond = batch.x[rows, -1], map_cond(lambda c: c[moved(rows, c.device)], batch.cond)
+        x, l = noised(x0, eps, t, self.policy.schedule), level(self.policy.schedule, t, x0)
+        model, loss = self.policy.denoiser, self.config.loss
         y = answer(model, x, t, cond)
-        error = weight * loss.distance(y, target(model.kind, batch.x[rows, -1], eps, l), model.kind, l)
+        error = weight * loss.distance(y, target(model.kind, x0, eps, l), model.kind, l)
         if self.base is None:
             return {"loss": error}
         with torch.no_grad():

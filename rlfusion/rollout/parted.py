@@ -108,3 +108,12 @@ def taken(x: Tensor, walks: Tensor) -> Tensor:
 def moves_like(x: Tensor) -> Tensor:
     """Zeros for each step of walks x (B, K+1, ...), (B, K, ...); of a rank, for its own walks."""
     return x.like(torch.zeros_like(x.held[:, 1:])) if isinstance(x, Parted) else torch.zeros_like(x[:, 1:])
+
+
+def at_steps(x: Tensor, walk: Tensor, step: Tensor) -> Tensor:
+    """x[walk, step] (N, ...) of x (B, K, ...) and numbers (N,) that are there, on its device: one row each, which are
+    copied in a third of the time of an index of two.
+    """
+    if isinstance(x, Parted) or not x.is_contiguous():
+        return x[walk, step]
+    return x.flatten(0, 1).index_select(0, walk * x.shape[1] + step)

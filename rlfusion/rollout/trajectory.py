@@ -12,7 +12,7 @@ from torch import Tensor
 from rlfusion.common.tensors import Cond, cat_cond, map_cond, moved
 from rlfusion.diffusion.policy import Observation
 from rlfusion.diffusion.rows import of_chain
-from rlfusion.rollout.parted import Parted, taken
+from rlfusion.rollout.parted import Parted, at_steps, taken
 
 TENSORS = ("x", "log_prob", "reward", "group", "begin", "terms", "cached")
 """The tensors of batch B of a record, where it has them."""
@@ -89,7 +89,7 @@ class Trajectory:
         cond = map_cond(lambda c: c[moved(walk, c.device)], self.cond)
         at, k = moved(walk, self.x.device), moved(step, self.x.device)
         t, s = of_chain(self.times, step.cpu())
-        return Observation(self.x[at, k], t, s, cond), self.x[at, k + 1]
+        return Observation(at_steps(self.x, at, k), t, s, cond), at_steps(self.x, at, k + 1)
 
     def take(self, walks: Tensor) -> Self:
         """The walks of a mask (B,) or of indices alone."""

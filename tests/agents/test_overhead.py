@@ -70,19 +70,19 @@ def counts(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 ABOVE = 0.15
 RATIOS = {
-    "ddpo": (1.64, 1.75),
-    "grpo": (1.64, 1.75),
-    "ppo": (1.64, 1.74),
-    "awm": (1.5, 1.9),
-    "nft": (1.5, 1.75),
-    "dpo": (1.5, 1.85),
-    "opd": (1.64, 1.4),
-    "sft": (0.0, 1.41),
-    "draft": (1.45, 1.49),
-    "refl": (1.45, 1.76),
-    "drwr": (1.64, 1.53),
-    "qsm": (1.5, 1.36),
-    "dawr": (1.64, 1.6),
+    "ddpo": (1.64, 1.63),
+    "grpo": (1.64, 1.63),
+    "ppo": (1.64, 1.63),
+    "awm": (1.5, 1.77),
+    "nft": (1.5, 1.63),
+    "dpo": (1.5, 1.7),
+    "opd": (1.64, 1.38),
+    "sft": (0.0, 1.35),
+    "draft": (1.45, 1.47),
+    "refl": (1.45, 1.41),
+    "drwr": (1.64, 1.5),
+    "qsm": (1.5, 1.25),
+    "dawr": (1.64, 1.54),
 }
 """Operations of a rollout and of an update over those of the passes of the network in them."""
 

@@ -15,6 +15,8 @@ from rlfusion.agents import AGENTS, ddpo
 from rlfusion.agents.ppo import Config
 from rlfusion.common.errors import ConfigError, NumericalError
 from rlfusion.diffusion.kernel import DDIM
+from rlfusion.diffusion.rows import of_chain
+from rlfusion.diffusion.schedule import Rectified
 from rlfusion.rl.advantage import chain_advantages
 from rlfusion.rl.agent import Plan
 
@@ -137,3 +139,15 @@ def test_settings_that_cannot_work_are_refused(make, said):
 def test_one_walk_a_prompt_will_do():
     Config().check(Plan(10, 1, 0, 20))
     assert "V is fitted" in AGENTS["ppo"]().plan()
+
+
+def test_the_value_of_states_of_a_chain_is_that_of_their_times():
+    policy = mlp()
+    policy.denoiser.schedule = Rectified()
+    critic, g = learner_of(policy).critic, torch.Generator().manual_seed(0)
+    for parameter in critic.value.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=g)
+    critic.see(torch.tensor([1.0, 3.0]))
+    x, step = torch.randn(9, 1, 3, 2, generator=g), torch.randint(0, 4, (9,), generator=g)
+    t, prompt = critic.times[step], torch.zeros(9, dtype=torch.int64)
+    torch.testing.assert_close(critic.value(x, of_chain(critic.times, step)[0], prompt), critic.value(x, t, prompt))

@@ -11,6 +11,7 @@ import torch
 from chains import Affine, Capture, affine, class_walks, mlp
 from interrupted_runs import assert_same, outcome, place
 from mixtures import Exact
+from passes import recording
 from plane import ends, plane_data, plane_task
 from processes import rlfusion
 from tiny_runs import TINY
@@ -122,6 +123,16 @@ def test_the_gradient_is_the_finite_difference_of_the_loss_as_the_paper_writes_i
     torch.testing.assert_close(learner.trained.denoiser.net.theta.grad.tolist(), wanted, rtol=1e-5, atol=1e-8)
     asked = sum(len(record) > 0 for record in records) and (0 if q == "learned" else 60)
     assert learner.queries == asked
+
+
+@pytest.mark.parametrize(("anchor", "through", "calls"), [(1.0, "base", 1), (1.0, "trained", 1), (0.0, "base", 1)])
+def test_one_call_of_the_base_answers_for_q_and_for_the_anchor(anchor, through, calls):
+    config = Config(q="denoised", anchor=anchor, through=through, **ONE)
+    learner = Learner(task(affine((0.4, 0.1), Rectified(), DDIM(1.0), "eps")), config)
+    with recording((Affine,)) as passes:
+        learner.accumulate(batch(points()), torch.ones(60, dtype=torch.float64), torch.arange(60), (0,))
+    assert sum(one.module is learner.base.denoiser.net for one in passes) == calls
+    assert all(p.grad is None for p in learner.base.parameters())
 
 
 @pytest.mark.parametrize("form", ["score", "noise"])

@@ -17,7 +17,7 @@ from rlfusion.rl.replay import Replay
 from rlfusion.rollout import Settings, make_backend, plan
 from rlfusion.rollout.among_ranks import AmongRanks
 from rlfusion.rollout.backend import Away, Backend, Pool
-from rlfusion.rollout.parted import Parted, moves_like
+from rlfusion.rollout.parted import Parted, at_steps, moves_like
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.rollout.wire import from_wire, to_wire_apart
 from rlfusion.training.ranks import Ranks
@@ -55,6 +55,14 @@ def test_a_rank_by_itself_has_its_own_rows_and_no_others(rank):
         x.mean()
     x.ranks.idle = True
     assert x[other, 0].shape == (1, 2)  # for a call of no weight
+
+
+def test_the_rows_at_some_steps_are_those_of_an_index_of_two():
+    walk, step = torch.tensor([5, 0, 3, 3]), torch.tensor([0, 1, 1, 0])
+    for x in (X, X.transpose(0, 1).contiguous().transpose(0, 1), one_of_two()):
+        if isinstance(x, Parted):
+            x.ranks.apart, walk = True, walk % 3
+        assert torch.equal(at_steps(x, walk, step), X[walk, step])
 
 
 def test_what_is_not_a_function_of_torchs_own_is_refused():
