@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlfusion.common.errors import ConfigError, require_positive
+from rlfusion.common.heap import give_back_large_blocks
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import Cond, map_cond, staged
 from rlfusion.data import Dataset
@@ -104,6 +105,8 @@ class Config(reward_gradient.Settings):
                 f"recompute = {HALVES}: this chain has no guidance by two answers, expected true or false (and a "
                 "smaller micro_batch)"
             )
+        if self.recompute == HALVES:
+            give_back_large_blocks(task.device)
         return Learner(task, self, Ends(task, self, seed), seed)
 
 
