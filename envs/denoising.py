@@ -20,6 +20,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError, NumericalError, unknown
+from rlfusion.common.tensors import all_finite
 from rlfusion.data import to_pixels
 from rlfusion.diffusion.grid import Grid, TimeGrid
 from rlfusion.diffusion.policy import Observation, Policy
@@ -115,6 +116,7 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._shape, self._bound = tuple(shape), float(bound)
+        self._batch = (num_envs, *self._shape)
         self._episode, self._k = -1, 0
         self._x: Tensor | None = None
         self._cond: Tensor | None = None
@@ -151,8 +153,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._begin()
             return self._result(None, {})
         with torch.set_grad_enabled(self._io.differentiable and torch.is_grad_enabled()):
-            self._advance(self._io.action(actions, (self.num_envs, *self._shape), self._bound))
-            reward, info = self._score() if self._ended else (None, dict[str, Any]())
+            self._advance(self._io.action(actions, self._batch, self._bound))
+            reward, info = self._end() if self._ended else (None, dict[str, Any]())
         if reward is None or mode is not AutoresetMode.SAME_STEP:
             return self._result(reward, info)
         final = {"final_obs": self._io.observation(self._observation()), "final_info": info}
@@ -170,12 +172,25 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """
         if self._x is None:
             raise ResetNeeded("move() before reset(): the chain has no state yet")
-        if self._k >= len(self.times) - 2:
-            raise ValueError(
-                f"move() after {self._k} of {len(self.times) - 1} steps: call step(), which ends the chain"
-            )
-        self._advance(self._io.action(action, (self.num_envs, *self._shape), self._bound))
+        if self._k >= self._last - 1:
+            raise ValueError(f"move() after {self._k} of {self._last} steps: call step(), which ends the chain")
+        self._advance(self._io.action(action, self._batch, self._bound))
         return self._observation()
+
+    def finish(self, action: Tensor) -> Tensor:
+        """The step that ends the chain, torch in and out: its rewards (B,). What else ``step`` says is known then.
+
+        Raises:
+            ResetNeeded: before ``reset``, or after the end.
+            ValueError: an action of another shape, or a step that does not end the chain.
+            NumericalError: as ``step`` does.
+        """
+        if self._x is None or self._ended:
+            raise ResetNeeded("finish() before reset(), or after the end of the chain: call reset()")
+        if self._k < self._last - 1:
+            raise ValueError(f"finish() after {self._k} of {self._last} steps: call move(), which goes on")
+        self._advance(self._io.action(action, self._batch, self._bound))
+        return self._scored()[0]
 
     @torch.no_grad()
     def render(self) -> tuple[np.ndarray, ...] | None:
@@ -187,8 +202,13 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return tuple(frames(self._decode(self._x)))
 
     @property
+    def _last(self) -> int:
+        """K, the steps of a chain."""
+        return len(self._each) - 1
+
+    @property
     def _ended(self) -> bool:
-        return self._k == len(self.times) - 1
+        return self._k == self._last
 
     @property
     def _latents(self) -> Tensor:
@@ -198,14 +218,12 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return self._x
 
     def _observation(self) -> Observation:
-        return Observation(
-            self._latents, self._each[self._k], self._each[min(self._k + 1, len(self._each) - 1)], self._cond
-        )
+        return Observation(self._latents, self._each[self._k], self._each[min(self._k + 1, self._last)], self._cond)
 
     def _begin(self, noise: Any = None, group: Any = None) -> None:
         """Eq. (1), from the options where given, else from the environments' streams."""
         shape, prompts = self._shape, 1 if self._table is None else len(self._table)
-        z = None if noise is None else self._io.tensor("options['noise']", noise, (self.num_envs, *shape))
+        z = None if noise is None else self._io.tensor("options['noise']", noise, self._batch)
         index = None if group is None else _checked_group(group, self.num_envs, self._table)
         self._episode += 1
         if z is None or (index is None and self._table is not None):
@@ -214,22 +232,24 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             drawn = draw(range(first, first + self.num_envs), self._episode, shape, prompts)
             z, index = drawn[0].to(self._io.device) if z is None else z, drawn[1] if index is None else index
         self._x, self._k = z * self._prior_std, 0
-        self._cond = None if self._table is None or index is None else self._table[index.to(self._table.device)]
+        table = self._table
+        self._cond = None if table is None or index is None else table.index_select(0, index.to(table.device))
 
     def _advance(self, action: Tensor) -> None:
         """Eq. (2)."""
         self._x = action if self._policy is None else self._policy(self._observation()).sample(action)
         self._k += 1
 
-    def _score(self) -> tuple[Tensor, dict[str, Any]]:
-        """Eq. (3), with the info of the end."""
-        finite = self._latents.detach().flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            raise NumericalError(f"samples of environments {rows[:10]} are not finite")
+    def _scored(self) -> tuple[Tensor, Tensor]:
+        """Eq. (3), and the samples."""
+        require_finite(self._latents.detach())
         samples = self._decode(self._latents)
         name = getattr(self._reward, "__name__", repr(self._reward))
-        reward = score(self._reward, samples, self._cond, name, self._masked)
+        return score(self._reward, samples, self._cond, name, self._masked), samples
+
+    def _end(self) -> tuple[Tensor, dict[str, Any]]:
+        """Eq. (3), with the info of the end."""
+        reward, samples = self._scored()
         return reward, {"sample": self._io.array(samples), "_sample": self._mask(True)}
 
     def _result(self, reward: Tensor | None, info: dict[str, Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -241,6 +261,17 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _mask(self, value: bool) -> Any:
         return self._io.array(torch.full((self.num_envs,), value, device=self._io.device))
+
+
+def require_finite(x: Tensor) -> None:
+    """Refuse ends of chains x (B, *) that are not finite.
+
+    Raises:
+        NumericalError: names their environments.
+    """
+    if not all_finite(x):
+        rows = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        raise NumericalError(f"samples of environments {rows[:10]} are not finite")
 
 
 def _schedule(schedule: Schedule | None, action: str, policy: Policy | None) -> Schedule:
@@ -268,7 +299,9 @@ def _checked_options(options: dict[str, Any], count: int) -> dict[str, Any]:
     for name in options:
         if name not in ("noise", "group", "reset_mask"):
             raise unknown("reset option", name, ["noise", "group", "reset_mask"])
-    mask = np.asarray(options.get("reset_mask", np.ones(count, bool)))
+    if "reset_mask" not in options:
+        return options
+    mask = np.asarray(options["reset_mask"])
     if mask.shape != (count,) or not mask.all():
         raise ValueError(f"options['reset_mask'] = {mask}: expected ({count},), all true: chains begin together")
     return {name: value for name, value in options.items() if name != "reset_mask"}
@@ -278,6 +311,7 @@ def _checked_group(group: Any, count: int, table: Tensor | None) -> Tensor:
     if table is None:
         raise ValueError("options['group'] without conditions: there are no prompts to choose from")
     index = torch.as_tensor(group)
-    if index.shape != (count,) or index.dtype != torch.int64 or not bool(((index >= 0) & (index < len(table))).all()):
+    plain = index.shape == (count,) and index.dtype == torch.int64
+    if not plain or not 0 <= int(index.min()) <= int(index.max()) < len(table):
         raise ValueError(f"options['group'] = {index}: expected int64 ({count},) in 0..{len(table) - 1}")
     return index

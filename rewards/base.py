@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlfusion.common.errors import ConfigError, NumericalError, UnavailableError, UserCodeError
-from rlfusion.common.tensors import Cond
+from rlfusion.common.tensors import Cond, all_finite
 from rlfusion.common.user_code import called, running
 
 NAMED = 10
@@ -240,7 +240,7 @@ def valid(values: Tensor, name: str, most: float) -> tuple[Tensor, float]:
 
 
 def _require_finite(result: Tensor, name: str) -> None:
-    if bool(result.isfinite().all()):
+    if all_finite(result):
         return
     items = (~result.isfinite()).nonzero().flatten().tolist()
     listed = ", ".join(f"item {i} = {result[i].item()}" for i in items[:NAMED])

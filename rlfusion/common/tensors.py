@@ -75,6 +75,8 @@ PINNED = ("cuda",)
 
 def staged(x: Tensor, device: torch.device | str) -> Tensor:
     """``x`` on another device; where it comes from the CPU to a GPU, the CPU does not wait for what the GPU is at."""
+    if x.device == device:
+        return x
     if x.device.type == "cpu" and torch.device(device).type in PINNED:
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -14,7 +14,16 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, cast, cat_cond, map_cond
 from rlfusion.diffusion import rows
 from rlfusion.diffusion.kinds import Kind
-from rlfusion.diffusion.parameterization import Prediction, Solution, conditioning, named, predict, solve, target
+from rlfusion.diffusion.parameterization import (
+    Prediction,
+    Solution,
+    conditioning,
+    named,
+    predict,
+    predicted,
+    solve,
+    target,
+)
 from rlfusion.diffusion.schedule import Level, Schedule, level
 from rlfusion.diffusion.space import Pixels, Space
 
@@ -97,7 +106,7 @@ class Denoiser(nn.Module):
         """x (B, ...), t () or (B,) float64 on the CPU, cond of batch B."""
         shared = self._shared(t, x)
         y = self._called(x, *self._reads(t, x, shared), cond)
-        return predict(self._solution(t, x) if shared is None else shared.solution, y.to(x), x)
+        return predicted(self._solution(t, x) if shared is None else shared.solution, y.to(x), x)
 
     def answer(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """The network's own y (B, ...) at x_t: what ``parameterization.target`` is the target of."""
@@ -135,10 +144,13 @@ class Denoiser(nn.Module):
         return y.contiguous() if self.channels_last else y
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _autocast(device: str, wanted: bool) -> AbstractContextManager[object]:
     """Within the context autocast is as wanted; entering one takes as long as a small operation."""
     if not wanted and not torch.is_autocast_enabled(device):
-        return nullcontext()
+        return _AS_IT_IS
     return torch.autocast(device, torch.bfloat16, enabled=wanted)
 
 

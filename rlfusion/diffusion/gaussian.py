@@ -75,21 +75,21 @@ class _LogProb(torch.autograd.Function):
 
 def _summed(z: Tensor, std: Tensor) -> Tensor:
     """Eq. (1) of z = (x - m) / s."""
-    return sum_features(z.square().div_(2).add_(_normaliser(std))).neg_()
+    return sum_features(torch.sub(_log_peak(std), z.square(), alpha=0.5))
 
 
-def _normaliser(std: Tensor) -> Tensor:
-    """log s + log(2 pi) / 2; -inf where s = 0, and z^2 / 2 + this is NaN, whether z is infinite or 0 / 0."""
+def _log_peak(std: Tensor) -> Tensor:
+    """-log s - log(2 pi) / 2; inf where s = 0, and this - z^2 / 2 is NaN, whether z is infinite or 0 / 0."""
     if std.ndim == 0 and std.device.type == "cpu":
-        return _normaliser_of(std.item(), std.dtype)
-    return std.log() + math.log(2 * math.pi) / 2
+        return _log_peak_of(std.item(), std.dtype)
+    return -math.log(2 * math.pi) / 2 - std.log()
 
 
 @lru_cache(maxsize=4096)
 @torch.inference_mode(False)
-def _normaliser_of(std: float, dtype: torch.dtype) -> Tensor:
+def _log_peak_of(std: float, dtype: torch.dtype) -> Tensor:
     """That of a step that a whole batch takes: the same few in every rollout."""
-    return _normaliser(torch.tensor([std], dtype=dtype))[0]
+    return _log_peak(torch.tensor([std], dtype=dtype))[0]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -93,7 +93,11 @@ def solve(kind: str | Kind, l: Level) -> Solution:
 
 def predict(solution: Solution, y: Tensor, x: Tensor) -> Prediction:
     """Eq. (2): a network's answer ``y`` at ``x`` = x_t as (x0, eps). The coefficients are cast here, last."""
-    c = Solution(*(cast(coefficient, x) for coefficient in solution))
+    return predicted(Solution(*(cast(coefficient, x) for coefficient in solution)), y, x)
+
+
+def predicted(c: Solution, y: Tensor, x: Tensor) -> Prediction:
+    """The same of coefficients that are cast already."""
     return Prediction(c.x0_x * x + c.x0_y * y, c.eps_x * x + c.eps_y * y)
 
 

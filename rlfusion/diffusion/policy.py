@@ -14,7 +14,7 @@ from rlfusion.common.tensors import Cond, cast
 from rlfusion.diffusion import rows
 from rlfusion.diffusion.denoiser import Denoising
 from rlfusion.diffusion.gaussian import Gaussian
-from rlfusion.diffusion.kernel import Coefficients, Kernel, apply, transition
+from rlfusion.diffusion.kernel import Coefficients, Kernel, applied, transition
 from rlfusion.diffusion.schedule import Schedule, level, prior_std
 from rlfusion.diffusion.space import Space
 
@@ -48,14 +48,15 @@ class Policy(nn.Module):
 
     def forward(self, obs: Observation) -> Gaussian:
         x, t, s, cond = obs
-        prediction = self.denoiser(x, t, cond)
+        denoiser, kernel = self.denoiser, self.kernel
+        prediction, schedule = denoiser(x, t, cond), denoiser.schedule
         if t.ndim == 0:
             like = prediction.x0
-            return apply(_step(self.kernel, self.schedule, t.item(), s.item(), like.dtype, like.device), prediction)
+            return applied(_step(kernel, schedule, t.item(), s.item(), like.dtype, like.device), prediction)
         if chain := rows.steps(t, s):
-            return apply(_gathered(self.kernel, self.schedule, chain, prediction.x0), prediction)
+            return applied(_gathered(kernel, schedule, chain, prediction.x0), prediction)
         dt = (s - t).reshape(-1, *[1] * (x.ndim - 1))
-        return transition(self.kernel, prediction, level(self.schedule, t, x), level(self.schedule, s, x), dt)
+        return transition(kernel, prediction, level(schedule, t, x), level(schedule, s, x), dt)
 
     def stds(self, times: Tensor) -> Tensor:
         """S of each of the K steps of ``times`` (K+1,), float64 (K,): 0 marks a step without a log-probability."""

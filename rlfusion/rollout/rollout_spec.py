@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
-from rlfusion.common.seeding import stream
+from rlfusion.common.seeding import stream, streams
 from rlfusion.rollout.item import WorkItem
 
 
@@ -86,8 +86,8 @@ class RolloutSpec:
         """The step where each sample of ``item`` begins, (B,) int64: a pure function of the sample's number."""
         if self.first == self.last:
             return torch.full((len(item),), self.first)
-        key = (item.seed, "begin", item.iteration)
-        return torch.tensor([int(stream(*key, i).integers(self.first, self.last + 1)) for i in item.samples])
+        drawn = streams((item.seed, "begin", item.iteration), item.samples)
+        return torch.tensor([int(of.integers(self.first, self.last + 1)) for of in drawn])
 
 
 def transitions(window: Window | None = None, trained: Trained | None = None) -> RolloutSpec:

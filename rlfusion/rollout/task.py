@@ -23,10 +23,12 @@ from rlfusion.diffusion.grid import Grid
 from rlfusion.diffusion.kernel import DDIM
 from rlfusion.diffusion.policy import Policy
 from rlfusion.envs import DenoisingVectorEnv
+from rlfusion.envs.denoising import require_finite
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rewards import Reward, WeightedSum, caches, score
 from rlfusion.rollout.graphed import Graphs
 from rlfusion.rollout.item import WorkItem, noises
+from rlfusion.rollout.kept import Part, Path
 from rlfusion.rollout.outside import Nothing, Outside
 from rlfusion.rollout.rollout_spec import RolloutSpec
 from rlfusion.rollout.trajectory import Trajectory
@@ -195,33 +197,31 @@ def _named(item: WorkItem) -> Iterator[None]:
 
 def _walk(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
     env, rollout_spec = task._environment_of(len(item)), task.rollout_spec
-    group, begin, steps = torch.tensor(item.groups), rollout_spec.begin(item), moves(task, item)
-    noisy, mixed = task.noisy_in(item), rollout_spec.window is not None
+    group, begin = torch.tensor(item.groups), rollout_spec.begin(item)
+    steps, noisy, mixed = _steps(task, begin), task.noisy_in(item), rollout_spec.window is not None
     noise = _noise(task, item, noisy[:steps])
     options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
-    x, log_prob, cond, action, trained = obs.x[:, None], [], obs.cond, None, rollout_spec.trained
+    kept = Path(obs.x, steps) if rollout_spec.path else Part(obs.x, begin)
+    cond, action, trained = obs.cond, None, rollout_spec.trained
     graphs = None if trained is None else Graphs(trained.of(noisy, item))
     for k, z in zip(range(steps), noise):
         obs = obs if action is None else env.move(action)
         policy = task.ode if mixed and not noisy[k] else task.policy
         distribution = policy(obs) if graphs is None else graphs(policy, obs, k)
         action = distribution.sample(z)
-        if rollout_spec.path:
-            log_prob.append(distribution.log_prob(action))
-            x = x if k else _room(x, action, steps)
-            x[:, k + 1] = action
-        else:
-            x = _kept(x, action[:, None], begin > k)
+        kept.add(k, distribution, action)
 
     def end() -> Trajectory:
         before = _remembered(task)
-        reward = None if action is None else env.step(action)[1]
+        reward = env.finish(action) if rollout_spec.end and action is not None else None
+        if reward is None and steps == len(noisy):
+            require_finite(kept.x)
         walks = Trajectory(
-            x,
+            kept.x,
             task.times,
-            torch.stack(log_prob, 1) if rollout_spec.path else None,
-            reward if rollout_spec.end else None,
+            kept.log_prob,
+            reward,
             group.to(task.device),
             cond,
             item.version,
@@ -240,24 +240,21 @@ def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:
     """
     noisy = [True, *steps]
     drawn = noises(item, 1 + max(k for k, takes in enumerate(noisy) if takes), task.shape)
-    none = torch.zeros((), device=task.device)
+    device = torch.device(task.device)
+    none = torch.zeros((), device=device)
     for takes in noisy:
         z = next(drawn, none)
-        yield staged(z, task.device) if takes else none
+        yield staged(z, device) if takes else none
 
 
-def _room(x: Tensor, action: Tensor, steps: int) -> Tensor:
-    """Room for the states of walks of so many steps, (B, K+1, *), the first of which are x (B, 1, *)."""
-    room = torch.empty(
-        len(x), steps + 1, *x.shape[2:], dtype=torch.promote_types(x.dtype, action.dtype), device=x.device
-    )
-    room[:, :1] = x
-    return room
+def _steps(task: Task, begin: Tensor) -> int:
+    """The steps that the longest of walks takes, whose kept parts ``begin`` there."""
+    return len(task.times) - 1 if task.rollout_spec.end else int(begin.max())
 
 
 def moves(task: Task, item: WorkItem) -> int:
     """The steps that the longest walk of an item takes."""
-    return len(task.times) - 1 if task.rollout_spec.end else int(task.rollout_spec.begin(item).max())
+    return _steps(task, task.rollout_spec.begin(item))
 
 
 @torch.no_grad()
@@ -279,13 +276,6 @@ def _cached(before: tuple[int, int], after: tuple[int, int], group: Tensor) -> T
     """``Trajectory.cached`` of an item whose samples have these groups."""
     found, asked = after[0] - before[0], after[1] - before[1]
     return torch.full((len(group),), found / asked) if asked else None
-
-
-def _kept(x: Tensor, action: Tensor, goes_on: Tensor) -> Tensor:
-    """The state of each walk whose kept part has not begun is its newest, of the others the one it begins with."""
-    if bool(goes_on.all()):
-        return action
-    return torch.where(goes_on.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), action, x)
 
 
 @dataclass(frozen=True)

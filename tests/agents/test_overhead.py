@@ -70,19 +70,19 @@ def counts(call: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 ABOVE = 0.15
 RATIOS = {
-    "ddpo": (1.64, 1.63),
-    "grpo": (1.64, 1.63),
-    "ppo": (1.64, 1.63),
-    "awm": (1.5, 1.77),
-    "nft": (1.5, 1.63),
-    "dpo": (1.5, 1.7),
-    "opd": (1.64, 1.38),
+    "ddpo": (1.52, 1.63),
+    "grpo": (1.52, 1.63),
+    "ppo": (1.52, 1.63),
+    "awm": (1.37, 1.77),
+    "nft": (1.37, 1.63),
+    "dpo": (1.37, 1.7),
+    "opd": (1.52, 1.38),
     "sft": (0.0, 1.35),
-    "draft": (1.45, 1.47),
-    "refl": (1.45, 1.41),
-    "drwr": (1.64, 1.5),
-    "qsm": (1.5, 1.25),
-    "dawr": (1.64, 1.54),
+    "draft": (1.36, 1.47),
+    "refl": (1.36, 1.41),
+    "drwr": (1.52, 1.5),
+    "qsm": (1.37, 1.25),
+    "dawr": (1.52, 1.54),
 }
 """Operations of a rollout and of an update over those of the passes of the network in them."""
 

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from rlfusion.common import seeding
-from rlfusion.common.seeding import integer, normal, normals, stream
+from rlfusion.common.seeding import integer, normal, normals, stream, streams
 from rlfusion.diffusion.sampling import chain_noise
 
 
@@ -69,6 +69,14 @@ def test_a_stream_is_its_own_at_every_call():
     assert stream(4, "x").integers(1 << 60) == second.integers(1 << 60)
 
 
+def test_streams_in_turn_are_each_items_own_whatever_was_drawn_before():
+    """Of single numbers and of halves of words, of which a generator keeps the rest."""
+    for item, taken in zip([7, 2, 7], streams((4, "x"), [7, 2, 7])):
+        alone = stream(4, "x", item)
+        for draw in (lambda of: of.integers(3), lambda of: of.standard_normal(5, dtype=np.float32).tolist()):
+            assert draw(taken) == draw(alone)
+
+
 @pytest.mark.parametrize("block", [1, 3 * 6, 4 * 3 * 6, seeding.BLOCK])
 def test_columns_that_are_drawn_as_they_are_taken_are_the_same(block, monkeypatch):
     monkeypatch.setattr(seeding, "BLOCK", block)
@@ -81,7 +89,7 @@ def test_columns_are_not_drawn_before_they_are_taken(monkeypatch):
     """Two columns of noise are held at a time where that is what ``BLOCK`` allows, however many there are."""
     monkeypatch.setattr(seeding, "BLOCK", 2 * 3 * 4)
     drawn, draw = [], seeding._drawn
-    monkeypatch.setattr(seeding, "_drawn", lambda streams, shape: drawn.append(shape) or draw(streams, shape))
+    monkeypatch.setattr(seeding, "_drawn", lambda of, count, shape: drawn.append(shape) or draw(of, count, shape))
     columns = normals((2,), range(3), 5, (4,))
     for wanted in ([(2, 4)], [(2, 4)], [(2, 4)] * 2, [(2, 4)] * 2, [(2, 4), (2, 4), (1, 4)]):
         next(columns)

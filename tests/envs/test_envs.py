@@ -331,6 +331,28 @@ def test_a_move_is_a_step_that_does_not_end_the_chain():
     assert all(map(torch.equal, envs[0].step(actions[1])[:2][1:], envs[1].step(actions[1])[:2][1:]))
 
 
+def test_a_finish_is_the_step_that_ends_the_chain():
+    envs = [DenoisingVectorEnv(2, grid=TimeGrid(2), backend="torch", autoreset_mode="Disabled") for _ in range(2)]
+    action = torch.randn(2, 1, 8, 8)
+    with pytest.raises(ResetNeeded, match="before reset"):
+        envs[1].finish(action)
+    for env in envs:
+        env.reset(seed=0)
+    with pytest.raises(ValueError, match="after 0 of 2 steps: call move"):
+        envs[1].finish(action)
+    for env in envs:
+        env.move(action)
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\) on cpu: expected \(2, 1, 8, 8\)"):
+        envs[1].finish(torch.zeros(3, 8, 8))
+    with pytest.raises(NumericalError, match=r"environments \[1\] are not finite"):
+        envs[1].finish(torch.stack([action[0], action[1] / 0]))
+    envs[1].reset(seed=0)
+    envs[1].move(action)
+    assert torch.equal(envs[0].step(action)[1], envs[1].finish(action))
+    with pytest.raises(ResetNeeded, match="after the end"):
+        envs[1].finish(action)
+
+
 def scalar(samples, cond):
     return samples.mean()
 

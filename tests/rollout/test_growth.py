@@ -11,7 +11,7 @@ from rlfusion.common import seeding
 from rlfusion.common.weights import Live
 from rlfusion.diffusion.grid import TimeGrid
 from rlfusion.nets.mlp import ResidualMLP
-from rlfusion.rollout import Local, Task, plan
+from rlfusion.rollout import Local, Task, kept, plan
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 
 
@@ -57,8 +57,9 @@ def peak(task: Task, items: int) -> tuple[int, int]:
 
 
 def test_beside_the_trajectory_there_is_memory_for_one_item_at_most(monkeypatch):
-    """Noise is numpy's, and is not counted: ``BLOCK`` bounds it."""
+    """Noise is numpy's, and is not counted: ``BLOCK`` bounds it, and ``AT_ONCE`` the steps that wait."""
     monkeypatch.setattr(seeding, "BLOCK", 1)
+    monkeypatch.setattr(kept, "AT_ONCE", 1)
     task = task_of(80, side=8)
     (held, one), (whole, many) = peak(task, 1), peak(task, 6)
     assert one <= 1.3 * held

@@ -1,13 +1,14 @@
 """What workers run and keep of a walk is the part that was asked for, the same whatever else is asked for."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from rollout_tasks import CLASSES, build, make_recipe
 
-from rlfusion.common.errors import ConfigError
-from rlfusion.rollout import RolloutSpec, plan, prefix, run_item, samples, transitions
+from rlfusion.common.errors import ConfigError, NumericalError
+from rlfusion.rollout import RolloutSpec, kept, plan, prefix, run_item, samples, transitions
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.rollout.wire import from_wire, to_wire
 
@@ -51,6 +52,21 @@ def test_a_part_crosses_the_wire_whole():
     assert torch.equal(back.x, kept.x)
     assert torch.equal(back.begin, kept.begin)
     assert back.reward is None
+
+
+def test_ends_that_nobody_wants_scored_are_not_but_have_to_be_finite():
+    task = replace(build(RECIPE.config, {}), rollout_spec=prefix(STEPS, STEPS), reward=None)
+    item = plan(11, 2, 3, 4, 12, CLASSES, 5)[0]
+    assert torch.equal(run_item(task, item).x[:, 0], WHOLE.x[:, -1])
+    torch.nn.init.constant_(task.policy.denoiser.net.leave.bias, math.inf)
+    with pytest.raises(NumericalError, match="not finite"):
+        run_item(task, item)
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 12 * 16, 2**20])
+def test_log_probabilities_are_the_same_however_many_steps_wait_for_theirs(at_once, monkeypatch):
+    monkeypatch.setattr(kept, "AT_ONCE", at_once)
+    torch.testing.assert_close(collected(transitions()).log_prob, WHOLE.log_prob, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("settings", [{"first": 2, "last": 1}, {"first": -1}, {"first": 1, "last": 1}, {"end": False}])

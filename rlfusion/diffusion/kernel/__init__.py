@@ -1,6 +1,6 @@
 """Kernels: reverse transitions t -> s as three numbers, p(x_s | x_t) = N(A x0_hat + B eps_hat, S^2 I)."""
 
-from rlfusion.diffusion.kernel.base import Coefficients, Kernel, apply, transition
+from rlfusion.diffusion.kernel.base import Coefficients, Kernel, applied, apply, transition
 from rlfusion.diffusion.kernel.last_step_noise import LastStepNoise
 from rlfusion.diffusion.kernel.marginal import CPS, DDIM, DDPM, Renoise
 from rlfusion.diffusion.kernel.sde import FlowSDE, Langevin, ReverseSDE
@@ -16,6 +16,7 @@ __all__ = [
     "LastStepNoise",
     "Renoise",
     "ReverseSDE",
+    "applied",
     "apply",
     "transition",
 ]

@@ -44,5 +44,9 @@ def transition(kernel: Kernel, p: Prediction, t: Level, s: Level, dt: Tensor) ->
 
 def apply(coefficients: Coefficients, p: Prediction) -> Gaussian:
     """Eq. (1). Coefficients are float64, and are cast to the prediction's dtype and device here, last."""
-    a, b, std = coefficients
-    return Gaussian(cast(a, p.x0) * p.x0 + cast(b, p.eps) * p.eps, cast(std, p.x0))
+    return applied(Coefficients(*(cast(c, p.x0) for c in coefficients)), p)
+
+
+def applied(c: Coefficients, p: Prediction) -> Gaussian:
+    """The same of coefficients that are cast already."""
+    return Gaussian(c.x0 * p.x0 + c.eps * p.eps, c.std)
