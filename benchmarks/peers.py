@@ -18,7 +18,8 @@ diffusers' own pipeline, from one noise:
     distance   rms difference to the base's images from the same noise, in standard deviations of the base's images
     diversity  mean distance of two images of a prompt, over the base's
 
-peak_mb is the most memory that a process had, ready_mb what it had as training began: libraries, weights and copies.
+peak_mb is the most memory that a process had, ready_mb what it had as training began: libraries, weights and copies;
+heap_mb is the most of the C library's memory (glibc's) that was in use during training, beyond that.
 Both, and the time until then, are of code that is compiled: the first run of an environment that uv made compiles it.
 
 ``--rates 3e-4,1e-3,3e-3`` runs every rival at each of these learning rates. ``--cost`` judges nothing, and tells time
@@ -30,6 +31,7 @@ and memory alone: sampling is what takes longest where the latents are large (``
 
 import argparse
 import copy
+import ctypes
 import json
 import math
 import os
@@ -38,6 +40,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -60,6 +63,7 @@ class Clock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.lost, self.ready, self.ready_mb = folder, 0.0, 0.0, 0.0
         self.points: list[dict[str, float]] = []
+        self.heap = Heap()
 
     def now(self) -> float:
         return time.process_time() - self.lost
@@ -67,6 +71,7 @@ class Clock:
     def begin(self) -> None:
         """Training begins here: what is held now are the libraries, the weights, and what is made of them before."""
         self.ready, self.ready_mb = self.now(), held_mb()
+        self.heap.start()
 
     def point(self, queries: int, save: Callable[[Path], object]) -> None:
         """The weights after so many queries."""
@@ -76,15 +81,51 @@ class Clock:
         self.lost += time.process_time() - begin
 
     def told(self) -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         cost = {"ready_cpu_s": self.ready, "cpu_s": self.now() - self.ready}
-        return {**cost, "ready_mb": self.ready_mb, "peak_mb": peak, "points": self.points}
+        return {
+            **cost,
+            "ready_mb": self.ready_mb,
+            "peak_mb": most_mb(),
+            "heap_mb": self.heap.most(),
+            "points": self.points,
+        }
+
+
+class Info(ctypes.Structure):
+    """What ``mallinfo2`` of glibc tells."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abcd", "mapped", *"fg", "used", *"ij")]
+
+
+class Heap(threading.Thread):
+    """Looks every 5 ms at how much of the C library's memory is in use: what it has beside that is free."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.library, self.looks, self.ended = ctypes.CDLL(None), [], threading.Event()
+        self.library.mallinfo2.restype = Info
+
+    def run(self) -> None:
+        while not self.ended.wait(0.005):
+            info = self.library.mallinfo2()
+            self.looks.append((info.used + info.mapped) / 2**20)
+
+    def most(self) -> float:
+        """The most in use beyond what was at the first look, in MB."""
+        self.ended.set()
+        return max(self.looks) - self.looks[0]
 
 
 def held_mb() -> float:
     """The memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
+
+
+def most_mb() -> float:
+    """The most that it has had; ``getrusage`` would tell that of the process that started it, where it had more."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def setting(job: dict[str, Any], config: Callable[..., Any], **more: Any) -> tuple[Any, Any]:
@@ -274,15 +315,15 @@ def ran(rival: str, python: Path | str, job: dict[str, Any], folder: Path) -> di
 def table(runs: list[dict[str, Any]], target: float) -> str:
     """A line for each run: where it ends, and where it first has the target's gain; of what was not judged, -."""
     head = ["rival", "lr", "seed", "queries", "gain", "distance", "diversity"]
-    head += ["cpu_s", "ready_cpu_s", "ready_mb", "peak_mb"]
-    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 12]
+    head += ["cpu_s", "ready_cpu_s", "ready_mb", "peak_mb", "heap_mb"]
+    lines = ["| " + " | ".join([*head, f"queries, cpu_s, distance at gain {target:g}"]) + " |", "|" + "---|" * 13]
     for run in runs:
         end, first = run["points"][-1], next((p for p in run["points"] if p.get("gain", -math.inf) >= target), None)
         reached = f"{first['queries']}, {first['cpu_s']:.1f}, {first['distance']:.2f}" if first else "-"
         cells = [run["rival"], run["rate"], run["seed"], end["queries"]]
         cells += [f"{end[name]:.2f}" if name in end else "-" for name in head[4:7]]
         cells += [f"{run['cpu_s']:.1f}", f"{run['ready_cpu_s']:.1f}"]
-        cells += [f"{run['ready_mb']:.0f}", f"{run['peak_mb']:.0f}", reached]
+        cells += [f"{run[name]:.0f}" for name in head[9:12]] + [reached]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
