@@ -13,7 +13,8 @@
          x_s = alpha_s x0_hat + sigma_s eps_hat
 
          so the only noise of a walk is its beginning and that of W. The gradient is that of E[R] in what theta does in
-         W; what the steps of the ODE owe to theta is left out, as it is where they take noise
+         W; what the steps of the ODE owe to theta is left out, as it is where they take noise. A step after W goes as
+         far as ``outside_stride`` of the chain's (the "Flash" form, by a solver of first order)
 
     (5)  ``ratio_norm``, GRPO-Guard (Wang et al. 2025): log r has the mean -D, and a spread of its own at each step. So
 
@@ -23,6 +24,7 @@
     (7)  ``step_draws``: a few steps of W for each walk, drawn afresh in each pass, whose loss stands for that of all of
          W (one: Flash-GRPO; with ``step_weight`` "noise", the weights of TempFlow-GRPO)
     (8)  p_ref becomes p_theta every ``reference_every`` rollouts, or where the KL exceeds ``reference_kl`` (GARDO)
+    (9)  ``start`` "prompt": a prompt's walks begin with one noise (DanceGRPO); by Eq. (4) they are one walk until W
 
 mu_old is of the weights with which the update begins. No value function: a prompt's walks are each other's baseline. On
 a flow model the papers' chain is ``--chain.kernel FlowSDE(noise=0.7)``; any stochastic kernel will do. log p is the sum
@@ -59,7 +61,7 @@ from rlfusion.rl.transitions import (
     require_finite,
     step_weights,
 )
-from rlfusion.rollout import RolloutSpec, Task, Trained, Window, transitions
+from rlfusion.rollout import RolloutSpec, Start, Task, Trained, Window, transitions
 from rlfusion.rollout.graphed import Graphed
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training import optimizers
@@ -96,6 +98,8 @@ class Config(Defaults):
         window_every: rollouts between its moves.
         step_draws: steps of the window that each walk trains in a pass, Eq. (7); 0 for all of them.
         outside: what the steps outside of the window do, Eq. (4): "noise", as the chain has it, or "ode".
+        outside_stride: steps of the chain that a step after the window takes at once; with outside "ode".
+        start: the noise with which a walk begins, Eq. (9): its "own", or that of its "prompt".
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
         weight_decay: of the optimizer.
@@ -135,6 +139,8 @@ class Config(Defaults):
     window_every: int = 1
     step_draws: int = 0
     outside: Literal["noise", "ode"] = "noise"
+    outside_stride: int = 1
+    start: Start = "own"
     micro_batch: int = 2048
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -147,7 +153,8 @@ class Config(Defaults):
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
-        require_positive(self, "window_stride", "window_every", "micro_batch", "max_grad_norm", "behaviour_limit")
+        require_positive(self, "window_stride", "window_every", "outside_stride", "micro_batch", "max_grad_norm")
+        require_positive(self, "behaviour_limit")
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup", "reference_every", "step_draws")
         require_pace(self.pace)
         optimizers.settle(self)
@@ -177,6 +184,8 @@ class Config(Defaults):
             raise ConfigError(f"step_draws = {self.step_draws}: expected at most the window = {self.window}")
         if self.outside == "ode" and not self.window:
             raise ConfigError("outside = ode with window = 0, which trains all steps: expected a window, 1 at least")
+        if self.outside != "ode" and self.outside_stride > 1:
+            raise ConfigError(f"outside_stride = {self.outside_stride}, outside = {self.outside}: expected 1, or ode")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
 
@@ -192,8 +201,8 @@ class Config(Defaults):
         """Raises ConfigError for groups of one, fewer walks than updates, or means of weights that are not kept."""
         if plan.lag and self.decoupled is False and self.anchored:
             raise ConfigError(
-                f"lag = {plan.lag} with decoupled = False: ratio_norm and divergence compare with the weights "
-                "with which an update begins, expected decoupled true or null"
+                f"lag = {plan.lag} with decoupled = False: ratio_norm and divergence compare with the weights with "
+                "which an update begins, expected decoupled true or null"
             )
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
@@ -202,12 +211,10 @@ class Config(Defaults):
             fused.require_own_walks(plan)
 
     def rollout_spec(self, steps: int) -> RolloutSpec:
-        """Every transition; where Eq. (4) holds, with noise in those of the window; where the learner is fused, with
-        the graphs of the window.
-        """
-        if self.outside == "ode":
-            return transitions(self._window, Trained() if self.fused else None)
-        return transitions(trained=Trained(self._window if self.window else None) if self.fused else None)
+        """Every transition, by Eq. (4) with noise in the window; where the learner is fused, with graphs of it."""
+        ode, window = self.outside == "ode", self._window if self.window else None
+        trained = Trained(None if ode else window) if self.fused else None
+        return transitions(window if ode else None, trained, self.start)
 
     @property
     def anchored(self) -> bool:
@@ -216,7 +223,7 @@ class Config(Defaults):
 
     @property
     def _window(self) -> Window:
-        return Window(self.window, self.window_stride, self.window_every)
+        return Window(self.window, self.window_stride, self.window_every, self.outside_stride)
 
     def learner(self, task: Task, data: Dataset, seed: int) -> "Learner":
         """Raises ConfigError where no step of the chain is stochastic, or fewer than the window."""
@@ -244,14 +251,9 @@ class Learner:
         """
         self.policy, self.config, self.seed = policy, config, seed
         self.transitions = Transitions(policy, times, config.micro_batch, config.kl_loss > 0, config.step_weight)
-        if config.window > len(self.transitions.steps):
-            raise ConfigError(
-                f"window = {config.window}: expected at most the {len(self.transitions.steps)} stochastic steps"
-            )
-        if config.step_draws > len(self.transitions.steps):
-            raise ConfigError(
-                f"step_draws = {config.step_draws}: expected at most the {len(self.transitions.steps)} stochastic steps"
-            )
+        for name in ("window", "step_draws"):
+            if (asked := getattr(config, name)) > (most := len(self.transitions.steps)):
+                raise ConfigError(f"{name} = {asked}: expected at most the {most} stochastic steps")
         self.noise = step_weights(policy, times, "noise") if config.ratio_norm else None
         self.optimization = Optimization.of(policy, config)
         self.pace = Pace(config.pace)
@@ -273,9 +275,10 @@ class Learner:
         require_finite(batch.reward)
         walked = self._walked(batch)
         reference = walked.refer(batch) if walked.reference else None
-        advantage, steps = self.advantages(batch.reward, batch.group), self._trained(walked)
-        features = batch.features if self.config.clip_per_dim else 1
         c, proximal = self.config, self._proximal(batch, walked)
+        advantage = self.advantages(batch.reward, batch.group)
+        steps = walked.steps if c.outside == "ode" else self.trained(self.iteration)
+        features = batch.features if c.clip_per_dim else 1
         objective = self._objective(batch, walked, advantage, proximal)
         records, norms, first = [], [], 0.0
         for walk, step in self._parts(batch, walked.within(steps)):
@@ -370,9 +373,6 @@ class Learner:
             return self.transitions
         assert batch.log_prob is not None  # whole walks have it
         return self.transitions.within((~batch.log_prob.isnan()).any(0).nonzero().flatten().cpu())
-
-    def _trained(self, walked: Transitions) -> Tensor:
-        return walked.steps if self.config.outside == "ode" else self.trained(self.iteration)
 
     def _proximal(self, batch: Trajectory, walked: Transitions) -> Tensor | None:
         """log p_prox - log p_old of every transition, (B, K), where walks are weighed; None where they are not."""

@@ -203,6 +203,8 @@ VARIANTS = {
     "rloo": ("grpo", "baseline = leave_one_out and std = none"),
     "drgrpo": ("grpo", "std = none"),
     "mixgrpo": ("grpo", "outside = ode and a window, such as window = 2"),
+    "mixgrpoflash": ("grpo", "outside = ode, a window, such as window = 2, and outside_stride, such as 2"),
+    "dancegrpo": ("grpo", "start = prompt"),
     "flashgrpo": ("grpo", "step_draws = 1"),
     "tempflowgrpo": ("grpo", "step_weight = noise"),
     "grpoguard": ("grpo", "ratio_norm = true"),

@@ -214,7 +214,7 @@ def _not_finite(metrics: Mapping[str, float]) -> list[str]:
 
 def _metrics(agent: Agent, settings: CheckAgent) -> Iterator[Finding]:
     trial = Trial.of(agent)
-    preflight(trial.learner, trial.walks(settings, 0, 0))
+    preflight(trial.learner, trial.walks(settings, 0, 0), agent.rollout_spec(STEPS).start)
     metrics = trial.learn(settings, 0, range(2))
     learner = trial.learner
     needed = NEEDED if agent.rollout_spec(STEPS).end else UNSCORED

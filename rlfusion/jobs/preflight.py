@@ -1,6 +1,6 @@
 """Checks of a fine-tuning job on a small batch, before any training: what would fail quietly is refused loudly.
 
-(1)  no two walks begin with the same noise
+(1)  no two walks begin with the same noise, or end the same where those of a prompt begin with one
 (2)  every reward is finite (a reward that is not is refused where it is scored)
 (3)  the learner's own: the importance ratio is 1 at the acting weights, or the reward has a gradient
 (4)  of a compiled network, whatever learns: its code with a graph, which updates call, and that without one, which
@@ -26,6 +26,7 @@ from rlfusion.jobs.scoring import scored
 from rlfusion.models.lora_dropout import dropped
 from rlfusion.rl.agent import AgentLearner, Clip, wrong_metrics
 from rlfusion.rl.reward_gradient import PREFLIGHT
+from rlfusion.rollout import Start
 from rlfusion.rollout.trajectory import Trajectory, concatenate
 from rlfusion.training.ranks import current
 
@@ -47,7 +48,7 @@ def try_out(spec: TaskSpec, learner: AgentLearner, collector: Collector, weights
     others = [replace(item, groups=item.groups[:each]) for _ in range(current().count - 1)]
     walks = concatenate(collector.backend.collect([small, *others], weights)).take(torch.arange(len(small)))
     batch, _ = scored(walks.to(collector.device), spec.rewards)
-    found, told = preflight(learner, batch), []
+    found, told = preflight(learner, batch, spec.rollout.start), []
     if spec.arithmetic.compile:
         found |= require_alike(learner.policy, batch, spec.clip, spec.arithmetic.compile)
     if found.get("reward_std") == 0:
@@ -89,8 +90,8 @@ def require_alike(policy: Policy, batch: Trajectory, clip: Clip, how: Compile = 
     return {"compiled_log_ratio_max": found}
 
 
-def preflight(learner: AgentLearner, batch: Trajectory) -> dict[str, float]:
-    """Run the checks on a trajectory of the learner's present weights.
+def preflight(learner: AgentLearner, batch: Trajectory, start: Start = "own") -> dict[str, float]:
+    """Run the checks on a trajectory of the learner's present weights, whose walks begin so.
 
     Returns:
         What the learner found; reward and reward_std of the batch, where it was scored.
@@ -102,9 +103,10 @@ def preflight(learner: AgentLearner, batch: Trajectory) -> dict[str, float]:
         found = learner.preflight(batch)
     if wrong := wrong_metrics(found, ()):
         raise ConfigError(f"the learner's preflight: {', '.join(wrong)} (docs/doors.md)")
-    starts = batch.x[:, 0].flatten(1)
-    if len(starts.unique(dim=0)) != len(starts):
-        raise ConfigError("two walks of one rollout begin with the same noise: their seeds are not distinct")
+    states, how = batch.x[:, 0 if start == "own" else -1].flatten(1), "begin with the same noise"
+    if len(states.unique(dim=0)) != len(states):
+        how = how if start == "own" else "end the same"
+        raise ConfigError(f"two walks of one rollout {how}: their seeds are not distinct")
     if batch.reward is None:
         return found
     spread = batch.reward.std(correction=0).item()

@@ -10,7 +10,7 @@ from rlfusion.rollout.commands import RolloutError
 from rlfusion.rollout.item import WorkItem, plan, rollout_noise, version_for
 from rlfusion.rollout.limits import Limits
 from rlfusion.rollout.local import Local
-from rlfusion.rollout.rollout_spec import RolloutSpec, Trained, Window, prefix, samples, transitions
+from rlfusion.rollout.rollout_spec import RolloutSpec, Start, Trained, Window, prefix, samples, transitions
 from rlfusion.rollout.task import Recipe, Task, run_item
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RolloutError",
     "RolloutSpec",
     "Settings",
+    "Start",
     "Task",
     "Trained",
     "Window",

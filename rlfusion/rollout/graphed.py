@@ -8,6 +8,7 @@ The policy that walks is the learner's own, at the weights that the update begin
 constant, so the graphs of the steps do not hang together, and as many activations are held as W has steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlfusion.diffusion.gaussian import Gaussian
-from rlfusion.diffusion.policy import Observation, Policy
+from rlfusion.diffusion.policy import Observation
 from rlfusion.rollout.trajectory import TENSORS, Trajectory
 
 
@@ -44,7 +45,7 @@ class Graphs:
         self.trained, self._wanted = trained, frozenset(trained.tolist())
         self._means: list[Tensor] = []
 
-    def __call__(self, policy: Policy, obs: Observation, k: int) -> Gaussian:
+    def __call__(self, policy: Callable[[Observation], Gaussian], obs: Observation, k: int) -> Gaussian:
         """The transition of step k, without a graph: its own is kept here. Within torch.no_grad."""
         with torch.set_grad_enabled(k in self._wanted):
             found = policy(obs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,22 +11,34 @@ from rlfusion.common.errors import ConfigError
 from rlfusion.common.seeding import stream, streams
 from rlfusion.rollout.item import WorkItem
 
+Start = Literal["own", "prompt"]
+"""Whose noise a walk begins with."""
+
 
 @dataclass(frozen=True)
 class Window:
     """Some of a chain's stochastic steps: ``size`` of them, moved by ``stride`` steps from noise towards data every
-    ``every`` rollouts; the last ones come whole, and then the first ones again.
+    ``every`` rollouts; the last ones come whole, and then the first ones again. Where walks take noise in them alone,
+    one step after them takes ``leap`` of the chain's at once.
     """
 
     size: int
     stride: int = 1
     every: int = 1
+    leap: int = 1
 
     def of(self, steps: Tensor, iteration: int) -> Tensor:
         """Those of ``steps``, falling in noise, in a rollout."""
         places = -(-(len(steps) - self.size) // self.stride) + 1
         first = min(iteration // self.every % places * self.stride, len(steps) - self.size)
         return steps[first : first + self.size]
+
+    def times(self, times: Tensor, steps: Tensor, iteration: int) -> Tensor:
+        """The times that walks are at in a rollout, of all ``times`` (K+1,) of the chain with these stochastic
+        ``steps``: each up to the end of the window, then every ``leap``-th, and the last.
+        """
+        end, last = int(self.of(steps, iteration)[-1]) + 1, len(times) - 1
+        return times[[*range(end), *range(end, last, self.leap), last]]
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,7 @@ class RolloutSpec:
         window: the steps that take the chain's noise; the others are of the probability-flow ODE, DDIM(eta=0), and have
             no log-probability. None: every step is the chain's own.
         trained: the steps that keep their graph (``graphed``), where the learner's own policy walks; None for none.
+        start: with whose noise a walk begins: its "own", or one for all walks of its "prompt" (``shared``).
     """
 
     first: int = 0
@@ -71,6 +85,7 @@ class RolloutSpec:
     end: bool = True
     window: Window | None = None
     trained: Trained | None = None
+    start: Start = "own"
 
     def __post_init__(self) -> None:
         if isinstance(self.window, Mapping):  # as JSON has it
@@ -90,9 +105,9 @@ class RolloutSpec:
         return torch.tensor([int(of.integers(self.first, self.last + 1)) for of in drawn])
 
 
-def transitions(window: Window | None = None, trained: Trained | None = None) -> RolloutSpec:
+def transitions(window: Window | None = None, trained: Trained | None = None, start: Start = "own") -> RolloutSpec:
     """Every state, action and log-probability, and the reward: policy gradients."""
-    return RolloutSpec(window=window, trained=trained)
+    return RolloutSpec(window=window, trained=trained, start=start)
 
 
 def samples(steps: int) -> RolloutSpec:

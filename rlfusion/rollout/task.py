@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from rlfusion.common.errors import ConfigError
 from rlfusion.common.tensors import Cond, map_cond, staged
-from rlfusion.diffusion.grid import Grid
+from rlfusion.diffusion.gaussian import Gaussian
+from rlfusion.diffusion.grid import Grid, Listed
 from rlfusion.diffusion.kernel import DDIM
-from rlfusion.diffusion.policy import Policy
+from rlfusion.diffusion.policy import Observation, Policy
 from rlfusion.envs import DenoisingVectorEnv
 from rlfusion.envs.denoising import require_finite
 from rlfusion.models.lora_dropout import dropped
@@ -31,6 +32,7 @@ from rlfusion.rollout.item import WorkItem, noises
 from rlfusion.rollout.kept import Part, Path
 from rlfusion.rollout.outside import Nothing, Outside
 from rlfusion.rollout.rollout_spec import RolloutSpec
+from rlfusion.rollout.shared import Prompts
 from rlfusion.rollout.trajectory import Trajectory
 from rlfusion.training.stages import REWARD, stage
 
@@ -75,13 +77,23 @@ class Task:
         """Which of the K steps take noise."""
         return (self.policy.stds(self.times) > 0).tolist()
 
+    @property
+    def _stochastic(self) -> Tensor:
+        return torch.tensor(self.noisy).nonzero().flatten()
+
+    def times_in(self, item: WorkItem) -> Tensor:
+        """The times that the walks of an item are at: those of the chain, or fewer of them where a window leaps."""
+        window = self.rollout_spec.window
+        if window is None or window.leap == 1:
+            return self.times
+        return window.times(self.times, self._stochastic, item.iteration)
+
     def noisy_in(self, item: WorkItem) -> list[bool]:
-        """Which of the K steps take noise in the walks of an item."""
+        """Which of their steps take noise."""
         if self.rollout_spec.window is None:
             return self.noisy
-        steps = torch.tensor(self.noisy).nonzero().flatten()
-        within = self.rollout_spec.window.of(steps, item.iteration).tolist()
-        return [k in within for k in range(len(self.noisy))]
+        within = self.rollout_spec.window.of(self._stochastic, item.iteration).tolist()
+        return [k in within for k in range(len(self.times_in(item)) - 1)]
 
     @cached_property
     def ode(self) -> Policy:
@@ -93,13 +105,13 @@ class Task:
         """P, 1 where there are no conditions."""
         return 1 if self.conditions is None else len(self.conditions)
 
-    def environment(self, count: int) -> DenoisingVectorEnv:
-        """The MDP of ``count`` chains, torch in and out."""
+    def environment(self, count: int, times: Tensor | None = None) -> DenoisingVectorEnv:
+        """The MDP of ``count`` chains, torch in and out, at the times of the chain or at these."""
         return DenoisingVectorEnv(
             count,
             reward=self._named_reward,
             schedule=self.policy.schedule,
-            grid=self.grid,
+            grid=self.grid if times is None else Listed(tuple(times.tolist())),
             shape=self.shape,
             conditions=self.conditions,
             decode=self.decode,
@@ -110,17 +122,18 @@ class Task:
         )
 
     @cached_property
-    def _environments(self) -> dict[int, DenoisingVectorEnv]:
-        """The environment of the last item, by its number of walks."""
-        return {}
+    def _environments(self) -> list[DenoisingVectorEnv]:
+        """The environment of the last item, if there was one."""
+        return []
 
-    def _environment_of(self, count: int) -> DenoisingVectorEnv:
-        """An environment to be reset; it is made again where the number of walks is another one."""
-        if count not in self._environments:
-            made = self.environment(count)
-            self._environments.clear()
-            self._environments[count] = made
-        return self._environments[count]
+    def _environment_of(self, item: WorkItem) -> DenoisingVectorEnv:
+        """An environment to be reset; it is made again where the number of walks or their times are others."""
+        times = self.times_in(item)
+        last = self._environments.pop() if self._environments else None
+        if last is None or last.num_envs != len(item) or not torch.equal(last.times, times):
+            last = self.environment(len(item), None if times is self.times else times)
+        self._environments.append(last)
+        return last
 
     def score(self, x: Tensor, cond: Cond) -> Tensor:
         """The checked reward (B,) of latents (B, *shape), with its gradient where it has one."""
@@ -196,18 +209,23 @@ def _named(item: WorkItem) -> Iterator[None]:
 
 
 def _walk(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
-    env, rollout_spec = task._environment_of(len(item)), task.rollout_spec
+    env, rollout_spec = task._environment_of(item), task.rollout_spec
     group, begin = torch.tensor(item.groups), rollout_spec.begin(item)
-    steps, noisy, mixed = _steps(task, begin), task.noisy_in(item), rollout_spec.window is not None
-    noise = _noise(task, item, noisy[:steps])
-    options = {"noise": next(noise)} | ({} if task.conditions is None else {"group": group})
+    noisy, mixed = task.noisy_in(item), rollout_spec.window is not None
+    steps = len(noisy) if rollout_spec.end else int(begin.max())
+    noise, shared = _noise(task, item, noisy[:steps]), Prompts(item) if rollout_spec.start == "prompt" else None
+    z = next(noise)
+    z = z if shared is None else staged(shared.noise(task.shape).to(z.dtype), z.device)
+    options = {"noise": z} | ({} if task.conditions is None else {"group": group})
     obs, _ = env.reset(options=options)
     kept = Path(obs.x, steps) if rollout_spec.path else Part(obs.x, begin)
     cond, action, trained = obs.cond, None, rollout_spec.trained
     graphs = None if trained is None else Graphs(trained.of(noisy, item))
     for k, z in zip(range(steps), noise):
         obs = obs if action is None else env.move(action)
-        policy = task.ode if mixed and not noisy[k] else task.policy
+        policy: Callable[[Observation], Gaussian] = task.ode if mixed and not noisy[k] else task.policy
+        if shared is not None and not any(noisy[: k + 1]):
+            policy = partial(shared.once, policy)
         distribution = policy(obs) if graphs is None else graphs(policy, obs, k)
         action = distribution.sample(z)
         kept.add(k, distribution, action)
@@ -219,7 +237,7 @@ def _walk(task: Task, item: WorkItem) -> Callable[[], Trajectory]:
             require_finite(kept.x)
         walks = Trajectory(
             kept.x,
-            task.times,
+            task.times_in(item),
             kept.log_prob,
             reward,
             group.to(task.device),
@@ -247,14 +265,10 @@ def _noise(task: Task, item: WorkItem, steps: list[bool]) -> Iterator[Tensor]:
         yield staged(z, device) if takes else none
 
 
-def _steps(task: Task, begin: Tensor) -> int:
-    """The steps that the longest of walks takes, whose kept parts ``begin`` there."""
-    return len(task.times) - 1 if task.rollout_spec.end else int(begin.max())
-
-
 def moves(task: Task, item: WorkItem) -> int:
     """The steps that the longest walk of an item takes."""
-    return _steps(task, task.rollout_spec.begin(item))
+    spec = task.rollout_spec
+    return len(task.times_in(item)) - 1 if spec.end else int(spec.begin(item).max())
 
 
 @torch.no_grad()

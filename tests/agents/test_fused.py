@@ -85,6 +85,10 @@ KINDS = {
     "grpo": ("grpo", ONE | {"kl_loss": 0.1}),
     "window": ("grpo", ONE | {"window": 2, "kl_loss": 0.0, "step_weight": "noise"}),
     "ode": ("grpo", ONE | {"window": 2, "outside": "ode", "kl_loss": 0.2}),
+    "flash": (
+        "grpo",
+        ONE | {"window": 2, "outside": "ode", "outside_stride": 2, "start": "prompt", "kl_loss": 0.2},
+    ),
 }
 
 

@@ -53,37 +53,44 @@ def test_the_expected_gradient_is_that_of_the_steps_in_the_window(chain, first):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("first", [0, 1])
-def test_where_walks_take_no_noise_outside_it_is_that_of_the_noise_in_the_window(chain, first):
-    """The chain of closed form has DDIM(0)'s steps outside, written by the oracle's own numbers."""
+@pytest.mark.parametrize(("first", "stride"), [(0, 1), (1, 1), (0, 2), (1, 3)])
+def test_where_walks_take_no_noise_outside_it_is_that_of_the_noise_in_the_window(chain, first, stride):
+    """The chain of closed form has DDIM(0)'s steps outside, written by the oracle's own numbers; after the window as
+    long as they are to be.
+    """
     full, made = CHAINS[chain]()
     levels = (
         ddim_levels() if chain == "ddim" else (np.array([0, 0.25, 0.5, 0.75, 1]), np.array([1, 0.75, 0.5, 0.25, 0]))
     )
-    mixed = copy.deepcopy(full)
-    for k, ((a, b), (a_s, b_s)) in enumerate(pairwise(zip(*levels))):
-        if (
-            not first <= k < first + 2
-        ):  # x0 = a x - b y, eps = b x + a y of v; x0 = x - t y, eps = x + (1 - t) y of flow
+    end = first + 2
+    at = [*range(end), *range(end, STEPS, stride), STEPS]
+    steps = len(at) - 1
+    mixed = replace(full, **{name: getattr(full, name)[:steps].copy() for name in ("p", "q", "std")})
+    for k, ((a, b), (a_s, b_s)) in enumerate(pairwise(zip(*(level[at] for level in levels)))):
+        if not first <= k < end:  # x0 = a x - b y, eps = b x + a y of v; x0 = x - t y, eps = x + (1 - t) y of flow
             row = (a_s * a + b_s * b, b_s * a - a_s * b) if chain == "ddim" else (1.0, b_s - b)
             mixed.p[k], mixed.q[k], mixed.std[k] = *row, 0.0
     policy, times, n, batches = affine(THETA, **made), TimeGrid(STEPS).times(made["schedule"]), 3000, 25
-    config = Config(std="none", advantage_clip=1e9, window=2, outside="ode", micro_batch=10**6, **ONE)
+    settings = {"window": 2, "outside": "ode", "outside_stride": stride}
+    config = Config(std="none", advantage_clip=1e9, micro_batch=10**6, **settings, **ONE)
     learner, task = Learner(policy, times, config), replace(task_of(policy), rollout_spec=config.rollout_spec(STEPS))
     learner.optimization = Capture(policy)
+    within = (np.arange(steps) >= first) & (np.arange(steps) < end)
     for seed in range(batches):
         learner.iteration = first
         walks = run_item(task, plan(seed, first, 1, n, n, 1, first)[0])
-        assert walks.log_prob.isnan().any(0).tolist() == [not first <= k < first + 2 for k in range(STEPS)]
+        assert torch.equal(walks.times, times[at])
+        assert (~walks.log_prob.isnan()).all(0).tolist() == within.tolist()
         learner.update(walks)
     ascent = -torch.stack(learner.optimization.gradients).double().numpy() / (1 - 1 / n)
-    truth = mixed.gradient(np.array(THETA), (np.arange(STEPS) >= first) & (np.arange(STEPS) < first + 2))
+    truth = mixed.gradient(np.array(THETA), within)
     assert_equal_in_expectation((ascent.mean(0), ascent.std(0, ddof=1) / math.sqrt(batches)), truth)
 
 
-def test_walks_without_noise_outside_are_on_policy_in_every_window_and_learned_from_with_a_reference():
+@pytest.mark.parametrize("flash", [{}, {"outside_stride": 2, "start": "prompt"}])
+def test_walks_without_noise_outside_are_on_policy_in_every_window_and_learned_from_with_a_reference(flash):
     policy = mlp()
-    config = Config(window=1, outside="ode", kl_loss=0.1, epochs=1, updates_per_epoch=2, micro_batch=7)
+    config = Config(window=1, outside="ode", kl_loss=0.1, epochs=1, updates_per_epoch=2, micro_batch=7, **flash)
     spec = config.rollout_spec(4)
     assert RolloutSpec(**json.loads(json.dumps(asdict(spec)))) == spec
     task = Task(policy, TimeGrid(4), (1, 3, 2), torch.arange(4), lambda x: x, lambda x, _: x.mean((1, 2, 3)), "mean")
@@ -207,6 +214,8 @@ def test_bad_rewards_are_refused_before_anything_changes():
     [
         ({"window": -1}, "window = -1"),
         ({"outside": "ode"}, "outside = ode with window = 0"),
+        ({"window": 2, "outside_stride": 2}, "outside_stride = 2, outside = noise: expected 1, or ode"),
+        ({"window": 2, "outside": "ode", "outside_stride": 0}, "outside_stride = 0"),
         ({"clip_high": 0}, "clip_high = 0"),
         ({"dual_clip": 1.1}, "dual_clip = 1.1"),
         ({"window_every": 0}, "window_every = 0"),

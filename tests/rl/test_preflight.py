@@ -124,3 +124,15 @@ def test_a_reward_that_is_not_finite_is_refused_where_it_is_scored(bad):
 def test_a_chain_without_noise_is_refused_when_the_learner_is_built():
     with pytest.raises(ConfigError, match="eta > 0"):
         learner_of(Policy(make_policy().denoiser, DDIM(0.0)))
+
+
+def test_walks_of_a_prompt_that_begin_with_one_noise_have_to_end_apart():
+    batch = rolled(make_policy())
+    shared = replace(batch, x=torch.cat([batch.x[:1, :1].expand(len(batch), -1, *[-1] * 3), batch.x[:, 1:]], 1))
+    alike = replace(shared, x=torch.cat([shared.x[:, :-1], shared.x[:1, -1:].expand(len(batch), -1, *[-1] * 3)], 1))
+    learner = learner_of(make_policy(), clip=1e9, dual_clip=None)
+    preflight(learner, shared, "prompt")
+    with pytest.raises(ConfigError, match="begin with the same noise"):
+        preflight(learner, shared)
+    with pytest.raises(ConfigError, match="end the same: their seeds are not distinct"):
+        preflight(learner, alike, "prompt")

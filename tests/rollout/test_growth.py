@@ -68,8 +68,9 @@ def test_beside_the_trajectory_there_is_memory_for_one_item_at_most(monkeypatch)
 
 def test_the_environment_of_an_item_is_made_once():
     task = task_of(4)
-    assert task._environment_of(8) is task._environment_of(8)
-    assert [task._environment_of(count).num_envs for count in (8, 3, 8)] == [8, 3, 8]
+    items = {count: plan(0, 0, 1, count, count, 1, 0)[0] for count in (8, 3)}
+    assert task._environment_of(items[8]) is task._environment_of(items[8])
+    assert [task._environment_of(items[count]).num_envs for count in (8, 3, 8)] == [8, 3, 8]
     assert len(task._environments) == 1
     one, other = (collected(task, walks, 8) for walks in (8, 20))
     assert torch.equal(one.x, other.x[:8])

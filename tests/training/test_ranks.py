@@ -23,6 +23,7 @@ AGENT_SETTINGS = [
     "ddpo()",
     "ddpo(form='sf')",
     "grpo(window=2, ratio_norm=True, divergence=0.01, step_draws=1, reference_every=1)",
+    "grpo(window=1, outside='ode', outside_stride=2, start='prompt')",
     "ppo(value_epochs=1)",
     "awm(kl_loss=0.1, epochs=2)",
     "nft()",
