@@ -1,8 +1,9 @@
 """``awm`` beside ``grpo``, ``nft`` and ``ddpo`` on tiny flow pipelines, at equal gain: rewards, seconds, what is lost.
 
-Adapters (rank 8) of pipelines of random weights (SD3, FLUX, Z-Image), 4 steps, two prompts in groups of 8, reward (red
-above blue), images of 16 x 16 pixels, without guidance of two answers (FLUX reads its 3.5). ``awm`` and ``nft`` walk by
-the pipeline's own ODE, ``ddpo`` and ``grpo`` by ``FlowSDE(noise=0.7)``; all are judged by the ODE, from one noise.
+Adapters (rank 8) of pipelines of random weights (SD3, FLUX, Z-Image), 4 steps (``--steps``), two prompts in groups of
+8, reward (red above blue), images of 16 x 16 pixels, without guidance of two answers (FLUX reads its 3.5). ``awm`` and
+``nft`` walk by the pipeline's own ODE, ``ddpo`` and ``grpo`` by ``FlowSDE(noise=0.7)``; all are judged by the ODE, from
+one noise.
 Gain, distance and diversity are those of ``flows.py``. Of each run is told what it had spent when its gain was
 ``--gain``.
 
@@ -10,7 +11,11 @@ Gain, distance and diversity are those of ``flows.py``. Of each run is told what
 policy. ``awm`` and ``nft`` have the rate of ``RATES`` that was there after the fewest rewards on seed 3, which is not
 told; their other settings are the defaults.
 
+Beside them are forms of ``grpo`` (``WINDOWS``): a window of 2 steps; ode, which takes no noise outside of it (MixGRPO);
+leap, whose step after it goes as far as 4; start, whose walks of a prompt begin with one noise; flash, both.
+
     python benchmarks/flow_learners.py [--families sd3,flux,z_image] [--seeds 0,1,2] [--gain 1] [--out FILE.json]
+    python benchmarks/flow_learners.py --steps 10 --learners grpo,window,ode,leap,start,flash
 """
 
 import argparse
@@ -35,7 +40,15 @@ from tiny_pipelines import flux, stable_diffusion_3, z_image  # noqa: E402
 MAKERS = {"sd3": stable_diffusion_3, "flux": flux, "z_image": z_image}
 GUIDANCE = {"sd3": 1.0, "flux": 3.5, "z_image": 1.0}
 LEARNERS, RATES, APART = ("awm", "nft", "grpo", "ddpo"), (1e-3, 3e-3, 1e-2), 3
-STEPS, GROUP, DRAWN, TOKENS, SIDE = 4, 8, 32, 16, 16
+MIXED = {"window": 2, "outside": "ode"}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "window": {"window": 2},
+    "ode": MIXED,
+    "leap": MIXED | {"outside_stride": 4},
+    "start": MIXED | {"start": "prompt"},
+    "flash": MIXED | {"outside_stride": 4, "start": "prompt"},
+}
+GROUP, DRAWN, TOKENS, SIDE = 8, 32, 16, 16
 ODE, SDE = "DDIM(eta=0.0)", "FlowSDE(noise=0.7)"
 
 
@@ -47,15 +60,15 @@ def drawn(model: rlf.Model) -> torch.Tensor:
 
 def trained(model: Path, learner: str, rate: float | None, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run until it has the gain: what it gives after each rollout."""
-    kernel = ODE if rate else SDE
+    kernel, told = (ODE, {"lr": rate}) if rate else (SDE, {})
     run = rlf.finetune(
         str(model),
         f"{SUPPORT}/tiny_pipelines.py:warm",
-        agent={"name": learner, **({"lr": rate} if rate else {})},
+        agent={"name": "grpo", **WINDOWS[learner]} if learner in WINDOWS else {"name": learner, **told},
         updates=10**6,
         seed=seed,
         pipeline={"prompts": str(model.parent / "prompts.txt"), "size": SIDE, "max_sequence_length": TOKENS},
-        chain={"steps": STEPS, "guidance_scale": GUIDANCE[model.name], "kernel": kernel},
+        chain={"steps": args.steps, "guidance_scale": GUIDANCE[model.name], "kernel": kernel},
         rollout={"prompts": len(PROMPTS), "samples_per_prompt": GROUP},
         lora="LoRA(rank=8, alpha=16.0)",
         root=str(model.parent),
@@ -73,7 +86,7 @@ def trained(model: Path, learner: str, rate: float | None, seed: int, args: argp
 
 def chosen(model: Path, learner: str, args: argparse.Namespace) -> float | None:
     """The learning rate with which a learner has the gain soonest, or else gets farthest, on a seed apart."""
-    if learner in ("ddpo", "grpo"):
+    if learner in ("ddpo", "grpo", *WINDOWS):
         return None
     runs = {rate: trained(model, learner, rate, APART, args)["points"][-1] for rate in RATES}
     return min(runs, key=lambda rate: (runs[rate]["gain"] < args.gain, runs[rate]["queries"], -runs[rate]["gain"]))
@@ -99,6 +112,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(MAKERS))
     parser.add_argument("--learners", default=",".join(LEARNERS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=4, help="of the chain")
     parser.add_argument("--queries", type=int, default=320, help="where a run without the gain ends")
     parser.add_argument("--gain", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
@@ -121,7 +135,9 @@ def main() -> None:
             found += runs
             if args.out:
                 args.out.write_text(
-                    json.dumps({"torch": torch.__version__, "gain": args.gain, "runs": found}, indent=1)
+                    json.dumps(
+                        {"torch": torch.__version__, "gain": args.gain, "steps": args.steps, "runs": found}, indent=1
+                    )
                 )
 
 
