@@ -128,10 +128,16 @@ class ChainValue:
         parts = torch.arange(len(x)).split(4 * self.config.value_batch)
         return torch.cat([self.value(x[moved(r, x.device)], t[r], prompt[moved(r, prompt.device)]) for r in parts])
 
+    @torch.no_grad()
     def along(self, batch: Trajectory) -> Tensor:
         """V of the states before each step of stored walks, (B, K)."""
-        walk, step = self._states(batch)
-        return self.at(batch.x[walk, step], self.times[step.cpu()], batch.group[walk]).reshape(len(batch), -1)
+        parts = zip(*(where.split(4 * self.config.value_batch) for where in self._states(batch)))
+        return torch.cat([self._before(batch, walk, step) for walk, step in parts]).reshape(len(batch), -1)
+
+    def _before(self, batch: Trajectory, walk: Tensor, step: Tensor) -> Tensor:
+        """V of the states before some steps (N,) of stored walks, (N,)."""
+        t, _ = rows.of_chain(self.times, step.cpu())
+        return self.value(at_steps(batch.x, walk, step), t, batch.group[walk])
 
     def advantages(self, reward: Tensor, value: Tensor) -> Tensor:
         """A_k of walks with these rewards (B,) and values (B, K); ``advantage``, Eq. (4)."""
@@ -154,9 +160,8 @@ class ChainValue:
         for epoch in range(self.config.value_epochs):
             order = stream(self.seed, "value", iteration, epoch).permutation(len(walk))
             for some in torch.from_numpy(order).split(self.config.value_batch):
-                at, k = walk[moved(some, walk.device)], step[moved(some, walk.device)]
-                t, _ = rows.of_chain(self.times, k.cpu())
-                found = self.value(at_steps(batch.x, at, k), t, batch.group[at])
+                at = moved(some, walk.device)
+                found = self._before(batch, walk[at], step[at])
                 loss = ((found - returns[moved(some, returns.device)]) / scale).square().mean()
                 loss.backward()
                 self.optimization.step()
