@@ -99,7 +99,7 @@ class Config(Defaults):
         step_draws: steps of the window that each walk trains in a pass, Eq. (7); 0 for all of them.
         outside: what the steps outside of the window do, Eq. (4): "noise", as the chain has it, or "ode".
         outside_stride: steps of the chain that a step after the window takes at once; with outside "ode".
-        start: the noise with which a walk begins, Eq. (9): its "own", or that of its "prompt".
+        start: the noise with which a walk begins, Eq. (9): its "own", or that of its "prompt" (of all without prompts).
         micro_batch: transitions in one network call; gradients accumulate over calls.
         max_grad_norm: gradient clipping.
         weight_decay: of the optimizer.
@@ -153,9 +153,9 @@ class Config(Defaults):
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "epochs", "updates_per_epoch", "clip_low", "clip_high", "advantage_clip")
-        require_positive(self, "window_stride", "window_every", "outside_stride", "micro_batch", "max_grad_norm")
-        require_positive(self, "behaviour_limit")
+        require_positive(self, "window_stride", "window_every", "outside_stride", "behaviour_limit")
         require_not_negative(self, "kl_loss", "window", "weight_decay", "warmup", "reference_every", "step_draws")
+        require_positive(self, "micro_batch", "max_grad_norm")
         require_pace(self.pace)
         optimizers.settle(self)
         require_limit(self.target_kl)
@@ -171,23 +171,22 @@ class Config(Defaults):
                     "step_draws": (self.step_draws, 0),
                 }
             )
-        for name in ("divergence", "reference_kl"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
+        require_positive(self, *(name for name in ("divergence", "reference_kl") if getattr(self, name) is not None))
         if self.ratio_norm and self.step_weight != "none":
-            raise ConfigError(
-                f"step_weight = {self.step_weight}: ratio_norm weighs steps by their noise already, expected none"
-            )
+            raise ConfigError(f"step_weight = {self.step_weight}: ratio_norm weighs by noise already, expected none")
         if (self.reference_every or self.reference_kl is not None) and not self.kl_loss:
             raise ConfigError("kl_loss = 0: no reference to move, expected reference_every = 0 and reference_kl null")
+        self._require_window()
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+            raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
+
+    def _require_window(self) -> None:
         if self.window and self.step_draws > self.window:
             raise ConfigError(f"step_draws = {self.step_draws}: expected at most the window = {self.window}")
         if self.outside == "ode" and not self.window:
             raise ConfigError("outside = ode with window = 0, which trains all steps: expected a window, 1 at least")
         if self.outside != "ode" and self.outside_stride > 1:
             raise ConfigError(f"outside_stride = {self.outside_stride}, outside = {self.outside}: expected 1, or ode")
-        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
-            raise ConfigError(f"dual_clip = {self.dual_clip}: expected a number > 1 + clip_high, or null")
 
     @staticmethod
     def for_pipelines(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,10 +199,10 @@ class Config(Defaults):
     def check(self, plan: Plan) -> None:
         """Raises ConfigError for groups of one, fewer walks than updates, or means of weights that are not kept."""
         if plan.lag and self.decoupled is False and self.anchored:
-            raise ConfigError(
-                f"lag = {plan.lag} with decoupled = False: ratio_norm and divergence compare with the weights with "
-                "which an update begins, expected decoupled true or null"
-            )
+            anchors = "ratio_norm and divergence compare with the weights with which an update begins"
+            raise ConfigError(f"lag = {plan.lag}, decoupled = False: {anchors}, expected decoupled true or null")
+        if self.outside_stride > 1 and plan.steps - self.window < 2:
+            raise ConfigError(f"outside_stride = {self.outside_stride}: the window leaves no two steps, expected 1")
         plan.require_groups()
         plan.require_walks(self.updates_per_epoch)
         require_followed(self.pace, self.epochs * self.updates_per_epoch)
@@ -234,6 +233,8 @@ class Config(Defaults):
         updates = self.epochs * self.updates_per_epoch
         trained = f"a moving window of {self.window} steps" if self.window else "all stochastic steps"
         trained += " (no noise outside)" if self.outside == "ode" else ""
+        trained += f", {self.outside_stride} steps at once after it" if self.outside_stride > 1 else ""
+        trained += ", of walks that begin alike" if self.start == "prompt" else ""
         return (
             f"each rollout gives {updates} update(s) on {trained}, clipped at -{self.clip_low:g}, +{self.clip_high:g}"
             f"{said(self.pace, self.lr)}"
@@ -265,9 +266,8 @@ class Learner:
         Returns:
             reward, reward_std, advantage_std, window_first (the first trained step), loss, log_ratio_first (before the
             first step), log_ratio_max, clip_fraction (of Eq. (5) or (6) where they hold; by (6) the share without a
-            gradient), approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over
-            all steps that took noise); where older walks are weighed also behaviour_ess (effective share of the trained
-            transitions under p_prox / p_old).
+            gradient), approx_kl, ess, grad_norm; with kl_loss also kl (nats a walk over all steps that took noise);
+            where older walks are weighed also behaviour_ess (effective share of transitions under p_prox / p_old).
 
         Raises:
             NumericalError: a reward or a gradient is not finite; no update has been made from it.

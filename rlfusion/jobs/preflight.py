@@ -103,10 +103,13 @@ def preflight(learner: AgentLearner, batch: Trajectory, start: Start = "own") ->
         found = learner.preflight(batch)
     if wrong := wrong_metrics(found, ()):
         raise ConfigError(f"the learner's preflight: {', '.join(wrong)} (docs/doors.md)")
-    states, how = batch.x[:, 0 if start == "own" else -1].flatten(1), "begin with the same noise"
+    states = batch.x[:, 0 if start == "own" else -1].flatten(1)
     if len(states.unique(dim=0)) != len(states):
-        how = how if start == "own" else "end the same"
-        raise ConfigError(f"two walks of one rollout {how}: their seeds are not distinct")
+        if start == "prompt":
+            raise ConfigError(
+                "two walks of a prompt end the same: with start = prompt they have to take noise after it"
+            )
+        raise ConfigError("two walks of one rollout begin with the same noise: their seeds are not distinct")
     if batch.reward is None:
         return found
     spread = batch.reward.std(correction=0).item()

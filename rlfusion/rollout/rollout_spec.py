@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rlfusion.common.errors import ConfigError
+from rlfusion.common.errors import ConfigError, unknown
 from rlfusion.common.seeding import stream, streams
 from rlfusion.rollout.item import WorkItem
 
@@ -76,7 +76,8 @@ class RolloutSpec:
         window: the steps that take the chain's noise; the others are of the probability-flow ODE, DDIM(eta=0), and have
             no log-probability. None: every step is the chain's own.
         trained: the steps that keep their graph (``graphed``), where the learner's own policy walks; None for none.
-        start: with whose noise a walk begins: its "own", or one for all walks of its "prompt" (``shared``).
+        start: with whose noise a walk begins: its "own", or one for all walks of its "prompt" (``shared``); without
+            conditions all are of one.
     """
 
     first: int = 0
@@ -90,6 +91,8 @@ class RolloutSpec:
     def __post_init__(self) -> None:
         if isinstance(self.window, Mapping):  # as JSON has it
             object.__setattr__(self, "window", Window(**self.window))
+        if self.start not in get_args(Start):
+            raise unknown("start", str(self.start), get_args(Start))
         if not 0 <= self.first <= self.last:
             raise ConfigError(f"first, last = {self.first}, {self.last}: expected 0 <= first <= last")
         if self.trained is not None and not self.path:

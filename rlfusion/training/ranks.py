@@ -13,6 +13,7 @@ knows nothing of ranks is right on any number of them, and no faster.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,7 +258,8 @@ class Ranks:
         split = any(map(shards.is_split, wanted))
         total = self.norm(gradients) if split else nn.utils.get_total_norm(gradients)
         norm = total.item()
-        if not norm + 2e-6 < most:  # else torch's factor, at most most / (norm + 1e-6), is 1
+        near = 2e-6 + 2 * torch.finfo(total.dtype).eps * norm  # else torch's factor, most / (norm + 1e-6), is 1
+        if math.isfinite(norm) and norm + near >= most:
             nn.utils.clip_grads_with_norm_([_rows(p) for p in wanted] if split else wanted, most, total)
         return norm
 

@@ -235,3 +235,9 @@ def test_chains_and_plans_that_cannot_serve_are_refused():
         Config().check(Plan(10, 1, 0, 20))
     with pytest.raises(ConfigError, match="updates_per_epoch = 4"):
         Config().check(Plan(1, 3, 0, 20))
+    flash = Config(window=3, outside="ode", outside_stride=2)
+    flash.check(Plan(4, 6, 0, 5))
+    with pytest.raises(ConfigError, match="outside_stride = 2: the window leaves no two steps, expected 1"):
+        flash.check(Plan(4, 6, 0, 4))
+    assert "2 steps at once after it" in flash.plan()
+    assert "begin alike" in Config(start="prompt").plan()

@@ -204,8 +204,8 @@ def test_baselines_by_hand(baseline, scale, expected):
         (lambda: Config(step_draws=3, window=2), "step_draws = 3: .* window = 2"),
         (lambda: Config(step_draws=-1), "step_draws = -1"),
         (lambda: Learner(mlp(), TIMES, Config(step_draws=4)), "step_draws = 4: .* 3 stochastic steps"),
-        (lambda: Config(ratio_norm=True, decoupled=False).check(Plan(4, 8, 1, 20)), "lag = 1 with decoupled = False"),
-        (lambda: Config(divergence=0.1, decoupled=False).check(Plan(4, 8, 1, 20)), "lag = 1 with decoupled = False"),
+        (lambda: Config(ratio_norm=True, decoupled=False).check(Plan(4, 8, 1, 20)), "lag = 1, decoupled = False"),
+        (lambda: Config(divergence=0.1, decoupled=False).check(Plan(4, 8, 1, 20)), "lag = 1, decoupled = False"),
     ],
 )
 def test_what_has_no_meaning_is_refused(make, said):

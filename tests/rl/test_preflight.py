@@ -134,5 +134,5 @@ def test_walks_of_a_prompt_that_begin_with_one_noise_have_to_end_apart():
     preflight(learner, shared, "prompt")
     with pytest.raises(ConfigError, match="begin with the same noise"):
         preflight(learner, shared)
-    with pytest.raises(ConfigError, match="end the same: their seeds are not distinct"):
+    with pytest.raises(ConfigError, match="end the same: with start = prompt they have to take noise"):
         preflight(learner, alike, "prompt")

@@ -69,7 +69,9 @@ def test_log_probabilities_are_the_same_however_many_steps_wait_for_theirs(at_on
     torch.testing.assert_close(collected(transitions()).log_prob, WHOLE.log_prob, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("settings", [{"first": 2, "last": 1}, {"first": -1}, {"first": 1, "last": 1}, {"end": False}])
+@pytest.mark.parametrize(
+    "settings", [{"first": 2, "last": 1}, {"first": -1}, {"first": 1, "last": 1}, {"end": False}, {"start": "Prompt"}]
+)
 def test_parts_that_cannot_be_are_refused(settings):
     with pytest.raises(ConfigError, match="expected"):
         RolloutSpec(**settings)

@@ -252,15 +252,26 @@ def test_gradients_and_moments_that_lie_otherwise_are_stepped_as_if_they_did_not
         assert torch.equal(plain, other)
 
 
-def test_a_state_of_when_there_was_one_group_is_gone_on_from():
-    net = network()
-    optimizer = named(net, "adamw")
-    descend(net, optimizer, range(2))
-    state = copy.deepcopy(optimizer.state_dict())
-    assert state["groups"] == [{}, {}]
-    again = named(net, "adamw")
-    again.load_state_dict({**state, "groups": [{}]})
-    assert alike(again.state_dict(), state)
+def test_a_state_goes_on_from_one_way_of_the_step_to_another():
+    """They have one or two groups; so had states of before."""
+    net, states = network(), {}
+    for text in ("adamw", "adamw(fused=False)", "adamw(fused=True)"):
+        optimizer = named(net, text)
+        descend(net, optimizer, range(2))
+        states[text] = copy.deepcopy(optimizer.state_dict())
+    for text, state in states.items():
+        for other in states:
+            again = named(net, other)
+            again.load_state_dict(state)
+            assert alike(again.state_dict()["state"], state["state"]), (text, other)
+
+
+def test_a_sparse_gradient_is_refused_in_the_words_of_the_optimiser():
+    p = nn.Parameter(torch.ones(4, 16))
+    optimizer = NamedOptimizer(parse("adamw"), {"p": p}, 1e-2)
+    p.grad = torch.ones(4, 16).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
 
 
 def test_the_fused_step_is_as_near_to_exact_arithmetic_as_the_plain_one():

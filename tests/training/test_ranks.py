@@ -270,4 +270,25 @@ def test_gradients_are_clipped_with_torchs_bits_and_left_where_its_factor_is_one
         assert Ranks().clip(ours.parameters(), most) == norm
     nn.utils.clip_grad_norm_(theirs.parameters(), most)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
-    assert ("aten._foreach_mul_" in ops) == (most < norm + 2e-6)
+    assert ("aten._foreach_mul_" in ops) == (most < norm * (1 + 1e-6) + 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_just_below_the_limit_have_torchs_bits(dtype):
+    for seed in range(300):
+        torch.manual_seed(seed)
+        ours, theirs = nn.Parameter(torch.ones(9, dtype=dtype)), nn.Parameter(torch.ones(9, dtype=dtype))
+        ours.grad = torch.randn(9).to(dtype) * 10 ** (seed % 5 - 2)
+        theirs.grad = ours.grad.clone()
+        most = nn.utils.get_total_norm([ours.grad]).item() * (1 + (seed % 7) * torch.finfo(dtype).eps / 2) + 1e-6
+        Ranks().clip([ours], most)
+        nn.utils.clip_grad_norm_([theirs], most)
+        assert torch.equal(ours.grad, theirs.grad), seed
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_whose_norm_is_not_finite_are_left_to_be_named(bad):
+    net = nn.Linear(3, 2)
+    net.weight.grad, net.bias.grad = torch.ones(2, 3), torch.tensor([1.0, bad])
+    Ranks().clip(net.parameters(), 0.5)
+    assert torch.equal(net.weight.grad, torch.ones(2, 3))

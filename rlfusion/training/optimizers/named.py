@@ -45,7 +45,9 @@ class NamedOptimizer:
     def step(self) -> None:
         """One step on the gradients that are there."""
         for p in (p for group in self.inner.param_groups if group.get("fused") for p in group["params"]):
-            if p.grad is not None and p.grad.stride() != p.stride():  # a fused step goes through both as they lie
+            if p.grad is None or p.grad.layout is not torch.strided:
+                continue
+            if p.grad.stride() != p.stride():  # a fused step goes through both as they lie
                 p.grad = torch.empty_like(p).copy_(p.grad)
         with self.recipe.running():
             (self._packed or self.inner).step()
@@ -80,8 +82,8 @@ class NamedOptimizer:
         kind = self.recipe.kind.__qualname__
         if state["kind"] != kind:
             raise StateError(f"the optimiser is of the kind {state['kind']!r}, expected {kind!r}")
-        former = self.recipe.chooses and state["groups"] == [{}]  # of when it had one group
-        if len(state["groups"]) != len(self._start) and not former:
+        plain = self.recipe.kind is torch.optim.AdamW and state["groups"] and not any(state["groups"])
+        if len(state["groups"]) != len(self._start) and not plain:  # its ways differ in their groups alone
             raise StateError(f"the optimiser has {len(state['groups'])} groups, expected {len(self._start)}")
         loaded = {name: self._fitted(name, held) for name, held in state["state"].items()}
         self._load_groups(state["groups"])
