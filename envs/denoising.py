@@ -170,8 +170,8 @@ class DenoisingVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             ResetNeeded: before ``reset``.
             ValueError: an action of another shape, or the last step, which ends the chain.
         """
-        if self._x is None:
-            raise ResetNeeded("move() before reset(): the chain has no state yet")
+        if self._x is None or self._ended:
+            raise ResetNeeded("move() before reset(), or after the end of the chain: call reset()")
         if self._k >= self._last - 1:
             raise ValueError(f"move() after {self._k} of {self._last} steps: call step(), which ends the chain")
         self._advance(self._io.action(action, self._batch, self._bound))

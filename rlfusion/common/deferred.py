@@ -10,6 +10,7 @@ import gc
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ def quieten() -> None:
     """Let them warn no more."""
     for name in SPEAK:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_paused: list[bool] = []
+"""One entry for each ``uncollected`` that turned it off."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: gc.enable() if _paused else None)
 
 
 class Deferred(ModuleType):
@@ -50,13 +57,15 @@ class Deferred(ModuleType):
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Within, no garbage is looked for: while a large library is imported there is none to speak of, and each look goes
-    over all that there is by then. Afterwards what was made counts as old.
+    over all that there is by then. Afterwards what was made counts as old. A process that is forked meanwhile looks.
     """
     on = gc.isenabled()
     gc.disable()
+    _paused.extend([True] * on)
     try:
         yield
     finally:
+        del _paused[: int(on)]
         if on and not gc.get_freeze_count():
             gc.freeze()
             gc.unfreeze()  # both together put all into the oldest generation, unseen

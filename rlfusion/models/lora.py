@@ -10,6 +10,7 @@ import copy
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from rlfusion.models.lora_dropout import Acting, Dropout
 Whole = TypeVar("Whole", bound=nn.Module)
 BASE = "base_layer."
 """What the names of a layer's own tensors begin with once it has adapters."""
+_alone = threading.RLock()
 ASKS = re.compile(r"is_bnb(_\w+)?_available").fullmatch
 """Matches the functions by which peft asks whether bitsandbytes is here."""
 
@@ -135,16 +137,18 @@ def attach(net: nn.Module, text: str, seed: int = 0, targets: str = "", idle: Se
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
     """Within, peft does not import bitsandbytes (a second, and 50 MB) to ask whether a layer is one of its: none can be
-    where nothing has imported it yet.
+    where nothing has imported it yet. One thread at a time.
     """
     from peft.tuners.lora import model
 
-    asks = {} if "bitsandbytes" in sys.modules else {name: held for name, held in vars(model).items() if ASKS(name)}
-    vars(model).update(dict.fromkeys(asks, lambda: False))
-    try:
-        yield
-    finally:
-        vars(model).update(asks)
+    with _alone:
+        here = "bitsandbytes" in sys.modules
+        asks = {} if here else {name: held for name, held in vars(model).items() if ASKS(name)}
+        vars(model).update(dict.fromkeys(asks, lambda: False))
+        try:
+            yield
+        finally:
+            vars(model).update(asks)
 
 
 def finish(net: nn.Module, settings: LoRA) -> None:

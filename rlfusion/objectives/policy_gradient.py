@@ -55,13 +55,17 @@ def clipped_surrogate(
     _same_shape(log_ratio=log_ratio, advantage=advantage)
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     most = math.inf if dual_clip is None else math.log(dual_clip)
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, (log_ratio, advantage))):
+        ratio = log_ratio.clamp(max=most).exp()  # torch.func asks for rules of its own of a node
+        return -(ratio * advantage).minimum(ratio.clamp(1 - low, 1 + high) * advantage)
     found: Tensor = _Clipped.apply(log_ratio, advantage, 1 - low, 1 + high, most)
     return found
 
 
 class _Clipped(torch.autograd.Function):
     """Eq. (2) and (3) of log r and A, r in [low, high], log r <= ``most``; its slope in log r is -r A where the minimum
-    is not what the clip holds: in fewer operations than a graph of the parts, and to the same bits.
+    is not what the clip holds: in fewer operations than a graph of the parts, and to the same bits but where r is a
+    limit itself, which does not hold it: there a graph's slope is a matter of torch's own.
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Packages that are imported at their first use."""
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -139,3 +140,24 @@ def test_a_pipelines_library_begins_without_what_it_seldom_uses(tmp_path):
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr[-2000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_is_forked_meanwhile_looks_for_garbage():
+    code = (
+        "import gc, os\n"
+        "from rlfusion.common.deferred import uncollected\n"
+        "def looks():\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        os._exit(10 + gc.isenabled())\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11\n"
+        "with uncollected():\n"
+        "    assert not gc.isenabled() and looks()\n"
+        "assert gc.isenabled() and looks()\n"
+        "gc.disable()\n"
+        "assert not looks()\n"
+        "with uncollected():\n"
+        "    assert not looks()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -60,6 +61,24 @@ def test_the_scaling_is_that_of_peft(text, scaling):
 
 
 @pytest.mark.alone
+def test_peft_asks_for_bitsandbytes_as_before_once_all_threads_are_done():
+    from peft.tuners.lora import model
+
+    before, inside = model.is_bnb_available, threading.Event()
+
+    def other():
+        with lora.without_bitsandbytes():
+            inside.set()
+
+    with lora.without_bitsandbytes():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not inside.wait(0.1)
+    thread.join()
+    assert inside.is_set()
+    assert model.is_bnb_available is before
+
+
 def test_bitsandbytes_is_not_imported_for_adapters_of_plain_layers():
     """Of a process of its own: this one may have imported it long ago."""
     code = (

@@ -138,6 +138,27 @@ def test_the_slope_of_the_clipped_surrogate_is_that_of_its_parts_to_the_bit(dual
     assert torch.equal(*(torch.autograd.grad((weight * loss).sum(), log_ratio)[0] for loss in both))
 
 
+@pytest.mark.parametrize(("clip", "a"), [((0.2, 0.0), 1.0), ((0.0, 0.2), -1.0), ((0.2, 0.0), -1.0), ((0.0, 0.2), 1.0)])
+def test_a_ratio_that_is_a_limit_itself_is_not_held(clip, a):
+    log_ratio = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    clipped_surrogate(log_ratio, torch.tensor([a], dtype=torch.float64), clip).sum().backward()
+    assert log_ratio.grad.item() == -a
+
+
+def test_it_has_the_slope_under_torch_func_and_batches():
+    torch.manual_seed(0)
+    log_ratio, a = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+
+    def loss(y):
+        return clipped_surrogate(y, a, 0.2, 1.5).sum()
+
+    leaf = log_ratio.clone().requires_grad_()
+    loss(leaf).backward()
+    assert torch.equal(torch.func.grad(loss)(log_ratio), leaf.grad)
+    rows = torch.func.vmap(torch.func.grad(loss))(torch.stack([log_ratio, -log_ratio]))
+    assert torch.equal(rows[0], leaf.grad)
+
+
 def test_the_second_derivative_of_the_clipped_surrogate_is_its_finite_difference():
     x = torch.linspace(-0.9, 0.95, 12, dtype=torch.float64).requires_grad_()
     a = torch.tensor([1.0, -2.0], dtype=torch.float64).repeat(6)
