@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlfusion.common.errors import ConfigError, require_positive
-from rlfusion.common.heap import give_back_large_blocks
 from rlfusion.common.seeding import normal
 from rlfusion.common.tensors import Cond, map_cond, staged
 from rlfusion.data import Dataset
@@ -48,7 +47,7 @@ class Config(reward_gradient.Settings):
         steps: K, the steps of form "last".
         renoisings: n, the further ends of form "lv"; each asks for one more reward a walk.
         recompute: make the activations of a step again in the backward pass, where more than one step has gradients;
-            "halves" those of each of the two answers of guidance by itself, for half of the memory.
+            "halves" those of each of the two answers of guidance by itself, for half of the activations' memory.
     """
 
     name: Literal["draft"] = "draft"
@@ -60,7 +59,7 @@ class Config(reward_gradient.Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "steps", "renoisings")
-        if self.recompute not in (True, False, HALVES):
+        if not isinstance(self.recompute, bool) and self.recompute != HALVES:  # 1 and 1.0 are equal to True
             raise ConfigError(f"recompute = {self.recompute!r}: expected true, false or {HALVES}")
         if self.form != "last" and self.steps != 1:
             raise ConfigError(f"steps = {self.steps}: form {self.form!r} has its own, expected form 'last' or 1")
@@ -105,8 +104,6 @@ class Config(reward_gradient.Settings):
                 f"recompute = {HALVES}: this chain has no guidance by two answers, expected true or false (and a "
                 "smaller micro_batch)"
             )
-        if self.recompute == HALVES:
-            give_back_large_blocks(task.device)
         return Learner(task, self, Ends(task, self, seed), seed)
 
 

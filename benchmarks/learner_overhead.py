@@ -170,11 +170,11 @@ def measure(name: str, agent: str, args: Namespace) -> dict[str, Any]:
     return record
 
 
-def check(args: Namespace) -> list[str]:
-    """The cells that are worse than their record, each of which has its line printed."""
+def check(args: Namespace) -> tuple[int, list[str]]:
+    """How many cells were measured, each of which has its line printed, and those that are worse than their record."""
     told = json.loads((RESULTS / f"{args.check}.json").read_text())
     held = {(one["case"], one["agent"]): one for one in told["records"]}
-    worse = []
+    measured, worse = 0, []
     for name in args.case or ["pipeline"]:
         for agent in args.agents.split(","):
             bench = Bench(name, agent, told["optimizer"])
@@ -182,8 +182,9 @@ def check(args: Namespace) -> list[str]:
                 recorded = held.get((name, agent), {}).get(what)
                 if found := held_against(recorded, getattr(bench, what), bench.kinds, args.rounds or 3):
                     print(f"{name:10}{agent:6}{what:9}{found}", flush=True)
+                    measured += 1
                     worse += [f"{name} {agent} {what}"] if "WORSE" in found else []
-    return worse
+    return measured, worse
 
 
 def held_against(recorded: dict[str, Any] | None, ours: Callable[[], Any], kinds: Any, rounds: int) -> str:
@@ -209,22 +210,27 @@ def main() -> None:
     """Read the arguments, measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=sorted(CASES), action="append", help="default: all")
-    parser.add_argument("--agents", default=",".join(AGENTS))
+    parser.add_argument("--agents", help="default: all")
     parser.add_argument("--what", choices=("rollout", "update"), help="default: both")
     parser.add_argument("--rounds", type=int, help="default: 9; with --check 3, and more where it tries again")
-    parser.add_argument("--optimizer", default="adamw", help="of the agents; default: adamw")
+    parser.add_argument("--optimizer", help="of the agents; default: adamw")
     parser.add_argument("--json", metavar="NAME", help="also into benchmarks/results/NAME.json")
     parser.add_argument("--check", nargs="?", const=RECORDED, metavar="NAME", help=f"default: {RECORDED}")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the table of --json")
     parser.add_argument("--profile", action="store_true", help="print where the time of one call goes")
     args = parser.parse_args()
+    require_used(parser, args)
+    args.agents, args.optimizer = args.agents or ",".join(AGENTS), args.optimizer or "adamw"
     if args.table:
         print(table(json.loads((RESULTS / f"{args.json}.json").read_text())["records"]))
         return
     torch.set_num_threads(1)
     if args.check:
-        if worse := check(args):
+        measured, worse = check(args)
+        if worse:
             sys.exit(f"worse than recorded: {', '.join(worse)}")
+        if not measured:
+            sys.exit("nothing was measured: what is asked for has no passes (sft walks nothing)")
         return
     args.rounds = args.rounds or 9
     for name in args.case or CASES:
@@ -232,6 +238,25 @@ def main() -> None:
             record = measure(name, agent, args)
             if args.json:
                 write(RESULTS / f"{args.json}.json", record, args.optimizer)
+
+
+def require_used(parser: argparse.ArgumentParser, args: Namespace) -> None:
+    """Refuse what an argument makes of no use, names that there are not, and a record that is not there."""
+    measuring = ("case", "agents", "what", "rounds", "optimizer", "profile")
+    unused = {"check": ("table", "optimizer", "json", "profile"), "table": measuring, "profile": ("json", "rounds")}
+    for mode, names in unused.items():
+        for name in (name for name in names if getattr(args, mode) and getattr(args, name) not in (None, False)):
+            parser.error(f"--{mode} makes no use of --{name}: leave one of them out")
+    if args.table and not args.json:
+        parser.error("--table: expected --json NAME, the record that it prints")
+    known = [*AGENTS]
+    for name in (name for name in (args.agents or known[0]).split(",") if name not in known):
+        parser.error(f"--agents {name}: expected some of {','.join(known)}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    record = args.check or (args.json if args.table else None)
+    if record and not (RESULTS / f"{record}.json").is_file():
+        parser.error(f"{RESULTS / record}.json: there is no such record")
 
 
 def table(records: list[dict[str, Any]]) -> str:

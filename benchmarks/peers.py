@@ -71,6 +71,7 @@ class Clock:
     def begin(self) -> None:
         """Training begins here: what is held now are the libraries, the weights, and what is made of them before."""
         self.ready, self.ready_mb = self.now(), held_mb()
+        self.heap.look()
         self.heap.start()
 
     def point(self, queries: int, save: Callable[[Path], object]) -> None:
@@ -107,12 +108,16 @@ class Heap(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(0.005):
-            info = self.library.mallinfo2()
-            self.looks.append((info.used + info.mapped) / 2**20)
+            self.look()
+
+    def look(self) -> None:
+        info = self.library.mallinfo2()
+        self.looks.append((info.used + info.mapped) / 2**20)
 
     def most(self) -> float:
-        """The most in use beyond what was at the first look, in MB."""
+        """The most in use beyond what was at the first look, in MB; 0 where this is the first."""
         self.ended.set()
+        self.look()
         return max(self.looks) - self.looks[0]
 
 

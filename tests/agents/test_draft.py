@@ -266,6 +266,12 @@ def test_halves_need_guidance_by_two_answers():
         Config(recompute="half")
 
 
+@pytest.mark.parametrize("equal", [1, 1.0, 0, 0.0])
+def test_a_number_that_equals_true_or_false_is_neither(equal):
+    with pytest.raises(ConfigError, match=rf"recompute = {equal}: expected true, false or halves"):
+        Config(recompute=equal)
+
+
 @pytest.mark.parametrize("direction", range(2))
 def test_the_gradient_passes_through_guidance(direction):
     task = guided_task(3)

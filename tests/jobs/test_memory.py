@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from rlfusion import models
 from rlfusion.agents import AGENTS
 from rlfusion.cli.main import main
+from rlfusion.common import heap
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
 from rlfusion.jobs import base_model, memory
+from rlfusion.jobs.finetune import check, finetune
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.roles import of_finetuning
 from rlfusion.jobs.tasks import make_task
@@ -68,6 +71,21 @@ def test_the_estimate_of_an_update_is_near_its_measured_peak(
     assert 0.6 < expected / seen < 1.5, (expected, seen, found)
 
 
+def test_by_halves_a_step_and_its_decoding_are_not_held_at_once(tiny_pipelines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    sizes = {}
+    for recompute in (False, "halves"):
+        config = settings(tiny_pipelines["sd"], "draft", tmp_path)
+        config = replace(config, agent=replace(config.agent, recompute=recompute, micro_batch=4))
+        found, card, policy = begun(config, tmp_path)
+        sizes[recompute] = [size for name, size in found.items() if name.startswith(("activations", "decoding"))]
+    shape, times, rows = policy.space.latent(card.shape), config.chain.times(policy.denoiser), opened(config).holds.rows
+    whole, half = (memory.activations(policy, times, shape, rows, by_halves) for by_halves in (False, True))
+    decoded = memory.decoding(policy, shape, rows)
+    assert whole > 1.5 * half > 0 < decoded
+    assert sizes == {False: [whole, decoded], "halves": [max(half, decoded)]}
+
+
 def test_copies_are_counted(tiny_pipelines, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cat\n")
     config = settings(tiny_pipelines["sd"], "ddpo", tmp_path, lora=LORA)
@@ -118,3 +136,41 @@ def test_the_command(tiny_pipelines, tmp_path, capsys, monkeypatch):
     assert main(["doctor", *model, "--reward", "ink", "--chain.steps", str(STEPS), "--lora", LORA]) == 0
     assert "together" in capsys.readouterr().out
     assert main(["doctor", *model, "--reward", "no such"]) == 2
+
+
+HELD = [(heap.M_MMAP_THRESHOLD, heap.LIMIT)]
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """What the C library is told, of which it hears nothing."""
+    told = []
+    library = SimpleNamespace(mallopt=lambda *given: told.append(given) or 1)
+    monkeypatch.setattr(heap, "ctypes", SimpleNamespace(CDLL=lambda name: library))
+    monkeypatch.setattr(heap, "platform", SimpleNamespace(libc_ver=lambda: ("glibc", "2.36")))
+    for name in heap.TUNED:
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("recompute", "checkpointing", "expected"),
+    [("halves", False, HELD), (True, True, HELD), (True, False, [])],
+)
+def test_large_blocks_are_given_back_once_a_training_begins_and_by_nothing_else(
+    recompute, checkpointing, expected, limits, tiny_pipelines, tmp_path
+):
+    (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\n")
+    config = settings(tiny_pipelines["sd"], "draft", tmp_path, updates=1)
+    config = replace(
+        config,
+        agent=replace(config.agent, recompute=recompute, updates_per_epoch=1),
+        pipeline=replace(config.pipeline, checkpointing=checkpointing),
+    )
+    check(config)
+    assert not limits
+    (tmp_path / "run").mkdir()
+    finetune(config, tmp_path / "run", Signals(), Progress())
+    assert limits == expected
+    models.load(tmp_path / "run" / "model")  # as each command does that takes no gradient
+    assert limits == expected

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from rlfusion.common.code_files import files_of
 from rlfusion.common.deferred import RARE, deferred
 from rlfusion.common.errors import ConfigError, OutOfMemory, foreseen
-from rlfusion.common.heap import give_back_large_blocks
 from rlfusion.common.hollow import Filling
 from rlfusion.common.tensors import Cond
 from rlfusion.diffusion.denoiser import Denoiser, Denoising, Mix
@@ -96,7 +95,6 @@ def build(
     model = getattr(adapted(pipe, about["adapters"], family) if given is None else pipe, family.network)
     quantized.quantize(model, about.get("quantize", "none"), DTYPES[about["dtype"]])
     if about["checkpointing"]:
-        give_back_large_blocks(device)
         model.enable_gradient_checkpointing()
         if pipe.vae._supports_gradient_checkpointing:
             pipe.vae.enable_gradient_checkpointing()
