@@ -32,7 +32,7 @@ from rlfusion.diffusion.policy import Policy
 from rlfusion.jobs.balance import found_of
 from rlfusion.jobs.base_model import Origin, begin
 from rlfusion.jobs.collector import Collector
-from rlfusion.jobs.finetune.job import make_learner
+from rlfusion.jobs.finetune.job import make_learner, spare_memory
 from rlfusion.jobs.groups import require_whole_groups
 from rlfusion.jobs.measure import Unjudged
 from rlfusion.jobs.parts import opened
@@ -125,6 +125,7 @@ class Run(Iterator[dict[str, float]]):
         """Let the weights act; before the first update, what would fail quietly later is refused."""
         weights = self._collector.acting(self.policy, step)
         if step == 0:
+            spare_memory(self.config, self._begun.card)
             self._weigh()
             for said in try_out(self._parts.task, self._learner, self._collector, weights):
                 _log.log(logging.WARNING if said.startswith("warning") else logging.INFO, said)

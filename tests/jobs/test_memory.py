@@ -16,8 +16,9 @@ from rlfusion.common import heap
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.config import Finetune
+from rlfusion.finetuning import finetune as begin
 from rlfusion.jobs import base_model, memory
-from rlfusion.jobs.finetune import check, finetune
+from rlfusion.jobs.finetune import check, finetune, job
 from rlfusion.jobs.parts import opened
 from rlfusion.jobs.roles import of_finetuning
 from rlfusion.jobs.tasks import make_task
@@ -172,5 +173,25 @@ def test_large_blocks_are_given_back_once_a_training_begins_and_by_nothing_else(
     (tmp_path / "run").mkdir()
     finetune(config, tmp_path / "run", Signals(), Progress())
     assert limits == expected
+    limits.clear()
     models.load(tmp_path / "run" / "model")  # as each command does that takes no gradient
+    run = begin(config.base, config.reward, agent=config.agent, **in_python(config, tmp_path, checkpointing))
+    assert not limits
+    next(run)
+    assert limits == expected
+
+
+def in_python(config, root, checkpointing) -> dict:
+    """The settings of a run that ``rlf.finetune`` begins."""
+    chain = {"steps": STEPS, "spacing": "model", "guidance_scale": 2.0}
+    pipeline = {"prompts": str(root / "prompts.txt"), "size": 16, "checkpointing": checkpointing}
+    rollout = {"prompts": 2, "samples_per_prompt": 2}
+    return {"chain": chain, "pipeline": pipeline, "rollout": rollout, "root": str(root), "device": config.device}
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", HELD), ("cuda", [])])
+def test_they_are_only_where_the_run_has_its_tensors_on_the_cpu(device, expected, limits, monkeypatch):
+    monkeypatch.setattr(job, "pick_device", torch.device)  # there is none here to be picked
+    config = SimpleNamespace(agent=AGENTS["draft"](recompute="halves"), device=device)
+    job.spare_memory(config, SimpleNamespace(pipeline={"checkpointing": True}))
     assert limits == expected

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlfusion import models
 from rlfusion.common import layers, row_files, shards
 from rlfusion.common.compiled import plain
+from rlfusion.common.heap import give_back_large_blocks
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries, sha256, unpack
@@ -302,6 +303,7 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     elif current().exact:
         layers.bounded(denoiser.net)
     policy, times = config.chain.policy(denoiser, card.names), config.chain.times(denoiser)
+    spare_memory(config, card)  # the estimate calls the network, too
     if card.pipeline:
         held = memory.estimate(parts.holds, denoiser, policy, times, policy.space.latent(card.shape))
         progress.say(f"memory: about {memory.described(held)}, and scratch space beside")
@@ -322,6 +324,14 @@ def prepare(config: Finetune, parts: Parts, run: Run, tracker: Tracker, progress
     guarded = Guarded(learner, config.guard, folder, config.agent.traits().rewards != "none")
     about = (run, card, denoiser, policy, times, learner, judged, reward, tracker, guarded, monitor)
     return Job(config, parts, *about, {}, base, outside.inputs)
+
+
+def spare_memory(config: Finetune, card: models.Card) -> None:
+    """As a training begins on a CPU: where the settings make activations again, or one part of them after the other,
+    memory counts for more than time, and large blocks are given back as they are freed.
+    """
+    if config.agent.traits().halves or card.pipeline.get("checkpointing"):
+        give_back_large_blocks(pick_device(config.device))
 
 
 def make_learner(

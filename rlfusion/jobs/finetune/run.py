@@ -19,7 +19,6 @@ from rlfusion import models
 from rlfusion.common import shards, storage
 from rlfusion.common.code_files import label
 from rlfusion.common.errors import ConfigError, StateError
-from rlfusion.common.heap import give_back_large_blocks
 from rlfusion.common.progress import Progress
 from rlfusion.common.stops import Signals
 from rlfusion.common.weights import Weights, learned, require_entries
@@ -106,8 +105,6 @@ def _followed(
             collecting = replace(parts.collecting, least=run.record.changed_after("rollout.lag", "checkpoint_every"))
             collector = Collector(backend, collecting, parts.rewards, job.card.classes, start, device, folder)
             publishing.clear(job.policy, bool(parts.workers.count), folder)
-            if spares_memory(job):
-                give_back_large_blocks(device)
             _begin(job, collector, found, progress)
             _row(job, progress)
             done = _improve(job, collector, signals, progress)
@@ -124,11 +121,6 @@ def _tell(job: Job, start: int) -> None:
         job.tracker.text(start, name, text)
     if job.card.pipeline:
         job.tracker.text(start, "run/prompts", "\n".join(f"- {name}" for name in job.card.names[: about.PROMPTS]))
-
-
-def spares_memory(job: Job) -> bool:
-    """Whether the settings make activations again, or one part of them after the other: less memory for more time."""
-    return job.config.agent.traits().halves or bool(job.card.pipeline.get("checkpointing"))
 
 
 def unusual(agent: Any) -> str:
