@@ -1,6 +1,7 @@
 """Packages that are imported at their first use."""
 
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_what_was_off_stays_off():
 
 
 @pytest.mark.alone
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_a_pipelines_library_begins_without_what_it_seldom_uses(tmp_path):
     """Of a process of its own: this one has imported them long ago."""
     (tmp_path / "scheduler").mkdir()
