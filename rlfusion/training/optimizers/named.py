@@ -105,7 +105,7 @@ class NamedOptimizer:
         new = _settings(self.recipe.stepped(next(iter(self.named.values())))) if any(saved) else []
         for group, start, given, like in zip(self.inner.param_groups, self._start, saved, new or self._start):
             keys = given if isinstance(given, Mapping) else ()
-            require_entries(given, {k: like[k] for k in keys if k in like}, "the optimiser's settings")
+            require_entries(given, {k: like[k] for k in keys if k in like}, "one of the optimiser's groups")
             group.update(copy.deepcopy(start) | given)
 
 
