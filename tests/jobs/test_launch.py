@@ -551,3 +551,32 @@ def test_a_slip_is_refused_in_one_line(capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+YOUNG = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+
+@pytest.mark.parametrize(
+    ("said", "times", "patience", "ends"), [(YOUNG, 3, 30, ""), (YOUNG, 99, 0.1, "No available"), ("odd", 1, 30, "odd")]
+)
+def test_a_cluster_that_has_just_begun_is_asked_again(ray, monkeypatch, said, times, patience, ends):
+    """As long as it asks for that; what else goes wrong is told at once."""
+    taken, asked = ray.submit_job, []
+
+    def young(**given):
+        asked.append(given)
+        if len(asked) <= times:
+            raise RuntimeError(said)
+        taken(**given)
+
+    monkeypatch.setattr(ray, "submit_job", young)
+    monkeypatch.setattr(cluster, "POLL_S", 0.02)
+    at = cluster.Cluster(Jobs(timeout_s=patience))
+    about = {"version": "0", "command": "finetune", "launch": "{}"}
+    if not ends:
+        assert at.submit("it", 1, "true", {}, about).state == "RUNNING"
+        assert len(asked) == times + 1
+        return
+    with pytest.raises(UnavailableError, match=f"refused: .*{ends}"):
+        at.submit("it", 1, "true", {}, about)
+    assert (len(asked) == 1) == (ends == "odd")

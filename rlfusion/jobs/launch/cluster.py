@@ -26,6 +26,8 @@ OURS = "rlfusion"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 1.0
 _log = logging.getLogger(__name__)
+YOUNG = "No available agent"
+"""What Ray says while no node's agent has come yet: "please try again later"."""
 EXTRA = "Ray Jobs need the extra cluster: pip install 'rlfusion[cluster]'"
 
 
@@ -118,16 +120,31 @@ class Cluster:
         return jobs[name]
 
     def submit(self, name: str, attempt: int, entrypoint: str, environment: Mapping[str, Any], about: Mapping) -> Job:
-        """Submit a job; what travels is sent first. ``about`` is kept with it."""
+        """Submit a job; what travels is sent first. ``about`` is kept with it. A cluster that has just begun is asked
+        again, for ``timeout_s``.
+        """
         metadata = {OURS: about["version"], **about, "name": name, "attempt": str(attempt)}
+        asked = {
+            "entrypoint": entrypoint,
+            "submission_id": id_of(name, attempt),
+            "runtime_env": dict(environment),
+            "metadata": {key: str(value) for key, value in metadata.items()},
+        }
+        deadline = time.monotonic() + self.timeout_s
         with self._answered():
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=id_of(name, attempt),
-                runtime_env=dict(environment),
-                metadata={key: str(value) for key, value in metadata.items()},
-            )
+            while self._is_young(asked, deadline):
+                time.sleep(POLL_S)
         return self.again(id_of(name, attempt))
+
+    def _is_young(self, asked: Mapping[str, Any], deadline: float) -> bool:
+        """Submit; whether the cluster asks, before the deadline, to try again later."""
+        try:
+            self._client.submit_job(**asked)
+        except RuntimeError as error:
+            if YOUNG not in str(error) or time.monotonic() > deadline:
+                raise
+            return True
+        return False
 
     def again(self, id: str) -> Job:
         """A job as it is now, by Ray's id."""
